@@ -1,0 +1,352 @@
+"""Messages between a server (HTTP front end) and the engine, as msgspec structs, tagged by class name.
+
+Token arrays cross as int32 little-endian bytes (`pack_tokens`, `unpack_tokens`): 100,000 ids as msgpack integers cost
+milliseconds, as bytes microseconds. A request is a number (`key`) that the server chose and never uses again; its
+string id stays in the server. Operations on sessions carry `op`, a number that comes back in the reply.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+
+def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
+    """Token ids as int32 little-endian bytes."""
+    return np.asarray(tokens, "<i4").tobytes()
+
+
+def unpack_tokens(packed: bytes) -> npt.NDArray[np.int32]:
+    """int32[n], a read-only view of the packed bytes."""
+    return np.frombuffer(packed, "<i4")
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How a request's output is chosen and where it ends. Ranges are checked by the server and asserted by the core."""
+
+    seed: int
+    """64-bit noise seed ≥ 0; the server draws one where the client gave none."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    max_new_tokens: int | None = None
+    """None: what the context leaves. 0: compute the prompt and end."""
+    min_new_tokens: int = 0
+    """Before this many output tokens neither end-of-sequence nor stop tokens are sampled; stop strings wait too."""
+    stop: tuple[bytes, ...] = ()
+    """Stop strings as UTF-8. Matched on the bytes of the output (special tokens count as nothing when skipped)."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """A plain request, or, with `session`, the next turn of a session. Answered by deltas and exactly one Done."""
+
+    key: int
+    tokens: bytes
+    sampling: Sampling
+    session: str | None = None
+    logprobs: int = -1
+    """-1: none; k ≥ 0: of each output token, with the k most likely beside it."""
+    prompt_logprobs_from: int = -1
+    """-1: none; p ≥ 0: of the prompt tokens from position max(p, 1) of the whole context on (Scores); what lies in a
+    session's committed history is not computed again and has none."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request now, as an abort. Unknown or finished keys are ignored."""
+
+    key: int
+    message: str = "aborted by the client"
+
+
+class CancelAll(msgspec.Struct, frozen=True, tag=True):
+    """End every request. Reply: Outcome {"cancelled": count}."""
+
+    op: int
+
+
+class OpenSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Open a streaming session. Reply: its SessionView; 400 duplicate_session; 429 too many."""
+
+    op: int
+    session: str
+    idle_timeout_s: float | None = None
+    """Close by itself when no turn was in flight for so long; None: never."""
+    tokens_max: int | None = None
+    """Cap on the session's history; None: the context length."""
+    metadata: dict[str, str] = {}
+
+
+class CloseSession(msgspec.Struct, frozen=True, tag=True):
+    """Close a session, at the end of its turn if one is in flight. Reply: Outcome {"closed": bool, "deferred": bool}; 404 for an unknown session."""
+
+    op: int
+    session: str
+
+
+class GetSession(msgspec.Struct, frozen=True, tag=True):
+    """Reply: SessionView, or 404."""
+
+    op: int
+    session: str
+
+
+class ListSessions(msgspec.Struct, frozen=True, tag=True):
+    """Reply: SessionPage, in order of opening, after the named session (or from the first)."""
+
+    op: int
+    after: str | None = None
+    limit: int = 100
+
+
+class SessionTokens(msgspec.Struct, frozen=True, tag=True):
+    """Reply: Outcome {"tokens": int32 bytes} of the committed history, or 404."""
+
+    op: int
+    session: str
+
+
+class Flush(msgspec.Struct, frozen=True, tag=True):
+    """Drop all KV; sessions keep their tokens. Reply: Outcome {"pages": freed}; 400 while anything runs or waits."""
+
+    op: int
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """Reply: Stats. Answered by the step loop itself, so an answer proves that it turns."""
+
+    op: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the engine process. With drain, refuse new requests and finish what is in flight first."""
+
+    drain_s: float = 0.0
+
+
+ToEngine = (
+    Submit
+    | Cancel
+    | CancelAll
+    | OpenSession
+    | CloseSession
+    | GetSession
+    | ListSessions
+    | SessionTokens
+    | Flush
+    | GetStats
+    | Shutdown
+)
+
+
+class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """The one end of a request. All its tokens were in deltas up to and including this batch."""
+
+    key: int
+    reason: str
+    """"stop", "length", "abort" (cancelled, disconnected, session closed) or "error" (refused or failed)."""
+    matched: int | bytes | None = None
+    """What stopped it: token id or stop string."""
+    kept_bytes: int = -1
+    """With a stop string: bytes of output before the match (counted as the matcher saw them); else -1."""
+    prompt_tokens: int = 0
+    """The whole context: a session's history and the new input."""
+    cached_tokens: int = 0
+    """Of these, tokens whose KV was there when the request was first admitted."""
+    computed_tokens: int = 0
+    """Prompt tokens the device counted as computed, recomputation after a preemption not included."""
+    completion_tokens: int = 0
+    preemptions: int = 0
+    session_tokens: int = -1
+    """Length of the session's history after this turn, or -1 without session or commit."""
+    status: int = 200
+    """HTTP status that describes a refusal: 4xx or 5xx with reason "error" and "abort"; else 200."""
+    code: str = ""
+    message: str = ""
+    param: str | None = None
+
+
+class TokenDetail(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Log-probabilities of the tokens of one request in this batch; parallel to its delta tokens.
+
+    logprobs: f32 bytes [tokens]; top_ids: i32 bytes [tokens, k]; top_logprobs: f32 bytes [tokens, k].
+    """
+
+    key: int
+    logprobs: bytes
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
+class Scores(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Log-probabilities of prompt tokens, chunk by chunk, each position once and in order; before the first delta.
+
+    start: position of the first scored token in the whole context. Arrays as in TokenDetail.
+    """
+
+    key: int
+    start: int
+    tokens: bytes
+    logprobs: bytes
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
+class SessionView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A session as shown to its owner."""
+
+    id: str
+    phase: str
+    """"idle", "queued", "running", "preempted" or "closing"."""
+    tokens: int
+    """Committed history."""
+    kv_tokens: int
+    """Of these, with KV on the device right now."""
+    own_pages: int
+    shared_pages: int
+    turns: int
+    opened_s: float
+    """Engine time, seconds since the engine started."""
+    last_used_s: float
+    idle_timeout_s: float | None = None
+    tokens_max: int
+    metadata: dict[str, str] = {}
+
+
+class SessionPage(msgspec.Struct, frozen=True, tag=True):
+    """One page of the list of sessions; `more` says whether another follows."""
+
+    sessions: list[SessionView]
+    more: bool
+    total: int
+
+
+class SessionGone(msgspec.Struct, frozen=True):
+    """A session ended without being asked to just now: it expired, or a deferred close took effect."""
+
+    session: str
+    reason: str
+    """"expired" or "closed"."""
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Live figures and running totals of the engine; gauges are of this moment, totals only grow."""
+
+    steps_total: int
+    settled_steps_total: int
+    time_s: float
+    rows_total: int
+    rows_held: int
+    requests_running: int
+    requests_waiting: int
+    requests_draining: int
+    pages_total: int
+    pages_free: int
+    pages_limbo: int
+    pages_tree: int
+    pages_tree_pinned: int
+    pages_requests: int
+    pages_sessions: int
+    pages_quarantine: int
+    pages_scratch: int
+    page_size: int
+    sessions_open: int
+    sessions_idle: int
+    session_tokens: int
+    finished_total: dict[str, int]
+    """By reason: stop, length, abort, error."""
+    turns_committed_total: int
+    turns_rolled_back_total: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    computed_tokens_total: int
+    generated_tokens_total: int
+    preemptions_total: int
+    recomputed_tokens_total: int
+    evicted_pages_total: int
+    demoted_pages_total: int
+    drafts_offered_total: int
+    drafts_accepted_total: int
+    audit_checks_total: int
+    audit_failures_total: int
+    step_wall_s_total: float = 0.0
+    plan_wall_s_total: float = 0.0
+
+
+class Outcome(msgspec.Struct, frozen=True, tag=True):
+    """What an operation did, as named numbers (or token bytes); the operation's docstring lists the names."""
+
+    values: dict[str, int | bool | bytes]
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answer to an operation; exactly one for each op. error is None on success."""
+
+    op: int
+    value: SessionView | SessionPage | Stats | Outcome | None = None
+    error: "Refusal | None" = None
+
+
+class Refusal(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A UserError on the wire."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Batch(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """All effects of one step for one front end, in one message.
+
+    delta_keys: i64 bytes [d]; delta_counts: i32 bytes [d]; delta_tokens: i32 bytes [sum counts]. A request has at most
+    one delta a batch. Order of meaning: scores, deltas (with details), done, replies, gone.
+    """
+
+    step: int
+    delta_keys: bytes = b""
+    delta_counts: bytes = b""
+    delta_tokens: bytes = b""
+    details: list[TokenDetail] = []
+    scores: list[Scores] = []
+    done: list[Done] = []
+    replies: list[Reply] = []
+    gone: list[SessionGone] = []
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """First message of an engine: what it serves."""
+
+    model_name: str
+    model_path: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    context_tokens: int
+    page_size: int
+    pages_total: int
+    rows_max: int
+    chunk_tokens: int
+    kv_bytes: int
+    weight_bytes: int
+    start_s: float
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """Last message of an engine that cannot go on; the process exits non-zero after it."""
+
+    message: str
+
+
+FromEngine = Batch | EngineReady | EngineFailed

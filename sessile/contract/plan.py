@@ -1,0 +1,197 @@
+"""What one step asks of a device and what the device answers.
+
+The core and every device (CPU, GPU, the simulator's toy) know each other only through this file. A plan is a few flat
+arrays; strings, ids and objects stay at the edge. `encode_plan` packs a plan into one int32 buffer, so that it
+reaches a device in one transfer and another rank in one message.
+
+Everything that changes device state travels here and must be applied in plan order, before the step's own reads and
+writes: bindings, page-table runs, copies. A device keeps, per row: the page table, sampling parameters, token counts
+for penalties, and the last token it sampled.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.errors import PlanError
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+# Columns of StepPlan.bind_ints.
+BIND_TOP_K, BIND_MIN_NEW_TOKENS, BIND_SEED_LOW, BIND_SEED_HIGH = range(4)
+BIND_INTS = 4
+# Columns of StepPlan.bind_floats.
+BIND_TEMPERATURE, BIND_TOP_P, BIND_MIN_P, BIND_REPETITION, BIND_FREQUENCY, BIND_PRESENCE = range(6)
+BIND_FLOATS = 6
+
+# Bits of StepPlan.flags.
+SAMPLE = 1
+"""The row samples after its last query token (and after each draft). Without it the step only writes KV."""
+FROM_DEVICE = 2
+"""The row's first query token is the last token the device sampled for this row; `tokens` holds -1 there."""
+
+SCRATCH_PAGE = 0
+"""Page 0 belongs to nobody's tokens: padding rows write there, and unused page-table entries hold it."""
+
+NO_INTS: Ints = np.empty(0, np.int32)
+NO_FLOATS: Floats = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. All arrays int32 unless said otherwise; n rows run, b rows are bound, first to last as listed.
+
+    Applied first, in this order:
+      bind_rows [b]            rows that get a new occupant: the device clears the row's page table, token counts and
+                               last token, then takes the parameters below
+      bind_ints [b, 4]         top_k (0 = off), min_new_tokens, low and high half of the 64-bit noise seed (bit patterns)
+      bind_floats [b, 6] f32   temperature (0 = greedy), top_p (1 = off), min_p (0 = off), repetition (1 = off),
+                               frequency (0 = off), presence (0 = off)
+      bias_counts [b]          how many of bias_tokens / bias_values (f32) belong to each bound row
+      ban_counts [b]           how many of ban_tokens belong to each bound row: never sampled while the output index
+                               is below min_new_tokens
+      prompt_counts [b], output_counts [b]
+                               how many of seen_tokens belong to each bound row as prompt, then as output; both are 0
+                               unless the row has a penalty. Repetition looks at both, frequency and presence at the
+                               output. The device adds what it samples (accepted tokens only) by itself
+      table_rows, table_starts, table_counts [t]
+                               runs of the page table: page_table[row, start : start + count] = next of table_pages
+      copies [c, 3]            (source page, target page, tokens): copy the KV of the first tokens of a page
+
+    The step itself:
+      rows [n]                 batch rows, each at most once
+      starts [n]               KV tokens the row has before this step: its first query token has this position
+      query_counts [n]         tokens to run, drafts included, ≥ 1
+      draft_counts [n]         how many of them, at the end, are drafts: 0 unless SAMPLE
+      flags [n]                SAMPLE | FROM_DEVICE
+      output_indices [n]       index of the first token to be sampled in its request's output: noise is a function of
+                               (seed, output index, token id); the j-th further token uses index + j
+      logprob_tops [n]         -1: none wanted; k ≥ 0: log-probability of each emitted token and of the k most likely
+      tokens [sum query_counts]
+      score_queries, score_targets, score_tops [s]
+                               log-probability of score_target given the query at flat index score_query (into
+                               `tokens`), with the score_top most likely beside it: prompt logprobs. Raw model
+                               distribution, no temperature or penalty
+    """
+
+    step: int
+    bind_rows: Ints
+    bind_ints: Ints
+    bind_floats: Floats
+    bias_counts: Ints
+    bias_tokens: Ints
+    bias_values: Floats
+    ban_counts: Ints
+    ban_tokens: Ints
+    prompt_counts: Ints
+    output_counts: Ints
+    seen_tokens: Ints
+    table_rows: Ints
+    table_starts: Ints
+    table_counts: Ints
+    table_pages: Ints
+    copies: Ints
+    rows: Ints
+    starts: Ints
+    query_counts: Ints
+    draft_counts: Ints
+    flags: Ints
+    output_indices: Ints
+    logprob_tops: Ints
+    tokens: Ints
+    score_queries: Ints
+    score_targets: Ints
+    score_tops: Ints
+
+    @classmethod
+    def empty(cls, step: int, **arrays: Any) -> "StepPlan":
+        """A plan whose arrays are empty but for those given: for tests and for plans that only copy."""
+        values: dict[str, Any] = {name: _EMPTY[name] for name in _ARRAYS}
+        values.update(arrays)
+        return cls(step=step, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced. Row order is the plan's.
+
+    step               the plan's
+    rows [n]           the plan's rows, echoed: the core checks them
+    query_counts [n]   query tokens as the device itself counted them while it ran
+    emitted [n]        tokens each row emits: 0 without SAMPLE, else 1 + accepted drafts
+    tokens [sum emitted]
+    faulty [n] bool    the row's logits were not finite; its tokens mean nothing and the core ends it with an error
+    logprobs f32       for each emitted token of rows with logprob_tops ≥ 0, in order: its log-probability under the
+                       model (softmax of the raw logits, before temperature, penalties and bias)
+    top_ids, top_logprobs
+                       for each of those tokens, logprob_tops entries, most likely first
+    score_logprobs [s] f32; score_top_ids, score_top_logprobs: for each score, score_tops entries
+    """
+
+    step: int
+    rows: Ints
+    query_counts: Ints
+    emitted: Ints
+    tokens: Ints
+    faulty: npt.NDArray[np.bool_]
+    logprobs: Floats = NO_FLOATS
+    top_ids: Ints = NO_INTS
+    top_logprobs: Floats = NO_FLOATS
+    score_logprobs: Floats = NO_FLOATS
+    score_top_ids: Ints = NO_INTS
+    score_top_logprobs: Floats = NO_FLOATS
+
+
+_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
+_FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
+_WIDTHS = {"bind_ints": BIND_INTS, "bind_floats": BIND_FLOATS, "copies": 3}
+_EMPTY: dict[str, npt.NDArray[Any]] = {
+    name: np.empty(
+        (0, _WIDTHS[name]) if name in _WIDTHS else 0, np.float32 if name in _FLOAT_ARRAYS else np.int32
+    )
+    for name in _ARRAYS
+}
+_MAGIC = 0x5E551
+
+
+def encode_plan(plan: StepPlan) -> Ints:
+    """Pack a plan into one int32 buffer: magic, step, the length of each array, then the arrays (f32 as bits)."""
+    parts = []
+    lengths = [_MAGIC, plan.step]
+    for name in _ARRAYS:
+        array = getattr(plan, name)
+        if name in _WIDTHS:
+            array = array.reshape(-1)
+        if name in _FLOAT_ARRAYS:
+            array = array.view(np.int32)
+        lengths.append(array.size)
+        if array.size:
+            parts.append(array)
+    return np.concatenate([np.array(lengths, np.int32), *parts])
+
+
+def decode_plan(buffer: Ints) -> StepPlan:
+    """Unpack what `encode_plan` packed; the arrays are views of the buffer. Raises PlanError if it is not one."""
+    header = 2 + len(_ARRAYS)
+    if buffer.size < header or buffer[0] != _MAGIC:
+        raise PlanError("buffer does not hold a step plan")
+    lengths = buffer[:header].tolist()
+    if header + sum(lengths[2:]) != buffer.size:
+        raise PlanError(f"plan of step {lengths[1]}: buffer holds {buffer.size} words, its header says otherwise")
+    values = []
+    start = header
+    for name, length in zip(_ARRAYS, lengths[2:], strict=True):
+        if not length:
+            values.append(_EMPTY[name])
+            continue
+        array: npt.NDArray[Any] = buffer[start : start + length]
+        if name in _FLOAT_ARRAYS:
+            array = array.view(np.float32)
+        if name in _WIDTHS:
+            array = array.reshape(-1, _WIDTHS[name])
+        values.append(array)
+        start += length
+    return StepPlan(lengths[1], *values)

@@ -1,0 +1,108 @@
+"""Every exception of ours. What the user caused says what to do; what we caused names the invariant.
+
+    SessileError
+    ├── UserError            a request we refuse; state is untouched; becomes a 4xx with message, code and param
+    │   ├── InvalidRequest   400: malformed, out of range, unsupported
+    │   ├── NotFound         404: no such session, model or request
+    │   ├── SessionBusy      409: a turn is in flight
+    │   ├── SessionClosed    410: close was requested
+    │   ├── TooLong          413: does not fit the context, the pool, the session's cap or the body limit
+    │   └── LimitReached     429: queue or session limit; try again later
+    ├── NotReady             503: starting, draining, or the engine died
+    ├── StartupError         a configuration or file we cannot serve with; one line with the remedy; exit code 2
+    └── InvariantError       a bug of ours: never caught on the way, except to quarantine or to end the engine
+        ├── OwnershipError   a page or row was not owned by whom the caller said
+        ├── LeaseError       a consumed lease was used, or a live one was copied or lost
+        ├── PlanError        a plan or result that contradicts the core's books
+        └── AuditError       the audit found books and holders to differ
+"""
+
+
+class SessileError(Exception):
+    """Root of all exceptions that Sessile raises on purpose."""
+
+
+class UserError(SessileError):
+    """A refused request. `status` is the HTTP status, `code` a stable word, `param` the field at fault or None."""
+
+    status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(UserError):
+    """Malformed, out of range, or not supported."""
+
+
+class NotFound(UserError):
+    """No such session, model or request."""
+
+    status = 404
+    code = "not_found"
+
+
+class SessionBusy(UserError):
+    """The session already has a turn in flight."""
+
+    status = 409
+    code = "session_busy"
+
+
+class SessionClosed(UserError):
+    """Close was requested for this session."""
+
+    status = 410
+    code = "session_closed"
+
+
+class TooLong(UserError):
+    """Does not fit the context length, the pool, the session's cap or the body limit."""
+
+    status = 413
+    code = "too_long"
+
+
+class LimitReached(UserError):
+    """A queue or session limit is reached; trying again later may succeed."""
+
+    status = 429
+    code = "limit_reached"
+
+
+class NotReady(UserError):
+    """The server is starting or draining, or its engine process has died."""
+
+    status = 503
+    code = "not_ready"
+
+
+class StartupError(SessileError):
+    """We cannot start; the message is one line that says what is wrong and what to do."""
+
+
+class InvariantError(SessileError, AssertionError):
+    """A bug of ours, found by a check that is always on."""
+
+
+class OwnershipError(InvariantError):
+    """A page or row is not owned by whom the caller said it is."""
+
+    @classmethod
+    def foreign_page(cls, page: int, *, expected: str, found: str) -> "OwnershipError":
+        return cls(f"page {page} should belong to {expected} but belongs to {found}")
+
+
+class LeaseError(InvariantError):
+    """A consumed lease was used again, or a live lease was copied or lost."""
+
+
+class PlanError(InvariantError):
+    """A plan or a result contradicts the core's books."""
+
+
+class AuditError(InvariantError):
+    """Books and holders differ; the message names the account, the page and both views."""
