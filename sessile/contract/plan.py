@@ -9,7 +9,7 @@ writes: bindings, page-table runs, copies. A device keeps, per row: the page tab
 for penalties, and the last token it sampled.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -137,12 +137,12 @@ class StepResult:
     emitted: Ints
     tokens: Ints
     faulty: npt.NDArray[np.bool_]
-    logprobs: Floats = NO_FLOATS
-    top_ids: Ints = NO_INTS
-    top_logprobs: Floats = NO_FLOATS
-    score_logprobs: Floats = NO_FLOATS
-    score_top_ids: Ints = NO_INTS
-    score_top_logprobs: Floats = NO_FLOATS
+    logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
+    top_ids: Ints = field(default_factory=lambda: NO_INTS)
+    top_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
+    score_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
+    score_top_ids: Ints = field(default_factory=lambda: NO_INTS)
+    score_top_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
 
 
 _ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
