@@ -1,0 +1,62 @@
+# Sessile: every target sets up what it needs by itself, in .venv beside this file. `make help` lists them.
+# Needs python3 (3.11 or later), make and git. ARGS passes flags on: make serve ARGS="--port 8000"
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON_VENV := .venv/bin/python
+ARGS ?=
+
+# Stamps of a finished set-up; the second call of any target installs nothing.
+RUNTIME := .venv/.installed-runtime
+DEVELOPMENT := .venv/.installed-dev
+
+.PHONY: help chat serve doctor bench test check sim mutants parity clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo '  ARGS="…" passes flags on, for example: make serve ARGS="--port 8000"'
+
+chat: $(RUNTIME) ## talk to the embedded model in this terminal
+	@$(PYTHON_VENV) -m sessile chat $(ARGS)
+
+serve: $(RUNTIME) ## serve the embedded model over HTTP on 127.0.0.1:30000
+	@$(PYTHON_VENV) -m sessile serve $(ARGS)
+
+doctor: $(RUNTIME) ## say what this machine has and what is wrong with it
+	@$(PYTHON_VENV) -m sessile doctor $(ARGS)
+
+bench: $(RUNTIME) ## measure the scheduler: host time of a step, and of a turn on a long history
+	@$(PYTHON_VENV) -m sessile bench step $(ARGS)
+	@$(PYTHON_VENV) -m sessile bench history
+
+test: $(DEVELOPMENT) ## run the tests
+	@$(PYTHON_VENV) -m pytest $(ARGS)
+
+check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
+	@echo "ruff: lint" && $(PYTHON_VENV) -m ruff check sessile tests scripts
+	@echo "mypy: types" && $(PYTHON_VENV) -m mypy
+	@echo "import-linter: layers" && .venv/bin/lint-imports
+	@echo "pytest: tidy rules, exports, docs"
+	@$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py
+
+sim: $(RUNTIME) ## torment the scheduler in the simulator: make sim ARGS="--seeds 300 --steps 1000"
+	@$(PYTHON_VENV) -m sessile.sim $(ARGS)
+
+mutants: $(RUNTIME) ## plant faults in the scheduler; the simulator must catch each
+	@$(PYTHON_VENV) -m sessile.sim mutants $(ARGS)
+
+parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)
+	@$(PYTHON_VENV) -m pytest tests/parity --whole-grid --timeout=2400 $(ARGS)
+
+clean: ## remove .venv and everything that is made from the sources
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .numba_cache
+	find sessile tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUNTIME): pyproject.toml constraints.txt scripts/setup.sh
+	@bash scripts/setup.sh runtime
+
+$(DEVELOPMENT): pyproject.toml constraints.txt scripts/setup.sh
+	@bash scripts/setup.sh dev
