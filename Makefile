@@ -53,7 +53,7 @@ parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 4
 
 clean: ## remove .venv and everything that is made from the sources
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .numba_cache
-	find sessile tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUNTIME): pyproject.toml constraints.txt scripts/setup.sh
 	@bash scripts/setup.sh runtime

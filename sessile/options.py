@@ -42,7 +42,7 @@ def check_options(section: Any) -> None:
 
 
 def check_value(declared: "Field[Any]", value: Any) -> None:
-    """Raise ValueError if value is not one that the declared field accepts; None is accepted where it is the default."""
+    """Raise ValueError unless the declared field accepts the value; None is accepted where it is the default."""
     if value is None and declared.default is None:
         return
     rules = declared.metadata

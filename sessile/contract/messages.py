@@ -88,7 +88,10 @@ class OpenSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_
 
 
 class CloseSession(msgspec.Struct, frozen=True, tag=True):
-    """Close a session, at the end of its turn if one is in flight. Reply: Outcome {"closed": bool, "deferred": bool}; 404 for an unknown session."""
+    """Close a session, at the end of its turn if one is in flight.
+
+    Reply: Outcome {"closed": bool, "deferred": bool}; 404 for an unknown session.
+    """
 
     op: int
     session: str

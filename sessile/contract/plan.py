@@ -47,7 +47,7 @@ class StepPlan:
     Applied first, in this order:
       bind_rows [b]            rows that get a new occupant: the device clears the row's page table, token counts and
                                last token, then takes the parameters below
-      bind_ints [b, 4]         top_k (0 = off), min_new_tokens, low and high half of the 64-bit noise seed (bit patterns)
+      bind_ints [b, 4]         top_k (0 = off), min_new_tokens, low and high half of the 64-bit noise seed (as bits)
       bind_floats [b, 6] f32   temperature (0 = greedy), top_p (1 = off), min_p (0 = off), repetition (1 = off),
                                frequency (0 = off), presence (0 = off)
       bias_counts [b]          how many of bias_tokens / bias_values (f32) belong to each bound row

@@ -1,0 +1,31 @@
+"""What every test shares: bounded threads, hypothesis profiles, and the switch for the long parity grid."""
+
+import os
+
+# Before torch or numba is imported anywhere: two cores are what CI has, and oversubscription only slows them.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Same examples on every run: a failure in CI is a failure here. Timing says nothing on a shared machine.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-grid", action="store_true", help="run every combination of the parity grid, not a pairwise subset"
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_grid(request: pytest.FixtureRequest) -> bool:
+    """Whether the long grid was asked for (`make parity`)."""
+    return bool(request.config.getoption("--whole-grid"))
