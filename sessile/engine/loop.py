@@ -1,0 +1,185 @@
+"""The step loop: plan and launch step k+1 while the device runs step k, then settle k."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
+from sessile.contract.plan import StepPlan
+from sessile.engine.clock import Clock
+from sessile.engine.executor import Executor, Ticket
+from sessile.engine.garbage import IdleCollector
+from sessile.engine.inbox import Inbox
+from sessile.engine.metrics import StepTimes
+from sessile.engine.outbox import Outbox
+from sessile.engine.pace import Pace
+from sessile.errors import NotReady
+
+if TYPE_CHECKING:
+    from sessile.core.machine import Machine, Planned
+
+IDLE_WAIT_NS_MAX = 500_000_000
+"""Longest wait of an idle loop, so that a signal is noticed and garbage is collected soon."""
+STUCK_WAIT_NS_MAX = 10_000_000
+"""Longest wait while there is work that could not be planned: some of it waits for a number of plans to pass."""
+SHUTDOWN_OP = -1
+"""Operation number of the loop's own CancelAll; no server uses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A launched step that is not settled."""
+
+    ticket: Ticket
+    plan: StepPlan
+    launched_ns: int
+
+
+class EngineLoop:
+    """Drives one machine and one executor; owns neither. Holds the step in flight and whether the end was asked for.
+
+    Not thread-safe but for `begin_shutdown`, which a signal handler may call.
+    """
+
+    def __init__(
+        self,
+        machine: "Machine",
+        executor: Executor,
+        inbox: Inbox,
+        outbox: Outbox,
+        clock: Clock,
+        *,
+        overlap: bool = True,
+        pace: Pace | None = None,
+        collector: IdleCollector | None = None,
+    ) -> None:
+        self._machine = machine
+        self._executor = executor
+        self._inbox = inbox
+        self._outbox = outbox
+        self._clock = clock
+        self._overlap = overlap
+        self._pace = pace
+        self._collector = collector
+        self._times = StepTimes()
+        self._in_flight: StepInFlight | None = None
+        self._settled_ns = 0
+        self._turned = False
+        self._drain_until_ns: int | None = None
+        self.stopped = False
+        if pace:
+            machine.set_chunk_tokens(pace.chunk_tokens)
+
+    def run(self) -> None:
+        """Turn until a shutdown is complete. Raises what the machine or the device raises: there is no going on."""
+        while not self.stopped:
+            self.turn()
+
+    def turn(self) -> None:
+        """Take in what has come, plan and launch a step while the last one runs, settle that, send all effects.
+
+        A plan with a late part (drafts) waits for the tokens of the step in flight: settle first, then launch.
+        """
+        self._take_in()
+        self._machine.tick(self._clock.now_ns())  # After the wait: stamps what was just taken in (H70).
+        planned = self._plan()
+        self._turned = planned is not None or self._in_flight is not None
+        if planned is None or planned.late:
+            self._settle()
+        launched = self._launch(planned)
+        self._settle()
+        self._in_flight = launched
+        if not self._overlap:
+            self._settle()
+        if effects := self._machine.take_effects():
+            self._outbox.send(self._times.stamp(effects))
+        self._finish_shutdown()
+
+    def begin_shutdown(self, drain_s: float) -> None:
+        """Refuse new work from now on and stop when all is done, or when drain_s have passed: then the rest is aborted.
+
+        A second call may only shorten the time.
+        """
+        until_ns = self._clock.now_ns() + int(drain_s * 1e9)
+        self._drain_until_ns = until_ns if self._drain_until_ns is None else min(until_ns, self._drain_until_ns)
+
+    def _take_in(self) -> None:
+        """Pass on what has come; with nothing to do, wait for it, until the machine's next timer at the latest."""
+        messages = self._inbox.take(self._wait_ns())
+        if self._collector:
+            note = self._collector.note_use if messages or self._turned else self._collector.note_idle
+            note(self._clock.now_ns())
+        for message in messages:
+            self._receive(message)
+
+    def _wait_ns(self) -> int:
+        """How long this turn may wait for messages: not at all while steps are planned or settled."""
+        if self._turned or self._in_flight:
+            return 0
+        longest = STUCK_WAIT_NS_MAX if self._machine.has_work else IDLE_WAIT_NS_MAX
+        deadline_ns = self._machine.next_deadline_ns
+        if deadline_ns is None:
+            return longest
+        return min(longest, max(0, deadline_ns - self._clock.now_ns()))
+
+    def _receive(self, message: ToEngine) -> None:
+        """Pass a message on to the machine, unless it is about the end of this engine or would prolong its life."""
+        if isinstance(message, Shutdown):
+            self.begin_shutdown(message.drain_s)
+        elif self._drain_until_ns is not None and isinstance(message, Submit | OpenSession):
+            self._outbox.send(refused_while_stopping(message))
+        else:
+            self._machine.receive(message)
+
+    def _plan(self) -> "Planned | None":
+        started_ns = self._clock.now_ns()
+        planned = self._machine.plan()
+        self._times.plan_ns_total += self._clock.now_ns() - started_ns
+        return planned
+
+    def _launch(self, planned: "Planned | None") -> StepInFlight | None:
+        """Complete and launch a planned step; None if there is none, or none of its rows is left."""
+        if planned is None:
+            return None
+        started_ns = self._clock.now_ns()
+        plan = self._machine.complete(planned)
+        launched_ns = self._clock.now_ns()
+        self._times.plan_ns_total += launched_ns - started_ns
+        return StepInFlight(self._executor.launch(plan), plan, launched_ns) if plan else None
+
+    def _settle(self) -> None:
+        """Wait for the step in flight, if there is one, and let the machine settle it."""
+        step = self._in_flight
+        if step is None:
+            return
+        self._in_flight = None
+        result = step.ticket.result()
+        done_ns = self._clock.now_ns()
+        # The device begins a step when it is launched or when the one before it is done, whichever is later.
+        step_ns = done_ns - max(step.launched_ns, self._settled_ns)
+        self._machine.settle(result)
+        self._settled_ns = done_ns
+        self._times.step_ns_total += step_ns
+        self._times.plan_ns_total += self._clock.now_ns() - done_ns
+        if self._pace:
+            self._machine.set_chunk_tokens(self._pace.observe(step.plan.tokens.size, step_ns / 1e6))
+
+    def _finish_shutdown(self) -> None:
+        """Stop once nothing is left to do; past the drain time, abort what is left."""
+        if self._drain_until_ns is None:
+            return
+        if self._machine.has_work and self._clock.now_ns() >= self._drain_until_ns:
+            self._machine.receive(CancelAll(SHUTDOWN_OP))
+        elif not self._machine.has_work and self._in_flight is None:
+            self.stopped = True
+
+
+def refused_while_stopping(message: Submit | OpenSession) -> Batch:
+    """The answer to a message that asks a stopping engine for new work."""
+    refusal = NotReady("the server is shutting down; try again on another one or later")
+    if isinstance(message, Submit):
+        done = Done(
+            key=message.key, reason="error", status=refusal.status, code=refusal.code, message=refusal.message
+        )
+        return Batch(step=0, done=[done])
+    error = Refusal(status=refusal.status, code=refusal.code, message=refusal.message)
+    return Batch(step=0, replies=[Reply(op=message.op, error=error)])

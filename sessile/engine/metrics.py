@@ -1,0 +1,27 @@
+"""Wall-clock totals of the step loop. The core knows no clock, so the loop counts and stamps its answers."""
+
+import msgspec
+
+from sessile.contract.messages import Batch, Reply, Stats
+
+
+class StepTimes:
+    """Running totals: time the device spent on steps and time the host spent on planning and settling them."""
+
+    def __init__(self) -> None:
+        self.step_ns_total = 0
+        self.plan_ns_total = 0
+
+    def stamp(self, batch: Batch) -> Batch:
+        """The batch with the totals written into every Stats among its replies."""
+        if not any(isinstance(reply.value, Stats) for reply in batch.replies):
+            return batch
+        return msgspec.structs.replace(batch, replies=[self._stamp_reply(reply) for reply in batch.replies])
+
+    def _stamp_reply(self, reply: Reply) -> Reply:
+        if not isinstance(reply.value, Stats):
+            return reply
+        stamped = msgspec.structs.replace(
+            reply.value, step_wall_s_total=self.step_ns_total / 1e9, plan_wall_s_total=self.plan_ns_total / 1e9
+        )
+        return msgspec.structs.replace(reply, value=stamped)

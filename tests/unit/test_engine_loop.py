@@ -1,0 +1,310 @@
+"""The step loop, driven with a scripted machine and device that write down who was called when."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from sessile.contract.messages import (
+    Batch,
+    Cancel,
+    CancelAll,
+    Done,
+    GetStats,
+    OpenSession,
+    Reply,
+    Sampling,
+    Shutdown,
+    Submit,
+)
+from sessile.contract.plan import StepPlan, StepResult
+from sessile.engine.inbox import LocalInbox
+from sessile.engine.loop import IDLE_WAIT_NS_MAX, STUCK_WAIT_NS_MAX, EngineLoop
+from sessile.engine.outbox import LocalOutbox
+from sessile.engine.pace import Pace
+from tests.unit.stats import stats_of_nothing
+
+
+@dataclass
+class ManualClock:
+    """Time that moves when told to."""
+
+    time_ns: int = 1
+
+    def now_ns(self) -> int:
+        return self.time_ns
+
+
+@dataclass
+class ScriptedPlan:
+    step: int
+    late: bool = False
+
+
+@dataclass
+class ScriptedMachine:
+    """Plans a given number of steps; writes every call into the log that it shares with the device."""
+
+    log: list[str]
+    steps_left: int = 0
+    late: bool = False
+    empties: frozenset[int] = frozenset()
+    next_deadline_ns: int | None = None
+    stuck: bool = False
+    chunk_tokens: list[int] = field(default_factory=list)
+    received: list[object] = field(default_factory=list)
+    step: int = 0
+    unsettled: int = 0
+    effects: Batch | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.stuck or self.steps_left > 0 or self.unsettled > 0
+
+    def receive(self, message: object) -> None:
+        self.received.append(message)
+        if isinstance(message, GetStats):
+            self.effects = Batch(step=self.step, replies=[Reply(op=message.op, value=stats_of_nothing())])
+        if isinstance(message, CancelAll):
+            self.steps_left, self.stuck = 0, False
+
+    def tick(self, now_ns: int) -> None:
+        self.log.append(f"tick {now_ns}")
+
+    def set_chunk_tokens(self, tokens: int) -> None:
+        self.chunk_tokens.append(tokens)
+
+    def plan(self) -> ScriptedPlan | None:
+        assert self.unsettled <= 1
+        if self.steps_left == 0:
+            return None
+        self.steps_left -= 1
+        self.step += 1
+        self.log.append(f"plan {self.step}")
+        return ScriptedPlan(self.step, self.late)
+
+    def complete(self, planned: ScriptedPlan) -> StepPlan | None:
+        if planned.step in self.empties:
+            return None
+        self.log.append(f"complete {planned.step}")
+        self.unsettled += 1
+        return StepPlan.empty(planned.step, tokens=np.zeros(64, np.int32))
+
+    def settle(self, result: StepResult) -> None:
+        self.log.append(f"settle {result.step}")
+        self.unsettled -= 1
+        self.effects = Batch(step=result.step, done=[Done(key=result.step, reason="stop")])
+
+    def take_effects(self) -> Batch | None:
+        effects, self.effects = self.effects, None
+        return effects
+
+
+@dataclass
+class ScriptedDevice:
+    """Writes launches and waits into the log; a step takes step_ns of the clock once it is waited for."""
+
+    log: list[str]
+    clock: ManualClock
+    step_ns: int = 0
+
+    def launch(self, plan: StepPlan) -> "ScriptedTicket":
+        self.log.append(f"launch {plan.step}")
+        return ScriptedTicket(self, plan.step)
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+@dataclass
+class ScriptedTicket:
+    device: ScriptedDevice
+    step: int
+
+    def result(self) -> StepResult:
+        self.device.clock.time_ns += self.device.step_ns
+        none = np.empty(0, np.int32)
+        return StepResult(self.step, none, none, none, none, np.empty(0, bool))
+
+
+class WatchedInbox(LocalInbox):
+    """Notes how long the loop was willing to wait."""
+
+    def __init__(self, messages: tuple[object, ...] = ()) -> None:
+        super().__init__(messages)  # type: ignore[arg-type]
+        self.waits_ns: list[int] = []
+
+    def take(self, wait_ns: int) -> list[object]:  # type: ignore[override]
+        self.waits_ns.append(wait_ns)
+        return super().take(wait_ns)  # type: ignore[return-value]
+
+
+@dataclass
+class Rig:
+    """A loop with everything around it scripted."""
+
+    log: list[str]
+    machine: ScriptedMachine
+    device: ScriptedDevice
+    clock: ManualClock
+    inbox: WatchedInbox
+    outbox: LocalOutbox
+    loop: EngineLoop
+
+    def calls(self) -> list[str]:
+        return [line for line in self.log if not line.startswith("tick")]
+
+
+def rig(*messages: object, overlap: bool = True, step_ns: int = 0, pace: Pace | None = None, **script: object) -> Rig:
+    log: list[str] = []
+    machine, clock = ScriptedMachine(log, **script), ManualClock()  # type: ignore[arg-type]
+    device, inbox, outbox = ScriptedDevice(log, clock, step_ns), WatchedInbox(messages), LocalOutbox()
+    loop = EngineLoop(machine, device, inbox, outbox, clock, overlap=overlap, pace=pace)  # type: ignore[arg-type]
+    return Rig(log, machine, device, clock, inbox, outbox, loop)
+
+
+def submit(key: int) -> Submit:
+    return Submit(key=key, tokens=b"", sampling=Sampling(seed=0))
+
+
+def test_the_next_step_is_launched_before_the_one_in_flight_is_settled() -> None:
+    r = rig(steps_left=2)
+    for _ in range(3):
+        r.loop.turn()
+    assert r.calls() == ["plan 1", "complete 1", "launch 1", "plan 2", "complete 2", "launch 2", "settle 1", "settle 2"]
+
+
+def test_without_overlap_a_step_is_settled_before_the_next_is_planned() -> None:
+    r = rig(steps_left=2, overlap=False)
+    for _ in range(2):
+        r.loop.turn()
+    assert r.calls() == ["plan 1", "complete 1", "launch 1", "settle 1", "plan 2", "complete 2", "launch 2", "settle 2"]
+
+
+def test_a_late_plan_is_completed_after_the_step_in_flight_is_settled() -> None:
+    r = rig(steps_left=2, late=True)
+    for _ in range(2):
+        r.loop.turn()
+    assert r.calls() == ["plan 1", "complete 1", "launch 1", "plan 2", "settle 1", "complete 2", "launch 2"]
+
+
+def test_a_plan_that_lost_all_its_rows_is_not_launched() -> None:
+    r = rig(steps_left=2, empties=frozenset({2}))
+    for _ in range(3):
+        r.loop.turn()
+    assert "launch 2" not in r.log
+    assert r.calls()[-1] == "settle 1"
+
+
+def test_effects_of_a_step_go_out_in_the_turn_that_settled_it() -> None:
+    r = rig(steps_left=1)
+    r.loop.turn()
+    assert r.outbox.take() == []
+    r.loop.turn()
+    assert [batch.done[0].key for batch in r.outbox.take()] == [1]
+
+
+def test_the_loop_does_not_wait_for_messages_while_anything_turns() -> None:
+    r = rig(steps_left=1)
+    for _ in range(4):
+        r.loop.turn()
+    # Idle at first; then a step was planned, then one was settled, and only then nothing happened.
+    assert [wait > 0 for wait in r.inbox.waits_ns] == [True, False, False, True]
+
+
+def test_h70_an_idle_loop_waits_until_the_next_timer_and_no_longer() -> None:
+    r = rig(next_deadline_ns=5_000_001)
+    r.loop.turn()
+    assert r.inbox.waits_ns == [5_000_000]
+
+
+def test_h70_a_timer_that_is_overdue_is_not_waited_for() -> None:
+    r = rig(next_deadline_ns=0)
+    r.loop.turn()
+    assert r.inbox.waits_ns == [0]
+
+
+def test_without_timers_an_idle_loop_still_wakes_to_see_signals() -> None:
+    r = rig()
+    r.loop.turn()
+    assert r.inbox.waits_ns == [IDLE_WAIT_NS_MAX]
+
+
+def test_work_that_cannot_be_planned_now_is_tried_again_soon() -> None:
+    r = rig(stuck=True)
+    r.loop.turn()
+    assert r.inbox.waits_ns == [STUCK_WAIT_NS_MAX]
+
+
+def test_h70_time_is_told_to_the_machine_after_the_wait() -> None:
+    r = rig(Cancel(7))
+    taken_at_ns = 99
+
+    def take_late(wait_ns: int) -> list[object]:
+        r.clock.time_ns = taken_at_ns
+        return [Cancel(7)]
+
+    r.inbox.take = take_late  # type: ignore[method-assign,assignment]
+    r.loop.turn()
+    assert r.log == [f"tick {taken_at_ns}"]
+
+
+def test_stats_carry_the_wall_time_of_steps() -> None:
+    r = rig(steps_left=2, step_ns=3_000_000)
+    for _ in range(3):
+        r.loop.turn()
+    r.outbox.take()
+    r.inbox.put(GetStats(op=5))
+    r.loop.turn()
+    (batch,) = r.outbox.take()
+    stats = batch.replies[0].value
+    assert stats.step_wall_s_total == pytest.approx(0.006)  # type: ignore[union-attr]
+
+
+def test_the_pace_lowers_the_budget_after_a_step_that_took_too_long() -> None:
+    r = rig(steps_left=1, step_ns=1_000_000_000, pace=Pace(limit_ms=250, chunk_tokens_max=512))
+    for _ in range(2):
+        r.loop.turn()
+    assert r.machine.chunk_tokens == [64, 16]
+
+
+def test_a_shutdown_finishes_what_runs_and_refuses_what_is_new() -> None:
+    r = rig(Shutdown(drain_s=10), submit(9), OpenSession(op=4, session="s"), steps_left=3)
+    r.loop.run()
+    assert r.calls()[-1] == "settle 3"
+    batches = r.outbox.take()
+    refused = [(done.key, done.status) for batch in batches for done in batch.done if done.reason == "error"]
+    assert refused == [(9, 503)]
+    assert [(reply.op, reply.error.status) for b in batches for reply in b.replies if reply.error] == [(4, 503)]
+    assert r.machine.received == []
+
+
+def test_cancels_still_reach_the_machine_while_it_drains() -> None:
+    r = rig(Shutdown(drain_s=10), Cancel(1), steps_left=1)
+    r.loop.run()
+    assert r.machine.received == [Cancel(1)]
+
+
+def test_a_shutdown_without_drain_aborts_what_runs() -> None:
+    r = rig(Shutdown(), steps_left=1_000)
+    r.loop.run()
+    assert [type(message) for message in r.machine.received] == [CancelAll]
+    assert r.machine.steps_left == 0 and r.machine.unsettled == 0
+
+
+def test_a_drain_that_takes_too_long_ends_in_an_abort() -> None:
+    r = rig(Shutdown(drain_s=0.01), steps_left=1_000, step_ns=3_000_000)
+    r.loop.run()
+    assert 3 <= r.machine.step <= 6
+    assert isinstance(r.machine.received[-1], CancelAll)
+
+
+def test_a_failing_step_ends_the_loop_with_the_devices_own_error() -> None:
+    r = rig(steps_left=5)
+
+    def launch(plan: StepPlan) -> "ScriptedTicket":
+        raise MemoryError("the pool is gone")
+
+    r.device.launch = launch  # type: ignore[method-assign]
+    with pytest.raises(MemoryError, match="the pool is gone"):
+        r.loop.run()
