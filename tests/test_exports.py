@@ -1,0 +1,56 @@
+"""What a module declares in `__all__` is there, and a package's public names come from where they say."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import sessile
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "sessile").rglob("*.py"))
+    if path.name != "__main__.py"
+}
+
+
+def declared_all(path: Path) -> list[str] | None:
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_can_be_imported_and_says_what_it_is(name: str) -> None:
+    assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.parametrize("name", [name for name, path in MODULES.items() if declared_all(path) is not None])
+def test_all_lists_each_public_name_once_and_truly(name: str) -> None:
+    module = importlib.import_module(name)
+    listed = declared_all(MODULES[name])
+    assert listed is not None
+    assert len(listed) == len(set(listed)), f"{name}.__all__ lists a name twice"
+    assert [each for each in listed if not hasattr(module, each)] == [], f"{name}.__all__ lists what is not there"
+    assert [each for each in listed if each.startswith("_")] == [], f"{name}.__all__ lists private names"
+
+
+def test_every_package_is_a_package() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_version_is_the_one_of_the_distribution() -> None:
+    assert sessile.__version__ == version("sessile")
+
+
+def test_importing_the_package_does_not_load_torch() -> None:
+    code = "import sys, sessile, sessile.errors, sessile.units, sessile.contract.messages; print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.strip() == "False"
