@@ -1,0 +1,1 @@
+"""Text at the edge of the engine: tokenizer, vocabulary as bytes, incremental detokeniser, chat template. No torch."""

@@ -1,0 +1,152 @@
+"""Chat messages to one prompt, with the Jinja template that comes with a model, in a sandbox."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, ClassVar, NoReturn, TypedDict
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sessile.errors import InvalidRequest, StartupError
+
+_ROLES = ("system", "developer", "user", "assistant")
+_FIELDS = frozenset({"role", "content", "name"})
+
+
+class Message(TypedDict, total=False):
+    """One checked message: role, content as plain text, and perhaps a name."""
+
+    role: str
+    content: str
+    name: str
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    source: Jinja text. variables: what the template may name beside the messages, such as bos_token. Raises
+    StartupError if the source is no template.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        self.source = source
+        self._variables = dict(variables)
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateSyntaxError as error:
+            raise StartupError(
+                f"the model's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
+                "Repair it in the model's folder, or use another model."
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for checked messages. Raises InvalidRequest with the template's own words if it refuses them."""
+        names = {**self._variables, "tools": None, "documents": None, **(variables or {})}
+        try:
+            return self._template.render(
+                {**names, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"the chat template refused the messages: {error}", param="messages") from error
+        except Exception as error:  # a template is foreign code: whatever it raises is about these messages
+            raise InvalidRequest(
+                f"the chat template failed on the messages: {type(error).__name__}: {error}", param="messages"
+            ) from error
+
+
+def check_messages(messages: object) -> list[Message]:
+    """Check chat messages from a client; return them with content as one string (text parts joined by newlines).
+
+    Raises InvalidRequest naming the field at fault. "developer" becomes "system", which is what templates know.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list of at least one message", param="messages")
+    return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _check_message(message: object, field: str) -> Message:
+    if not isinstance(message, dict):
+        raise InvalidRequest(f"{field} must be an object with role and content", param=field)
+    for name in message:
+        if name not in _FIELDS and message[name] is not None:
+            raise InvalidRequest(f"{field}.{name} is not supported", param=f"{field}.{name}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidRequest(f"{field}.role must be one of {', '.join(_ROLES)}; got {role!r}", param=f"{field}.role")
+    checked = Message(
+        role="system" if role == "developer" else role,
+        content=_check_content(message.get("content"), f"{field}.content"),
+    )
+    if message.get("name") is not None:
+        if not isinstance(message["name"], str):
+            raise InvalidRequest(f"{field}.name must be a string", param=f"{field}.name")
+        checked["name"] = message["name"]
+    return checked
+
+
+def _check_content(content: object, field: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidRequest(f"{field} must be a string or a list of text parts", param=field)
+    texts = []
+    for index, part in enumerate(content):
+        name = f"{field}[{index}]"
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise InvalidRequest(f'{name} must be {{"type": "text", "text": …}}; got {kind!r}', param=name)
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{name}.text must be a string", param=f"{name}.text")
+        if unknown := sorted(map(str, part.keys() - {"type", "text"})):
+            raise InvalidRequest(f"{name}.{unknown[0]} is not supported", param=f"{name}.{unknown[0]}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it is just its body."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that templates of the hub are written for: transformers' settings, filters and globals."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As JSON without the HTML escapes of Jinja's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

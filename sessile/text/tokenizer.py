@@ -1,0 +1,80 @@
+"""The one Tokenizer that server and clients use, whatever file it was built from (see from_gguf.py, from_folder.py)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from sessile.contract.model import ModelFacts
+from sessile.errors import InvalidRequest
+from sessile.text.detokenise import TextStream
+from sessile.text.template import ChatTemplate, Message
+from sessile.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """Text ⇄ token ids of one model. Immutable, usable from any thread.
+
+    eos_ids: tokens that end an output. bos_id: the token that `encode` puts first; None if it puts none (a model may
+    name a BOS that its prompts never start with: SmolLM2 names <|im_start|>). template: None if the model has none.
+    strips_space: the encoder puts a space before the text, which `decode` takes away again.
+    """
+
+    backend: tokenizers.Tokenizer
+    vocabulary: Vocabulary
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    template: ChatTemplate | None
+    strips_space: bool = False
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of text; special tokens written in it are taken as such. add_special_tokens: BOS and the like.
+
+        Raises InvalidRequest for text with half a surrogate pair, which no encoding has.
+        """
+        try:
+            # The batch call leaves out the offsets, which nobody here reads.
+            encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"text is not valid Unicode: {error.reason}", param="text") from error
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD. For a growing output see `stream`."""
+        text = self.vocabulary.join(tokens, skip_special_tokens=skip_special_tokens).decode(errors="replace")
+        return text.removeprefix(" ") if self.strips_space else text
+
+    def stream(self, *, skip_special_tokens: bool = True, stops: Sequence[bytes] = ()) -> TextStream:
+        """A new TextStream for one output."""
+        return TextStream(self.vocabulary, skip_special_tokens=skip_special_tokens, stops=stops)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for checked messages (see `check_messages`), to be encoded without special tokens.
+
+        Raises InvalidRequest if the model has no chat template or the template refuses.
+        """
+        if self.template is None:
+            raise InvalidRequest(
+                "the model has no chat template; send a prompt to /generate or /v1/completions", param="messages"
+            )
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of `render_chat`; what the template wrote is all there is."""
+        prompt = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(prompt, add_special_tokens=False)
+
+    def facts(self, *, vocab_size: int, context_tokens: int) -> ModelFacts:
+        """What the core needs to know, for a model of this vocabulary size and context length."""
+        return self.vocabulary.facts(
+            vocab_size=vocab_size, context_tokens=context_tokens, eos_ids=self.eos_ids, bos_id=self.bos_id
+        )
