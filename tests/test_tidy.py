@@ -321,8 +321,3 @@ def test_no_test_is_skipped() -> None:
         if node.attr in banned and ast.unparse(node).startswith("pytest.")
     ]
     refuse(offenders, "a test runs or is removed")
-
-
-@pytest.mark.parametrize("path", [path for path in LIBRARY], ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(tree_of(path)), f"{path.relative_to(ROOT)} has no docstring"

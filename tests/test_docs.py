@@ -1,0 +1,135 @@
+"""What the documents show is there: commands, flags, links, tests, switches."""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sessile.cli import build_parser
+from sessile.config import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
+DOC_IDS = [str(path.relative_to(ROOT)) for path in DOCS]
+every_document = pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
+
+
+def fenced(path: Path, language: str) -> Iterator[str]:
+    """The fenced blocks of a language in a document."""
+    yield from re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def shown_commands(path: Path) -> Iterator[str]:
+    """Each line of a shell block and each piece of inline code, without comments."""
+    for block in fenced(path, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.split("  #")[0]
+    prose = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    yield from re.findall(r"`([^`\n]+)`", prose)
+
+
+def subparsers_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+@every_document
+def test_every_make_target_that_is_shown_exists(path: Path) -> None:
+    shown = {
+        target
+        for command in shown_commands(path)
+        for target in re.findall(r"(?:^|[|;&] *)make ([a-z]+)", command)
+    }
+    assert shown - make_targets() == set()
+
+
+def check_sessile_command(words: list[str]) -> None:
+    """Walk the words of a `sessile …` command through the parser's commands and flags."""
+    parser = build_parser()
+    for word in words:
+        commands = subparsers_of(parser)
+        if word in {"…", "|"}:
+            return
+        if word.startswith("--"):
+            assert word.split("=")[0] in parser._option_string_actions, f"{parser.prog} has no {word}"
+        elif commands:
+            assert word in commands, f"{parser.prog} has no command {word}"
+            parser = commands[word]
+
+
+@every_document
+def test_every_sessile_command_that_is_shown_exists(path: Path) -> None:
+    for command in shown_commands(path):
+        found = re.match(r"(?:\S*/)?sessile ([a-z].*)", command)
+        if found:
+            check_sessile_command(shlex.split(found[1]))
+        for arguments in re.findall(r'make (?:serve|chat) ARGS="([^"]*)"', command):
+            check_sessile_command(["serve", *arguments.split()])
+
+
+@every_document
+def test_every_flag_that_is_named_exists(path: Path) -> None:
+    known = {f"--{flag}" for setting in settings() for flag in setting.flags}
+    for parser in [build_parser(), *subparsers_of(build_parser()).values()]:
+        known |= set(parser._option_string_actions)
+    named = {match for command in shown_commands(path) for match in re.findall(r"^(--[a-z][a-z-]+)", command)}
+    assert named - known - {"--no-deps"} == set()
+
+
+@every_document
+def test_every_python_example_compiles(path: Path) -> None:
+    for source in fenced(path, "python"):
+        assert ast.parse(source).body
+
+
+@every_document
+def test_every_link_inside_the_repository_leads_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8"))
+    inside = [target for target in targets if "://" not in target]
+    assert [target for target in inside if not (path.parent / target).exists()] == []
+
+
+@every_document
+def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
+    roots = "sessile|tests|docs|scripts"
+    named = {match for text in shown_commands(path) for match in re.findall(rf"^((?:{roots})/[\w./-]*)$", text)}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_page_of_switches_is_the_one_the_declarations_make() -> None:
+    render = runpy.run_path(str(ROOT / "scripts" / "write_switches.py"))["render"]
+    written = (ROOT / "docs" / "SWITCHES.md").read_text("utf-8")
+    assert written == render(), "run .venv/bin/python scripts/write_switches.py"
+
+
+def test_the_architecture_names_every_folder_and_no_other() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text("utf-8")
+    named = set(re.findall(r"^\| .*?`sessile/([a-z]+)/`", page, re.MULTILINE))
+    there = {path.parent.name for path in (ROOT / "sessile").glob("*/__init__.py")}
+    assert named == there
+
+
+def test_every_test_that_an_invariant_rests_on_exists() -> None:
+    page = (ROOT / "docs" / "INVARIANTS.md").read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 10
+    assert [name for name in sorted(named) if f"def {name}(" not in source] == []
+
+
+def test_the_readme_table_of_adrs_is_complete() -> None:
+    index = (ROOT / "docs" / "adr" / "README.md").read_text("utf-8")
+    files = [path.name for path in sorted((ROOT / "docs" / "adr").glob("0*.md"))]
+    assert files
+    assert [name for name in files if f"({name})" not in index] == []
