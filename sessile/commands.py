@@ -1,0 +1,136 @@
+"""What each command does, once its configuration is known. Imports what a command needs when it runs."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sessile.config import Config
+from sessile.errors import StartupError
+
+SERVER_START_TIMEOUT_S = 600.0
+SERVER_STOP_TIMEOUT_S = 15.0
+POLL_S = 0.05
+
+
+def engine(address: str) -> int:
+    """Be the engine process of a server that listens at address and holds our standard input."""
+    from sessile.engine.process import die_with_parent, ignore_interrupts, run_engine
+    from sessile.offline import open_configured_engine
+    from sessile.server.logs import configure_logs
+
+    ignore_interrupts()
+    config = Config.from_json(sys.stdin.readline())
+    die_with_parent()
+    configure_logs(config.server.log_format, config.server.log_level)
+    return run_engine(
+        address,
+        lambda clock: open_configured_engine(
+            config.model, config.device, config.scheduler, config.engine, clock=clock, report=report_progress
+        ),
+    )
+
+
+def report_progress(line: str) -> None:
+    """Show what a start is busy with."""
+    print(f"sessile: {line}", file=sys.stderr, flush=True)
+
+
+def doctor(config: Config) -> int:
+    """Examine this machine; 1 if something prevents serving."""
+    from sessile.doctor import main
+
+    return main(config)
+
+
+def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
+    """The options of a bench (a dataclass) and the function that runs it with them."""
+    if name == "step":
+        from sessile.bench.step import StepBenchOptions, measure_steps
+
+        return StepBenchOptions, measure_steps
+    if name == "history":
+        from sessile.bench.history import HistoryBenchOptions, measure_history
+
+        return HistoryBenchOptions, measure_history
+    from sessile.bench.sessions import main
+
+    return main
+
+
+def chat(config: Config, *, server_flags: Sequence[str], url: str | None) -> int:
+    """Talk to the server at url, or to one of our own that is started for the purpose and stopped afterwards."""
+    from sessile.chat import run_chat
+    from sessile.text.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.model)
+    if url:
+        return run_chat(url, tokenizer, stdin=sys.stdin, stdout=sys.stdout)
+    with own_server(config, server_flags) as own_url:
+        return run_chat(own_url, tokenizer, stdin=sys.stdin, stdout=sys.stdout)
+
+
+@contextlib.contextmanager
+def own_server(config: Config, flags: Sequence[str]) -> Iterator[str]:
+    """A server as a child process, ready to answer; its URL. Stopped on leaving.
+
+    Raises StartupError if it does not come up; it has said why on standard error.
+    """
+    port = config.server.port if any(flag.startswith("--port=") for flag in flags) else free_port(config.server.host)
+    command = [sys.executable, "-m", "sessile", "serve", "--log-level=warning", *flags, f"--port={port}"]
+    # A session of its own: Ctrl-C in the terminal is meant for the answer, not for the server. It ends with its
+    # standard input, should this process die without stopping it.
+    server = subprocess.Popen(
+        [*command, "--exit-with-stdin"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        url = f"http://{url_host(config.server.host)}:{port}"
+        wait_until_healthy(server, url)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(SERVER_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
+    """Return once the server answers /health with 200. Raises StartupError if it exits first or takes too long."""
+    import httpx
+
+    deadline_s = time.monotonic() + SERVER_START_TIMEOUT_S
+    with httpx.Client(trust_env=False) as client:
+        while time.monotonic() < deadline_s:
+            if server.poll() is not None:
+                raise StartupError("the server did not start; it says why above")
+            try:
+                if client.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass  # Not listening yet.
+            time.sleep(POLL_S)
+    raise StartupError(f"the server did not become ready within {SERVER_START_TIMEOUT_S:.0f} seconds")
+
+
+def free_port(host: str) -> int:
+    """A port that is free on this host at the moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def url_host(host: str) -> str:
+    """A host as it is written in a URL that reaches it from this machine."""
+    if host == "0.0.0.0":
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host

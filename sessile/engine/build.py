@@ -1,0 +1,160 @@
+"""Open an engine: a device, and a machine whose limits follow from settings, model and device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sessile.contract.messages import EngineReady
+from sessile.contract.model import ModelFacts
+from sessile.core.limits import Limits, SchedulerOptions
+from sessile.core.machine import Machine
+from sessile.engine.clock import Clock
+from sessile.engine.config import EngineOptions
+from sessile.engine.executor import Executor
+from sessile.engine.garbage import IdleCollector
+from sessile.engine.inbox import Inbox
+from sessile.engine.loop import EngineLoop
+from sessile.engine.outbox import Outbox
+from sessile.engine.pace import Pace
+
+CPU_STEP_LIMIT_MS = 250.0
+CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 8192
+
+
+class DeviceFacts(Protocol):
+    """What an opened device says of itself and of the model on it."""
+
+    @property
+    def kind(self) -> str:
+        """"cpu" or "cuda"."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_path(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def pages_total(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+
+
+class Device(Executor, Protocol):
+    """An executor that says what it is."""
+
+    @property
+    def facts(self) -> DeviceFacts: ...
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """What the scheduler asks of a device before it is opened; None leaves the choice to model or device."""
+
+    page_size: int
+    context_tokens: int | None
+    rows_max: int
+    drafts_max: int = 0
+
+
+OpenDevice = Callable[[DeviceRequest], Device]
+
+
+class DescribeModel(Protocol):
+    """What the tokenizer says of a model with this vocabulary size (padding included) and context length."""
+
+    def __call__(self, *, vocab_size: int, context_tokens: int) -> ModelFacts: ...
+
+
+@dataclass
+class Engine:
+    """An opened engine: machine and device, ready to be driven by a loop. Owns the device."""
+
+    machine: Machine
+    device: Device
+    ready: EngineReady
+    options: EngineOptions
+
+    def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
+        """The loop that drives this engine with the given ends and clock."""
+        limit_ms = self.options.step_limit_ms
+        if limit_ms is None:
+            limit_ms = CPU_STEP_LIMIT_MS if self.device.facts.kind == "cpu" else 0.0
+        return EngineLoop(
+            self.machine,
+            self.device,
+            inbox,
+            outbox,
+            clock,
+            overlap=self.options.overlap == "on",
+            pace=Pace(limit_ms, self.ready.chunk_tokens) if limit_ms else None,
+            collector=collector,
+        )
+
+
+def open_engine(
+    scheduler: SchedulerOptions,
+    options: EngineOptions,
+    open_device: OpenDevice,
+    describe_model: DescribeModel,
+    *,
+    on_cpu: bool,
+    clock: Clock,
+) -> Engine:
+    """Open the device and build the machine that its facts allow.
+
+    on_cpu decides defaults. The clock's origin is taken as the begin of the start. Raises StartupError.
+    """
+    rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
+    device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max))
+    facts = device.facts
+    limits = limits_for(scheduler, facts, rows_max, on_cpu=on_cpu)
+    machine = Machine(limits, describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens))
+    ready = EngineReady(
+        model_name=Path(facts.model_path).name.removesuffix(".gguf"),
+        model_path=facts.model_path,
+        architecture=facts.architecture,
+        dtype=facts.dtype,
+        device=facts.name,
+        vocab_size=facts.vocab_size,
+        context_tokens=limits.context_tokens,
+        page_size=limits.page_size,
+        pages_total=limits.pages_total,
+        rows_max=limits.rows_max,
+        chunk_tokens=limits.chunk_tokens,
+        kv_bytes=facts.kv_bytes,
+        weight_bytes=facts.weight_bytes,
+        start_s=clock.now_ns() / 1e9,
+    )
+    return Engine(machine, device, ready, options)
+
+
+def limits_for(scheduler: SchedulerOptions, facts: DeviceFacts, rows_max: int, *, on_cpu: bool) -> Limits:
+    """The bounds of a core on this device: what the settings say, else what suits the kind of device."""
+    return Limits(
+        pages_total=facts.pages_total,
+        page_size=facts.page_size,
+        rows_max=rows_max,
+        context_tokens=facts.context_tokens,
+        chunk_tokens=scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS),
+        mixed_chunk=scheduler.mixed_chunk == "on",
+        mixed_chunk_tokens=scheduler.mixed_chunk_tokens,
+        sessions_max=scheduler.sessions_max,
+        queue_max=scheduler.queue_max,
+        queue_tokens_max=scheduler.queue_tokens_max,
+        audit_level=scheduler.audit_level,
+        retract_every=scheduler.retract_every,
+    )

@@ -1,0 +1,106 @@
+"""The engine's own process: from the first connection to the exit status."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import zmq
+
+from sessile.contract.messages import EngineFailed
+from sessile.engine.clock import Clock, MonotonicClock
+from sessile.engine.garbage import IdleCollector
+from sessile.engine.inbox import SocketInbox
+from sessile.engine.loop import EngineLoop
+from sessile.engine.outbox import SocketOutbox
+from sessile.errors import StartupError
+
+if TYPE_CHECKING:
+    from sessile.engine.build import Engine
+
+LINGER_MS = 1_000
+"""How long a last message may take to leave before the process exits."""
+SIGTERM_DRAIN_S = 30.0
+
+EXIT_FAILED = 1
+EXIT_CANNOT_START = 2
+EXIT_ORPHANED = 3
+
+log = logging.getLogger("sessile.engine")
+
+
+def run_engine(address: str, open_engine: "Callable[[Clock], Engine]") -> int:
+    """Connect to the server at address (ipc://…), open the engine, drive it until it is told to stop.
+
+    Returns the exit status. Whatever fails is told to the server first, as EngineFailed; StartupErrors in their own
+    words, everything else with a traceback in the log.
+    """
+    clock = MonotonicClock()
+    context = zmq.Context(io_threads=1)
+    socket = context.socket(zmq.PAIR)
+    socket.set(zmq.RCVHWM, 0)  # What may wait is bounded by the server; a blocked one could not send a cancel.
+    socket.connect(address)
+    outbox = SocketOutbox(socket)
+    try:
+        engine = open_engine(clock)
+        outbox.send(engine.ready)
+        drive(engine, SocketInbox(socket), outbox, clock)
+    except StartupError as error:
+        outbox.send(EngineFailed(str(error)))
+        return EXIT_CANNOT_START
+    except Exception as error:
+        log.exception("the engine failed")
+        outbox.send(EngineFailed(f"the engine failed: {type(error).__name__}: {first_line(error)}"))
+        return EXIT_FAILED
+    finally:
+        socket.close(linger=LINGER_MS)
+        context.term()
+    return 0
+
+
+def drive(engine: "Engine", inbox: SocketInbox, outbox: SocketOutbox, clock: Clock) -> None:
+    """Run the engine's loop to its end, with SIGTERM as a drain, then close the device."""
+    collector = IdleCollector()
+    loop = engine.loop(inbox, outbox, clock, collector)
+    drain_on_sigterm(loop)
+    collector.take_over()
+    try:
+        loop.run()
+    finally:
+        collector.release()
+        engine.device.close()
+
+
+def drain_on_sigterm(loop: EngineLoop) -> None:
+    """SIGTERM ends the loop as a shutdown message does."""
+    signal.signal(signal.SIGTERM, lambda number, frame: loop.begin_shutdown(SIGTERM_DRAIN_S))
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal; what it means is the server's to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def die_with_parent() -> None:
+    """From now on, exit as soon as standard input ends: the server holds its other end and is gone then.
+
+    Starts a daemon thread that reads the file descriptor itself: one that waits inside sys.stdin would hold its lock
+    when the interpreter exits.
+    """
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        log.error("the server is gone; so is this engine")
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: a reason for a client, not a report."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else "no message"

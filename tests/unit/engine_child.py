@@ -1,0 +1,77 @@
+"""An engine process with a scripted machine and device: `python -m tests.unit.engine_child ADDRESS MODE`.
+
+MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step,
+"refuses" cannot start.
+"""
+
+import sys
+import time
+
+from sessile.contract.messages import EngineReady
+from sessile.contract.plan import StepPlan
+from sessile.engine.clock import Clock
+from sessile.engine.process import die_with_parent, ignore_interrupts, run_engine
+from sessile.errors import StartupError
+from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedTicket
+
+READY = EngineReady(
+    model_name="scripted",
+    model_path="scripted",
+    architecture="none",
+    dtype="none",
+    device="none",
+    vocab_size=2,
+    context_tokens=2,
+    page_size=1,
+    pages_total=3,
+    rows_max=1,
+    chunk_tokens=1,
+    kv_bytes=0,
+    weight_bytes=0,
+    start_s=0.0,
+)
+
+
+class BreakingDevice(ScriptedDevice):
+    def launch(self, plan: StepPlan) -> ScriptedTicket:
+        raise MemoryError("out of memory\nand more lines")
+
+
+class SlowDevice(ScriptedDevice):
+    def launch(self, plan: StepPlan) -> ScriptedTicket:
+        time.sleep(0.001)
+        self.log.clear()
+        return super().launch(plan)
+
+
+class ScriptedEngine:
+    """What `run_engine` needs of an engine."""
+
+    def __init__(self, mode: str) -> None:
+        steps = {"busy": 10**9, "fails": 1}.get(mode, 0)
+        kind = BreakingDevice if mode == "fails" else SlowDevice
+        self.machine = ScriptedMachine([], steps_left=steps)
+        self.device = kind([], ManualClock())
+        self.ready = READY
+
+    def loop(self, *ends: object) -> object:
+        from sessile.engine.loop import EngineLoop
+
+        inbox, outbox, clock, collector = ends
+        return EngineLoop(self.machine, self.device, inbox, outbox, clock, collector=collector)  # type: ignore[arg-type]
+
+
+def main(address: str, mode: str) -> int:
+    ignore_interrupts()
+    die_with_parent()
+
+    def open_engine(clock: Clock) -> ScriptedEngine:
+        if mode == "refuses":
+            raise StartupError("no model at nowhere")
+        return ScriptedEngine(mode)
+
+    return run_engine(address, open_engine)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

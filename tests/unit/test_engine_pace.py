@@ -1,0 +1,52 @@
+"""Pace: steps stay under the limit on a device whose speed is not known in advance."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sessile.engine.pace import CHUNK_TOKENS_MIN, Pace
+
+
+def paced_steps(pace: Pace, ms_per_token: float, steps: int, fixed_ms: float = 0.0) -> list[float]:
+    """Times of steps that use the whole budget each."""
+    times = []
+    for _ in range(steps):
+        times.append(fixed_ms + pace.chunk_tokens * ms_per_token)
+        pace.observe(pace.chunk_tokens, times[-1])
+    return times
+
+
+def test_a_fast_device_reaches_the_configured_budget_within_a_few_steps() -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=512)
+    paced_steps(pace, ms_per_token=0.1, steps=4)
+    assert pace.chunk_tokens == 512
+
+
+@given(ms_per_token=st.floats(0.05, 10), fixed_ms=st.floats(0, 50))
+def test_after_the_first_steps_no_step_is_over_the_limit(ms_per_token: float, fixed_ms: float) -> None:
+    times = paced_steps(Pace(limit_ms=250, chunk_tokens_max=8192), ms_per_token, steps=20, fixed_ms=fixed_ms)
+    assert max(times[6:]) <= 250
+
+
+def test_a_step_that_was_short_for_lack_of_work_does_not_raise_the_budget() -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=512)
+    assert pace.observe(step_tokens=1, step_ms=5) == 64
+
+
+def test_the_budget_never_falls_below_a_useful_chunk() -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=512)
+    assert pace.observe(step_tokens=64, step_ms=60_000) == CHUNK_TOKENS_MIN
+
+
+@pytest.mark.parametrize("configured", [1, 7, 40])
+def test_a_small_configured_budget_is_never_exceeded(configured: int) -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=configured)
+    paced_steps(pace, ms_per_token=0.01, steps=5)
+    assert pace.chunk_tokens == configured
+
+
+def test_the_budget_follows_when_attention_makes_chunks_dearer() -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=512)
+    paced_steps(pace, ms_per_token=0.1, steps=5)
+    times = paced_steps(pace, ms_per_token=1.0, steps=3)
+    assert times[0] > 250 and max(times[1:]) <= 250

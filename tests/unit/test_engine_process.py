@@ -1,0 +1,124 @@
+"""The engine as a child process: what it says first and last, and when it ends."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from sessile.contract.messages import EngineFailed, EngineReady, FromEngine, GetStats, Shutdown, Stats, ToEngine
+from sessile.engine.process import EXIT_CANNOT_START, EXIT_FAILED, EXIT_ORPHANED
+
+WAIT_S = 20
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Child:
+    """A running engine and the server's end of its link."""
+
+    process: "subprocess.Popen[bytes]"
+    socket: "zmq.Socket[bytes]"
+
+    def receive(self) -> FromEngine:
+        assert self.socket.poll(WAIT_S * 1000), "the engine says nothing"
+        message: FromEngine = msgspec.msgpack.decode(self.socket.recv(), type=FromEngine)
+        return message
+
+    def send(self, message: ToEngine) -> None:
+        self.socket.send(msgspec.msgpack.encode(message))
+
+    def wait(self) -> int:
+        return self.process.wait(WAIT_S)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Child]]:
+    context = zmq.Context()
+    children: list[Child] = []
+
+    def start_child(mode: str) -> Child:
+        address = f"ipc://{tmp_path}/{len(children)}"
+        socket = context.socket(zmq.PAIR)
+        socket.bind(address)
+        command = [sys.executable, "-m", "tests.unit.engine_child", address, mode]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        children.append(Child(process, socket))
+        return children[-1]
+
+    yield start_child
+    for child in children:
+        child.process.kill()
+        child.process.communicate()
+        child.socket.close(linger=0)
+    context.term()
+
+
+def test_the_first_message_says_what_is_served(start: Callable[[str], Child]) -> None:
+    message = start("idle").receive()
+    assert isinstance(message, EngineReady) and message.model_name == "scripted"
+
+
+def test_a_question_for_stats_is_answered_while_idle(start: Callable[[str], Child]) -> None:
+    child = start("idle")
+    child.receive()
+    child.send(GetStats(op=3))
+    batch = child.receive()
+    (reply,) = batch.replies  # type: ignore[union-attr]
+    assert reply.op == 3 and isinstance(reply.value, Stats)
+
+
+def test_a_shutdown_message_ends_the_process_with_status_0(start: Callable[[str], Child]) -> None:
+    child = start("idle")
+    child.receive()
+    child.send(Shutdown())
+    assert child.wait() == 0
+
+
+def test_sigterm_ends_an_idle_engine_with_status_0(start: Callable[[str], Child]) -> None:
+    child = start("idle")
+    child.receive()
+    child.process.send_signal(signal.SIGTERM)
+    assert child.wait() == 0
+
+
+def test_sigint_is_left_to_the_parent(start: Callable[[str], Child]) -> None:
+    child = start("idle")
+    child.receive()
+    child.process.send_signal(signal.SIGINT)
+    child.send(GetStats(op=1))
+    assert child.receive() is not None
+    child.send(Shutdown())
+    assert child.wait() == 0
+
+
+@pytest.mark.parametrize("mode", ["idle", "busy"])
+def test_the_engine_dies_when_its_standard_input_ends(start: Callable[[str], Child], mode: str) -> None:
+    child = start(mode)
+    child.receive()
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    child.process.stdin = None
+    assert child.wait() == EXIT_ORPHANED
+
+
+def test_a_failing_device_is_reported_in_one_line_with_the_traceback_in_the_log(start: Callable[[str], Child]) -> None:
+    child = start("fails")
+    child.receive()
+    assert child.receive() == EngineFailed("the engine failed: MemoryError: out of memory")
+    assert child.wait() == EXIT_FAILED
+    _, log = child.process.communicate()
+    assert b"Traceback" in log and b"and more lines" in log
+
+
+def test_an_engine_that_cannot_start_says_why_without_a_traceback(start: Callable[[str], Child]) -> None:
+    child = start("refuses")
+    assert child.receive() == EngineFailed("no model at nowhere")
+    assert child.wait() == EXIT_CANNOT_START
+    _, log = child.process.communicate()
+    assert b"Traceback" not in log
