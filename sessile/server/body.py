@@ -1,0 +1,159 @@
+"""Reading and checking a request body: limits while it is read, types and ranges as pydantic models.
+
+A body is parsed and checked in one pass, strictly: no number in a string, no bool for an int, no NaN, and no field
+that nobody defines. The first fault becomes an InvalidRequest that names the field.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sessile.errors import InvalidRequest, TooLong
+
+THREAD_BYTES = 32_768
+"""Parsing or tokenising more than this goes to a thread, so that it does not hold up the streams of others."""
+
+ANYTHING = None
+"""For Body.tolerated: the field means nothing here, whatever its value."""
+
+Tolerated = Mapping[str, tuple[Any, ...] | None]
+"""Field → values at which it has no effect, or ANYTHING."""
+
+
+class BodyTooLarge(TooLong):
+    """The request body is over the limit; code differs from a prompt that is too long."""
+
+    code = "body_too_large"
+
+
+class BodyLimit:
+    """ASGI middleware that refuses a body over the limit as soon as that is known: announced, or while reading."""
+
+    def __init__(self, app: ASGIApp, *, bytes_max: int) -> None:
+        self._app = app
+        self._bytes_max = bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        read_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal read_bytes
+            if int(announced) > self._bytes_max:
+                raise self._refusal()
+            message = await receive()
+            if message["type"] == "http.request":
+                read_bytes += len(message.get("body", b""))
+                if read_bytes > self._bytes_max:
+                    raise self._refusal()
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+    def _refusal(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the request body is over the limit of {self._bytes_max} bytes")
+
+
+class Body(BaseModel):
+    """Base of all bodies and of the objects in them.
+
+    tolerated: fields of the APIs we are compatible with that are accepted at the listed values (or null) and have no
+    effect, at any value if that is ANYTHING. Every other value, and every other field, is refused by name.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+    tolerated: ClassVar[Tolerated] = {}
+
+    @model_validator(mode="after")
+    def _refuse_other_fields(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.tolerated:
+                raise field_fault(name, "unknown field")
+            accepted = self.tolerated[name]
+            # 0 == False and 1 == True in Python, but not in JSON.
+            if value is None or accepted is ANYTHING or any(value == a and type(value) is type(a) for a in accepted):
+                continue
+            raise field_fault(name, "not supported by this server")
+        return self
+
+
+def field_fault(field: str, message: str) -> PydanticCustomError:
+    """What a model's own validator raises for one of its fields."""
+    return PydanticCustomError("field", "{message}", {"field": field, "message": message})
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def says(message: str) -> WrapValidator:
+    """Annotation: report any fault of the value with this one message, where pydantic would list a union's branches."""
+
+    def validate(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise PydanticCustomError("value", "{message}", {"message": message}) from None
+
+    return WrapValidator(validate)
+
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=1 << 31)]], says("must be a list of token ids, integers ≥ 0")
+]
+
+
+async def read_body(request: Request, model: type[AnyBody]) -> AnyBody:
+    """The request's JSON body as a checked model, whatever its content type. Raises InvalidRequest or BodyTooLarge."""
+    raw = await request.body()
+    if len(raw) > THREAD_BYTES:
+        return await asyncio.to_thread(parse_body, raw, model)
+    return parse_body(raw, model)
+
+
+def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
+    """The JSON text as a checked model. Raises InvalidRequest naming the first field at fault."""
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False)[0]) from None
+
+
+def _refusal(fault: ErrorDetails) -> InvalidRequest:
+    path = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"]
+    if fault["type"] == "json_invalid":
+        return InvalidRequest("the body is not valid JSON: " + message.removeprefix("Invalid JSON: "))
+    if fault["type"] == "field":
+        path = f"{path}.{fault['ctx']['field']}" if path else fault["ctx"]["field"]
+    elif fault["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+    else:
+        message = message.replace("Input should", "must", 1)
+    if not path:
+        return InvalidRequest(f"the body: {message}" if fault["type"] == "model_type" else message)
+    return InvalidRequest(f"{path}: {message}{_got(fault)}", param=path)
+
+
+def _got(fault: ErrorDetails) -> str:
+    """The refused value, where it is a short scalar."""
+    value = fault["input"]
+    if fault["type"] in ("field", "missing") or isinstance(value, (dict, list, BaseModel)):
+        return ""
+    shown = repr(value)
+    return f", got {shown}" if len(shown) <= 60 else ""

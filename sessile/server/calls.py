@@ -1,0 +1,191 @@
+"""One call: a request from the moment it is sent to the engine until its end, whichever way that comes about.
+
+Leaving the `with` of a Call gives everything back: a call that has not ended is cancelled in the engine, its rid is
+free again, its latencies are counted and its line is logged. There is no other way to send a request.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from starlette.types import Receive
+
+from sessile.contract.messages import Done, Sampling, Submit, pack_tokens
+from sessile.errors import InvalidRequest, NotReady
+from sessile.server.config import ServerOptions
+from sessile.server.link import Arrival, EngineLink, Stream
+from sessile.server.metrics import Metrics
+from sessile.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+DISCONNECTED = "the client disconnected"
+
+
+class Service:
+    """What all routes share: the link, the tokenizer, the options, and which requests are in flight."""
+
+    def __init__(
+        self, link: EngineLink, tokenizer: Tokenizer, options: ServerOptions, settings: Mapping[str, Any]
+    ) -> None:
+        self.link = link
+        self.tokenizer = tokenizer
+        self.options = options
+        self.settings = settings
+        """All settings of the deployment by section, to be shown by /get_server_info."""
+        self.metrics = Metrics()
+        self.draining = False
+        self.keys = itertools.count(1)
+        self.keys_by_rid: dict[str, int] = {}
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients know the model by."""
+        return self.options.served_name or self.link.ready.model_name
+
+    def check_open(self) -> None:
+        """Raise NotReady if no new work is taken: starting, draining, or the engine is gone."""
+        if self.draining:
+            raise NotReady("the server is shutting down")
+        self.link.ready  # noqa: B018  raises NotReady
+
+    def abort(self, rid: str) -> bool:
+        """End the request with this rid; False if there is none in flight."""
+        key = self.keys_by_rid.get(rid)
+        if key is None:
+            return False
+        self.link.cancel(key, "aborted by the client")
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What to ask of the engine; fields as in contract Submit."""
+
+    tokens: "list[int] | npt.NDArray[np.int32]"
+    sampling: Sampling
+    rid: str | None = None
+    """Names the call while it is in flight; None: a fresh one."""
+    session: str | None = None
+    logprobs: int = -1
+    prompt_logprobs_from: int = -1
+
+
+class Call:
+    """One request in flight, as a context manager. Enter sends it; `next` gives what came until done."""
+
+    def __init__(self, service: Service, order: Order, *, whole: bool) -> None:
+        """whole: the reader wants the end only, not every step."""
+        self.order = order
+        self.rid = order.rid or uuid.uuid4().hex
+        self.started_s = time.perf_counter()
+        self.done: Done | None = None
+        self._service = service
+        self._whole = whole
+        self._stream: Stream | None = None
+        self._read_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the request arrived."""
+        return time.perf_counter() - self.started_s
+
+    def __enter__(self) -> Self:
+        """Send the request. Raises NotReady, or InvalidRequest if its rid is in flight already."""
+        service, order = self._service, self.order
+        service.check_open()
+        if self.rid in service.keys_by_rid:
+            raise InvalidRequest(f"rid: a request {self.rid!r} is in flight already", param="rid")
+        submit = Submit(
+            key=next(service.keys),
+            tokens=pack_tokens(order.tokens),
+            sampling=order.sampling,
+            session=order.session,
+            logprobs=order.logprobs,
+            prompt_logprobs_from=order.prompt_logprobs_from,
+        )
+        self._stream = service.link.submit(submit, whole=self._whole)
+        service.keys_by_rid[self.rid] = submit.key
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._stream is not None
+        self._service.link.abandon(self._stream.key, DISCONNECTED)
+        del self._service.keys_by_rid[self.rid]
+        self._measure_end(self._stream)
+
+    def disconnect(self) -> None:
+        """The client is gone: end the request now (H27)."""
+        assert self._stream is not None
+        self._service.link.abandon(self._stream.key, DISCONNECTED)
+
+    async def next(self) -> Arrival:
+        """What came since the last call, at least something; not to be called after an arrival with done."""
+        assert self._stream is not None and self.done is None
+        arrival = await self._stream.next()
+        self.done = arrival.done
+        if arrival.tokens and not self._whole:
+            self._measure_tokens(self._stream, len(arrival.tokens))
+        return arrival
+
+    def _measure_tokens(self, stream: Stream, count: int) -> None:
+        metrics = self._service.metrics
+        if self._read_s:
+            metrics.inter_token_s.observe((stream.last_s - self._read_s) / count, count)
+        else:
+            metrics.first_token_s.observe(stream.first_s - self.started_s)
+            if count > 1:
+                metrics.inter_token_s.observe((stream.last_s - stream.first_s) / (count - 1), count - 1)
+        self._read_s = stream.last_s
+
+    def _measure_end(self, stream: Stream) -> None:
+        done = self.done or Done(key=stream.key, reason="disconnect", status=499, message=DISCONNECTED)
+        reason = "disconnect" if done.message == DISCONNECTED else done.reason
+        metrics = self._service.metrics
+        if self._whole and stream.first_s:
+            metrics.first_token_s.observe(stream.first_s - self.started_s)
+            if done.completion_tokens > 1:
+                gaps = done.completion_tokens - 1
+                metrics.inter_token_s.observe((stream.last_s - stream.first_s) / gaps, gaps)
+        metrics.request_s.observe(self.seconds)
+        metrics.count_end(reason)
+        fields = {
+            "rid": self.rid,
+            "session": self.order.session,
+            "reason": reason,
+            "status": done.status,
+            "prompt_tokens": done.prompt_tokens,
+            "cached_tokens": done.cached_tokens,
+            "completion_tokens": done.completion_tokens,
+            "first_token_ms": round((stream.first_s - self.started_s) * 1e3, 1) if stream.first_s else None,
+            "total_ms": round(self.seconds * 1e3, 1),
+        }
+        log.info("request", extra=fields | ({"error": done.message} if done.status >= 400 else {}))
+
+
+@contextlib.asynccontextmanager
+async def attended(receive: Receive, *calls: Call) -> AsyncIterator[None]:
+    """Send the calls; end them all as soon as the client disconnects, and in any case on leaving."""
+    with contextlib.ExitStack() as stack:
+        for call in calls:
+            stack.enter_context(call)
+        watcher = asyncio.create_task(_watch(receive, calls))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+
+
+async def _watch(receive: Receive, calls: tuple[Call, ...]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    for call in calls:
+        call.disconnect()

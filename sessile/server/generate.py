@@ -1,0 +1,249 @@
+"""POST /generate: the native surface, as SGLang has it (http-contract.md §1)."""
+
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar, Literal, Self
+
+from fastapi import APIRouter
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sessile.contract.messages import Done
+from sessile.errors import InvalidRequest
+from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body
+from sessile.server.calls import Call, Order, Service, attended
+from sessile.server.encoding import encode_text
+from sessile.server.output import Logprobs, Output
+from sessile.server.replies import JsonReply, engine_refusal
+from sessile.server.sampling import LOGPROBS_MAX, Count, SamplingFields, check_vocabulary, to_sampling
+from sessile.server.stream import EventStream, event
+
+ID_CHARS_MAX = 256
+
+
+class SamplingParams(SamplingFields):
+    """sampling_params of /generate."""
+
+    max_new_tokens: Count | None = 128
+    """null: as many as the context leaves."""
+    min_new_tokens: Count | None = None
+
+    tolerated: ClassVar[Tolerated] = {
+        "n": (1,),
+        "spaces_between_special_tokens": (True,),
+        "stop_regex": ([], ""),
+        "json_schema": (),
+        "regex": (),
+        "ebnf": (),
+        "structural_tag": (),
+        "custom_params": (),
+        "stream_interval": (),
+    }
+
+
+class SessionParams(Body):
+    """session_params of /generate: the streaming session whose next turn this is."""
+
+    id: str = Field(min_length=1, max_length=ID_CHARS_MAX)
+
+    tolerated: ClassVar[Tolerated] = {
+        "rid": ANYTHING,  # names a parent turn in a branching session; in a streaming one there is no choice
+        "offset": (0,),
+        "replace": (False,),
+        "drop_previous_output": (False,),
+        "expect_tokens": (),
+    }
+
+
+class GenerateBody(Body):
+    """The body of /generate."""
+
+    text: str | None = None
+    input_ids: TokenIds | None = None
+    sampling_params: SamplingParams | None = None
+    stream: bool | None = None
+    stream_output: Literal["cumulative", "delta"] | None = None
+    rid: str | None = Field(default=None, min_length=1, max_length=ID_CHARS_MAX)
+    return_logprob: bool | None = None
+    logprob_start_len: int | None = Field(default=None, ge=-1)
+    top_logprobs_num: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
+    return_text_in_logprobs: bool | None = None
+    session_params: SessionParams | None = None
+
+    tolerated: ClassVar[Tolerated] = {
+        "token_ids_logprob": ([],),
+        "input_embeds": (),
+        "image_data": ([],),
+        "video_data": ([],),
+        "audio_data": ([],),
+        "modalities": ([], ["text"]),
+        "lora_path": (),
+        "lora_id": (),
+        "custom_logit_processor": (),
+        "return_hidden_states": (False,),
+        "return_routed_experts": (False,),
+        "return_bytes": (False,),
+        "return_entropy": (False,),
+        "background": (False,),
+        "priority": (),
+        "extra_key": (),
+        "conversation_id": (),
+        "data_parallel_rank": (),
+        "bootstrap_host": (),
+        "bootstrap_port": (),
+        "bootstrap_room": (),
+        "log_metrics": ANYTHING,
+        "no_logs": ANYTHING,
+        "custom_labels": ANYTHING,
+        "external_trace_header": ANYTHING,
+    }
+
+    @model_validator(mode="after")
+    def _check_input(self) -> Self:
+        if self.text is None and self.input_ids is None:
+            raise field_fault("text", "text or input_ids is required")
+        if self.text is not None and self.input_ids is not None:
+            raise field_fault("input_ids", "give text or input_ids, not both")
+        if not self.text and not self.input_ids and self.session_params is None:
+            raise field_fault("text" if self.input_ids is None else "input_ids", "the prompt must not be empty")
+        if not self.return_logprob:
+            for name in ("logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"):
+                if getattr(self, name) not in (None, False, 0, -1):
+                    raise field_fault(name, "needs return_logprob: true")
+        return self
+
+
+def routes(service: Service) -> APIRouter:
+    """The route of this module."""
+    router = APIRouter()
+
+    @router.post("/generate")
+    async def generate(request: Request) -> Response:
+        body = await read_body(request, GenerateBody)
+        service.check_open()
+        order = await _order(service, body)
+        reply = _Reply(service, body, Call(service, order, whole=not body.stream))
+        if body.stream:
+            return EventStream([reply.call], reply.events())
+        async with attended(request.receive, reply.call):
+            return await reply.whole()
+
+    return router
+
+
+async def _order(service: Service, body: GenerateBody) -> Order:
+    params = body.sampling_params or SamplingParams()
+    vocab_size = service.link.ready.vocab_size
+    if body.input_ids is None:
+        assert body.text is not None
+        tokens = await encode_text(service.tokenizer, body.text)
+    else:
+        check_vocabulary(body.input_ids, vocab_size, "input_ids")
+        tokens = body.input_ids
+    sampling = to_sampling(
+        params,
+        max_new_tokens=params.max_new_tokens,
+        min_new_tokens=params.min_new_tokens,
+        vocab_size=vocab_size,
+    )
+    start = -1 if body.logprob_start_len is None else body.logprob_start_len
+    if start >= len(tokens) and body.session_params is None:
+        raise InvalidRequest(
+            f"logprob_start_len: {start} is not below the prompt's {len(tokens)} tokens", param="logprob_start_len"
+        )
+    return Order(
+        tokens=tokens,
+        sampling=sampling,
+        rid=body.rid,
+        session=body.session_params.id if body.session_params else None,
+        logprobs=(body.top_logprobs_num or 0) if body.return_logprob else -1,
+        prompt_logprobs_from=start if body.return_logprob else -1,
+    )
+
+
+class _Reply:
+    """The JSON of one call, at its end or event by event."""
+
+    def __init__(self, service: Service, body: GenerateBody, call: Call) -> None:
+        self.call = call
+        self._body = body
+        self._tokenizer = service.tokenizer
+        params = body.sampling_params or SamplingParams()
+        self._output = Output(service.tokenizer, call.order.sampling, trim_stop=not params.no_stop_trim)
+
+    async def whole(self) -> Response:
+        """Wait for the end. Raises UserError if the engine refused the request or it failed."""
+        arrival = await self.call.next()
+        assert arrival.done is not None
+        if arrival.done.reason == "error":
+            done = arrival.done
+            raise engine_refusal(done.status, done.code, done.message, done.param)
+        self._output.add(arrival)
+        return JsonReply(self._content(arrival.done, self._output.text, 0))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """One event for each arrival; its text and ids are all so far, or with stream_output "delta" the new ones."""
+        delta = self._body.stream_output == "delta"
+        while self.call.done is None:
+            arrival = await self.call.next()
+            start = len(self._output.tokens) if delta else 0
+            fresh = self._output.add(arrival)
+            if arrival.tokens or arrival.done is not None:
+                yield event(self._content(arrival.done, fresh if delta else self._output.text, start))
+
+    def _content(self, done: Done | None, text: str, start: int) -> dict[str, Any]:
+        """The reply with output tokens from index start on."""
+        output = self._output
+        order = self.call.order
+        meta: dict[str, Any] = {
+            "id": self.call.rid,
+            "finish_reason": None if done is None else finish_reason(done),
+            "prompt_tokens": done.prompt_tokens if done else None if order.session else len(order.tokens),
+            "cached_tokens": done.cached_tokens if done else None,
+            "completion_tokens": len(output.tokens),
+        }
+        if done is not None:
+            meta["e2e_latency"] = self.call.seconds
+            if done.session_tokens >= 0:
+                meta["session_tokens"] = done.session_tokens
+        if self._body.return_logprob:
+            meta |= self._logprobs(start)
+        return {"text": text, "output_ids": output.tokens[start:], "meta_info": meta}
+
+    def _logprobs(self, start: int) -> dict[str, Any]:
+        prompt = self._output.prompt
+        wanted_from = self.call.order.prompt_logprobs_from
+        if wanted_from == 0 and self._output.prompt_start == 1:
+            first = int(self.call.order.tokens[0])  # nothing comes before it that could predict it
+            prompt = Logprobs([first, *prompt.tokens], [None, *prompt.logprobs], [[], *prompt.tops])
+        generated = self._output.generated.since(start)
+        named = {"input": prompt, "output": generated}
+        lists = {f"{side}_token_logprobs": self._triples(logprobs) for side, logprobs in named.items()}
+        if self._body.top_logprobs_num:
+            for side, logprobs in named.items():
+                lists[f"{side}_top_logprobs"] = [
+                    [[value, token, self._text_of(token)] for token, value in tops] or None for tops in logprobs.tops
+                ]
+        return lists
+
+    def _triples(self, logprobs: Logprobs) -> list[Any]:
+        return [
+            [value, token, self._text_of(token)]
+            for value, token in zip(logprobs.logprobs, logprobs.tokens, strict=True)
+        ]
+
+    def _text_of(self, token: int) -> str | None:
+        if not self._body.return_text_in_logprobs:
+            return None
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+
+def finish_reason(done: Done) -> dict[str, Any]:
+    """SGLang's finish_reason object. A request that was refused or failed is an abort with its status."""
+    if done.reason == "stop":
+        matched = done.matched.decode(errors="replace") if isinstance(done.matched, bytes) else done.matched
+        return {"type": "stop", "matched": matched}
+    if done.reason == "length":
+        return {"type": "length", "length": done.completion_tokens}
+    status = engine_refusal(done.status, done.code, done.message).status
+    return {"type": "abort", "message": done.message, "status_code": None if status == 200 else status}

@@ -1,0 +1,186 @@
+"""What /metrics shows: the engine's figures as they are now, and latencies as the clients of this server saw them.
+
+Every figure has one name of ours (sessile_…); those that dashboards for SGLang and vLLM look for appear under their
+names as well.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from sessile.contract.messages import Stats
+
+SECONDS = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
+    1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+)
+
+# Field of Stats → its names, ours first, and help. Counters' names lose _total: the exposition adds it.
+GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "requests_running": (
+        ("sessile_requests_running", "sglang:num_running_reqs", "vllm:num_requests_running"), "Requests with a row.",
+    ),
+    "requests_waiting": (
+        ("sessile_requests_waiting", "sglang:num_queue_reqs", "vllm:num_requests_waiting"), "Requests without a row.",
+    ),
+    "requests_draining": (("sessile_requests_draining",), "Ended requests whose last step has not settled."),
+    "rows_total": (("sessile_rows",), "Batch rows."),
+    "rows_held": (("sessile_rows_held",), "Batch rows that have an owner."),
+    "page_size": (("sessile_page_tokens",), "Tokens a KV page holds."),
+    "sessions_open": (("sessile_sessions_open", "sglang:num_streaming_sessions"), "Open sessions."),
+    "sessions_idle": (("sessile_sessions_idle",), "Open sessions without a turn in flight."),
+    "session_tokens": (("sessile_session_tokens",), "Tokens of all session histories."),
+}
+PAGE_OWNERS = ("free", "limbo", "tree", "tree_pinned", "requests", "sessions", "quarantine", "scratch")
+COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "steps_total": (("sessile_steps",), "Steps planned."),
+    "settled_steps_total": (("sessile_settled_steps",), "Steps settled."),
+    "turns_committed_total": (("sessile_turns_committed",), "Session turns that became history."),
+    "turns_rolled_back_total": (("sessile_turns_rolled_back",), "Session turns that left no trace."),
+    "prompt_tokens_total": (
+        ("sessile_prompt_tokens", "sglang:prompt_tokens", "vllm:prompt_tokens", "vllm:prefix_cache_queries"),
+        "Prompt tokens of admitted requests, histories included.",
+    ),
+    "cached_tokens_total": (
+        ("sessile_cached_tokens", "sglang:cached_tokens", "vllm:prefix_cache_hits"),
+        "Prompt tokens whose KV was there already.",
+    ),
+    "computed_tokens_total": (("sessile_computed_tokens",), "Prompt tokens computed."),
+    "generated_tokens_total": (
+        ("sessile_generated_tokens", "sglang:generation_tokens", "vllm:generation_tokens"), "Tokens sampled and kept.",
+    ),
+    "preemptions_total": (("sessile_preemptions", "vllm:num_preemptions"), "Requests that lost their row for a while."),
+    "recomputed_tokens_total": (("sessile_recomputed_tokens",), "Tokens computed again after a preemption."),
+    "evicted_pages_total": (("sessile_evicted_pages",), "Pages of the prefix tree given up."),
+    "demoted_pages_total": (("sessile_demoted_pages",), "Pages of idle sessions given up."),
+    "drafts_offered_total": (("sessile_drafts_offered", "vllm:spec_decode_num_draft_tokens"), "Draft tokens verified."),
+    "drafts_accepted_total": (
+        ("sessile_drafts_accepted", "vllm:spec_decode_num_accepted_tokens"), "Draft tokens accepted.",
+    ),
+    "audit_checks_total": (("sessile_audit_checks",), "Audits of page and row ownership."),
+    "audit_failures_total": (("sessile_audit_failures",), "Audits that found a difference."),
+    "step_wall_s_total": (("sessile_step_seconds",), "Wall time of steps."),
+    "plan_wall_s_total": (("sessile_plan_seconds",), "Wall time of planning."),
+}
+
+
+class Histogram:
+    """Counts of seconds by bucket; its only writer is the event loop, so it needs no lock."""
+
+    def __init__(self, names: Sequence[str], help: str) -> None:
+        self._names = names
+        self._help = help
+        self._counts = [0] * (len(SECONDS) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, seconds: float, count: int = 1) -> None:
+        """Add `count` observations of the same value."""
+        self._counts[bisect_left(SECONDS, seconds)] += count
+        self._sum_s += seconds * count
+
+    def families(self, model: str) -> Iterator[Metric]:
+        """The histogram under each of its names."""
+        buckets: list[tuple[str, float]] = []
+        cumulated = 0
+        for bound, count in zip((*map(str, SECONDS), "+Inf"), self._counts, strict=True):
+            cumulated += count
+            buckets.append((bound, float(cumulated)))
+        for name in self._names:
+            family = HistogramMetricFamily(name, self._help, labels=["model_name"])
+            family.add_metric([model], buckets, self._sum_s)
+            yield family
+
+
+class Metrics:
+    """What this server measures itself."""
+
+    def __init__(self) -> None:
+        self.first_token_s = Histogram(
+            ("sessile_time_to_first_token_seconds", "sglang:time_to_first_token_seconds",
+             "vllm:time_to_first_token_seconds"),
+            "From the request's arrival to its first token.",
+        )
+        self.inter_token_s = Histogram(
+            ("sessile_inter_token_latency_seconds", "sglang:inter_token_latency_seconds",
+             "vllm:inter_token_latency_seconds"),
+            "Between two tokens of one request.",
+        )
+        self.request_s = Histogram(
+            ("sessile_request_seconds", "sglang:e2e_request_latency_seconds", "vllm:e2e_request_latency_seconds"),
+            "From the request's arrival to its end.",
+        )
+        self.ended: dict[str, int] = {}
+        """Requests that ended, by reason: stop, length, abort, error, disconnect."""
+
+    def count_end(self, reason: str) -> None:
+        """Count one ended request."""
+        self.ended[reason] = self.ended.get(reason, 0) + 1
+
+    def render(self, stats: Stats | None, *, model: str, in_flight: int) -> bytes:
+        """The Prometheus text; without stats (the engine does not answer) only what the server itself knows."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Collected([*self._families(model, in_flight), *_engine_families(stats, model)]))
+        return generate_latest(registry)
+
+    def _families(self, model: str, in_flight: int) -> Iterator[Metric]:
+        for histogram in (self.first_token_s, self.inter_token_s, self.request_s):
+            yield from histogram.families(model)
+        yield _gauge("sessile_http_requests_in_flight", "Requests whose client waits.", in_flight, model)
+        for name, label in (
+            ("sessile_http_requests", "reason"), ("vllm:request_success", "finished_reason"),
+        ):
+            ended = CounterMetricFamily(name, "Requests that ended, by reason.", labels=["model_name", label])
+            for reason, count in sorted(self.ended.items()):
+                ended.add_metric([model, reason], count)
+            yield ended
+        total = CounterMetricFamily("sglang:num_requests", "Requests that ended.", labels=["model_name"])
+        total.add_metric([model], sum(self.ended.values()))
+        yield total
+
+
+class _Collected:
+    """A collector of metrics that are there already."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _engine_families(stats: Stats | None, model: str) -> Iterator[Metric]:
+    yield _gauge("sessile_engine_up", "1 if the step loop answered just now.", int(stats is not None), model)
+    if stats is None:
+        return
+    for field, (names, help) in GAUGES.items():
+        for name in names:
+            yield _gauge(name, help, getattr(stats, field), model)
+    for field, (names, help) in COUNTERS.items():
+        for name in names:
+            counter = CounterMetricFamily(name, help, labels=["model_name"])
+            counter.add_metric([model], getattr(stats, field))
+            yield counter
+    pages = GaugeMetricFamily("sessile_pages", "KV pages by owner.", labels=["model_name", "owner"])
+    for owner in PAGE_OWNERS:
+        pages.add_metric([model, owner], getattr(stats, f"pages_{owner}"))
+    yield pages
+    labels = ["model_name", "reason"]
+    finished = CounterMetricFamily("sessile_finished", "Ends the engine gave, by reason.", labels=labels)
+    for reason, count in sorted(stats.finished_total.items()):
+        finished.add_metric([model, reason], count)
+    yield finished
+    usable = stats.pages_total - stats.pages_scratch
+    held = usable - stats.pages_free
+    yield _gauge("sglang:num_used_tokens", "Tokens of KV pages that have an owner.", held * stats.page_size, model)
+    for name in ("sglang:token_usage", "vllm:kv_cache_usage_perc"):
+        yield _gauge(name, "Share of KV pages that have an owner, 0 to 1.", held / usable, model)
+    hit_rate = stats.cached_tokens_total / max(1, stats.prompt_tokens_total)
+    yield _gauge("sglang:cache_hit_rate", "Cached share of all prompt tokens so far, 0 to 1.", hit_rate, model)
+
+
+def _gauge(name: str, help: str, value: float, model: str) -> Metric:
+    gauge = GaugeMetricFamily(name, help, labels=["model_name"])
+    gauge.add_metric([model], value)
+    return gauge

@@ -1,0 +1,199 @@
+"""Everything around generation: health, figures, cache, aborts, and the tokenizer by itself."""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sessile import __version__
+from sessile.contract.messages import CancelAll, Flush, GetStats, Sampling, Stats
+from sessile.errors import InvalidRequest, NotReady
+from sessile.server.body import Body, TokenIds, read_body
+from sessile.server.calls import Call, Order, Service, attended
+from sessile.server.encoding import encode_text
+from sessile.server.metrics import PAGE_OWNERS
+from sessile.server.replies import JsonReply
+from sessile.server.sampling import check_vocabulary
+
+
+class AbortBody(Body):
+    """The body of /abort_request."""
+
+    rid: str | None = None
+    abort_all: bool | None = None
+
+
+class TokenizeBody(Body):
+    """The body of /tokenize."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """The body of /detokenize."""
+
+    tokens: TokenIds
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter()
+    _add_health(router, service)
+    _add_figures(router, service)
+    _add_actions(router, service)
+    _add_tokenizer(router, service)
+    return router
+
+
+async def current_stats(service: Service) -> Stats:
+    """Figures from the step loop itself, so that an answer proves that it turns (H54). Raises NotReady without one."""
+    timeout_s = service.options.health_timeout_s
+    try:
+        stats = await asyncio.wait_for(service.link.ask(GetStats), timeout_s)
+    except TimeoutError:
+        raise NotReady(f"the step loop did not answer within {timeout_s:g} s") from None
+    assert isinstance(stats, Stats)
+    return stats
+
+
+def _add_health(router: APIRouter, service: Service) -> None:
+    @router.get("/health")
+    async def health() -> Response:
+        service.check_open()
+        await current_stats(service)
+        return Response()
+
+    @router.get("/health_generate")
+    async def health_generate(request: Request) -> Response:
+        service.check_open()
+        order = Order(tokens=[0], sampling=Sampling(seed=0, temperature=0.0, max_new_tokens=1, ignore_eos=True))
+        call = Call(service, order, whole=True)
+        async with attended(request.receive, call):
+            try:
+                arrival = await asyncio.wait_for(call.next(), service.options.health_timeout_s)
+            except TimeoutError:
+                raise NotReady("a request of one token did not end in time") from None
+        assert arrival.done is not None
+        if arrival.done.reason == "error":
+            raise NotReady(f"a request of one token failed: {arrival.done.message}")
+        return Response()
+
+
+def _add_figures(router: APIRouter, service: Service) -> None:
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        try:
+            stats = await current_stats(service)
+        except NotReady:
+            stats = None  # shown as sessile_engine_up 0
+        model = service.options.served_name or (service.link.ready.model_name if stats else "")
+        text = service.metrics.render(stats, model=model, in_flight=service.link.in_flight)
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    @router.get("/get_model_info")
+    async def model_content() -> Response:
+        ready = service.link.ready
+        return JsonReply(
+            {
+                "model_path": ready.model_path,
+                "tokenizer_path": ready.model_path,
+                "is_generation": True,
+                "served_model_name": service.model_name,
+                "architecture": ready.architecture,
+                "dtype": ready.dtype,
+                "device": ready.device,
+                "vocab_size": ready.vocab_size,
+                "context_length": ready.context_tokens,
+                "bos_token_id": service.tokenizer.bos_id,
+                "eos_token_ids": service.tokenizer.eos_ids,
+            }
+        )
+
+    @router.get("/get_server_info")
+    async def server_content() -> Response:
+        stats = await current_stats(service)
+        return JsonReply(
+            {
+                "version": __version__,
+                "settings": service.settings or {"server": dataclasses.asdict(service.options)},
+                "engine": _plain(service.link.ready),
+                "stats": _plain(stats),
+                "requests_in_flight": service.link.in_flight,
+                "draining": service.draining,
+            }
+        )
+
+    @router.get("/v1/pool")
+    async def pool() -> Response:
+        stats = await current_stats(service)
+        return JsonReply(
+            {
+                "object": "pool",
+                "page_tokens": stats.page_size,
+                "pages": {
+                    "total": stats.pages_total,
+                    **{owner: getattr(stats, f"pages_{owner}") for owner in PAGE_OWNERS},
+                },
+                "rows": {"total": stats.rows_total, "held": stats.rows_held},
+                "requests": {
+                    "running": stats.requests_running,
+                    "waiting": stats.requests_waiting,
+                    "draining": stats.requests_draining,
+                },
+                "sessions": {
+                    "open": stats.sessions_open,
+                    "idle": stats.sessions_idle,
+                    "tokens": stats.session_tokens,
+                },
+            }
+        )
+
+
+def _add_actions(router: APIRouter, service: Service) -> None:
+    @router.post("/abort_request")
+    async def abort_request(request: Request) -> Response:
+        body = await read_body(request, AbortBody)
+        if body.abort_all:
+            await service.link.ask(CancelAll)
+        elif body.rid is None:
+            raise InvalidRequest("rid: rid or abort_all: true is required", param="rid")
+        else:
+            service.abort(body.rid)
+        return Response()
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> Response:
+        outcome = await service.link.ask(Flush)
+        return JsonReply({"success": True, **outcome.values})
+
+
+def _add_tokenizer(router: APIRouter, service: Service) -> None:
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, TokenizeBody)
+        special = body.add_special_tokens is not False
+        tokens = await encode_text(service.tokenizer, body.prompt, add_special_tokens=special)
+        limit = service.link.ready.context_tokens
+        return JsonReply({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody)
+        check_vocabulary(body.tokens, service.link.ready.vocab_size, "tokens")
+        skip = body.skip_special_tokens is not False
+        return JsonReply({"text": service.tokenizer.decode(body.tokens, skip_special_tokens=skip)})
+
+
+def _plain(struct: msgspec.Struct) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(struct)
+    fields.pop("type", None)
+    return fields

@@ -1,0 +1,96 @@
+"""JSON replies, and errors in the shape that each of the three surfaces promises."""
+
+from enum import Enum
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sessile.errors import InvalidRequest, UserError
+from sessile.server.link import refusal_error
+
+RETRY_AFTER_S = 1
+
+
+class Surface(Enum):
+    """Whose conventions a path follows."""
+
+    NATIVE = "native"
+    """SGLang's: {"error": {"message"}}; refusals by the engine that are the client's fault are 400."""
+    OPENAI = "openai"
+    """{"error": {"message", "type", "param", "code"}}; the same statuses, but an unknown model is 404."""
+    RESOURCES = "resources"
+    """Sessions as a resource: the same shape with the statuses of §3 of the contract, malformed input is 422."""
+
+    @classmethod
+    def of(cls, path: str) -> "Surface":
+        """The surface that a path belongs to."""
+        if path.startswith(("/v1/sessions", "/v1/pool")):
+            return cls.RESOURCES
+        return cls.OPENAI if path.startswith("/v1/") else cls.NATIVE
+
+
+class JsonReply(Response):
+    """A JSON body; content is encoded by orjson, which knows numpy arrays and dataclasses."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def engine_refusal(status: int, code: str, message: str, param: str | None = None) -> UserError:
+    """A refusal by the engine as native and OpenAI clients know it: what the client did wrong is 400."""
+    return refusal_error(400 if status in (404, 409, 410, 413) else status, code, message, param)
+
+
+def error_content(surface: Surface, error: UserError) -> dict[str, Any]:
+    """The JSON of an error on a surface."""
+    if surface is Surface.NATIVE:
+        return {"error": {"message": error.message}}
+    code = "context_length_exceeded" if surface is Surface.OPENAI and error.code == "too_long" else error.code
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+
+
+def error_reply(surface: Surface, error: UserError) -> JsonReply:
+    """The whole reply for an error."""
+    status = error.status
+    if surface is Surface.RESOURCES and status == 400:
+        status = 409 if error.code == "duplicate_session" else 422
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    return JsonReply(error_content(surface, error), status, headers=headers)
+
+
+def add_error_replies(app: FastAPI) -> None:
+    """Make every error that leaves a route a JSON reply of the route's surface."""
+
+    async def user_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, UserError)
+        return error_reply(Surface.of(request.url.path), error)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"no such route: {request.method} {request.url.path}" if error.status_code == 404 else error.detail
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return error_reply(Surface.of(request.url.path), refusal_error(error.status_code, code, message))
+
+    async def query_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        fault = error.errors()[0]
+        param = str(fault["loc"][-1])
+        return error_reply(Surface.of(request.url.path), InvalidRequest(f"{param}: {fault['msg']}", param=param))
+
+    async def bug(request: Request, error: Exception) -> Response:
+        refusal = refusal_error(500, "internal_error", f"internal error: {type(error).__name__}; see the server's log")
+        return error_reply(Surface.of(request.url.path), refusal)
+
+    app.add_exception_handler(UserError, user_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, query_error)
+    app.add_exception_handler(Exception, bug)

@@ -1,0 +1,149 @@
+"""Sessions: SGLang's /open_session and /close_session, and the same sessions as a resource under /v1/sessions."""
+
+import secrets
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sessile.contract.messages import (
+    CloseSession,
+    GetSession,
+    ListSessions,
+    OpenSession,
+    SessionTokens,
+    SessionView,
+    unpack_tokens,
+)
+from sessile.errors import InvalidRequest, NotFound, UserError
+from sessile.server.body import Body, Tolerated, read_body
+from sessile.server.calls import Service
+from sessile.server.replies import JsonReply, engine_refusal
+from sessile.server.sampling import COUNT_MAX
+
+IDLE_TIMEOUT_S_MAX = 31_536_000
+METADATA_KEYS_MAX = 16
+
+SessionId = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_.:@=+-]{1,128}\z")]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=METADATA_KEYS_MAX),
+]
+IdleTimeout = Annotated[float, Field(gt=0, le=IDLE_TIMEOUT_S_MAX)]
+
+
+class OpenBody(Body):
+    """The body of /open_session."""
+
+    capacity_of_str_len: int = Field(ge=0, le=COUNT_MAX)
+    """Advisory, as in SGLang; a session grows as far as the context length."""
+    session_id: SessionId | None = None
+    streaming: bool | None = None
+    timeout: IdleTimeout | None = None
+
+
+class CloseBody(Body):
+    """The body of /close_session."""
+
+    session_id: str
+
+
+class CreateBody(Body):
+    """The body of POST /v1/sessions."""
+
+    id: SessionId | None = None
+    idle_timeout_s: IdleTimeout | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=COUNT_MAX)
+    metadata: Metadata | None = None
+
+    tolerated: ClassVar[Tolerated] = {"reserve_tokens": (0,)}
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter()
+    _add_native(router, service)
+    _add_resources(router, service)
+    return router
+
+
+def _add_native(router: APIRouter, service: Service) -> None:
+    @router.post("/open_session")
+    async def open_session(request: Request) -> Response:
+        body = await read_body(request, OpenBody)
+        service.check_open()
+        if not body.streaming:
+            raise InvalidRequest(
+                "streaming: branching sessions are not supported; open the session with streaming: true",
+                param="streaming",
+            )
+        session = body.session_id or new_session_id()
+        try:
+            await service.link.ask(lambda op: OpenSession(op=op, session=session, idle_timeout_s=body.timeout))
+        except UserError as error:
+            raise engine_refusal(error.status, error.code, error.message, error.param) from None
+        return JsonReply(session)
+
+    @router.post("/close_session")
+    async def close_session(request: Request) -> Response:
+        body = await read_body(request, CloseBody)
+        try:
+            await service.link.ask(lambda op: CloseSession(op, body.session_id))
+        except UserError as error:
+            if error.status != NotFound.status:  # closing is idempotent: an unknown session is closed
+                raise
+        return Response()
+
+
+def _add_resources(router: APIRouter, service: Service) -> None:
+    link = service.link
+
+    @router.post("/v1/sessions")
+    async def create(request: Request) -> Response:
+        body = await read_body(request, CreateBody)
+        service.check_open()
+        view = await link.ask(
+            lambda op: OpenSession(
+                op=op,
+                session=body.id or new_session_id(),
+                idle_timeout_s=body.idle_timeout_s,
+                tokens_max=body.max_tokens,
+                metadata=body.metadata or {},
+            )
+        )
+        return JsonReply(session_content(view))
+
+    @router.get("/v1/sessions")
+    async def list_all(after: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+        page = await link.ask(lambda op: ListSessions(op, after, limit))
+        listed = [session_content(view) for view in page.sessions]
+        return JsonReply({"object": "list", "data": listed, "has_more": page.more, "total": page.total})
+
+    @router.get("/v1/sessions/{session}")
+    async def get(session: str) -> Response:
+        return JsonReply(session_content(await link.ask(lambda op: GetSession(op, session))))
+
+    @router.get("/v1/sessions/{session}/tokens")
+    async def tokens(session: str) -> Response:
+        outcome = await link.ask(lambda op: SessionTokens(op, session))
+        return JsonReply({"id": session, "tokens": unpack_tokens(outcome.values["tokens"])})
+
+    @router.delete("/v1/sessions/{session}")
+    async def delete(session: str) -> Response:
+        outcome = await link.ask(lambda op: CloseSession(op, session))
+        return JsonReply({"id": session, "object": "session", **outcome.values})
+
+
+def session_content(view: SessionView) -> dict[str, Any]:
+    """A session as JSON."""
+    fields: dict[str, Any] = msgspec.to_builtins(view)
+    del fields["type"]
+    return {"object": "session", **fields}
+
+
+def new_session_id() -> str:
+    """An id that cannot be guessed: who has it may use the session (H55)."""
+    return secrets.token_hex(16)

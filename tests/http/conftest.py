@@ -1,0 +1,91 @@
+"""A real server on a loopback port in front of the fake engine."""
+
+import asyncio
+import contextlib
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from sessile.server.app import create_app
+from sessile.server.calls import Service
+from sessile.server.config import ServerOptions
+from sessile.server.link import EngineLink
+from tests.http.fake_engine import FakeEngine, byte_tokenizer
+
+
+@dataclass
+class Running:
+    """A server under test: its client, its engine, and what its routes share."""
+
+    client: httpx.Client
+    engine: FakeEngine
+    service: Service
+    loop: asyncio.AbstractEventLoop
+    url: str
+
+    def generate(self, text: str = "hello", **body: object) -> httpx.Response:
+        return self.client.post("/generate", json={"text": text, **body})
+
+    def call(self, function: object, *arguments: object) -> None:
+        """Run a function on the server's event loop."""
+        self.loop.call_soon_threadsafe(function, *arguments)
+
+
+@contextlib.contextmanager
+def running_server(**options: object) -> Iterator[Running]:
+    """Start a server in a thread, wait until it is ready, stop it on leaving."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"ipc://{Path(folder) / 'link'}"
+        engine = FakeEngine(address)
+        started = threading.Event()
+        shared: dict[str, object] = {}
+
+        async def serve() -> None:
+            link = EngineLink(address, lag_tokens_max=ServerOptions(**options).stream_lag_tokens_max)
+            link.start()
+            app = create_app(link, byte_tokenizer(), ServerOptions(**options))
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+            shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
+            engine.start()
+            await link.wait_ready()
+            started.set()
+            await server.serve([bound])
+            await link.close()
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+        thread.start()
+        assert started.wait(10), "the server did not start"
+        try:
+            with httpx.Client(base_url=url, timeout=20) as client:
+                yield Running(client, engine, shared["service"], shared["loop"], url)
+        finally:
+            shared["server"].should_exit = True
+            thread.join(10)
+            engine.stop()
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Running]:
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: Running) -> Iterator[Running]:
+    """The module's server, its engine as new."""
+    yield shared_server
+    engine = shared_server.engine
+    engine.resume()
+    engine.script, engine.token_interval_s = None, 0.0
+    engine.refusals.clear()
+    engine.received.clear()
