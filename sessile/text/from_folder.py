@@ -72,8 +72,8 @@ def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 def _strips_space(step: Mapping[str, Any]) -> bool:
     """Whether a decoder's step takes away the space that the encoder put before the text."""
     if step["type"] == "Metaspace":
-        return step.get("prepend_scheme") != "never"
-    return step["type"] == "Strip" and step["content"] == " " and step["start"] == 1
+        return bool(step.get("prepend_scheme") != "never")
+    return bool(step["type"] == "Strip" and step["content"] == " " and step["start"] == 1)
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -> tuple[int, ...]:

@@ -35,11 +35,10 @@ class Tokenizer:
         Raises InvalidRequest for text with half a surrogate pair, which no encoding has.
         """
         try:
-            # The batch call leaves out the offsets, which nobody here reads.
-            encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+            text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"text is not valid Unicode: {error.reason}", param="text") from error
-        ids: list[int] = encoding.ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
