@@ -1,0 +1,78 @@
+"""A device that computes nothing, and a driver that times what the host does around it."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sessile.contract.messages import Batch
+from sessile.contract.plan import SAMPLE, Ints, StepPlan, StepResult, decode_plan, encode_plan
+from sessile.core.machine import Machine
+
+VOCAB_SIZE = 32_000
+EOS_ID = 2
+FIRST_PLAIN_ID = 16
+
+
+def null_result(plan: StepPlan) -> StepResult:
+    """A result in which every sampling row emits one token, none of them special."""
+    emitted = (plan.flags & SAMPLE).astype(np.int32)
+    tokens = FIRST_PLAIN_ID + (plan.rows * 31 + plan.output_indices * 17) % (VOCAB_SIZE - FIRST_PLAIN_ID)
+    return StepResult(
+        step=plan.step,
+        rows=plan.rows,
+        query_counts=plan.query_counts,
+        emitted=emitted,
+        tokens=tokens[emitted > 0].astype(np.int32),
+        faulty=np.zeros(len(plan.rows), bool),
+    )
+
+
+@dataclass
+class HostTimes:
+    """Nanoseconds of host work in one step, by part."""
+
+    plan_ns: int = 0
+    """Planning and completing."""
+    code_ns: int = 0
+    """Encoding and decoding the plan."""
+    settle_ns: int = 0
+    effects_ns: int = 0
+    """Gathering the message that goes to the server; not part of a step's target."""
+
+    @property
+    def step_ns(self) -> int:
+        """What the target for a step is about."""
+        return self.plan_ns + self.code_ns + self.settle_ns
+
+
+@dataclass
+class OverlappedDriver:
+    """Turns a machine as the engine does: plan and launch step k+1, then settle step k."""
+
+    machine: Machine
+    in_flight: StepResult | None = None
+    buffer: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def turn(self) -> tuple[HostTimes, Batch | None]:
+        """One turn of the loop; how long its parts took and the effects it had."""
+        times = HostTimes()
+        started_ns = time.perf_counter_ns()
+        planned = self.machine.plan()
+        plan = self.machine.complete(planned) if planned else None
+        planned_ns = time.perf_counter_ns()
+        times.plan_ns = planned_ns - started_ns
+        if plan:
+            self.buffer = encode_plan(plan)
+            plan = decode_plan(self.buffer)
+            times.code_ns = time.perf_counter_ns() - planned_ns
+        result = null_result(plan) if plan else None
+        if self.in_flight:
+            settling_ns = time.perf_counter_ns()
+            self.machine.settle(self.in_flight)
+            times.settle_ns = time.perf_counter_ns() - settling_ns
+        self.in_flight = result
+        taking_ns = time.perf_counter_ns()
+        effects = self.machine.take_effects()
+        times.effects_ns = time.perf_counter_ns() - taking_ns
+        return times, effects
