@@ -30,8 +30,8 @@ def render() -> str:
     """The page as Markdown."""
     parts = [INTRODUCTION]
     for section, members in groupby(settings(), key=lambda setting: setting.section):
-        rows = [render_row(setting) for setting in members]
-        parts.append("\n".join([f"## {section.capitalize()}", "", "| flag | default | accepts | |", "|---|---|---|---|", *rows, ""]))
+        head = [f"## {section.capitalize()}", "", "| flag | default | accepts | |", "|---|---|---|---|"]
+        parts.append("\n".join([*head, *(render_row(setting) for setting in members), ""]))
     return "\n".join(parts)
 
 

@@ -50,6 +50,6 @@ def test_the_version_is_the_one_of_the_distribution() -> None:
 
 
 def test_importing_the_package_does_not_load_torch() -> None:
-    code = "import sys, sessile, sessile.errors, sessile.units, sessile.contract.messages; print('torch' in sys.modules)"
+    code = "import sys, sessile.errors, sessile.units, sessile.contract.messages; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert printed.strip() == "False"
