@@ -149,9 +149,7 @@ _ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
 _FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
 _WIDTHS = {"bind_ints": BIND_INTS, "bind_floats": BIND_FLOATS, "copies": 3}
 _EMPTY: dict[str, npt.NDArray[Any]] = {
-    name: np.empty(
-        (0, _WIDTHS[name]) if name in _WIDTHS else 0, np.float32 if name in _FLOAT_ARRAYS else np.int32
-    )
+    name: np.empty((0, _WIDTHS[name]) if name in _WIDTHS else 0, np.float32 if name in _FLOAT_ARRAYS else np.int32)
     for name in _ARRAYS
 }
 _MAGIC = 0x5E551

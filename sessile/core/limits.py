@@ -10,45 +10,76 @@ class SchedulerOptions:
     """Settings of the scheduler that a user may change; the rest of `Limits` follows from model and device."""
 
     page_size: int = option(
-        16, "Tokens a KV page holds. Smaller shares prefixes more finely, larger costs less bookkeeping.",
-        unit="tokens", low=1, high=256,
+        16,
+        "Tokens a KV page holds. Smaller shares prefixes more finely, larger costs less bookkeeping.",
+        unit="tokens",
+        low=1,
+        high=256,
     )
     context_tokens: int | None = option(
-        None, "Longest sequence, prompt and output together; default: the model's own limit.",
-        unit="tokens", low=2, aliases=("context-length",),
+        None,
+        "Longest sequence, prompt and output together; default: the model's own limit.",
+        unit="tokens",
+        low=2,
+        aliases=("context-length",),
     )
     rows_max: int | None = option(
-        None, "Most requests that run at once; default: 64 on a CPU, 256 on a GPU.",
-        unit="rows", low=1, high=4096, aliases=("max-running-requests",),
+        None,
+        "Most requests that run at once; default: 64 on a CPU, 256 on a GPU.",
+        unit="rows",
+        low=1,
+        high=4096,
+        aliases=("max-running-requests",),
     )
     chunk_tokens: int | None = option(
-        None, "Most tokens of one step; long prompts are cut into such chunks. Default: 512 on a CPU, 8192 on a GPU.",
-        unit="tokens", low=1, high=65536, aliases=("chunked-prefill-size",),
+        None,
+        "Most tokens of one step; long prompts are cut into such chunks. Default: 512 on a CPU, 8192 on a GPU.",
+        unit="tokens",
+        low=1,
+        high=65536,
+        aliases=("chunked-prefill-size",),
     )
     mixed_chunk: str = option(
-        "on", "Let prompts share a step with decoding rows; off: a step is either prompts or decoding.",
+        "on",
+        "Let prompts share a step with decoding rows; off: a step is either prompts or decoding.",
         choices=("on", "off"),
     )
     mixed_chunk_tokens: int = option(
-        1024, "Most tokens of a step in which any row decodes; bounds the wait between two tokens of a stream.",
-        unit="tokens", low=1, high=65536,
+        1024,
+        "Most tokens of a step in which any row decodes; bounds the wait between two tokens of a stream.",
+        unit="tokens",
+        low=1,
+        high=65536,
     )
     audit_level: int = option(
-        1, "0: local checks of every change of ownership. 1: and a rolling audit. 2: and a full audit every step.",
-        low=0, high=2,
+        1,
+        "0: local checks of every change of ownership. 1: and a rolling audit. 2: and a full audit every step.",
+        low=0,
+        high=2,
     )
     retract_every: int = option(
-        0, "Force the newest running request to be preempted every so many steps; for tests. 0: never.",
-        unit="steps", low=0,
+        0,
+        "Force the newest running request to be preempted every so many steps; for tests. 0: never.",
+        unit="steps",
+        low=0,
     )
     sessions_max: int = option(
-        100_000, "Most sessions open at once; one more is refused with 429.", unit="sessions", low=1,
+        100_000,
+        "Most sessions open at once; one more is refused with 429.",
+        unit="sessions",
+        low=1,
     )
     queue_max: int = option(
-        4096, "Most requests waiting to run; one more is refused with 429.", unit="requests", low=1,
+        4096,
+        "Most requests waiting to run; one more is refused with 429.",
+        unit="requests",
+        low=1,
     )
     queue_tokens_max: int = option(
-        16_777_216, "Most prompt tokens waiting to run; more are refused with 429.", unit="tokens", low=1,
+        16_777_216,
+        "Most prompt tokens waiting to run; more are refused with 429.",
+        unit="tokens",
+        low=1,
     )
 
 
@@ -84,7 +115,7 @@ class Limits:
     def __post_init__(self) -> None:
         assert self.pages_total >= 3, "a pool needs the scratch page, one page of prompt and one of output"
         assert self.page_size >= 1 and self.rows_max >= 1 and self.chunk_tokens >= 1
-        assert 2 <= self.context_tokens and 0 <= self.drafts_max < 256
+        assert self.context_tokens >= 2 and 0 <= self.drafts_max < 256
         assert self.chunk_tokens >= 1 and self.mixed_chunk_tokens >= 1
 
     @property

@@ -1,0 +1,236 @@
+"""From what was planned to the flat arrays of a StepPlan: the late part, drafts included."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sessile.contract.messages import Sampling
+from sessile.contract.plan import FROM_DEVICE, NO_FLOATS, NO_INTS, SAMPLE, Floats, Ints, StepPlan
+from sessile.core.books import Books
+from sessile.core.planning import Drafter, Planned, PromptPart
+from sessile.core.request import Phase, Request
+from sessile.core.rows import Column
+
+_CONTEXT_TOKENS = 64
+"""What a drafter is shown of the end of a request's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on its way: the plan and who sat in its rows, in the plan's order. The first `decodes` rows decode."""
+
+    plan: StepPlan
+    requests: list[Request]
+    decodes: int
+    parts: list[PromptPart]
+
+
+def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight | None:
+    """Fill in the drafts and build the arrays. Drops rows that ended since the early part; None if none is left."""
+    rows = books.rows
+    decodes, caps, parts = planned.decodes, planned.draft_caps, planned.parts
+    drafts: list[list[int]] | None = None
+    if planned.late:
+        alive = rows.live[decodes] == 1
+        decodes, caps = decodes[alive], caps[alive]
+        parts = [part for part in parts if part.request.phase is Phase.RUNNING]
+        drafts = _ask(books, drafter, decodes, caps)
+    if not len(decodes) and not parts:
+        return None
+    starts, draft_counts, tokens = _decode_columns(books, planned, decodes, drafts)
+    part_rows = np.array([part.row for part in parts], np.int64)
+    all_rows = np.concatenate((decodes, part_rows))
+    part_tokens = [part.request.tokens(part.start, part.start + part.count) for part in parts]
+    part_samples = np.array([part.samples for part in parts], np.int64)
+    from_device = tokens[np.cumsum(draft_counts + 1) - draft_counts - 1] < 0
+    prompts = rows.prompt[all_rows]
+    outputs = rows.known[all_rows] - prompts
+    # The token about to be sampled comes after those that steps in flight sample; a late plan waits for none.
+    ahead = rows.pending[all_rows]
+    ahead[: len(decodes)] -= 1 + draft_counts
+    ahead[len(decodes) :] -= part_samples
+    samples = np.concatenate((np.ones(len(decodes), np.int64), part_samples))
+    flags = samples * SAMPLE
+    flags[: len(decodes)] |= from_device * FROM_DEVICE
+    scores = _scores(parts, len(tokens))
+    occupants = rows.occupants
+    requests = [request for request in map(occupants.__getitem__, all_rows.tolist()) if request is not None]
+    assert len(requests) == len(all_rows), "a planned row has no occupant"
+    plan = StepPlan(
+        planned.step,
+        *_bindings(books, planned),
+        *_table(planned),
+        np.empty((0, 3), np.int32),
+        all_rows.astype(np.int32),
+        np.concatenate((starts, np.array([part.start for part in parts], np.int64))).astype(np.int32),
+        np.concatenate((1 + draft_counts, np.array([part.count for part in parts], np.int64))).astype(np.int32),
+        np.concatenate((draft_counts, np.zeros(len(parts), np.int64))).astype(np.int32),
+        flags.astype(np.int32),
+        np.maximum(outputs + ahead, 0).astype(np.int32),
+        np.where(samples == 1, rows.logprobs[all_rows], -1).astype(np.int32),
+        np.concatenate((tokens, *part_tokens)).astype(np.int32),
+        *scores,
+    )
+    return Flight(plan, requests, len(decodes), parts)
+
+
+def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -> list[list[int]]:
+    drafts: list[list[int]] = []
+    for row, cap in zip(decodes.tolist(), caps.tolist(), strict=True):
+        request = books.rows.occupants[row]
+        assert request is not None
+        # What was accepted meanwhile may have brought the end nearer.
+        cap = min(cap, request.goal_tokens - 1 - request.known_tokens)
+        if drafter is None or cap <= 0:
+            drafts.append([])
+            continue
+        known = request.known_tokens
+        proposed = list(drafter.draft(request.key, request.tokens(max(0, known - _CONTEXT_TOKENS), known), cap))
+        assert len(proposed) <= cap, "a drafter proposed more than it was asked for"
+        drafts.append(proposed)
+    return drafts
+
+
+def _decode_columns(
+    books: Books, planned: Planned, decodes: Column, drafts: list[list[int]] | None
+) -> tuple[Column, Column, Column]:
+    """(starts [d], draft counts [d], tokens [sum 1 + drafts]) of the decoding rows; a token of -1 is on the device."""
+    rows = books.rows
+    if drafts is None:
+        waits = rows.pending[decodes] > 1
+        return (
+            rows.planned[decodes] - 1,
+            np.zeros(len(decodes), np.int64),
+            np.where(waits, -1, rows.last_token[decodes]),
+        )
+    # Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
+    counts = np.array([len(draft) for draft in drafts], np.int64)
+    starts = rows.settled[decodes].copy()
+    rows.planned[decodes] = starts + 1 + counts
+    rows.pending[decodes] = 1 + counts
+    books.totals.drafts_offered += int(counts.sum())
+    flat: list[int] = []
+    for token, draft in zip(rows.last_token[decodes].tolist(), drafts, strict=True):
+        flat.append(token)
+        flat.extend(draft)
+    return starts, counts, np.array(flat, np.int64)
+
+
+def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints]:
+    """Which prompt positions to score: each once, the query of position p scoring the token at p + 1."""
+    queries: list[int] = []
+    targets: list[int] = []
+    tops: list[int] = []
+    index = first_index
+    for part in parts:
+        request = part.request
+        if request.scores_from >= 0:
+            first, last = scored_range(part)
+            queries.extend(range(index + first - 1 - part.start, index + last - 1 - part.start))
+            targets.extend(request.tokens(first, last).tolist())
+            tops.extend([max(request.logprobs, 0)] * (last - first))
+        index += part.count
+    if not queries:
+        return NO_INTS, NO_INTS, NO_INTS
+    return np.array(queries, np.int32), np.array(targets, np.int32), np.array(tops, np.int32)
+
+
+def scored_range(part: PromptPart) -> tuple[int, int]:
+    """[first, last) prompt positions that this part scores: asked for, within the prompt, not scored before."""
+    request = part.request
+    first = max(request.scores_from, 1, request.scored_tokens, part.start + 1)
+    return first, max(first, min(part.start + part.count + 1, request.prompt_tokens))
+
+
+def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
+    """Page-table runs: whole tables of the rows bound in this step, then what running rows drew."""
+    if not planned.bound and not planned.runs:
+        return NO_INTS, NO_INTS, NO_INTS, NO_INTS
+    table_rows: list[int] = []
+    starts: list[int] = []
+    counts: list[int] = []
+    pages = []
+    for request in planned.bound:
+        if request.row is None or request.pin is None or request.lease is None:
+            continue  # It ended between the early part and now: its row is bound, but nothing of it runs.
+        own = request.lease.pages
+        table_rows.append(request.row)
+        starts.append(0)
+        counts.append(len(request.pin.pages) + len(own))
+        pages.append(np.array(request.pin.pages, np.int32))
+        pages.append(np.array(own, np.int32))
+    for row, start, drawn in planned.runs:
+        table_rows.append(row)
+        starts.append(start)
+        counts.append(len(drawn))
+        pages.append(np.array(drawn, np.int32))
+    return (
+        np.array(table_rows, np.int32),
+        np.array(starts, np.int32),
+        np.array(counts, np.int32),
+        np.concatenate(pages) if pages else NO_INTS,
+    )
+
+
+_NO_BINDINGS = (
+    NO_INTS, np.empty((0, 4), np.int32), np.empty((0, 6), np.float32), NO_INTS, NO_INTS, NO_FLOATS, NO_INTS, NO_INTS,
+    NO_INTS, NO_INTS, NO_INTS,
+)  # fmt: skip
+_Bindings = tuple[Ints, Ints, Floats, Ints, Ints, Floats, Ints, Ints, Ints, Ints, Ints]
+
+
+def _bindings(books: Books, planned: Planned) -> _Bindings:
+    """The eleven binding arrays of StepPlan, in its order."""
+    bound = [request for request in planned.bound if request.row is not None]
+    if not bound:
+        return _NO_BINDINGS
+    ints, floats = [], []
+    biases: list[tuple[int, float]] = []
+    bans: list[int] = []
+    seen = []
+    bias_counts, ban_counts, prompt_counts, output_counts = [], [], [], []
+    for request in bound:
+        sampling = request.sampling
+        ints.append(
+            (sampling.top_k, sampling.min_new_tokens, sampling.seed & 0xFFFFFFFF, sampling.seed >> 32 & 0xFFFFFFFF)
+        )
+        floats.append(
+            (
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.repetition_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+            )
+        )
+        biases.extend(sampling.logit_bias)
+        bias_counts.append(len(sampling.logit_bias))
+        banned = request.stop_ids if sampling.min_new_tokens else ()
+        bans.extend(banned)
+        ban_counts.append(len(banned))
+        if penalised(sampling):
+            seen.append(request.tokens(0, request.known_tokens))
+            prompt_counts.append(request.prompt_tokens)
+            output_counts.append(request.output_tokens)
+        else:
+            prompt_counts.append(0)
+            output_counts.append(0)
+    return (
+        np.array([request.row for request in bound], np.int32),
+        np.array(ints, np.uint32).view(np.int32),
+        np.array(floats, np.float32),
+        np.array(bias_counts, np.int32),
+        np.array([token for token, _ in biases], np.int32),
+        np.array([bias for _, bias in biases], np.float32),
+        np.array(ban_counts, np.int32),
+        np.array(bans, np.int32),
+        np.array(prompt_counts, np.int32),
+        np.array(output_counts, np.int32),
+        np.concatenate(seen) if seen else NO_INTS,
+    )
+
+
+def penalised(sampling: Sampling) -> bool:
+    """Whether the device needs the counts of the tokens so far."""
+    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0

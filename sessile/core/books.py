@@ -1,0 +1,341 @@
+"""The core's books: what exists, who holds what, and the transitions that move KV between holders.
+
+Every transition here keeps the invariants by itself (see docs/INVARIANTS.md); the planner and the settlement decide
+which one is due. Pages that leave a holder are stamped with the newest planned step, which is the newest that may
+still touch them.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from sessile.contract.model import ModelFacts
+from sessile.core.admission import Forecast
+from sessile.core.effects import Effects
+from sessile.core.ledger import QUARANTINE, Lease, PageLedger
+from sessile.core.limits import Limits
+from sessile.core.prefix import Pin, PrefixTree
+from sessile.core.request import Phase, Request
+from sessile.core.rows import RowTable
+from sessile.core.session import ParkedKv, Session
+from sessile.units import ceil_div
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running totals since the start; they only grow."""
+
+    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
+    turns_committed: int = 0
+    turns_rolled_back: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    evicted_pages: int = 0
+    demoted_pages: int = 0
+    drafts_offered: int = 0
+    drafts_accepted: int = 0
+    audit_checks: int = 0
+    audit_failures: int = 0
+
+
+class Books:
+    """Ledger, tree, rows, requests, sessions and the waiting line of one machine."""
+
+    def __init__(self, limits: Limits, facts: ModelFacts) -> None:
+        self.limits = limits
+        self.facts = facts
+        self.ledger = PageLedger(limits.pages_total)
+        self.tree = PrefixTree(self.ledger, limits.page_size)
+        self.rows: RowTable[Request] = RowTable(limits.rows_max)
+        self.requests: dict[int, Request] = {}
+        """By key, from submission until Done."""
+        self.sessions: dict[str, Session] = {}
+        self.waiting: list[Request] = []
+        """QUEUED requests in order of arrival; a preempted one comes back to its old place."""
+        self.waiting_tokens = 0
+        self.draining: list[Request] = []
+        self.computing: dict[tuple[int, bytes], Request] = {}
+        """Which running request is about to publish the page that a share key names."""
+        self.forecast = Forecast(limits.output_estimate_tokens)
+        self.effects = Effects()
+        self.totals = Totals()
+        self.now_ns = 0
+        self.planned_step = 0
+        self.settled_step = 0
+        self.arrivals = 0
+        self.session_serials = 0
+        self.parked_pages = 0
+        """Own pages of parked sessions: a running counter, checked by the audit."""
+        self.idle_deadlines: list[tuple[int, int, Session]] = []
+        self._parked_order: list[tuple[bool, int, int, Session]] = []
+
+    # -- room ---------------------------------------------------------------------------------------------------
+
+    @property
+    def usable_pages(self) -> int:
+        """Pages that sequences can ever have: all but scratch and what is in quarantine."""
+        return self.limits.pages_total - 1 - self.ledger.balance(QUARANTINE)
+
+    @property
+    def reclaimable_pages(self) -> int:
+        """Pages that nobody running needs: unpinned tree pages and the own pages of parked sessions."""
+        return self.tree.unpinned_pages + self.parked_pages
+
+    def reclaim(self, pages_wanted: int, *, sparing: Session | None = None) -> int:
+        """Move up to `pages_wanted` pages to LIMBO, least recently used first; return how many.
+
+        One order of last use over tree leaves and parked sessions; sessions whose turn waits come last. Pages are
+        taken from the tail, because KV is closed under prefixes. `sparing`: a session not to be touched.
+        """
+        reclaimed = 0
+        while reclaimed < pages_wanted:
+            leaf_use = self.tree.oldest_use()
+            session = self._oldest_parked(sparing)
+            if session is not None and (leaf_use is None or (session.turn is None and session.last_use < leaf_use)):
+                pages = self._shrink_parked(session, pages_wanted - reclaimed)
+                self.totals.demoted_pages += pages
+            elif leaf_use is not None:
+                pages = self.tree.evict_oldest(pages_wanted - reclaimed, self.planned_step)
+                self.totals.evicted_pages += pages
+            else:
+                break
+            reclaimed += pages
+        self.ledger.settle(self.settled_step)
+        return reclaimed
+
+    def _oldest_parked(self, sparing: Session | None) -> Session | None:
+        order = self._parked_order
+        spared: list[tuple[bool, int, int, Session]] = []
+        found: Session | None = None
+        while order and found is None:
+            entry = order[0]
+            waits, last_use, _, session = entry
+            if session.parked is None or session.last_use != last_use or (session.turn is not None) != waits:
+                heappop(order)
+            elif session is sparing:
+                spared.append(heappop(order))
+            else:
+                found = session
+        for entry in spared:
+            heappush(order, entry)
+        return found
+
+    def _shrink_parked(self, session: Session, pages_wanted: int) -> int:
+        parked = session.parked
+        assert parked is not None
+        pages = min(pages_wanted, len(parked.lease))
+        if pages:
+            kept = len(parked.lease) - pages
+            self.ledger.drop_tail(parked.lease, kept, self.planned_step)
+            self.parked_pages -= pages
+            parked.tokens = min(parked.tokens, (len(parked.pin.pages) + kept) * self.limits.page_size)
+        if not len(parked.lease):
+            # The rest is only read, not owned: let go of it, and the tree may evict it in its turn.
+            self.drop_parked(session)
+        return pages
+
+    # -- parked KV ----------------------------------------------------------------------------------------------
+
+    def park(self, session: Session, lease: Lease, pin: Pin, tokens: int) -> None:
+        """Hand KV over to a session, cut to `tokens`; it may be reclaimed from now on. Consumes lease and pin."""
+        assert session.parked is None, f"session {session.id!r} already holds KV"
+        tokens = self.truncate(lease, pin, tokens)
+        self.tree.soften(pin)
+        session.last_use = self.tree.clock
+        session.parked = ParkedKv(lease.hand_over(), pin, tokens, self.planned_step)
+        self.parked_pages += len(session.parked.lease)
+        if tokens == 0:
+            self.drop_parked(session)
+        else:
+            self.rank_parked(session)
+
+    def unpark(self, session: Session) -> ParkedKv:
+        """Take the KV out of a session's hands, hard-pinned, for the turn that starts now."""
+        parked = session.parked
+        assert parked is not None and parked.ready_step <= self.settled_step
+        session.parked = None
+        self.parked_pages -= len(parked.lease)
+        self.tree.harden(parked.pin)
+        return parked
+
+    def drop_parked(self, session: Session) -> None:
+        """Let go of a session's KV; its tokens stay."""
+        parked = session.parked
+        if parked is None:
+            return
+        session.parked = None
+        self.parked_pages -= len(parked.lease)
+        self.ledger.release(parked.lease, self.planned_step)
+        self.tree.unpin(parked.pin, used=False)
+
+    def cut_parked(self, session: Session, tokens: int) -> None:
+        """Cut a session's parked KV to at most `tokens`: the roll-back of a turn that does not run."""
+        parked = session.parked
+        if parked is None or parked.tokens <= tokens:
+            return
+        session.parked = None
+        self.parked_pages -= len(parked.lease)
+        self.tree.harden(parked.pin)
+        self.park(session, parked.lease, parked.pin, tokens)
+
+    def rank_parked(self, session: Session) -> None:
+        """Enter a parked session into the order of reclaiming; call again when a turn starts to wait."""
+        entry = (session.turn is not None, session.last_use, session.serial, session)
+        heappush(self._parked_order, entry)
+        if len(self._parked_order) > 4 * len(self.sessions) + 64:
+            self._parked_order = sorted(e for e in self._parked_order if self._is_current(e))
+
+    @staticmethod
+    def _is_current(entry: tuple[bool, int, int, Session]) -> bool:
+        waits, last_use, _, session = entry
+        return session.parked is not None and session.last_use == last_use and (session.turn is not None) == waits
+
+    def truncate(self, lease: Lease, pin: Pin, tokens: int) -> int:
+        """Cut KV to `tokens`, whole pages only; returns the length that could be kept, ≤ tokens.
+
+        A cut inside the pinned part gives up the page it falls into: the next write would go there, and a TREE page is
+        never written (H64).
+        """
+        size = self.limits.page_size
+        pinned = len(pin.pages)
+        if tokens >= pinned * size:
+            self.ledger.drop_tail(lease, ceil_div(tokens, size) - pinned, self.planned_step)
+            return tokens
+        self.ledger.drop_tail(lease, 0, self.planned_step)
+        self.tree.shorten(pin, tokens // size)
+        return tokens // size * size
+
+    # -- the waiting line ---------------------------------------------------------------------------------------
+
+    def enqueue(self, request: Request) -> None:
+        """Put a request into the waiting line, at the place of its arrival."""
+        request.phase = Phase.QUEUED
+        self.waiting_tokens += request.known_tokens - request.base_tokens
+        if not self.waiting or self.waiting[-1].arrival < request.arrival:
+            self.waiting.append(request)
+        else:
+            insort(self.waiting, request, key=lambda waiting: waiting.arrival)
+
+    def dequeue(self, request: Request) -> None:
+        """Take a request out of the waiting line."""
+        self.waiting.remove(request)
+        self.waiting_tokens -= request.known_tokens - request.base_tokens
+
+    # -- leaving ------------------------------------------------------------------------------------------------
+
+    def vacate(self, request: Request, settled_tokens: int, keep_tokens: int, *, publish: bool) -> None:
+        """Take KV away from a running request: to its session, cut to `keep_tokens`, or to the tree and to LIMBO.
+
+        settled_tokens: the KV that is known to be right. publish: offer a plain request's full settled pages to the
+        tree. The row is not touched.
+        """
+        lease, pin = request.lease, request.pin
+        assert lease is not None and pin is not None
+        self.stop_sharing(request)
+        request.lease = request.pin = None
+        session = request.session
+        if session is not None:
+            self.park(session, lease, pin, min(settled_tokens, keep_tokens))
+            return
+        pages = settled_tokens // self.limits.page_size
+        if publish and pages > len(pin.pages):
+            tokens = request.tokens(0, pages * self.limits.page_size)
+            self.tree.publish_ended(request.namespace, lease, tokens, pages, len(pin.pages))
+        self.ledger.release(lease, self.planned_step)
+        self.tree.unpin(pin, used=True)
+
+    def leave_row(self, request: Request) -> None:
+        """Give the row back now, or keep it until the step in flight that reads it has settled (H24, H31)."""
+        row = request.row
+        assert row is not None
+        if self.rows.last_step[row] <= self.settled_step:
+            self.rows.give_back(row, request)
+            request.row = None
+            request.phase = Phase.ENDED
+        else:
+            self.rows.live[row] = self.rows.plannable[row] = 0
+            request.phase = Phase.DRAINING
+            self.draining.append(request)
+
+    def drain(self) -> None:
+        """Free what waited for the newest settled step: rows of ended requests, pages in limbo."""
+        if self.draining:
+            still = []
+            for request in self.draining:
+                assert request.row is not None
+                if self.rows.last_step[request.row] <= self.settled_step:
+                    self.rows.give_back(request.row, request)
+                    request.row = None
+                    request.phase = Phase.ENDED
+                else:
+                    still.append(request)
+            self.draining = still
+        self.ledger.settle(self.settled_step)
+
+    def preempt(self, request: Request) -> None:
+        """Take row and KV from a running request and put it back into the line. Nothing of it may be in flight.
+
+        What was emitted is a fact: when the request runs again, it is input (H66). A turn's KV is parked with its
+        session, where it may be reclaimed; a plain request's full pages stay in the tree until somebody needs them.
+        """
+        row = request.row
+        assert row is not None and self.rows.last_step[row] <= self.settled_step
+        settled = int(self.rows.settled[row])
+        request.reached_tokens = max(request.reached_tokens, settled)
+        self.vacate(request, settled, settled, publish=True)
+        self.rows.give_back(row, request)
+        request.row = None
+        request.preempting = False
+        request.preemptions += 1
+        self.totals.preemptions += 1
+        self.forecast.preempted()
+        self.enqueue(request)
+
+    # -- timers -------------------------------------------------------------------------------------------------
+
+    def start_idle_timer(self, session: Session) -> None:
+        """Idle time starts when a turn ends, never while one is in flight (H41)."""
+        if session.idle_timeout_ns is not None:
+            deadline = session.last_used_ns + session.idle_timeout_ns
+            heappush(self.idle_deadlines, (deadline, session.serial, session))
+
+    def next_deadline_ns(self) -> int | None:
+        """When the next session expires if nothing happens before; None if none does."""
+        while self.idle_deadlines:
+            deadline, _, session = self.idle_deadlines[0]
+            if self._expires_at(session) == deadline:
+                return deadline
+            heappop(self.idle_deadlines)
+        return None
+
+    def _expires_at(self, session: Session) -> int | None:
+        gone = self.sessions.get(session.id) is not session
+        if gone or session.turn is not None or session.idle_timeout_ns is None:
+            return None
+        return session.last_used_ns + session.idle_timeout_ns
+
+    # -- sharing a prefix that is being computed ----------------------------------------------------------------
+
+    def share(self, request: Request) -> None:
+        """Say which page a running request will publish next, so that others wait for it instead of computing it."""
+        self.stop_sharing(request)
+        pin = request.pin
+        assert pin is not None and pin.node is not None
+        size = self.limits.page_size
+        start = len(pin.pages) * size
+        if not request.publishing or start + size > request.prompt_tokens - 1:
+            return
+        key = (pin.node.serial, request.tokens(start, start + size).tobytes())
+        if key not in self.computing:
+            self.computing[key] = request
+            request.share_key = key
+
+    def stop_sharing(self, request: Request) -> None:
+        """Withdraw what `share` said."""
+        if request.share_key is not None:
+            del self.computing[request.share_key]
+            request.share_key = None

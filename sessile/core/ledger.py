@@ -1,0 +1,252 @@
+"""Who owns which page: double-entry bookkeeping, and the only writer of page ownership.
+
+Every page carries the tag of exactly one account. `_post` is the only mutation: it checks the tag of each page it
+moves, rewrites it and moves the two balances. The arrows, all of them:
+
+    FREE → sequence                 draw
+    sequence → TREE                 publish
+    sequence, TREE → LIMBO → FREE   drop_tail, release, evict; then settle
+    sequence → QUARANTINE           quarantine
+
+An account belongs to one line of tokens (a request's, a session's). A `Lease` is the right to that account: an affine
+value. Whoever holds it owns the pages; handing it over is O(1) and rewrites no tag.
+"""
+
+from array import array
+from collections.abc import Iterator
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.contract.plan import SCRATCH_PAGE
+from sessile.errors import LeaseError, OwnershipError
+from sessile.units import Account
+
+# Pages are array("i") throughout the core: cheap to append to, and a buffer that numpy reads without a copy.
+FREE, TREE, LIMBO, SCRATCH, QUARANTINE = (Account(slot) for slot in range(5))
+_FIXED_NAMES = ("FREE", "TREE", "LIMBO", "SCRATCH", "QUARANTINE")
+_SLOT_BITS = 20
+_SLOT_MASK = (1 << _SLOT_BITS) - 1
+_GENERATION_MASK = (1 << (32 - _SLOT_BITS)) - 1
+# Below this many pages a plain loop beats numpy's fixed cost of some microseconds.
+_FEW_PAGES = 24
+
+
+class Lease:
+    """The right to one sequence's account and so the ownership of its pages, in the order of their tokens.
+
+    Affine: `hand_over`, `PageLedger.release` consume it, and a consumed lease raises LeaseError on any use; it cannot
+    be copied or pickled; one that is garbage-collected while it owns pages is noted in `PageLedger.lost`.
+    """
+
+    __slots__ = ("_account", "_lost", "_pages")
+
+    def __init__(self, account: Account, pages: "array[int]", lost: list[str]) -> None:
+        self._account: Account | None = account
+        self._pages = pages
+        self._lost = lost
+
+    @property
+    def account(self) -> Account:
+        """The account; raises LeaseError once consumed."""
+        if self._account is None:
+            raise LeaseError("this lease was consumed: its pages have another holder")
+        return self._account
+
+    @property
+    def pages(self) -> "array[int]":
+        """The owned pages, to be read only; raises LeaseError once consumed."""
+        if self._account is None:
+            raise LeaseError("this lease was consumed: its pages have another holder")
+        return self._pages
+
+    def hand_over(self) -> "Lease":
+        """Consume this lease and return the same right as a new value, for the next holder. O(1)."""
+        successor = Lease(self.account, self._pages, self._lost)
+        self._account = None
+        return successor
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def __copy__(self) -> NoReturn:
+        raise LeaseError("a lease cannot be copied: hand it over")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise LeaseError("a lease cannot be copied: hand it over")
+
+    def __reduce__(self) -> NoReturn:
+        raise LeaseError("a lease cannot be pickled: it is ownership, not a record")
+
+    def __del__(self) -> None:
+        if self._account is not None and len(self._pages):
+            self._lost.append(f"account {self._account:#x} was dropped with pages {self._pages[:8].tolist()}")
+
+
+class PageLedger:
+    """The owner of every page of a pool. Page 0 is SCRATCH from the start, all others are FREE."""
+
+    def __init__(self, pages_total: int) -> None:
+        assert pages_total >= 2, "a pool has the scratch page and at least one more"
+        self.pages_total = pages_total
+        self.lost: list[str] = []
+        """Leases that were dropped while they owned pages; the audit fails on any."""
+        self._tags = array("I", bytes(4 * pages_total))
+        self._tags_view: npt.NDArray[np.uint32] = np.frombuffer(self._tags, np.uint32)
+        self._balances = [pages_total, 0, 0, 0, 0]
+        self._generations = [0, 0, 0, 0, 0]
+        self._vacant_slots: list[int] = []
+        # A stack whose top is at the end; draws from a fresh pool ascend, so that neighbours stay neighbours.
+        self._free = array("i", range(pages_total - 1, -1, -1))
+        self._limbo: dict[int, array[int]] = {}
+        self._post(self._free[-1:], FREE, SCRATCH)
+        assert self._free.pop() == SCRATCH_PAGE
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def balance(self, account: Account) -> int:
+        """Pages that an open account owns."""
+        slot = account & _SLOT_MASK
+        assert self._generations[slot] == account >> _SLOT_BITS, f"account {account:#x} is closed"
+        return self._balances[slot]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be drawn now."""
+        return self._balances[FREE]
+
+    @property
+    def limbo_pages(self) -> int:
+        """Pages that become free when steps in flight settle."""
+        return self._balances[LIMBO]
+
+    @property
+    def tags(self) -> npt.NDArray[np.uint32]:
+        """uint32[pages_total]: the account of each page. A view; read only."""
+        return self._tags_view
+
+    @property
+    def free_stack(self) -> "array[int]":
+        """The FREE pages; read only, for the audit."""
+        return self._free
+
+    def limbo_by_step(self) -> Iterator[tuple[int, "array[int]"]]:
+        """(step, pages) of all that waits for that step; read only, for the audit."""
+        yield from self._limbo.items()
+
+    def name(self, account: int) -> str:
+        """An account's name for messages."""
+        return _FIXED_NAMES[account] if account < len(_FIXED_NAMES) else f"sequence account {account:#x}"
+
+    def open_accounts(self) -> Iterator[tuple[Account, int]]:
+        """(account, balance) of every open sequence account that owns pages."""
+        for slot in range(len(_FIXED_NAMES), len(self._balances)):
+            if self._balances[slot]:
+                yield Account(self._generations[slot] << _SLOT_BITS | slot), self._balances[slot]
+
+    # -- the arrows ---------------------------------------------------------------------------------------------
+
+    def open(self) -> Lease:
+        """Open an account for one sequence; it owns nothing yet."""
+        if self._vacant_slots:
+            slot = self._vacant_slots.pop()
+        else:
+            slot = len(self._balances)
+            assert slot <= _SLOT_MASK, "a million sequences hold KV at once: a limit above us failed"
+            self._balances.append(0)
+            self._generations.append(0)
+        return Lease(Account(self._generations[slot] << _SLOT_BITS | slot), array("i"), self.lost)
+
+    def draw(self, lease: Lease, count: int) -> "array[int]":
+        """FREE → sequence: append `count` free pages to the lease and return them. The caller checked free_pages."""
+        assert 0 < count <= self.free_pages, f"drew {count} pages of {self.free_pages} free ones"
+        pages = self._free[: -count - 1 : -1]
+        self._post(pages, FREE, lease.account)
+        del self._free[-count:]
+        lease.pages.extend(pages)
+        return pages
+
+    def publish(self, lease: Lease, start: int, count: int) -> "array[int]":
+        """sequence → TREE: take pages [start, start + count) out of the lease; the tree must adopt them."""
+        pages = lease.pages[start : start + count]
+        assert len(pages) == count > 0, "published more pages than the sequence owns"
+        self._post(pages, lease.account, TREE)
+        del lease.pages[start : start + count]
+        return pages
+
+    def drop_tail(self, lease: Lease, pages_kept: int, step: int) -> int:
+        """sequence → LIMBO: all pages but the first `pages_kept`; free when `step` settles. Returns how many."""
+        pages = lease.pages[pages_kept:]
+        if pages:
+            self._to_limbo(pages, lease.account, step)
+            del lease.pages[pages_kept:]
+        return len(pages)
+
+    def release(self, lease: Lease, step: int) -> None:
+        """sequence → LIMBO for all pages, and close the account: the one way a sequence ends. Consumes the lease."""
+        account = lease.account
+        self.drop_tail(lease, 0, step)
+        lease.hand_over()._account = None
+        self._close(account)
+
+    def evict(self, pages: "array[int]", step: int) -> None:
+        """TREE → LIMBO: pages that the tree gave up; free when `step` settles."""
+        self._to_limbo(pages, TREE, step)
+
+    def settle(self, step: int) -> None:
+        """LIMBO → FREE: all that waited for steps up to and including `step`."""
+        for stamp in [stamp for stamp in self._limbo if stamp <= step]:
+            pages = self._limbo.pop(stamp)
+            self._post(pages, LIMBO, FREE)
+            pages.reverse()
+            self._free.extend(pages)
+
+    def quarantine(self, lease: Lease) -> None:
+        """sequence → QUARANTINE: take a suspect sequence's pages out of circulation. Consumes the lease."""
+        account = lease.account
+        if lease.pages:
+            self._post(lease.pages[:], account, QUARANTINE)
+            del lease.pages[:]
+        lease.hand_over()._account = None
+        self._close(account)
+
+    def _close(self, account: Account) -> None:
+        slot = account & _SLOT_MASK
+        # A forgotten tail fails here, with its owner's name, not in some later sum (H06, H09).
+        if self._balances[slot] != 0:
+            raise OwnershipError(f"{self.name(account)} was closed with {self._balances[slot]} pages on its name")
+        self._generations[slot] = (self._generations[slot] + 1) & _GENERATION_MASK
+        self._vacant_slots.append(slot)
+
+    def _to_limbo(self, pages: "array[int]", source: Account, step: int) -> None:
+        self._post(pages, source, LIMBO)
+        waiting = self._limbo.get(step)
+        if waiting is None:
+            self._limbo[step] = pages
+        else:
+            waiting.extend(pages)
+
+    def _post(self, pages: "array[int]", source: Account, target: Account) -> None:
+        """Move pages from source to target: the only place where ownership changes.
+
+        pages: each owned by source. Raises OwnershipError naming the first page that is not, with its owner; nothing
+        has moved then.
+        """
+        if len(pages) <= _FEW_PAGES:
+            tags = self._tags
+            for page in pages:
+                if tags[page] != source:
+                    raise self._foreign(page, source)
+            for page in pages:
+                tags[page] = target
+        else:
+            found = self._tags_view[pages] == source
+            if not found.all():
+                raise self._foreign(pages[int(np.argmin(found))], source)
+            self._tags_view[pages] = target
+        self._balances[source & _SLOT_MASK] -= len(pages)
+        self._balances[target & _SLOT_MASK] += len(pages)
+
+    def _foreign(self, page: int, expected: Account) -> OwnershipError:
+        return OwnershipError.foreign_page(page, expected=self.name(expected), found=self.name(self._tags[page]))

@@ -1,0 +1,487 @@
+"""What the next step runs: there is no prefill phase and no decode phase, only tokens whose KV is not there yet.
+
+One budget of tokens a step goes to running rows that decode, then to partial prompts, then to admissions, each in
+order of arrival. A shortage of pages is judged on free + limbo + reclaimable: what limbo covers makes rows sit out one
+step; only what nothing covers preempts, and then the newest arrival, for the sake of an older one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from sessile.core.admission import peak_pages
+from sessile.core.books import Books
+from sessile.core.history import Tokens
+from sessile.core.prefix import Match
+from sessile.core.request import Phase, Request
+from sessile.core.rows import Column
+from sessile.units import RowId, ceil_div
+
+_LOOKS_MAX = 4
+"""Requests that do not fit, looked at in one step: each costs a match, and a long line must not slow the step."""
+
+_NO_ROWS: Column = np.empty(0, np.int64)
+
+
+class Drafter(Protocol):
+    """Proposes tokens that the model will verify. Must be a pure function of what it was told."""
+
+    def limit(self, key: int) -> int:
+        """Most drafts worth verifying for this request in the next step; asked early, when pages are set aside."""
+        ...
+
+    def draft(self, key: int, context: Tokens, limit: int) -> Sequence[int]:
+        """At most `limit` tokens that may follow. context: the last tokens of the request (at most 64); asked late."""
+        ...
+
+
+@dataclass(slots=True)
+class PromptPart:
+    """A run of known tokens of one row: [start, start + count)."""
+
+    request: Request
+    row: RowId
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Planned:
+    """The early part of a plan: rows, counts and pages are fixed, drafts are not.
+
+    late: drafts are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run one
+    token each, with `draft_caps` drafts at most.
+    """
+
+    step: int
+    decodes: Column = field(default_factory=lambda: _NO_ROWS)
+    draft_caps: Column = field(default_factory=lambda: _NO_ROWS)
+    parts: list[PromptPart] = field(default_factory=list)
+    bound: list[Request] = field(default_factory=list)
+    runs: list[tuple[int, int, Sequence[int]]] = field(default_factory=list)
+    """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
+    late: bool = False
+    tokens: int = 0
+
+
+class Planner:
+    """Chooses rows, token counts and pages. Holds no state of its own but the step of the last forced retraction."""
+
+    def __init__(self, books: Books, drafter: Drafter | None) -> None:
+        self._books = books
+        self._drafter = drafter
+        self._retracted_step = 0
+        self._decoded_last = False
+        self.budget_tokens = books.limits.chunk_tokens
+        self.ended: list[Request] = []
+        """Requests that were admitted with nothing left to compute; the machine ends them."""
+
+    def plan(self) -> Planned | None:
+        """The early part of the next step, with pages drawn and counters advanced; None if nothing can run now."""
+        books = self._books
+        books.drain()
+        self._retract_by_force()
+        planned = Planned(books.planned_step + 1)
+        self._choose(planned)
+        if not len(planned.decodes) and not planned.parts:
+            if books.limits.mixed_chunk or not self._decoded_last:
+                return None
+            # It was the prompts' turn, but none can run: let the decoding rows go on.
+            self._decoded_last = False
+            self._choose(planned)
+            if not len(planned.decodes):
+                return None
+        self._offer_drafts(planned)
+        self._advance(planned)
+        assert planned.tokens <= self.budget_tokens, "the parts of a step exceed its budget (H15)"
+        books.planned_step = planned.step
+        books.forecast.stepped()
+        self._decoded_last = bool(len(planned.decodes))
+        return planned
+
+    def _choose(self, planned: Planned) -> None:
+        if self._choose_running(planned):
+            self._admit(planned)
+
+    # -- preemption ---------------------------------------------------------------------------------------------
+
+    def _retract_by_force(self) -> None:
+        every = self._books.limits.retract_every
+        if every and self._books.planned_step - self._retracted_step >= every:
+            self._retracted_step = self._books.planned_step
+            victim = self._newest_running()
+            if victim is not None:
+                self._preempt(victim)
+
+    def _newest_running(self) -> Request | None:
+        rows = self._books.rows
+        running = np.flatnonzero(rows.plannable)
+        if not len(running):
+            return None
+        return rows.occupants[int(running[np.argmax(rows.arrival[running])])]
+
+    def _preempt(self, victim: Request) -> None:
+        """Preempt now, or, while a step that has the row is in flight, when it settles."""
+        books = self._books
+        row = victim.row
+        assert row is not None
+        books.rows.plannable[row] = 0
+        if books.rows.last_step[row] <= books.settled_step:
+            books.preempt(victim)
+        else:
+            victim.preempting = True
+
+    # -- running rows -------------------------------------------------------------------------------------------
+
+    def _choose_running(self, planned: Planned) -> bool:
+        """Share the budget among running rows, decoding first. Returns whether all of them got their pages."""
+        rows = self._books.rows
+        active = np.flatnonzero(rows.plannable)
+        if not len(active):
+            return True
+        ahead = rows.known[active] + rows.pending[active]
+        planned_tokens = rows.planned[active]
+        need = np.minimum(ahead, rows.goal[active] - 1) - planned_tokens
+        single = planned_tokens + 1 == ahead
+        decodes = active[(need == 1) & single]
+        prompts = active[(need > 1) | ((need == 1) & ~single)]
+        if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
+            # Without mixed steps prompts and decoding take turns, so that neither starves.
+            if self._decoded_last:
+                decodes = _NO_ROWS
+            else:
+                prompts = _NO_ROWS
+        budget = self._budget(len(decodes) > 0)
+        if len(decodes) > budget:
+            decodes = decodes[np.argsort(rows.arrival[decodes], kind="stable")][:budget]
+        planned.decodes = decodes
+        budget -= len(decodes)
+        for row in prompts[np.argsort(rows.arrival[prompts], kind="stable")].tolist():
+            if budget <= 0:
+                break
+            request = rows.occupants[row]
+            assert request is not None
+            start = int(rows.planned[row])
+            end = min(int(rows.known[row]), int(rows.goal[row]) - 1)
+            count = min(end - start, budget)
+            planned.parts.append(PromptPart(request, row, start, count, False))
+            budget -= count
+        planned.tokens = self._budget(len(decodes) > 0) - budget
+        return self._draw_for_running(planned)
+
+    def _budget(self, decoding: bool) -> int:
+        return min(self.budget_tokens, self._books.limits.mixed_chunk_tokens) if decoding else self.budget_tokens
+
+    def _draw_for_running(self, planned: Planned) -> bool:
+        """Draw the pages that running rows need in this step; rows that get none are taken out of the plan."""
+        books, rows = self._books, self._books.rows
+        size = books.limits.page_size
+        decodes = planned.decodes
+        lacking = decodes[rows.planned[decodes] >= rows.pages[decodes] * size].tolist()
+        wants = [(int(rows.arrival[row]), row, 1) for row in lacking]
+        for part in planned.parts:
+            pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
+            if pages > 0:
+                wants.append((int(rows.arrival[part.row]), part.row, pages))
+        if sum(want[2] for want in wants) <= books.ledger.free_pages:
+            for _, row, pages in wants:
+                self._draw(planned, row, pages)
+            return True
+        self._draw_what_there_is(planned, sorted(wants))
+        return False
+
+    def _draw(self, planned: Planned, row: RowId, pages: int) -> None:
+        rows = self._books.rows
+        request = rows.occupants[row]
+        assert request is not None and request.lease is not None
+        drawn = self._books.ledger.draw(request.lease, pages)
+        planned.runs.append((row, int(rows.pages[row]), drawn))
+        rows.pages[row] += pages
+
+    def _draw_what_there_is(self, planned: Planned, wants: list[tuple[int, RowId, int]]) -> None:
+        """The rare branch: pages are short. Reclaim, wait for limbo, or preempt the newest for an older row."""
+        books, rows = self._books, self._books.rows
+        while True:
+            wants = [want for want in wants if rows.plannable[want[1]]]
+            total = sum(pages for _, _, pages in wants)
+            coming = books.ledger.limbo_pages + self._pages_of_victims()
+            books.reclaim(total - books.ledger.free_pages - coming)
+            free = books.ledger.free_pages
+            if total <= free + books.ledger.limbo_pages + self._pages_of_victims():
+                break
+            first_denied = next(w for i, w in enumerate(wants) if sum(p for _, _, p in wants[: i + 1]) > free)
+            victim = self._newest_running()
+            assert victim is not None
+            if victim.row == first_denied[1]:
+                break
+            self._preempt(victim)
+        short = set()
+        for _, row, pages in wants:
+            granted = min(pages, books.ledger.free_pages)
+            if granted:
+                self._draw(planned, row, granted)
+            if granted < pages:
+                short.add(row)
+        size = books.limits.page_size
+        kept = [row for row in planned.decodes.tolist() if rows.plannable[row] and row not in short]
+        planned.decodes = np.array(kept, np.int64)
+        parts = []
+        for part in planned.parts:
+            part.count = min(part.count, int(rows.pages[part.row]) * size - part.start)
+            if rows.plannable[part.row] and part.count > 0:
+                parts.append(part)
+        planned.parts = parts
+        planned.tokens = len(kept) + sum(part.count for part in parts)
+
+    def _pages_of_victims(self) -> int:
+        """Pages that requests to be preempted at the next settle will give up."""
+        rows = self._books.rows
+        leaving = np.flatnonzero(rows.live & (1 - rows.plannable))
+        return int((rows.pages[leaving] - rows.pinned[leaving]).sum())
+
+    # -- admission ----------------------------------------------------------------------------------------------
+
+    def _admit(self, planned: Planned) -> None:
+        """Admit waiting requests in order of arrival while budget, rows and the estimate of the future allow."""
+        books = self._books
+        if not books.waiting or not books.rows.free_rows:
+            return
+        decoding = len(planned.decodes) > 0
+        if decoding and not books.limits.mixed_chunk:
+            return
+        budget = self._budget(decoding) - planned.tokens
+        outlook = _Outlook(books)
+        blocked: Request | None = None
+        looks = 0
+        for request in books.waiting[: books.limits.admissions_max]:
+            if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX:
+                break
+            session = request.session
+            if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:
+                continue  # The previous turn still drains; it will have settled before the next plan (H60).
+            match = self._match(request)
+            if match is not None and self._waits_for_prefix(request, match):
+                continue
+            part = self._admit_one(planned, request, match, budget, outlook)
+            if part is None:
+                looks += 1
+                blocked = blocked or request
+                if blocked.overtaken >= books.limits.overtakes_max:
+                    break
+                continue
+            budget -= part.count
+            planned.tokens += part.count
+            if blocked is not None:
+                blocked.overtaken += 1
+
+    def _match(self, request: Request) -> Match | None:
+        """What the tree has for a request without KV of its own; None if its session kept some."""
+        if request.session is not None and request.session.parked is not None:
+            return None
+        books = self._books
+        size = books.limits.page_size
+        # KV ≤ tokens - 1: there is always a token left to run (H65).
+        pages = (min(request.known_tokens, request.goal_tokens) - 1) // size
+        if request.scores_from >= 0 and request.session is None:
+            pages = min(pages, max(0, max(request.scores_from, 1) - 1) // size)
+        tokens = request.tokens(0, min(request.known_tokens, (pages + 1) * size))
+        return books.tree.match(request.namespace, tokens, pages)
+
+    def _waits_for_prefix(self, request: Request, match: Match) -> bool:
+        """Whether a running request is computing the very next page; the wait is bounded."""
+        books = self._books
+        if not books.computing or match.node_pages < len(match.node.pages):
+            return False
+        size = books.limits.page_size
+        start = match.pages * size
+        if start + size > request.known_tokens - 1 or request.share_waits >= books.limits.share_wait_steps:
+            return False
+        key = (match.node.serial, request.tokens(start, start + size).tobytes())
+        if key not in books.computing:
+            return False
+        request.share_waits += 1
+        return True
+
+    def _admit_one(
+        self, planned: Planned, request: Request, match: Match | None, budget: int, outlook: "_Outlook"
+    ) -> PromptPart | None:
+        """Admit a request if it fits now and in the estimated future; else None, and nothing has changed."""
+        books = self._books
+        size = books.limits.page_size
+        start, pages, shared = self._standing(request, match)
+        count = min(min(request.known_tokens, request.goal_tokens - 1) - start, budget)
+        if count <= 0:
+            # Nothing to compute (max_new_tokens = 0 on what is there already): it ends without a row.
+            request.note_admission(start)
+            self.ended.append(request)
+            return None
+        alone = not planned.parts and not len(planned.decodes) and not books.rows.live.any()
+        if not alone and not outlook.admits(request, shared):
+            return None
+        wanted = ceil_div(start + count, size) - pages
+        match = self._make_room(wanted, request, match)
+        free = books.ledger.free_pages
+        if free < wanted:
+            if not alone or free <= 0:
+                return None
+            count = min(count, (pages + free) * size - start)
+            wanted = free
+        outlook.add(request, shared)
+        self._start(request, match, start)
+        assert request.lease is not None and request.row is not None
+        if wanted > 0:
+            books.ledger.draw(request.lease, wanted)
+            books.rows.pages[request.row] += wanted
+        part = PromptPart(request, request.row, start, count, False)
+        planned.parts.append(part)
+        planned.bound.append(request)
+        return part
+
+    def _standing(self, request: Request, match: Match | None) -> tuple[int, int, int]:
+        """(KV tokens, pages, pages of these that running rows share) that a request would start with."""
+        if match is not None:
+            return match.pages * self._books.limits.page_size, match.pages, match.pages - match.unpinned_pages
+        session = request.session
+        assert session is not None and session.parked is not None
+        parked = session.parked
+        shared = sum(len(node.pages) for node in parked.pin.path() if node.hard)
+        return parked.tokens, len(parked.pin.pages) + len(parked.lease), shared
+
+    def _make_room(self, pages: int, request: Request, match: Match | None) -> Match | None:
+        """Reclaim what this admission needs without touching what it is about to read; returns the match anew."""
+        books = self._books
+        short = pages - books.ledger.free_pages - books.ledger.limbo_pages
+        if short <= 0:
+            return match
+        if match is None:
+            books.reclaim(short, sparing=request.session)
+            return None
+        guard = books.tree.pin(match)
+        books.reclaim(short)
+        books.tree.unpin(guard, used=True)
+        return self._match(request)
+
+    def _start(self, request: Request, match: Match | None, start: int) -> None:
+        """Give a request its row, its lease and its pin."""
+        books, session = self._books, request.session
+        books.dequeue(request)
+        if match is not None:
+            request.pin = books.tree.pin(match)
+            request.lease = books.ledger.open()
+        else:
+            assert session is not None
+            parked = books.unpark(session)
+            request.pin, request.lease = parked.pin, parked.lease.hand_over()
+        request.publishing = session is None or session.turns == 0
+        request.note_admission(start)
+        known = request.known_tokens
+        pinned = len(request.pin.pages)
+        request.row = books.rows.take(
+            request,
+            request.stop_ids,
+            key=request.key,
+            live=1,
+            plannable=1,
+            slow=request.settles_slowly,
+            arrival=request.arrival,
+            known=known,
+            settled=start,
+            planned=start,
+            pending=0,
+            goal=request.goal_tokens,
+            pages=pinned + len(request.lease),
+            pinned=pinned,
+            prompt=request.prompt_tokens,
+            last_token=request.token(known - 1),
+            last_step=0,
+            logprobs=request.logprobs,
+        )
+        request.phase = Phase.RUNNING
+        books.share(request)
+
+    # -- drafts and counters ------------------------------------------------------------------------------------
+
+    def _offer_drafts(self, planned: Planned) -> None:
+        """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
+        decodes = planned.decodes
+        planned.draft_caps = np.zeros(len(decodes), np.int64)
+        drafter, books = self._drafter, self._books
+        if drafter is None or not books.limits.drafts_max or not len(decodes):
+            return
+        rows = books.rows
+        size = books.limits.page_size
+        budget = self._budget(True) - planned.tokens
+        for index, row in enumerate(decodes.tolist()):
+            after = int(rows.planned[row]) + 1
+            cap = min(books.limits.drafts_max, budget, int(rows.goal[row]) - 1 - after)
+            if cap <= 0:
+                continue
+            cap = min(cap, drafter.limit(int(rows.key[row])))
+            wanted = ceil_div(after + cap, size) - int(rows.pages[row])
+            granted = min(wanted, books.ledger.free_pages)
+            if granted > 0:
+                self._draw(planned, row, granted)
+            cap = min(cap, int(rows.pages[row]) * size - after)
+            planned.draft_caps[index] = cap
+            planned.tokens += cap
+            budget -= cap
+        planned.late = bool(planned.draft_caps.any())
+
+    def _advance(self, planned: Planned) -> None:
+        """Count what is planned: from here on the step exists."""
+        rows = self._books.rows
+        decodes = planned.decodes
+        rows.planned[decodes] += 1 + planned.draft_caps
+        rows.pending[decodes] += 1 + planned.draft_caps
+        rows.last_step[decodes] = planned.step
+        for part in planned.parts:
+            row = part.row
+            end = part.start + part.count
+            part.samples = end == int(rows.known[row])
+            rows.planned[row] = end
+            rows.pending[row] += part.samples
+            rows.last_step[row] = planned.step
+        assert (rows.planned <= rows.pages * self._books.limits.page_size).all(), "a row is planned beyond its pages"
+
+
+class _Outlook:
+    """The estimated future of the running rows, to which candidates are added one by one."""
+
+    def __init__(self, books: Books) -> None:
+        rows = books.rows
+        live = np.flatnonzero(rows.plannable)
+        size = books.limits.page_size
+        known = rows.known[live] + rows.pending[live]
+        remaining = books.forecast.remaining_tokens(rows.goal[live] - known)
+        held = np.maximum(rows.pages[live], -(-known // size))
+        self._books = books
+        self._capacity = books.usable_pages - books.tree.hard_pages
+        self._held = held - rows.pinned[live]
+        self._growth = np.maximum(-(-(known + remaining) // size) - held, 0)
+        self._sum = int(self._held.sum() + self._growth.sum())
+
+    def _figures(self, request: Request, pinned: int) -> tuple[int, int]:
+        size = self._books.limits.page_size
+        known = request.known_tokens
+        allowed = np.array([request.goal_tokens - known], np.int64)
+        remaining = int(self._books.forecast.remaining_tokens(allowed)[0])
+        held = ceil_div(known, size)
+        return held - pinned, ceil_div(known + remaining, size) - held
+
+    def admits(self, request: Request, pinned: int) -> bool:
+        """Whether the peak with this request stays within what running rows may use. pinned: pages shared already."""
+        held, growth = self._figures(request, pinned)
+        if self._sum + held + growth <= self._capacity:
+            return True
+        peak = peak_pages(np.append(self._held, held), np.append(self._growth, growth), self._capacity)
+        return peak <= self._capacity
+
+    def add(self, request: Request, pinned: int) -> None:
+        """Count an admitted request."""
+        held, growth = self._figures(request, pinned)
+        self._held = np.append(self._held, held)
+        self._growth = np.append(self._growth, growth)
+        self._sum += held + growth

@@ -1,0 +1,352 @@
+"""The prefix tree: KV pages that any sequence with the same beginning may read.
+
+A radix tree per namespace over whole pages: a node is a run of tokens (a multiple of the page size) and the pages that
+hold their KV. All its pages belong to TREE. Readers hold a `Pin`, a receipt for the path from the root to one node:
+reading, not owning. Hard pins (a running request) keep a path from being evicted; soft pins (a parked session) mark
+who must shrink first. Only the receipt unlocks what it locked, and it survives splits: the lower half keeps the node.
+"""
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+
+from sessile.core.history import Tokens
+from sessile.core.ledger import TREE, Lease, PageLedger
+from sessile.errors import OwnershipError
+
+
+class Node:
+    """A run of whole pages. `hard` and `soft` count the pins of this node and of all below it."""
+
+    __slots__ = ("children", "hard", "last_use", "pages", "parent", "serial", "soft", "tokens")
+
+    def __init__(self, parent: "Node | None", tokens: Tokens, pages: "array[int]", serial: int, last_use: int) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.pages = pages
+        self.children: dict[bytes, Node] = {}
+        self.hard = 0
+        self.soft = 0
+        self.serial = serial
+        self.last_use = last_use
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix found: all pages above `node` and its first `node_pages`. Changes nothing."""
+
+    node: Node
+    node_pages: int
+    pages: int
+    """In all, from the root."""
+    unpinned_pages: int
+    """Of these, pages without a hard pin: they count as reclaimable until the match is pinned."""
+
+
+class Pin:
+    """A receipt for the path from the root to `node`; `pages` lists that path's pages in the order of tokens.
+
+    Held by exactly one holder. Consumed by `PrefixTree.unpin`; using it again raises OwnershipError.
+    """
+
+    __slots__ = ("hard", "node", "pages")
+
+    def __init__(self, node: Node, pages: "array[int]") -> None:
+        self.node: Node | None = node
+        self.pages = pages
+        self.hard = True
+
+    def path(self) -> Iterator[Node]:
+        """The pinned nodes, deepest first, without the root."""
+        node = self.node
+        if node is None:
+            raise OwnershipError("this pin was given back already")
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+class PrefixTree:
+    """All namespaces' trees over one ledger. `clock` counts uses; it orders eviction."""
+
+    def __init__(self, ledger: PageLedger, page_size: int) -> None:
+        self._ledger = ledger
+        self._page_size = page_size
+        self._roots: dict[str, Node] = {}
+        self._evictable: list[tuple[int, int, Node]] = []
+        self._offers = 0
+        self._serial = 0
+        self.clock = 0
+        self.nodes = 0
+        self.hard_pages = 0
+        """Pages under at least one hard pin."""
+
+    @property
+    def unpinned_pages(self) -> int:
+        """Pages that can be evicted, once the parked sessions that read them have shrunk."""
+        return self._ledger.balance(TREE) - self.hard_pages
+
+    def walk(self) -> Iterator[Node]:
+        """Every node, parents first; read only, for the audit."""
+        pending = list(self._roots.values())
+        while pending:
+            node = pending.pop()
+            pending.extend(node.children.values())
+            if node.parent is not None:
+                yield node
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def match(self, namespace: str, tokens: Tokens, pages_max: int) -> Match:
+        """The longest cached prefix of `tokens`, at most `pages_max` pages. Pure: planning may walk away."""
+        size = self._page_size
+        node = self._root(namespace)
+        pages = node_pages = unpinned = 0
+        while pages < pages_max:
+            start = pages * size
+            child = node.children.get(tokens[start : start + size].tobytes())
+            if child is None:
+                break
+            node = child
+            node_pages = min(self._equal_pages(child, tokens[start:]), pages_max - pages)
+            pages += node_pages
+            if not child.hard:
+                unpinned += node_pages
+            if node_pages < len(child.pages):
+                break
+        return Match(node, node_pages, pages, unpinned)
+
+    def share_key(self, node: Node, tokens: Tokens, pages: int) -> tuple[int, bytes]:
+        """What names the page after a fully matched node: two sequences with the same key would compute the same."""
+        size = self._page_size
+        return node.serial, tokens[pages * size : (pages + 1) * size].tobytes()
+
+    def _equal_pages(self, node: Node, tokens: Tokens) -> int:
+        length = min(len(node.tokens), len(tokens))
+        equal = node.tokens[:length] == tokens[:length]
+        tokens_equal = length if equal.all() else int(np.argmin(equal))
+        return tokens_equal // self._page_size
+
+    # -- pins ---------------------------------------------------------------------------------------------------
+
+    def pin(self, match: Match) -> Pin:
+        """Lock a match's path, hard, and return the receipt. Splits its last node if the match ends inside."""
+        node = match.node
+        if node.parent is not None and match.node_pages < len(node.pages):
+            node = self._split(node, match.node_pages)
+        parts = []
+        above: Node | None = node
+        while above is not None:
+            parts.append(above.pages)
+            above = above.parent
+        pages = array("i")
+        for part in reversed(parts):
+            pages.extend(part)
+        assert len(pages) == match.pages, "the tree changed between match and pin"
+        receipt = Pin(node, pages)
+        for each in receipt.path():
+            self._harden(each)
+        return receipt
+
+    def unpin(self, pin: Pin, *, used: bool) -> None:
+        """Unlock what the receipt locked, and consume it. used: count this as a use in the order of eviction."""
+        self.clock += used
+        for node in pin.path():
+            if pin.hard:
+                self._soften(node)
+            else:
+                node.soft -= 1
+            assert node.hard >= 0 and node.soft >= 0, "a pin was given back twice"
+            if used:
+                node.last_use = self.clock
+            self._offer(node)
+        pin.node = None
+
+    def soften(self, pin: Pin) -> None:
+        """Hard → soft: the holder parks; the path may be evicted after the holder has shrunk."""
+        assert pin.hard
+        self.clock += 1
+        for node in pin.path():
+            self._soften(node)
+            node.soft += 1
+            node.last_use = self.clock
+        pin.hard = False
+
+    def harden(self, pin: Pin) -> None:
+        """Soft → hard: the holder runs again."""
+        assert not pin.hard
+        for node in pin.path():
+            self._harden(node)
+            node.soft -= 1
+        pin.hard = True
+
+    def shorten(self, pin: Pin, pages: int) -> None:
+        """Make a hard receipt cover only its first `pages` pages."""
+        assert pin.hard and 0 <= pages <= len(pin.pages)
+        excess = len(pin.pages) - pages
+        node = pin.node
+        self.clock += 1
+        while excess and node is not None:
+            if excess < len(node.pages):
+                # The upper half is split off; the lower keeps the node, and loses this pin.
+                self._split(node, len(node.pages) - excess)
+            excess -= len(node.pages)
+            self._soften(node)
+            self._touch(node)
+            node = node.parent
+        assert excess == 0
+        pin.node = node
+        del pin.pages[pages:]
+
+    def _harden(self, node: Node) -> None:
+        if node.hard == 0:
+            self.hard_pages += len(node.pages)
+        node.hard += 1
+
+    def _soften(self, node: Node) -> None:
+        node.hard -= 1
+        if node.hard == 0:
+            self.hard_pages -= len(node.pages)
+
+    # -- growing ------------------------------------------------------------------------------------------------
+
+    def publish_live(self, pin: Pin, lease: Lease, tokens: Tokens, pages_settled: int) -> bool:
+        """Adopt a running sequence's settled pages behind its pin, and extend the pin over them.
+
+        tokens: the sequence's, from position 0; pages_settled: its full, settled pages, pinned ones included. Returns
+        False if the tree already has the next page: the sequence then keeps its own copy until it ends, because
+        adopting behind a gap, or remapping a live row, would change pages a step in flight reads (H62).
+        """
+        node = pin.node
+        assert node is not None and pin.hard
+        start = len(pin.pages)
+        count = pages_settled - start
+        if count <= 0:
+            return True
+        size = self._page_size
+        first = tokens[start * size : (start + 1) * size].tobytes()
+        if first in node.children:
+            return False
+        pages = self._ledger.publish(lease, 0, count)
+        added = tokens[start * size : pages_settled * size].copy()
+        if node.parent is not None and not node.children and node.hard == 1 and node.soft == 0:
+            # A leaf that only we read grows in place: one node a prompt, not one a chunk.
+            node.tokens = np.concatenate((node.tokens, added))
+            node.pages.extend(pages)
+        else:
+            node = self._attach(node, added, pages[:])
+            node.hard = 1
+            pin.node = node
+        self.hard_pages += count
+        pin.pages.extend(pages)
+        return True
+
+    def publish_ended(self, namespace: str, lease: Lease, tokens: Tokens, pages_settled: int, pages_pinned: int) -> int:
+        """Adopt what the tree lacks of an ended sequence; copies of what it has stay in the lease. Returns how many.
+
+        tokens from position 0; lease holds the pages from `pages_pinned` on. Nothing is pinned by this.
+        """
+        match = self.match(namespace, tokens, pages_settled)
+        count = pages_settled - match.pages
+        assert match.pages >= pages_pinned, "the tree lost pages under a pin"
+        if count <= 0:
+            return 0
+        node = match.node
+        if node.parent is not None and match.node_pages < len(node.pages):
+            node = self._split(node, match.node_pages)
+        pages = self._ledger.publish(lease, match.pages - pages_pinned, count)
+        size = self._page_size
+        added = tokens[match.pages * size : pages_settled * size].copy()
+        self.clock += 1
+        self._touch(self._attach(node, added, pages))
+        return count
+
+    def _root(self, namespace: str) -> Node:
+        root = self._roots.get(namespace)
+        if root is None:
+            self._serial += 1
+            root = self._roots[namespace] = Node(None, np.empty(0, np.int32), array("i"), self._serial, 0)
+        return root
+
+    def _attach(self, parent: Node, tokens: Tokens, pages: "array[int]") -> Node:
+        self._serial += 1
+        self.nodes += 1
+        node = Node(parent, tokens, pages, self._serial, self.clock)
+        key = tokens[: self._page_size].tobytes()
+        assert key not in parent.children, "two nodes would begin with the same page"
+        parent.children[key] = node
+        return node
+
+    def _split(self, node: Node, pages: int) -> Node:
+        """Give the first `pages` pages of a node to a new parent, which is returned; receipts stay right (H20)."""
+        assert 0 < pages < len(node.pages) and node.parent is not None
+        size = self._page_size
+        self._serial += 1
+        self.nodes += 1
+        upper = Node(node.parent, node.tokens[: pages * size].copy(), node.pages[:pages], self._serial, node.last_use)
+        upper.hard, upper.soft = node.hard, node.soft
+        node.parent.children[upper.tokens[:size].tobytes()] = upper
+        node.tokens = node.tokens[pages * size :].copy()
+        node.pages = node.pages[pages:]
+        node.parent = upper
+        upper.children[node.tokens[:size].tobytes()] = node
+        return upper
+
+    # -- eviction -----------------------------------------------------------------------------------------------
+
+    def oldest_use(self) -> int | None:
+        """When the node that would be evicted first was last used, in `clock`; None if nothing can be evicted now."""
+        heap = self._evictable
+        while heap:
+            last_use = heap[0][0]
+            if self._is_current(heap[0]):
+                return last_use
+            heappop(heap)
+        return None
+
+    def evict_oldest(self, pages_wanted: int, step: int) -> int:
+        """Evict up to `pages_wanted` pages from the tail of the least recently used free leaf. Returns how many."""
+        assert self.oldest_use() is not None
+        node = self._evictable[0][2]
+        kept = max(0, len(node.pages) - pages_wanted)
+        pages = node.pages[kept:]
+        if kept:
+            node.pages = node.pages[:kept]
+            node.tokens = node.tokens[: kept * self._page_size].copy()
+        else:
+            heappop(self._evictable)
+            self._detach(node)
+        self._ledger.evict(pages, step)
+        return len(pages)
+
+    def _detach(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None and not node.children
+        del parent.children[node.tokens[: self._page_size].tobytes()]
+        node.parent = None
+        node.pages = array("i")
+        self.nodes -= 1
+        self._offer(parent)
+
+    def _touch(self, node: Node) -> None:
+        node.last_use = self.clock
+        self._offer(node)
+
+    def _offer(self, node: Node) -> None:
+        if self._is_evictable(node):
+            self._offers += 1
+            heappush(self._evictable, (node.last_use, self._offers, node))
+            # Entries that later uses made stale are dropped lazily; never let them outnumber the nodes by much.
+            if len(self._evictable) > 4 * self.nodes + 64:
+                self._evictable = [entry for entry in self._evictable if self._is_current(entry)]
+                heapify(self._evictable)
+
+    def _is_current(self, entry: tuple[int, int, Node]) -> bool:
+        return self._is_evictable(entry[2]) and entry[2].last_use == entry[0]
+
+    @staticmethod
+    def _is_evictable(node: Node) -> bool:
+        return node.parent is not None and not node.children and node.hard == 0 and node.soft == 0

@@ -1,0 +1,104 @@
+"""The batch rows: who sits where, and the hot counters of whoever runs, one numpy column each and their only home.
+
+Rows are accounted like pages: one owner each, free + held = total. A row is held from admission until the last step
+that reads its page table has settled, so it outlives its request by at most one step (draining).
+"""
+
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.errors import OwnershipError
+from sessile.units import RowId
+
+Column = npt.NDArray[np.int64]
+Occupant = TypeVar("Occupant")
+
+STOP_COLUMNS = 4
+"""Stop tokens that are compared for all rows at once; a request with more pays for a look of its own."""
+
+_NAMES = (
+    "key", "live", "plannable", "slow", "arrival", "known", "settled", "planned", "pending", "goal", "pages",
+    "pinned", "prompt", "last_token", "last_step", "logprobs",
+)  # fmt: skip
+
+
+class RowTable(Generic[Occupant]):
+    """rows_max batch rows. Lengths in tokens; settled ≤ planned ≤ pages × page size, settled < known ≤ goal."""
+
+    key: Column
+    """Request key."""
+    live: Column
+    """1 while results count; 0 for a draining row, whose results are dropped."""
+    plannable: Column
+    """1 while the row may be planned: live and not about to be preempted."""
+    slow: Column
+    """1 if settling the row takes more than appending one token: stop strings, logprobs, many stop tokens."""
+    arrival: Column
+    """Order of arrival of the request; survives preemption."""
+    known: Column
+    """Tokens known on the host: history, prompt and output so far."""
+    settled: Column
+    """Tokens whose KV is known to be right."""
+    planned: Column
+    """settled, and what the steps in flight or being planned add, drafts included."""
+    pending: Column
+    """Tokens that steps in flight may sample, at most."""
+    goal: Column
+    """The length at which the request ends: prompt + max_new_tokens."""
+    pages: Column
+    """Pages in the row's table: pinned and own."""
+    pinned: Column
+    """Of these, pages of the tree that the row reads under its pin."""
+    prompt: Column
+    """Prompt tokens, a session's history included."""
+    last_token: Column
+    """The last known token."""
+    last_step: Column
+    """The newest step that reads or writes the row."""
+    logprobs: Column
+    """-1, or how many of the most likely tokens are wanted beside each output token."""
+
+    def __init__(self, rows_max: int) -> None:
+        self.rows_max = rows_max
+        self._columns = np.zeros((len(_NAMES), rows_max), np.int64)
+        for index, name in enumerate(_NAMES):
+            setattr(self, name, self._columns[index])
+        self.stops: npt.NDArray[np.int64] = np.full((rows_max, STOP_COLUMNS), -1, np.int64)
+        """Token ids that end the row's output, -1 where unused."""
+        self.occupants: list[Occupant | None] = [None] * rows_max
+        self._free = list(range(rows_max - 1, -1, -1))
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that nobody holds."""
+        return len(self._free)
+
+    @property
+    def held_rows(self) -> int:
+        """Rows that running or draining requests hold."""
+        return self.rows_max - len(self._free)
+
+    @property
+    def free_list(self) -> list[int]:
+        """The free rows; read only, for the audit."""
+        return self._free
+
+    def take(self, occupant: Occupant, stops: tuple[int, ...], **columns: int) -> RowId:
+        """Give a free row to an occupant and set all its columns, each by name."""
+        row = self._free.pop()
+        if self.occupants[row] is not None:
+            raise OwnershipError(f"row {row} was on the free list while it was held")
+        self.occupants[row] = occupant
+        self._columns[:, row] = [columns[name] for name in _NAMES]
+        self.stops[row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
+        return RowId(row)
+
+    def give_back(self, row: RowId, occupant: Occupant) -> None:
+        """Free a row; raises OwnershipError if the occupant does not hold it."""
+        if self.occupants[row] is not occupant:
+            raise OwnershipError(f"row {row} was given back by somebody who does not hold it")
+        self.occupants[row] = None
+        self.live[row] = self.plannable[row] = 0
+        self._free.append(row)

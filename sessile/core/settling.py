@@ -1,0 +1,265 @@
+"""What a step's result changes: tokens become facts, KV becomes settled, requests end.
+
+A result is validated whole before anything changes; then rows are applied one by one, each all or nothing. Rows that
+only append one token are applied together, as array operations; all others take the long way.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.contract.messages import Scores, TokenDetail
+from sessile.contract.plan import SAMPLE, Ints, StepResult
+from sessile.core.assembly import Flight, scored_range
+from sessile.core.books import Books
+from sessile.core.ending import end_request
+from sessile.core.planning import PromptPart
+from sessile.core.request import Phase, Request
+from sessile.core.rows import Column
+from sessile.core.stop import StopFound
+from sessile.errors import PlanError
+
+Flags = npt.NDArray[np.bool_]
+
+
+def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
+    """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
+    plan = flight.plan
+    _validate(flight, result)
+    books.settled_step = plan.step
+    rows = books.rows
+    all_rows = plan.rows.astype(np.int64)
+    offsets = np.cumsum(result.emitted) - result.emitted
+    rows.pending[all_rows] -= np.where(plan.flags & SAMPLE, 1 + plan.draft_counts, 0)
+    quick = _quick_rows(books, flight, result, all_rows)
+    _append_one(books, flight, result, all_rows, offsets, quick)
+    detail_offsets, score_offsets = _detail_offsets(plan.logprob_tops, result), _score_offsets(flight)
+    parts: dict[int, PromptPart] = {part.row: part for part in flight.parts}
+    for index in np.flatnonzero(~quick).tolist():
+        request = flight.requests[index]
+        if request.phase is not Phase.RUNNING:
+            continue  # It ended while this step was in flight: its tokens were never promised to anybody.
+        if result.faulty[index]:
+            end_request(books, request, "error", message="the model's output was not finite", status=500)
+            continue
+        part = parts.get(int(all_rows[index]))
+        start = int(offsets[index])
+        tokens = result.tokens[start : start + int(result.emitted[index])].tolist()
+        drafts = int(plan.draft_counts[index])
+        if part is not None:
+            _settle_prompt(books, request, part, result, score_offsets)
+        else:
+            _settle_decode(books, request, plan.step, int(plan.starts[index]) + 1, drafts, len(tokens) - 1)
+        if tokens:
+            _emit(books, request, tokens, result, detail_offsets[index] if detail_offsets else None)
+    for request in flight.requests:
+        if request.preempting and request.phase is Phase.RUNNING:
+            books.preempt(request)
+    books.drain()
+
+
+def _validate(flight: Flight, result: StepResult) -> None:
+    plan = flight.plan
+    if result.step != plan.step:
+        raise PlanError(f"step {plan.step} is due but the device settled step {result.step}")
+    if not np.array_equal(result.rows, plan.rows) or not np.array_equal(result.query_counts, plan.query_counts):
+        raise PlanError(f"step {plan.step}: the device ran other rows or token counts than the plan asked for")
+    most = np.where(plan.flags & SAMPLE, 1 + plan.draft_counts, 0)
+    least = np.where(plan.flags & SAMPLE, 1, 0)
+    if ((result.emitted < least) | (result.emitted > most)).any() or len(result.tokens) != int(result.emitted.sum()):
+        raise PlanError(f"step {plan.step}: the device emitted token counts that the plan does not allow")
+    if len(result.score_logprobs) != len(plan.score_queries) or len(result.faulty) != len(plan.rows):
+        raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
+
+
+def _quick_rows(books: Books, flight: Flight, result: StepResult, all_rows: Column) -> Flags:
+    """Which rows only append one token: decoding, live, no drafts, nothing that ends or looks at them."""
+    rows = books.rows
+    quick = np.zeros(len(all_rows), np.bool_)
+    decodes = flight.decodes
+    if not decodes:
+        return quick
+    active = all_rows[:decodes]
+    quick[:decodes] = (
+        (rows.live[active] == 1)
+        & (rows.slow[active] == 0)
+        & (flight.plan.draft_counts[:decodes] == 0)
+        & (flight.plan.starts[:decodes] >= rows.prompt[active])
+        & ~result.faulty[:decodes]
+    )
+    if not quick.any():
+        return quick
+    tokens = result.tokens[(np.cumsum(result.emitted) - result.emitted)[:decodes]]
+    stopping = (rows.stops[active] == tokens[:, None]).any(axis=1)
+    quick[:decodes] &= (rows.known[active] + 1 < rows.goal[active]) & ~stopping
+    return quick
+
+
+def _append_one(
+    books: Books, flight: Flight, result: StepResult, all_rows: Column, offsets: Ints, quick: Flags
+) -> None:
+    chosen = np.flatnonzero(quick)
+    if not len(chosen):
+        return
+    rows = books.rows
+    active = all_rows[chosen]
+    tokens = result.tokens[offsets[chosen]]
+    rows.settled[active] = flight.plan.starts[chosen] + 1
+    rows.known[active] += 1
+    rows.last_token[active] = tokens
+    requests = flight.requests
+    for index, token in zip(chosen.tolist(), tokens.tolist(), strict=True):
+        requests[index].tail.append(token)
+    books.totals.generated_tokens += len(chosen)
+    books.effects.deltas(rows.key[active], np.ones(len(chosen), np.int32), tokens)
+
+
+def _settle_prompt(
+    books: Books, request: Request, part: PromptPart, result: StepResult, score_offsets: dict[int, tuple[int, int]]
+) -> None:
+    """Prompt tokens have KV now: count them, publish full pages, hand out scores."""
+    rows = books.rows
+    row = part.row
+    end = part.start + part.count
+    rows.settled[row] = end
+    fresh = max(0, min(end, request.prompt_tokens) - max(part.start, request.reached_tokens))
+    request.computed_tokens += fresh
+    books.totals.computed_tokens += part.count
+    books.totals.recomputed_tokens += max(0, min(end, request.reached_tokens) - part.start)
+    request.reached_tokens = max(request.reached_tokens, end)
+    if request.scores_from >= 0:
+        _send_scores(books, request, part, result, score_offsets)
+    if request.publishing:
+        assert request.pin is not None and request.lease is not None
+        size = books.limits.page_size
+        full = min(end, request.prompt_tokens) // size
+        if full > len(request.pin.pages):
+            tokens = request.tokens(0, full * size)
+            request.publishing = books.tree.publish_live(request.pin, request.lease, tokens, full)
+            rows.pinned[row] = len(request.pin.pages)
+            books.share(request)
+    if end == request.goal_tokens - 1 and request.known_tokens == request.goal_tokens:
+        end_request(books, request, "length")
+
+
+def _settle_decode(books: Books, request: Request, step: int, settled: int, drafts: int, accepted: int) -> None:
+    rows = books.rows
+    row = request.row
+    assert row is not None
+    settled += accepted
+    fresh = int(settled <= request.prompt_tokens and settled > request.reached_tokens)
+    request.computed_tokens += fresh
+    books.totals.computed_tokens += fresh
+    request.reached_tokens = max(request.reached_tokens, settled)
+    rows.settled[row] = settled
+    if drafts:
+        books.totals.drafts_accepted += accepted
+        if rows.last_step[row] == step:
+            rows.planned[row] = settled
+
+
+def _emit(
+    books: Books, request: Request, tokens: list[int], result: StepResult, detail: tuple[int, int, int] | None
+) -> None:
+    """Append output tokens up to the first stop, send them, and end the request if it stopped or is full."""
+    kept = 0
+    reason = ""
+    matched: int | bytes | None = None
+    found: StopFound | None = None
+    for token in tokens:
+        request.tail.append(token)
+        kept += 1
+        # Up to min_new_tokens nothing but the length ends the output.
+        may_stop = request.output_tokens > request.sampling.min_new_tokens
+        if request.matcher is not None:
+            text = _text(books, request, token)
+            if may_stop:
+                found = request.matcher.feed(text)
+            else:
+                request.matcher.skip(text)
+        if may_stop and token in request.stop_ids:
+            reason, matched = "stop", token
+        elif found is not None:
+            reason, matched = "stop", found.stop
+        elif request.known_tokens >= request.goal_tokens:
+            reason = "length"
+        if reason:
+            break
+    row = request.row
+    assert row is not None
+    books.rows.known[row] = request.known_tokens
+    books.rows.last_token[row] = tokens[kept - 1]
+    books.totals.generated_tokens += kept
+    books.effects.deltas(
+        np.array([request.key], np.int64), np.array([kept], np.int32), np.array(tokens[:kept], np.int32)
+    )
+    if detail is not None and request.logprobs >= 0:
+        _send_detail(books, request, kept, result, detail)
+    if reason:
+        kept_bytes = found.kept_bytes if isinstance(matched, bytes) and found is not None else -1
+        end_request(books, request, reason, matched=matched, kept_bytes=kept_bytes)
+
+
+def _text(books: Books, request: Request, token: int) -> bytes:
+    facts = books.facts
+    if request.sampling.skip_special_tokens and token in facts.special_ids:
+        return b""
+    return facts.token_bytes[token]
+
+
+def _detail_offsets(tops: Ints, result: StepResult) -> list[tuple[int, int, int]]:
+    """For each row: where its log-probabilities and its top entries begin, and how many tops a token has."""
+    if not len(result.logprobs):
+        return []
+    wanted = tops >= 0
+    tokens = np.where(wanted, result.emitted, 0)
+    entries = tokens * np.maximum(tops, 0)
+    return list(
+        zip((np.cumsum(tokens) - tokens).tolist(), (np.cumsum(entries) - entries).tolist(), tops.tolist(), strict=True)
+    )
+
+
+def _send_detail(books: Books, request: Request, kept: int, result: StepResult, detail: tuple[int, int, int]) -> None:
+    start, entry, top = detail
+    books.effects.detail(
+        TokenDetail(
+            request.key,
+            result.logprobs[start : start + kept].astype("<f4").tobytes(),
+            result.top_ids[entry : entry + kept * top].astype("<i4").tobytes(),
+            result.top_logprobs[entry : entry + kept * top].astype("<f4").tobytes(),
+        )
+    )
+
+
+def _score_offsets(flight: Flight) -> dict[int, tuple[int, int]]:
+    """For each part that scores, by row: where its scores and its top entries begin in the result."""
+    offsets: dict[int, tuple[int, int]] = {}
+    score = entry = 0
+    for part in flight.parts:
+        if part.request.scores_from >= 0:
+            offsets[part.row] = (score, entry)
+            first, last = scored_range(part)
+            score += last - first
+            entry += (last - first) * max(part.request.logprobs, 0)
+    return offsets
+
+
+def _send_scores(
+    books: Books, request: Request, part: PromptPart, result: StepResult, offsets: dict[int, tuple[int, int]]
+) -> None:
+    first, last = scored_range(part)
+    if first == last:
+        return
+    score, entry = offsets[part.row]
+    count = last - first
+    entries = count * max(request.logprobs, 0)
+    request.scored_tokens = last
+    books.effects.scores(
+        Scores(
+            request.key,
+            first,
+            request.tokens(first, last).astype("<i4").tobytes(),
+            result.score_logprobs[score : score + count].astype("<f4").tobytes(),
+            result.score_top_ids[entry : entry + entries].astype("<i4").tobytes(),
+            result.score_top_logprobs[entry : entry + entries].astype("<f4").tobytes(),
+        )
+    )
