@@ -1,0 +1,188 @@
+"""The chat client against a served engine: through a pipe, at a terminal, and when things go wrong."""
+
+import fcntl
+import io
+import os
+import pty
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sessile.chat import ChatSession, run_chat
+from sessile.contract.messages import CloseSession, Done, Submit, unpack_tokens
+from tests.http.conftest import Running, running_server
+from tests.http.fake_engine import EOS, byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def chat(server: Running, lines: str) -> tuple[int, str]:
+    """Pipe lines through the client; its exit status and what it showed."""
+    stdout = io.StringIO()
+    status = run_chat(server.url, byte_tokenizer(), stdin=io.StringIO(lines), stdout=stdout)
+    return status, stdout.getvalue()
+
+
+def sent(server: Running) -> list[str]:
+    return [bytes(unpack_tokens(submit.tokens).tolist()).decode() for submit in server.engine.submits()]
+
+
+def test_a_pipe_is_answered_line_by_line_with_a_summary_each(server: Running) -> None:
+    server.engine.script = [*b"It is Paris.", EOS]
+    status, shown = chat(server, "Where?\n\nSure?\n")
+    assert status == 0
+    assert shown.count("It is Paris.") == 2
+    assert "> Where?\nIt is Paris.\n[12 new tokens · 0 reused · first token after " in shown
+    # History: 12 of the question, 12 of the answer and its end; all but the last token are there.
+    assert "> Sure?\nIt is Paris.\n[13 new tokens · 24 reused · first token after " in shown
+
+
+def test_each_turn_sends_only_what_is_new(server: Running) -> None:
+    server.engine.script = [*b"ok", EOS]
+    chat(server, "one\ntwo\n")
+    assert sent(server) == ["user:one\n", "\nuser:two\n"]
+
+
+def test_the_session_is_closed_at_the_end(server: Running) -> None:
+    chat(server, "one\n")
+    opened = {submit.session for submit in server.engine.submits()}
+    closed = {message.session for message in server.engine.received if isinstance(message, CloseSession)}
+    assert opened == closed
+    assert None not in opened
+
+
+def test_a_refused_turn_is_told_and_fails_a_pipe_but_not_the_conversation(server: Running) -> None:
+    server.engine.refusals.append(Done(key=0, reason="error", status=413, message="beyond the context length"))
+    status, shown = chat(server, "long\nshort\n")
+    assert status == 1
+    assert "beyond the context length" in shown
+    assert "user:short" in shown
+    assert sent(server)[1] == "user:short\n"
+
+
+def test_commands_show_the_session_start_afresh_and_leave(server: Running) -> None:
+    status, shown = chat(server, "one\n/stats\n/new\ntwo\n/help\n/quit\nthree\n")
+    assert status == 0
+    assert "turns           1" in shown
+    assert sent(server) == ["user:one\n", "user:two\n"]
+    assert len({submit.session for submit in server.engine.submits()}) == 2
+    assert "/quit" in shown
+    assert "three" not in shown
+
+
+def test_no_server_is_one_line_and_status_1() -> None:
+    stdout = io.StringIO()
+    assert run_chat("http://127.0.0.1:9", byte_tokenizer(), stdin=io.StringIO("hi\n"), stdout=stdout) == 1
+    assert "cannot be reached" in stdout.getvalue()
+    assert "Traceback" not in stdout.getvalue()
+
+
+def test_a_server_that_dies_during_an_answer_is_told_and_ends_the_chat() -> None:
+    with running_server() as server:
+        server.engine.script, server.engine.token_interval_s = [*b"x" * 400], 0.01
+
+        def kill() -> None:
+            wait_until(lambda: bool(server.engine.running))
+            server.engine.fail("out of memory")
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        status, shown = chat(server, "hi\nmore\n")
+        killer.join()
+    assert status == 1
+    assert "out of memory" in shown
+    assert "more" not in shown
+
+
+def wait_until(condition: object, timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline_s, "timed out"
+        time.sleep(0.005)
+
+
+def test_an_interrupted_answer_keeps_what_was_said(server: Running) -> None:
+    server.engine.script, server.engine.token_interval_s = [*b"x" * 400], 0.005
+    shown: list[str] = []
+    with ChatSession(server.url, max_new_tokens=400, temperature=0.0) as session:
+        stopper = threading.Thread(target=lambda: (wait_until(lambda: "".join(shown)), session.interrupt("r1")))
+        stopper.start()
+        answer = session.ask([97, 98], shown.append, rid="r1")
+        stopper.join()
+    assert answer.finish["type"] == "abort"
+    assert 0 < len(answer.tokens) < 400
+    assert answer.text == "x" * len(answer.tokens)
+
+
+class Terminal:
+    """A child process with a terminal of its own."""
+
+    def __init__(self, code: str) -> None:
+        self._ours, theirs = pty.openpty()
+
+        def take_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, preexec_fn=take_terminal
+        )
+        os.close(theirs)
+        self.shown = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                chunk = os.read(self._ours, 4096)
+            except OSError:  # the child's end is closed
+                return
+            self.shown += chunk.decode(errors="replace")
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.shown, 30)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+        os.close(self._ours)
+
+
+@pytest.fixture
+def terminal(server: Running) -> Iterator[Terminal]:
+    code = (
+        "import sys; from sessile.chat import run_chat; from tests.http.fake_engine import byte_tokenizer;"
+        f"sys.exit(run_chat({server.url!r}, byte_tokenizer(), stdin=sys.stdin, stdout=sys.stdout))"
+    )
+    child = Terminal(code)
+    yield child
+    child.close()
+
+
+def test_at_a_terminal_control_c_ends_the_answer_and_control_d_the_chat(server: Running, terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    server.engine.script, server.engine.token_interval_s = [*b"zebra " * 80], 0.005
+    terminal.type("stripes\n")
+    terminal.wait_for("zebra zebra")
+    terminal.type("\x03")
+    terminal.wait_for("interrupted")
+    server.engine.script, server.engine.token_interval_s = [*b"done", EOS], 0.0
+    terminal.type("again\n")
+    terminal.wait_for("done")
+    terminal.type("\x04")
+    assert terminal.process.wait(10) == 0
+    turns = [message for message in server.engine.received if isinstance(message, Submit)]
+    assert len(turns) == 2
+    assert sent(server)[1].startswith("user:stripes\nzebra zebra")
+    assert sent(server)[1].endswith("\nuser:again\n")
