@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from sessile import __version__
-from sessile.server import generate, operations, sessions
+from sessile.server import generate, openai, operations, sessions
 from sessile.server.body import BodyLimit
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
@@ -26,7 +26,7 @@ def create_app(
     app = FastAPI(title="Sessile", version=__version__)
     app.state.service = service
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max)
-    for module in (generate, sessions, operations):
+    for module in (generate, openai, sessions, operations):
         app.include_router(module.routes(service))
     add_error_replies(app)
     return app

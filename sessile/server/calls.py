@@ -42,6 +42,7 @@ class Service:
         self.settings = settings
         """All settings of the deployment by section, to be shown by /get_server_info."""
         self.metrics = Metrics()
+        self.started_s = int(time.time())
         self.draining = False
         self.keys = itertools.count(1)
         self.keys_by_rid: dict[str, int] = {}

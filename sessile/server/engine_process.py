@@ -1,6 +1,7 @@
 """The engine as a child process: started with its configuration on standard input, watched until it ends."""
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import threading
@@ -18,11 +19,9 @@ class EngineProcess:
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died already: `exit` says how
             self._stdin.write(config.encode() + b"\n")
             self._stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died already: `exit` says how
 
     @property
     def pid(self) -> int:
@@ -55,10 +54,8 @@ class EngineProcess:
         """Make sure that the child is gone: end of input first, then by force."""
         if self._process.poll() is None:
             self._process.terminate()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # what was still buffered has no reader any more
             self._stdin.close()
-        except BrokenPipeError:
-            pass  # what was still buffered has no reader any more
         try:
             self._process.wait(KILL_AFTER_S)
         except subprocess.TimeoutExpired:

@@ -211,11 +211,7 @@ class _Reply:
         return {"text": text, "output_ids": output.tokens[start:], "meta_info": meta}
 
     def _logprobs(self, start: int) -> dict[str, Any]:
-        prompt = self._output.prompt
-        wanted_from = self.call.order.prompt_logprobs_from
-        if wanted_from == 0 and self._output.prompt_start == 1:
-            first = int(self.call.order.tokens[0])  # nothing comes before it that could predict it
-            prompt = Logprobs([first, *prompt.tokens], [None, *prompt.logprobs], [[], *prompt.tops])
+        prompt = self._output.prompt_logprobs(self.call.order)
         generated = self._output.generated.since(start)
         named = {"input": prompt, "output": generated}
         lists = {f"{side}_token_logprobs": self._triples(logprobs) for side, logprobs in named.items()}

@@ -26,7 +26,6 @@ from sessile.contract.messages import (
     FromEngine,
     Refusal,
     Scores,
-    SessionGone,
     Submit,
     ToEngine,
     TokenDetail,
@@ -116,12 +115,9 @@ class EngineLink:
     Owns the socket. After fail(), every waiter has got an error and every further call raises NotReady.
     """
 
-    def __init__(
-        self, address: str, *, lag_tokens_max: int = 4096, on_gone: Callable[[SessionGone], None] | None = None
-    ) -> None:
+    def __init__(self, address: str, *, lag_tokens_max: int = 4096) -> None:
         self.address = address
         self._lag_tokens_max = lag_tokens_max
-        self._on_gone = on_gone
         self._ready: EngineReady | None = None
         self._failure: str | None = None
         self._failed = asyncio.Event()
@@ -272,9 +268,8 @@ class EngineLink:
             stream.wake()
         for reply in batch.replies:
             self._take_reply(reply.op, reply.value, reply.error)
-        if self._on_gone is not None:
-            for gone in batch.gone:
-                self._on_gone(gone)
+        for gone in batch.gone:
+            log.info("session ended", extra={"session": gone.session, "reason": gone.reason})
 
     def _take_deltas(self, batch: Batch, woken: dict[int, Stream]) -> None:
         keys = np.frombuffer(batch.delta_keys, "<i8").tolist()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sessile.contract.messages import Done, Sampling, Scores, TokenDetail, unpack_tokens
+from sessile.server.calls import Order
 from sessile.server.link import Arrival
 from sessile.text.tokenizer import Tokenizer
 
@@ -35,6 +36,10 @@ class Logprobs:
         """Those from index start on."""
         return Logprobs(self.tokens[start:], self.logprobs[start:], self.tops[start:])
 
+    def followed_by(self, later: "Logprobs") -> "Logprobs":
+        """These and then those."""
+        return Logprobs(self.tokens + later.tokens, self.logprobs + later.logprobs, self.tops + later.tops)
+
 
 class Output:
     """Accumulates one call. Text stays behind the tokens where a character or a stop string is not yet decided."""
@@ -44,9 +49,8 @@ class Output:
         self.tokens: list[int] = []
         self.text = ""
         self.generated = Logprobs()
-        self.prompt = Logprobs()
-        self.prompt_start = -1
-        """Position in the context of the first scored prompt token; -1: none was scored."""
+        self._prompt = Logprobs()
+        self._prompt_start = -1  # position in the context of the first scored prompt token; -1: none was scored
         self._trim_stop = trim_stop
         self._text_stream = tokenizer.stream(
             skip_special_tokens=sampling.skip_special_tokens,
@@ -56,9 +60,9 @@ class Output:
     def add(self, arrival: Arrival) -> str:
         """Take an arrival; the text it adds."""
         for scores in arrival.scores:
-            if self.prompt_start < 0:
-                self.prompt_start = scores.start
-            self.prompt.add(unpack_tokens(scores.tokens).tolist(), scores)
+            if self._prompt_start < 0:
+                self._prompt_start = scores.start
+            self._prompt.add(unpack_tokens(scores.tokens).tolist(), scores)
         start = len(self.tokens)
         self.tokens.extend(arrival.tokens)
         for detail in arrival.details:
@@ -68,6 +72,13 @@ class Output:
         fresh = self._fresh_text(arrival.tokens, arrival.done)
         self.text += fresh
         return fresh
+
+    def prompt_logprobs(self, order: Order) -> Logprobs:
+        """Of the scored prompt tokens; the first token of a context, which nothing predicts, has None."""
+        alone = len(order.tokens) == 1 and order.session is None
+        if order.prompt_logprobs_from == 0 and (self._prompt_start == 1 or alone):
+            return Logprobs([int(order.tokens[0])], [None], [[]]).followed_by(self._prompt)
+        return self._prompt
 
     def _fresh_text(self, tokens: list[int], done: Done | None) -> str:
         if done is None:

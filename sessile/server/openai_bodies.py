@@ -1,0 +1,137 @@
+"""Bodies of the OpenAI-compatible routes. What means nothing here and what is refused stands in one table below."""
+
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
+from sessile.server.sampling import LOGPROBS_MAX, Count, SamplingFields
+
+PROMPTS_MAX = 128
+COMPLETION_TOKENS_DEFAULT = 16
+"""What /v1/completions generates if max_tokens is not given, as in OpenAI's API."""
+
+TOLERATED: Tolerated = {
+    # OpenAI's own, about accounts, billing and storage: nothing of that exists here
+    "user": ANYTHING,
+    "metadata": ANYTHING,
+    "store": ANYTHING,
+    "service_tier": ANYTHING,
+    "safety_identifier": ANYTHING,
+    "prompt_cache_key": ANYTHING,
+    "prompt_cache_retention": ANYTHING,
+    "parallel_tool_calls": ANYTHING,
+    # accepted where they ask for nothing
+    "n": (1,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "session_id": (),
+    # SGLang's and vLLM's
+    "stop_regex": ("", []),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "lora_path": (),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0, 1),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "prompt_logprobs": (),
+    "priority": (0,),
+}
+
+Prompt = Annotated[
+    str | list[str] | TokenIds | list[TokenIds],
+    says("must be a string, a list of token ids, or a list of either"),
+]
+
+
+class StreamOptions(Body):
+    """stream_options of both routes."""
+
+    include_usage: bool | None = None
+
+    tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "continuous_usage_stats": (False,)}
+
+
+class OpenAIBody(SamplingFields):
+    """What both routes have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    rid: str | None = Field(default=None, min_length=1, max_length=256)
+
+    tolerated: ClassVar[Tolerated] = TOLERATED
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise field_fault("stream_options", "needs stream: true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(OpenAIBody):
+    """The body of /v1/completions."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        prompts = self.prompts
+        if len(prompts) > PROMPTS_MAX:
+            raise field_fault("prompt", f"at most {PROMPTS_MAX} prompts")
+        if not prompts or not all(prompts):
+            raise field_fault("prompt", "must not be empty")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, whatever form they were given in."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [prompt]
+        return list(prompt)
+
+
+class ChatBody(OpenAIBody):
+    """The body of /v1/chat/completions. The messages are checked by sessile.text.template."""
+
+    messages: Any
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise field_fault("top_logprobs", "needs logprobs: true")
+        return self

@@ -1,0 +1,225 @@
+"""Replies of the OpenAI-compatible routes: whole, and chunk by chunk."""
+
+import time
+from typing import Any, Protocol
+
+from sessile.contract.messages import Done
+from sessile.errors import UserError
+from sessile.server.calls import Call
+from sessile.server.link import Arrival
+from sessile.server.output import Logprobs, Output
+from sessile.server.replies import engine_refusal
+from sessile.text.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0
+"""What OpenAI's API writes for a token that cannot occur; JSON has no infinity."""
+
+
+class Choice:
+    """One prompt's answer as it grows. echo: text of the prompt that is repeated before it."""
+
+    def __init__(self, index: int, call: Call, tokenizer: Tokenizer, *, trim_stop: bool, echo: str = "") -> None:
+        self.index = index
+        self.call = call
+        self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
+        self.done: Done | None = None
+        self._unsent_text = echo
+        self._echoes = bool(echo)
+        self._sent_logprobs = 0
+
+    def add(self, arrival: Arrival) -> None:
+        """Take an arrival. Raises UserError if the engine refused the request or it failed."""
+        done = arrival.done
+        if done is not None and done.reason == "error":
+            raise engine_refusal(done.status, done.code, done.message, done.param)
+        self._unsent_text += self.output.add(arrival)
+        self.done = done
+
+    def take(self) -> tuple[str, Logprobs]:
+        """Text and log-probabilities that were not taken yet."""
+        text, self._unsent_text = self._unsent_text, ""
+        fresh = self.output.generated.since(self._sent_logprobs)
+        first = self._sent_logprobs == 0
+        self._sent_logprobs += len(fresh.tokens)
+        if self.done is not None and isinstance(self.done.matched, int):
+            fresh = Logprobs(fresh.tokens[:-1], fresh.logprobs[:-1], fresh.tops[:-1])  # no part of the text
+        if first and self._echoes:
+            fresh = self.output.prompt_logprobs(self.call.order).followed_by(fresh)
+        return text, fresh
+
+    @property
+    def finish_reason(self) -> str | None:
+        """"stop", "length" or "abort"; None before the end."""
+        return self.done.reason if self.done else None
+
+    @property
+    def matched_stop(self) -> int | str | None:
+        """The stop string or token that ended the answer."""
+        matched = self.done.matched if self.done else None
+        return matched.decode(errors="replace") if isinstance(matched, bytes) else matched
+
+
+class Shape(Protocol):
+    """How a route writes its choices."""
+
+    whole_object: str
+    chunk_object: str
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """An ended choice."""
+        ...
+
+    def chunks(self, choice: Choice) -> list[dict[str, Any]]:
+        """What is new of a choice; its end if it has ended."""
+        ...
+
+
+class CompletionShape:
+    """/v1/completions. logprobs: number of alternatives wanted, or None."""
+
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, tokenizer: Tokenizer, logprobs: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """See Shape."""
+        text, logprobs = choice.take()
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": None if self._logprobs is None else self._logprobs_content(choice.index, logprobs),
+            "finish_reason": choice.finish_reason,
+            "matched_stop": choice.matched_stop,
+        }
+
+    def chunks(self, choice: Choice) -> list[dict[str, Any]]:
+        """See Shape."""
+        content = self.whole(choice)
+        is_new = content["text"] or choice.done or (content["logprobs"] and content["logprobs"]["tokens"])
+        return [content] if is_new else []
+
+    def _logprobs_content(self, index: int, logprobs: Logprobs) -> dict[str, Any]:
+        pieces = [piece_text(self._tokenizer, token) for token in logprobs.tokens]
+        offset = self._offsets.get(index, 0)
+        offsets = []
+        for piece in pieces:
+            offsets.append(offset)
+            offset += len(piece)
+        self._offsets[index] = offset
+        tops = [
+            {piece_text(self._tokenizer, token): finite(value) for token, value in pairs} if value_of_token is not None
+            else None
+            for pairs, value_of_token in zip(logprobs.tops, logprobs.logprobs, strict=True)
+        ]
+        return {
+            "tokens": pieces,
+            "token_logprobs": [finite(value) for value in logprobs.logprobs],
+            "top_logprobs": tops if self._logprobs else None,
+            "text_offset": offsets,
+        }
+
+
+class ChatShape:
+    """/v1/chat/completions."""
+
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._begun = False
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """See Shape."""
+        text, logprobs = choice.take()
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {**self._content(choice, "message", message, logprobs), **self._end(choice)}
+
+    def chunks(self, choice: Choice) -> list[dict[str, Any]]:
+        """See Shape: first the role, then text, and the end by itself, as OpenAI's API does."""
+        text, logprobs = choice.take()
+        chunks = []
+        if not self._begun:
+            self._begun = True
+            chunks.append(self._content(choice, "delta", {"role": "assistant", "content": ""}, Logprobs()))
+        if text or (self._logprobs and logprobs.tokens):
+            chunks.append(self._content(choice, "delta", {"content": text}, logprobs))
+        if choice.done is not None:
+            chunks.append({**self._content(choice, "delta", {}, Logprobs()), **self._end(choice)})
+        return chunks
+
+    def _content(self, choice: Choice, field: str, message: dict[str, Any], logprobs: Logprobs) -> dict[str, Any]:
+        scored = self._logprobs and logprobs.tokens
+        return {
+            "index": choice.index,
+            field: message,
+            "logprobs": {"content": self._logprobs_content(logprobs), "refusal": None} if scored else None,
+            "finish_reason": None,
+        }
+
+    def _end(self, choice: Choice) -> dict[str, Any]:
+        return {"finish_reason": choice.finish_reason, "matched_stop": choice.matched_stop}
+
+    def _logprobs_content(self, logprobs: Logprobs) -> list[dict[str, Any]]:
+        return [
+            {**self._token(token, value), "top_logprobs": [self._token(*pair) for pair in pairs]}
+            for token, value, pairs in zip(logprobs.tokens, logprobs.logprobs, logprobs.tops, strict=True)
+        ]
+
+    def _token(self, token: int, value: float | None) -> dict[str, Any]:
+        piece = piece_bytes(self._tokenizer, token)
+        return {"token": piece.decode(errors="replace"), "logprob": finite(value), "bytes": list(piece)}
+
+
+class Envelope:
+    """What stands around choices: identity, and usage where it is due."""
+
+    def __init__(self, reply_id: str, model: str, shape: Shape) -> None:
+        self._shape = shape
+        self._common = {"id": reply_id, "created": int(time.time()), "model": model}
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        """The reply of ended choices."""
+        written = [self._shape.whole(choice) for choice in choices]
+        return {**self._common, "object": self._shape.whole_object, "choices": written, "usage": usage(choices)}
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """One chunk of a stream."""
+        return {**self._common, "object": self._shape.chunk_object, "choices": choices, **more}
+
+
+def usage(choices: list[Choice]) -> dict[str, Any]:
+    """Tokens of all choices; cached_tokens are those whose KV was there already."""
+    ends = [choice.done for choice in choices if choice.done is not None]
+    prompt_tokens = sum(done.prompt_tokens for done in ends)
+    completion_tokens = sum(done.completion_tokens for done in ends)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in ends)},
+    }
+
+
+def error_chunk(error: UserError) -> dict[str, Any]:
+    """An error in the middle of a stream."""
+    return {"error": {"message": error.message, "type": "server_error", "param": error.param, "code": error.code}}
+
+
+def piece_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """What one token adds to the text, special tokens spelled out."""
+    return tokenizer.vocabulary.join((token,), skip_special_tokens=False)
+
+
+def piece_text(tokenizer: Tokenizer, token: int) -> str:
+    """The same as text; part of a character is U+FFFD."""
+    return piece_bytes(tokenizer, token).decode(errors="replace")
+
+
+def finite(value: float | None) -> float | None:
+    """A log-probability as JSON can hold it."""
+    return None if value is None else max(value, LEAST_LOGPROB)
