@@ -111,6 +111,9 @@ class FakeEngine:
     def start(self) -> None:
         self._thread.start()
 
+    def join(self) -> None:
+        self._thread.join()
+
     def stop(self) -> None:
         self._ending.set()
         self._thread.join()

@@ -1,0 +1,120 @@
+"""A whole deployment in processes of its own: `sessile.server.run.serve` with the fake engine as its child.
+
+Run as `python -m tests.http.serving PORT DRAIN_S ENGINE_MODE` for the server; the engine is this module, too.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from sessile.server.config import ServerOptions
+from sessile.server.run import serve
+from tests.http.fake_engine import FakeEngine, byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def engine_main(address: str) -> int:
+    """The engine process: its mode comes as JSON on standard input, whose end ends it."""
+    mode = json.loads(sys.stdin.readline())["mode"]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if mode == "silent":
+        time.sleep(60)
+    engine = FakeEngine(address)
+    engine.script = [ord("x")] * 400
+    engine.token_interval_s = 0.01
+    if mode == "fails":
+        engine.fail("no page fits into the memory: lower --kv-memory")
+    engine.start()
+    threading.Thread(target=_exit_with_stdin, daemon=True).start()
+    engine.join()
+    return 2 if mode == "fails" else 0
+
+
+def _exit_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(3)
+
+
+@dataclass
+class Deployment:
+    """A server process, where it answers, and what it said."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    log: Path
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert len(children) == 1, f"one engine expected, found {children}"
+        return int(children[0])
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@contextlib.contextmanager
+def deployed(
+    folder: Path, *, mode: str = "echo", drain_s: float = 10, start_timeout_s: float = 20, wait: bool = True
+) -> Iterator[Deployment]:
+    """Start a deployment, wait until it is healthy, and make sure that it is gone afterwards."""
+    port = free_port()
+    log = folder / "server.log"
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.http.serving", str(port), str(drain_s), str(start_timeout_s), mode],
+            stderr=sink, cwd=ROOT, text=True,
+        )  # fmt: skip
+    deployment = Deployment(process, f"http://127.0.0.1:{port}", log)
+    try:
+        if wait:
+            wait_until_healthy(deployment)
+        yield deployment
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_healthy(deployment: Deployment) -> None:
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        assert deployment.process.poll() is None, deployment.said()
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{deployment.url}/health").status_code == 200:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"the server is not healthy: {deployment.said()}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def server_main(port: str, drain_s: str, start_timeout_s: str, mode: str) -> int:
+    """The server process."""
+    options = ServerOptions(
+        port=int(port), drain_timeout_s=float(drain_s), engine_start_timeout_s=float(start_timeout_s)
+    )
+    engine = [sys.executable, "-m", "tests.http.serving"]
+    return serve(options, byte_tokenizer, engine, json.dumps({"mode": mode}))
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments[0].startswith("--address="):
+        sys.exit(engine_main(arguments[0].removeprefix("--address=")))
+    sys.exit(server_main(*arguments))
