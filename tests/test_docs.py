@@ -12,6 +12,9 @@ import pytest
 
 from sessile.cli import build_parser
 from sessile.config import settings
+from sessile.server.app import create_app
+from sessile.server.body import ANYTHING, Body
+from sessile.server.config import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
@@ -133,3 +136,48 @@ def test_the_readme_table_of_adrs_is_complete() -> None:
     files = [path.name for path in sorted((ROOT / "docs" / "adr").glob("0*.md"))]
     assert files
     assert [name for name in files if f"({name})" not in index] == []
+
+
+def served_routes() -> set[str]:
+    """Every route of the application as `METHOD /path`; building it needs neither an engine nor a tokenizer."""
+    app = create_app(NotImplemented, NotImplemented, ServerOptions())
+    return {f"{method.upper()} {route}" for route, methods in app.openapi()["paths"].items() for method in methods}
+
+
+def test_the_page_of_routes_lists_those_that_are_served() -> None:
+    page = (ROOT / "docs" / "HTTP.md").read_text("utf-8")
+    listed = set(re.findall(r"^\| `((?:GET|POST|DELETE) /[^`]*)`", page, re.MULTILINE))
+    unlisted = {"GET /flush_cache"}  # named in the row of POST
+    assert listed == served_routes() - unlisted
+
+
+@every_document
+def test_every_route_that_is_named_is_served(path: Path) -> None:
+    paths = {route.split()[1] for route in served_routes()}
+    text = path.read_text("utf-8")
+    named = set(re.findall(r"127\.0\.0\.1:30000(/[\w/]+)", text)) - {"/v1"}
+    patterns = [re.sub(r"\{\w+\}", "[^/]+", each) for each in paths]
+    assert {name for name in named if not any(re.fullmatch(pattern, name) for pattern in patterns)} == set()
+
+
+def bodies(kind: type[Body]) -> Iterator[type[Body]]:
+    for body in kind.__subclasses__():
+        yield body
+        yield from bodies(body)
+
+
+def test_every_field_that_is_accepted_without_effect_is_listed() -> None:
+    page = (ROOT / "docs" / "HTTP.md").read_text("utf-8")
+    ignored = {name for body in bodies(Body) for name, value in body.tolerated.items() if value is ANYTHING}
+    listed = set(re.findall(r"`(\w+)`", page.split("## Accepted, without effect")[1].split("\n\n")[2]))
+    assert served_routes()  # imports every module that declares a body
+    assert listed == ignored
+
+
+def test_every_hazard_that_code_or_tests_name_is_described() -> None:
+    described = set(re.findall(r"^\| (H\d\d) \|", (ROOT / "docs" / "HAZARDS.md").read_text("utf-8"), re.MULTILINE))
+    sources = [*(ROOT / "sessile").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    text = "\n".join(path.read_text("utf-8") for path in sources)
+    named = set(re.findall(r"\bH\d\d\b", text)) | {each.upper() for each in re.findall(r"\btest_(h\d\d)_", text)}
+    assert len(named) > 10
+    assert named - described == set()
