@@ -1,7 +1,7 @@
 """What each command does, once its configuration is known. Imports what a command needs when it runs."""
 
 import contextlib
-import os
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -12,9 +12,26 @@ from typing import Any
 from sessile.config import Config
 from sessile.errors import StartupError
 
-SERVER_START_TIMEOUT_S = 600.0
+QUIET_S = 2.0
+"""What takes longer shows on standard error how it goes."""
+LINE_EVERY_S = 5.0
 SERVER_STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
+
+
+def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
+    """Serve over HTTP until told to stop; with exit_with_stdin, also when standard input ends."""
+    from sessile.server.run import serve as run_server
+    from sessile.text.load import load_tokenizer
+
+    return run_server(
+        config.server,
+        lambda: load_tokenizer(config.model.model),
+        engine_argv=[sys.executable, "-m", "sessile", "engine"],
+        engine_config=config.to_json(),
+        settings=dataclasses.asdict(config),
+        exit_with_stdin=exit_with_stdin,
+    )
 
 
 def engine(address: str) -> int:
@@ -30,14 +47,9 @@ def engine(address: str) -> int:
     return run_engine(
         address,
         lambda clock: open_configured_engine(
-            config.model, config.device, config.scheduler, config.engine, clock=clock, report=report_progress
+            config.model, config.device, config.scheduler, config.engine, clock=clock, report=report_slow_start()
         ),
     )
-
-
-def report_progress(line: str) -> None:
-    """Show what a start is busy with."""
-    print(f"sessile: {line}", file=sys.stderr, flush=True)
 
 
 def doctor(config: Config) -> int:
@@ -84,9 +96,7 @@ def own_server(config: Config, flags: Sequence[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "sessile", "serve", "--log-level=warning", *flags, f"--port={port}"]
     # A session of its own: Ctrl-C in the terminal is meant for the answer, not for the server. It ends with its
     # standard input, should this process die without stopping it.
-    server = subprocess.Popen(
-        [*command, "--exit-with-stdin"], stdin=subprocess.PIPE, start_new_session=True
-    )
+    server = subprocess.Popen([*command, "--exit-with-stdin"], stdin=subprocess.PIPE, start_new_session=True)
     try:
         url = f"http://{url_host(config.server.host)}:{port}"
         wait_until_healthy(server, url)
@@ -101,21 +111,38 @@ def own_server(config: Config, flags: Sequence[str]) -> Iterator[str]:
 
 
 def wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
-    """Return once the server answers /health with 200. Raises StartupError if it exits first or takes too long."""
+    """Return once the server answers /health with 200, showing that we wait. Raises StartupError if it exits first."""
     import httpx
 
-    deadline_s = time.monotonic() + SERVER_START_TIMEOUT_S
-    with httpx.Client(trust_env=False) as client:
-        while time.monotonic() < deadline_s:
-            if server.poll() is not None:
-                raise StartupError("the server did not start; it says why above")
-            try:
-                if client.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
+    started_s = time.monotonic()
+    next_line_s = started_s + QUIET_S
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while server.poll() is None:
+            # A refused connection: it is not listening yet.
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(f"{url}/health").status_code == httpx.codes.OK:
                     return
-            except httpx.TransportError:
-                pass  # Not listening yet.
+            if time.monotonic() >= next_line_s:
+                say(f"starting the model, {time.monotonic() - started_s:.0f} s so far")
+                next_line_s += LINE_EVERY_S
             time.sleep(POLL_S)
-    raise StartupError(f"the server did not become ready within {SERVER_START_TIMEOUT_S:.0f} seconds")
+    raise StartupError("the server did not start; it says why above")
+
+
+def report_slow_start() -> Callable[[str], None]:
+    """A function that shows a line for each part of a start once the start has taken two seconds."""
+    started_s = time.monotonic()
+
+    def report(line: str) -> None:
+        if time.monotonic() - started_s >= QUIET_S:
+            say(line)
+
+    return report
+
+
+def say(line: str) -> None:
+    """Tell whoever watches the terminal."""
+    print(f"sessile: {line}", file=sys.stderr, flush=True)
 
 
 def free_port(host: str) -> int:

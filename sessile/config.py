@@ -146,12 +146,12 @@ def compose(
     values = _from_file(file) if file else {}
     values |= _from_environment(environment)
     by_name = {setting.name: setting for setting in settings()}
-    values |= {
-        name: by_name[name].parse(text, f"flag --{by_name[name].flags[0]}") for name, text in flags.items()
-    }
+    values |= {name: by_name[name].parse(text, f"flag --{by_name[name].flags[0]}") for name, text in flags.items()}
     return Config(
         **{
-            section: options(**{s.name: values[s.name] for s in settings() if s.section == section and s.name in values})
+            section: options(
+                **{s.name: values[s.name] for s in settings() if s.section == section and s.name in values}
+            )
             for section, options in _sections().items()
         }
     )

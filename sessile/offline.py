@@ -1,10 +1,10 @@
 """The engine without HTTP: in the process that calls it, for notebooks, scripts and tests.
 
-    with LLM(model="default") as llm:
-        print(llm.generate("The capital of France is", max_new_tokens=8, temperature=0).text)
-        with llm.session() as session:
-            session.generate("Once upon a time", max_new_tokens=32)
-            print(session.generate(" Then", max_new_tokens=32).cached_tokens)
+with LLM(model="default") as llm:
+    print(llm.generate("The capital of France is", max_new_tokens=8, temperature=0).text)
+    with llm.session() as session:
+        session.generate("Once upon a time", max_new_tokens=32)
+        print(session.generate(" Then", max_new_tokens=32).cached_tokens)
 """
 
 import itertools
@@ -23,7 +23,6 @@ from sessile.contract.messages import (
     Sampling,
     SessionTokens,
     Submit,
-    ToEngine,
     pack_tokens,
     unpack_tokens,
 )

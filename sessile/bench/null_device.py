@@ -32,6 +32,8 @@ def null_result(plan: StepPlan) -> StepResult:
 class HostTimes:
     """Nanoseconds of host work in one step, by part."""
 
+    rows: int = 0
+    """Rows that the step ran."""
     plan_ns: int = 0
     """Planning and completing."""
     code_ns: int = 0
@@ -66,6 +68,7 @@ class OverlappedDriver:
             self.buffer = encode_plan(plan)
             plan = decode_plan(self.buffer)
             times.code_ns = time.perf_counter_ns() - planned_ns
+            times.rows = len(plan.rows)
         result = null_result(plan) if plan else None
         if self.in_flight:
             settling_ns = time.perf_counter_ns()

@@ -1,10 +1,11 @@
 """The step loop: plan and launch step k+1 while the device runs step k, then settle k."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
 from sessile.contract.plan import StepPlan
+from sessile.core.machine import Machine
+from sessile.core.planning import Planned
 from sessile.engine.clock import Clock
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
@@ -13,9 +14,6 @@ from sessile.engine.metrics import StepTimes
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
 from sessile.errors import NotReady
-
-if TYPE_CHECKING:
-    from sessile.core.machine import Machine, Planned
 
 IDLE_WAIT_NS_MAX = 500_000_000
 """Longest wait of an idle loop, so that a signal is noticed and garbage is collected soon."""
@@ -42,7 +40,7 @@ class EngineLoop:
 
     def __init__(
         self,
-        machine: "Machine",
+        machine: Machine,
         executor: Executor,
         inbox: Inbox,
         outbox: Outbox,
@@ -130,13 +128,13 @@ class EngineLoop:
         else:
             self._machine.receive(message)
 
-    def _plan(self) -> "Planned | None":
+    def _plan(self) -> Planned | None:
         started_ns = self._clock.now_ns()
         planned = self._machine.plan()
         self._times.plan_ns_total += self._clock.now_ns() - started_ns
         return planned
 
-    def _launch(self, planned: "Planned | None") -> StepInFlight | None:
+    def _launch(self, planned: Planned | None) -> StepInFlight | None:
         """Complete and launch a planned step; None if there is none, or none of its rows is left."""
         if planned is None:
             return None

@@ -6,20 +6,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import zmq
 
 from sessile.contract.messages import EngineFailed
+from sessile.engine.build import Engine
 from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import SocketInbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import SocketOutbox
 from sessile.errors import StartupError
-
-if TYPE_CHECKING:
-    from sessile.engine.build import Engine
 
 LINGER_MS = 1_000
 """How long a last message may take to leave before the process exits."""
@@ -32,7 +29,7 @@ EXIT_ORPHANED = 3
 log = logging.getLogger("sessile.engine")
 
 
-def run_engine(address: str, open_engine: "Callable[[Clock], Engine]") -> int:
+def run_engine(address: str, open_engine: Callable[[Clock], Engine]) -> int:
     """Connect to the server at address (ipc://…), open the engine, drive it until it is told to stop.
 
     Returns the exit status. Whatever fails is told to the server first, as EngineFailed; StartupErrors in their own
@@ -61,7 +58,7 @@ def run_engine(address: str, open_engine: "Callable[[Clock], Engine]") -> int:
     return 0
 
 
-def drive(engine: "Engine", inbox: SocketInbox, outbox: SocketOutbox, clock: Clock) -> None:
+def drive(engine: Engine, inbox: SocketInbox, outbox: SocketOutbox, clock: Clock) -> None:
     """Run the engine's loop to its end, with SIGTERM as a drain, then close the device."""
     collector = IdleCollector()
     loop = engine.loop(inbox, outbox, clock, collector)
