@@ -286,6 +286,7 @@ class Books:
         assert row is not None and self.rows.last_step[row] <= self.settled_step
         settled = int(self.rows.settled[row])
         request.reached_tokens = max(request.reached_tokens, settled)
+        request.preempted_tokens = settled
         self.vacate(request, settled, settled, publish=True)
         self.rows.give_back(row, request)
         request.row = None

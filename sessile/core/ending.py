@@ -90,7 +90,7 @@ def _send_done(
             computed_tokens=request.computed_tokens,
             completion_tokens=request.output_tokens,
             preemptions=request.preemptions,
-            session_tokens=len(session.history) if session is not None else -1,
+            session_tokens=len(session.history) if session is not None and reason in COMMITS else -1,
             status=status,
             message=message,
         )

@@ -149,15 +149,17 @@ class Machine:
         if timeout_s is not None and not 0 < timeout_s <= 1e9:
             raise InvalidRequest("idle_timeout_s must be above 0 and at most 1e9 seconds", param="timeout")
         longest = self._limits.sequence_tokens_max
-        if message.tokens_max is not None and not 2 <= message.tokens_max <= longest:
-            raise InvalidRequest(f"max_tokens must be from 2 to {longest}, the context length", param="max_tokens")
+        if message.tokens_max is not None and not 2 <= message.tokens_max <= self._limits.context_tokens:
+            raise InvalidRequest(
+                f"max_tokens must be from 2 to {self._limits.context_tokens}, the context length", param="max_tokens"
+            )
         books.session_serials += 1
         session = Session(
             message.session,
             books.session_serials,
             now_ns=books.now_ns,
             idle_timeout_ns=None if timeout_s is None else int(timeout_s * _NS),
-            tokens_max=message.tokens_max or longest,
+            tokens_max=min(message.tokens_max or longest, longest),
             metadata=dict(message.metadata),
         )
         books.sessions[session.id] = session

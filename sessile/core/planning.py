@@ -111,9 +111,10 @@ class Planner:
     def _retract_by_force(self) -> None:
         every = self._books.limits.retract_every
         if every and self._books.planned_step - self._retracted_step >= every:
-            self._retracted_step = self._books.planned_step
             victim = self._newest_running()
-            if victim is not None:
+            # Only one that got further than the last time, or a forced retraction could undo all progress for ever.
+            if victim is not None and self._books.rows.settled[victim.row] > victim.preempted_tokens:
+                self._retracted_step = self._books.planned_step
                 self._preempt(victim)
 
     def _newest_running(self) -> Request | None:
@@ -316,7 +317,8 @@ class Planner:
         if count <= 0:
             # Nothing to compute (max_new_tokens = 0 on what is there already): it ends without a row.
             request.note_admission(start)
-            self.ended.append(request)
+            if request not in self.ended:
+                self.ended.append(request)
             return None
         alone = not planned.parts and not len(planned.decodes) and not books.rows.live.any()
         if not alone and not outlook.admits(request, shared):
@@ -428,7 +430,8 @@ class Planner:
             planned.draft_caps[index] = cap
             planned.tokens += cap
             budget -= cap
-        planned.late = bool(planned.draft_caps.any())
+        # Behind drafts in flight, a row's position is known only when they have settled.
+        planned.late = bool(planned.draft_caps.any() or (rows.pending[decodes] > 1).any())
 
     def _advance(self, planned: Planned) -> None:
         """Count what is planned: from here on the step exists."""

@@ -37,7 +37,7 @@ class Request:
 
     __slots__ = (
         "arrival", "base", "base_tokens", "cached_tokens", "computed_tokens", "found", "goal_tokens", "key", "lease",
-        "logprobs", "matcher", "namespace", "overtaken", "phase", "pin", "preempting", "preemptions", "prompt_tokens",
+        "logprobs", "matcher", "namespace", "overtaken", "phase", "pin", "preempted_tokens", "preempting", "preemptions", "prompt_tokens",
         "publishing", "reached_tokens", "row", "sampling", "scored_tokens", "scores_from", "session", "share_key",
         "share_waits", "stop_ids", "tail",
     )  # fmt: skip
@@ -63,6 +63,8 @@ class Request:
         self.arrival = 0
         self.phase = Phase.QUEUED
         self.preempting = False
+        self.preempted_tokens = -1
+        """KV it had when it was preempted last."""
         self.preemptions = 0
         self.overtaken = 0
         self.cached_tokens = -1

@@ -48,7 +48,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
         if part is not None:
             _settle_prompt(books, request, part, result, score_offsets)
         else:
-            _settle_decode(books, request, plan.step, int(plan.starts[index]) + 1, drafts, len(tokens) - 1)
+            _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(tokens) - 1)
         if tokens:
             _emit(books, request, tokens, result, detail_offsets[index] if detail_offsets else None)
     for request in flight.requests:
@@ -141,12 +141,13 @@ def _settle_prompt(
         end_request(books, request, "length")
 
 
-def _settle_decode(books: Books, request: Request, step: int, settled: int, drafts: int, accepted: int) -> None:
+def _settle_decode(books: Books, request: Request, step: int, start: int, drafts: int, accepted: int) -> None:
     rows = books.rows
     row = request.row
     assert row is not None
-    settled += accepted
-    fresh = int(settled <= request.prompt_tokens and settled > request.reached_tokens)
+    settled = start + 1 + accepted
+    # A prompt of which one token was left runs beside the decoding rows.
+    fresh = int(request.reached_tokens <= start < request.prompt_tokens)
     request.computed_tokens += fresh
     books.totals.computed_tokens += fresh
     request.reached_tokens = max(request.reached_tokens, settled)

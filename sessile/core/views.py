@@ -34,7 +34,7 @@ def session_view(books: Books, session: Session) -> SessionView:
         id=session.id,
         phase=phase,
         tokens=committed,
-        kv_tokens=min(kv_tokens, committed),
+        kv_tokens=min(kv_tokens, max(0, committed - 1)),
         own_pages=own_pages,
         shared_pages=shared_pages,
         turns=session.turns,
