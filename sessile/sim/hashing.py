@@ -6,7 +6,7 @@ length changes all tokens after it. Scalars are Python ints < 2**64; `_array` tw
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def seen_term(token: int, *, is_output: bool) -> int:
     return mix(2 * token + is_output + 1)
 
 
-def token_of(digest: int, noise: int, vocab_size: int, banned: Sequence[int]) -> int:
+def token_of(digest: int, noise: int, vocab_size: int, banned: Collection[int]) -> int:
     """The next token; `banned` ones are never chosen (there must be another)."""
     value = mix(digest ^ noise)
     while value % vocab_size in banned:

@@ -1,5 +1,6 @@
 """The right answer: what a request's own tokens alone make the toy model say, with no pages, rows, steps or drafts."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,7 @@ class Chain:
 
     def copy(self) -> "Chain":
         """An independent chain of the same tokens."""
-        twin = Chain()
-        twin.digest, twin.length = self.digest, self.length
-        return twin
+        return copy.copy(self)
 
 
 class Speaker:
@@ -66,6 +65,12 @@ class Speaker:
         if self._has_penalty:
             self._seen += hashing.seen_term(token, is_output=True)
 
+    def copy(self) -> "Speaker":
+        """An independent speaker at the same place."""
+        twin = copy.copy(self)
+        twin.chain = self.chain.copy()
+        return twin
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -93,7 +98,7 @@ def ending_of(output: Sequence[int], sampling: Sampling, facts: ModelFacts, outp
     if len(output) > sampling.min_new_tokens or not sampling.min_new_tokens:
         if last in sampling.stop_token_ids or (last in facts.eos_ids and not sampling.ignore_eos):
             return Ending("stop", frozenset({last}))
-    if sampling.stop and len(output) >= sampling.min_new_tokens:
+    if sampling.stop and len(output) > sampling.min_new_tokens:
         ending = _string_ending(output, sampling, facts)
         if ending is not None:
             return ending
@@ -101,13 +106,17 @@ def ending_of(output: Sequence[int], sampling: Sampling, facts: ModelFacts, outp
 
 
 def _string_ending(output: Sequence[int], sampling: Sampling, facts: ModelFacts) -> Ending | None:
-    """A stop string that the last token completes: the match that ends first; of several, any."""
+    """A stop string that the last token completes: the match that ends first; of several, any.
+
+    What the first min_new_tokens said is not part of any match.
+    """
+    first_byte = len(text_of(output[: sampling.min_new_tokens], sampling, facts))
     text = text_of(output, sampling, facts)
     before_bytes = len(text_of(output[:-1], sampling, facts))
     matches = [
         (start + len(stop), stop, start)
         for stop in sampling.stop
-        for start in range(max(0, before_bytes - len(stop) + 1), len(text) - len(stop) + 1)
+        for start in range(max(first_byte, before_bytes - len(stop) + 1), len(text) - len(stop) + 1)
         if text.startswith(stop, start)
     ]
     first_end = min((end for end, _, _ in matches), default=-1)

@@ -328,6 +328,8 @@ class ToyDevice:
                 for digest, token in zip(sampled_at, tokens, strict=False):
                     logprobs.append(hashing.logprob_of(digest, token))
                     tops += hashing.top_of(digest, int(plan.logprob_tops[i]), self._vocab_size)
+        scores, score_top_ids, score_top_logprobs = self._score(plan, flat_digests)
+        top_ids, top_logprobs = _split_tops(tops)
         return StepResult(
             plan.step,
             plan.rows.copy(),
@@ -336,8 +338,11 @@ class ToyDevice:
             np.array([token for tokens in emitted for token in tokens], np.int32),
             faulty,
             np.array(logprobs, np.float32),
-            *_split_tops(tops),
-            *self._score(plan, flat_digests),
+            top_ids,
+            top_logprobs,
+            scores,
+            score_top_ids,
+            score_top_logprobs,
         )
 
     def _emit(self, plan: StepPlan, i: int, digests: list[int], queries: list[int]) -> list[int]:
