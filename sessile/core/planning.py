@@ -286,8 +286,10 @@ class Planner:
         size = books.limits.page_size
         # KV ≤ tokens - 1: there is always a token left to run (H65).
         pages = (min(request.known_tokens, request.goal_tokens) - 1) // size
-        if request.scores_from >= 0 and request.session is None:
-            pages = min(pages, max(0, max(request.scores_from, 1) - 1) // size)
+        # The first position to be scored needs the query before it; committed history has no scores.
+        first_score = max(request.scores_from, 1, request.scored_tokens, request.base_tokens)
+        if request.scores_from >= 0 and first_score < request.prompt_tokens:
+            pages = min(pages, (first_score - 1) // size)
         tokens = request.tokens(0, min(request.known_tokens, (pages + 1) * size))
         return books.tree.match(request.namespace, tokens, pages)
 
