@@ -1,0 +1,407 @@
+"""What clients may expect, kept from the messages they sent and got and from nothing else.
+
+The books are a second, naive implementation of the session contract: histories are Python lists, a turn that ends as
+abort or error leaves no trace, and every token is the reference's. Anything that differs raises CheckFailed.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from sessile.contract import messages as wire
+from sessile.sim import hashing, replies
+from sessile.sim.records import RequestBook, SessionBook, check
+from sessile.sim.reference import Speaker, ending_of
+from sessile.sim.world import World
+
+Operation = (
+    wire.CancelAll
+    | wire.OpenSession
+    | wire.CloseSession
+    | wire.GetSession
+    | wire.ListSessions
+    | wire.SessionTokens
+    | wire.Flush
+    | wire.GetStats
+)
+"""What is answered by one Reply."""
+
+
+class Books:
+    """All open sessions and all requests of one simulation, and the ops that await a reply."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.now_ns = 0
+        self.sessions: dict[str, SessionBook] = {}
+        self.requests: dict[int, RequestBook] = {}
+        self.live: dict[int, RequestBook] = {}
+        self.by_seed: dict[int, RequestBook] = {}
+        self.is_unsure = False
+        """Whether the last message's outcome is open until its effects were taken."""
+        self.just_idle: list[str] = []
+        """Sessions whose turn ended in the last effects: their clients may be quick."""
+        self.totals: Counter[str] = Counter()
+        self._awaited: dict[int, replies.Verdict] = {}
+        self._flushes: set[int] = set()
+        """Flushes without a reply: they may wait until the last rows have drained."""
+        self._due_gone: dict[str, int] = {}
+
+    # -- what clients send ----------------------------------------------------------------------------------------
+
+    def note_sent(self, message: wire.ToEngine, waiting_requests: int) -> None:
+        """Take a message into account before the machine gets it. waiting_requests: as the machine counts them."""
+        self.just_idle = []
+        self.is_unsure = False
+        if isinstance(message, wire.Submit):
+            self._note_submit(message, waiting_requests)
+        elif isinstance(message, wire.Cancel):
+            self._note_cancel(message.key)
+        else:
+            assert not isinstance(message, wire.Shutdown) and message.op not in self._awaited
+            self._awaited[message.op] = self._note_op(message)
+            if isinstance(message, wire.Flush):
+                self._flushes.add(message.op)
+        self.totals[type(message).__name__] += 1
+
+    def _note_op(self, message: Operation) -> replies.Verdict:
+        """Apply an operation to the books; returns what its reply has to say, as of this very moment."""
+        if isinstance(message, wire.CancelAll):
+            keys = [key for key, request in self.live.items() if not request.is_over]
+            for key in keys:
+                self._note_cancel(key)
+            return replies.outcome(cancelled=len(keys))
+        if isinstance(message, wire.OpenSession):
+            return self._note_open(message)
+        if isinstance(message, wire.Flush):
+            return self._note_flush()
+        if isinstance(message, wire.ListSessions):
+            return replies.page_of(message, self.sessions.values())
+        if isinstance(message, wire.GetStats):
+            return replies.stats_of(message)
+        session = self.sessions.get(message.session)
+        if session is None:
+            return self._refused(404)
+        if isinstance(message, wire.GetSession):
+            return replies.view_of(session)
+        if isinstance(message, wire.SessionTokens):
+            return replies.outcome(tokens=wire.pack_tokens(session.history))
+        return self._note_close(session)
+
+    def _note_submit(self, submit: wire.Submit, waiting_requests: int) -> None:
+        session = self.sessions.get(submit.session) if submit.session is not None else None
+        delta = wire.unpack_tokens(submit.tokens).tolist()
+        history = session.history if session else []
+        if history and delta and delta[0] == self._world.facts.bos_id:
+            delta = delta[1:]
+        prompt = [*history, *delta]
+        limits = self._world.limits
+        longest = limits.sequence_tokens_max
+        if session:
+            longest = min(longest, session.tokens_max)
+        refusals = self._refusals(submit, session, prompt, longest)
+        wanted = submit.sampling.max_new_tokens
+        room = max(0, longest - len(prompt))
+        waiting_tokens = sum(len(request.prompt) for request in self.live.values())
+        crowded = waiting_requests >= limits.queue_max or waiting_tokens + len(prompt) > limits.queue_tokens_max
+        request = RequestBook(
+            submit=submit,
+            session=session,
+            prompt=prompt,
+            output_limit=room if wanted is None else min(wanted, room),
+            speaker=Speaker(prompt if not refusals else (), submit.sampling, self._world.facts),
+            refusals=refusals,
+            excuses=frozenset({429} if crowded else ()),
+            reclaim_mark=session.reclaim_mark if session else None,
+            scored_to=max(submit.prompt_logprobs_from, 1),
+        )
+        assert submit.key not in self.requests, "a client used a key twice"
+        self.requests[submit.key] = self.live[submit.key] = self.by_seed[submit.sampling.seed] = request
+        if session and not refusals:
+            session.turn = request
+        self.is_unsure = bool(request.excuses)
+
+    def _refusals(
+        self, submit: wire.Submit, session: SessionBook | None, prompt: list[int], longest: int
+    ) -> frozenset[int]:
+        """Statuses that the contract allows for a submit that has to be refused; empty if it has to be accepted."""
+        refusals = set()
+        if submit.session is not None and session is None:
+            refusals.add(404)
+        if session and session.closing:
+            refusals.add(410)
+        if session and session.turn:
+            refusals.add(409)
+        if not prompt:
+            refusals.add(400)
+        # A prompt as long as the limit leaves room for no token, so only a turn that wants none may have it.
+        if len(prompt) > longest - (submit.sampling.max_new_tokens != 0):
+            refusals.add(413)
+        return frozenset(refusals)
+
+    def _note_cancel(self, key: int) -> None:
+        request = self.live.get(key)
+        if request is None or request.is_over:
+            return
+        request.cancelled = True
+        self._release_turn(request)
+
+    def _release_turn(self, request: RequestBook) -> None:
+        """The turn ends here: whatever comes next may use the session, or close it."""
+        session = request.session
+        if session is None or session.turn is not request:
+            return
+        session.turn = None
+        session.idle_since_ns = self.now_ns
+        if session.closing:
+            del self.sessions[session.id]
+            self._due_gone[session.id] = self._due_gone.get(session.id, 0) + 1
+
+    def _refused(self, status: int) -> replies.Verdict:
+        self.totals[f"refused op {status}"] += 1
+        return replies.refused(status)
+
+    def _note_open(self, message: wire.OpenSession) -> replies.Verdict:
+        if message.session in self.sessions:
+            return self._refused(400)
+        if len(self.sessions) >= self._world.limits.sessions_max:
+            return self._refused(429)
+        longest = self._world.limits.context_tokens
+        session = SessionBook(
+            id=message.session,
+            opened_ns=self.now_ns,
+            idle_since_ns=self.now_ns,
+            idle_timeout_ns=None if message.idle_timeout_s is None else round(message.idle_timeout_s * 1e9),
+            tokens_max=longest if message.tokens_max is None else min(message.tokens_max, longest),
+            metadata=message.metadata,
+        )
+        self.sessions[session.id] = session
+        return replies.view_of(session)
+
+    def _note_close(self, session: SessionBook) -> replies.Verdict:
+        if session.turn is None:
+            del self.sessions[session.id]
+            return replies.outcome(closed=True, deferred=False)
+        session.closing = True
+        return replies.outcome(closed=False, deferred=True)
+
+    def _note_flush(self) -> replies.Verdict:
+        if any(not request.is_over for request in self.live.values()):
+            return self._refused(400)
+        for session in self.sessions.values():
+            session.reclaim_mark = None
+        return replies.flushed()
+
+    # -- what clients get -----------------------------------------------------------------------------------------
+
+    def note_batch(self, batch: wire.Batch, reclaims: int, faulty_seeds: set[int]) -> None:
+        """Check all effects of one batch. reclaims: evictions and demotions so far; faulty_seeds: rows that failed."""
+        self._note_scores(batch)
+        delivered = self._note_deltas(batch)
+        for done in batch.done:
+            self._note_done(done, reclaims, faulty_seeds)
+        for key in delivered:
+            request = self.requests[key]
+            check(request.done is not None or request.ending is None, "end",
+                  f"request {key} had to end ({request.ending}) with this batch and did not")
+        for reply in batch.replies:
+            self._note_reply(reply)
+        for gone in batch.gone:
+            self._note_gone(gone)
+
+    def check_settled(self) -> None:
+        """After all effects were taken: nobody may still wait for what is decided at once."""
+        overdue = [key for key, request in self.live.items() if request.is_over]
+        check(not overdue, "end", f"requests {overdue} were cancelled or refused and did not end at once")
+        overdue_ops = self._awaited.keys() - self._flushes
+        check(not overdue_ops, "reply", f"no reply to operations {sorted(overdue_ops)}")
+        check(not self._due_gone, "session", f"sessions {list(self._due_gone)} had to close with their turn")
+        late = [s.id for s in self.sessions.values() if (at := s.expires_ns) is not None and at <= self.now_ns]
+        check(not late, "timer", f"sessions {late} had to expire by {self.now_ns} ns")
+
+    def _note_deltas(self, batch: wire.Batch) -> list[int]:
+        keys: list[int] = np.frombuffer(batch.delta_keys, "<i8").tolist()
+        counts = np.frombuffer(batch.delta_counts, "<i4").tolist()
+        tokens = wire.unpack_tokens(batch.delta_tokens).tolist()
+        check(len(keys) == len(counts) == len(set(keys)) and sum(counts) == len(tokens), "delta", "ragged deltas")
+        details = {detail.key: detail for detail in batch.details}
+        check(len(details) == len(batch.details), "delta", "two details for one request")
+        start = 0
+        for key, count in zip(keys, counts, strict=True):
+            request = self.live.get(key)
+            check(request is not None, "delta", f"tokens for request {key}, which is not live")
+            assert request is not None
+            self._note_tokens(request, tokens[start : start + count], details.pop(key, None))
+            start += count
+        check(not details, "delta", f"details without tokens for {list(details)}")
+        return keys
+
+    def _note_tokens(self, request: RequestBook, tokens: list[int], detail: wire.TokenDetail | None) -> None:
+        logprobs, tops = [], []
+        for token in tokens:
+            check(request.ending is None, "delta", f"request {request.key} got token {token} after {request.ending}")
+            if request.submit.logprobs >= 0:
+                digest = request.speaker.chain.digest
+                logprobs.append(hashing.logprob_of(digest, token))
+                tops += hashing.top_of(digest, request.submit.logprobs, self._world.facts.vocab_size)
+            right = request.speaker.peek()
+            check(token == right, "token", f"request {request.key}: output {len(request.output)} is {token}, "
+                  f"the reference says {right} (prompt {len(request.prompt)} tokens)")
+            request.output.append(token)
+            request.speaker.push(token)
+            request.ending = ending_of(request.output, request.submit.sampling, self._world.facts, request.output_limit)
+        wants_detail = request.submit.logprobs >= 0 and bool(tokens)
+        check((detail is not None) == wants_detail, "logprob", f"request {request.key}: wants detail {wants_detail}")
+        if detail is not None:
+            check_logprobs(request.key, detail, logprobs, tops)
+        self.totals["tokens"] += len(tokens)
+
+    def _note_scores(self, batch: wire.Batch) -> None:
+        for scores in batch.scores:
+            request = self.live.get(scores.key)
+            check(request is not None, "scores", f"scores for request {scores.key}, which is not live")
+            assert request is not None
+            tokens = wire.unpack_tokens(scores.tokens).tolist()
+            end = scores.start + len(tokens)
+            check(not request.output, "scores", f"request {scores.key}: scores after output")
+            # Committed history has scores only where it had to be computed again.
+            history_tokens = len(request.session.history) if request.session else 0
+            gap = request.scored_to < scores.start <= history_tokens
+            check((scores.start == request.scored_to or gap) and request.submit.prompt_logprobs_from >= 0, "scores",
+                  f"request {scores.key}: scores from {scores.start}, next is {request.scored_to}")
+            check(tokens == request.prompt[scores.start : end], "scores", f"request {scores.key}: not its own tokens")
+            logprobs, tops = [], []
+            chain = Speaker(request.prompt[: scores.start], request.submit.sampling, self._world.facts).chain
+            for token in tokens:
+                logprobs.append(hashing.logprob_of(chain.digest, token))
+                tops += hashing.top_of(chain.digest, max(request.submit.logprobs, 0), self._world.facts.vocab_size)
+                chain.push(token)
+            check_logprobs(scores.key, scores, logprobs, tops)
+            request.scored_to = end
+            self.totals["scores"] += len(tokens)
+
+    def _note_done(self, done: wire.Done, reclaims: int, faulty_seeds: set[int]) -> None:
+        request = self.requests.get(done.key)
+        check(request is not None, "end", f"end of request {done.key}, which nobody sent")
+        assert request is not None
+        check(request.done is None, "end", f"request {done.key} ended twice: {request.done}, {done}")
+        request.done = done
+        del self.live[done.key]
+        self.totals[f"done {done.reason}"] += 1
+        self.totals["preemptions"] += done.preemptions
+        if done.reason == "error" and 400 <= done.status < 500:
+            self._note_refusal(request, done)
+            return
+        check(not request.refusals, "refusal", f"request {done.key} had to be refused {set(request.refusals)}: {done}")
+        check(done.completion_tokens == len(request.output), "count", f"{len(request.output)} tokens came: {done}")
+        check(done.prompt_tokens == len(request.prompt), "count", f"prompt is {len(request.prompt)}: {done}")
+        if done.reason == "abort":
+            check(request.cancelled, "end", f"nobody cancelled: {done}")
+        elif done.reason == "error":
+            check(request.submit.sampling.seed in faulty_seeds, "end", f"no row of it was faulty: {done}")
+        else:
+            self._note_finish(request, done)
+        self._end_turn(request, done, reclaims)
+
+    def _note_refusal(self, request: RequestBook, done: wire.Done) -> None:
+        check(done.status in request.refusals | request.excuses, "refusal",
+              f"refused with {done.status}, allowed {set(request.refusals | request.excuses)}: {done}")
+        check(not request.output and bool(done.code and done.message), "refusal", f"after output or silent: {done}")
+        if request.session and request.session.turn is request:
+            request.session.turn = None
+        self.totals[f"refused {done.status}"] += 1
+
+    def _note_finish(self, request: RequestBook, done: wire.Done) -> None:
+        """A request that came to its own end: the right end, and counts that agree."""
+        ending = request.ending
+        if not request.output:
+            ending = ending_of([], request.submit.sampling, self._world.facts, request.output_limit)
+        check(ending is not None and not request.cancelled, "end", f"ended after {request.output}: {done}")
+        assert ending is not None
+        matched = not ending.matched or done.matched in ending.matched
+        check(done.reason == ending.reason and matched and done.kept_bytes in ending.kept_bytes, "end",
+              f"had to be {ending}: {done}")
+        check(0 <= done.cached_tokens < len(request.prompt), "count", f"cached: {done}")
+        # Without output the last prompt token is left to the next turn: KV ≤ tokens - 1.
+        needed = done.prompt_tokens - (request.output_limit == 0)
+        check(done.cached_tokens + done.computed_tokens == needed, "count",
+              f"cached + computed is not the prompt: {done}")
+        if request.submit.prompt_logprobs_from >= 0:
+            history_tokens = len(request.session.history) if request.session else 0
+            scored_to = max(request.scored_to, history_tokens)
+            check(scored_to >= len(request.prompt), "scores", f"scored to {scored_to}: {done}")
+        if not done.preemptions:
+            check(request.device_prompt_tokens == done.computed_tokens, "count",
+                  f"the device ran {request.device_prompt_tokens} prompt tokens: {done}")
+        self.totals["cached"] += done.cached_tokens
+        if request.session is None:
+            self.totals["prefix hits"] += done.cached_tokens > 0
+            check(done.cached_tokens % self._world.limits.page_size == 0, "count", f"shared part of a page: {done}")
+
+    def _end_turn(self, request: RequestBook, done: wire.Done, reclaims: int) -> None:
+        """Commit a finished turn, roll back any other; then the session is free for the next."""
+        session = request.session
+        if session is None:
+            check(done.session_tokens == -1, "history", f"no session: {done}")
+            return
+        finished = done.reason in ("stop", "length")
+        if finished:
+            self._check_warmth(request, session, done, reclaims)
+            session.history = [*request.prompt, *request.output]
+            session.turns += 1
+            session.reclaim_mark = reclaims
+            self.totals["turns"] += 1
+        else:
+            if done.preemptions or done.reason == "error":
+                session.reclaim_mark = None
+            self.totals["roll-backs"] += 1
+        check(done.session_tokens == (len(session.history) if finished else -1), "history",
+              f"history is {len(session.history)}: {done}")
+        self._release_turn(request)
+        if session.id in self.sessions:
+            self.just_idle.append(session.id)
+
+    def _check_warmth(self, request: RequestBook, session: SessionBook, done: wire.Done, reclaims: int) -> None:
+        """A turn on KV that nothing was taken from reuses all of it but the last token, at any page size."""
+        if not session.history:
+            return
+        check(done.cached_tokens <= len(session.history) - 1 or done.cached_tokens % self._world.limits.page_size == 0,
+              "count", f"more KV than history: {done}")
+        if request.reclaim_mark == reclaims:
+            self.totals["warm turns"] += 1
+            check(done.cached_tokens == len(session.history) - 1, "warm",
+                  f"history of {len(session.history)} was not reclaimed: {done}")
+        elif done.cached_tokens < len(session.history) - 1:
+            self.totals["cold turns"] += 1
+
+    def _note_gone(self, gone: wire.SessionGone) -> None:
+        if gone.reason == "closed":
+            check(self._due_gone.get(gone.session, 0) > 0, "session", f"{gone.session} closed without being due")
+            self._due_gone[gone.session] -= 1
+            if not self._due_gone[gone.session]:
+                del self._due_gone[gone.session]
+            self.totals["deferred closes"] += 1
+            return
+        session = self.sessions.get(gone.session)
+        due_ns = session.expires_ns if session else None
+        check(gone.reason == "expired" and due_ns is not None and due_ns <= self.now_ns, "timer",
+              f"{gone} at {self.now_ns} ns, due {due_ns}")
+        del self.sessions[gone.session]
+        self.totals["expirations"] += 1
+
+    def _note_reply(self, reply: wire.Reply) -> None:
+        check(reply.op in self._awaited, "reply", f"nobody awaits {reply}")
+        self._flushes.discard(reply.op)
+        self._awaited.pop(reply.op)(reply)
+
+
+def check_logprobs(
+    key: int, found: wire.TokenDetail | wire.Scores, logprobs: list[float], tops: list[tuple[int, float]]
+) -> None:
+    """Compare log-probabilities with the reference's."""
+    same = (
+        np.frombuffer(found.logprobs, "<f4").tolist() == logprobs
+        and np.frombuffer(found.top_ids, "<i4").tolist() == [token for token, _ in tops]
+        and np.frombuffer(found.top_logprobs, "<f4").tolist() == [score for _, score in tops]
+    )
+    check(same, "logprob", f"request {key}: not the log-probabilities of what it read")

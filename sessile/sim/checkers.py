@@ -1,0 +1,73 @@
+"""Checks of what goes to the device and of the machine's own figures, against the books of the clients."""
+
+from collections import Counter
+
+from sessile.contract.messages import Stats
+from sessile.contract.plan import SAMPLE, StepPlan
+from sessile.sim.books import Books
+from sessile.sim.records import check
+from sessile.sim.replies import check_pages
+from sessile.sim.toy import ToyDevice
+from sessile.sim.world import World
+
+
+def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, chunk_tokens: int) -> None:
+    """A launched plan keeps its bounds and runs only what clients still wait for. Counts what the device is asked."""
+    limits = world.limits
+    check(len(plan.tokens) <= chunk_tokens, "bounds", f"{len(plan.tokens)} tokens in a step of {chunk_tokens}")
+    check(bool((plan.draft_counts <= limits.drafts_max).all()), "bounds", f"drafts {plan.draft_counts.tolist()}")
+    decodes = prompts = 0
+    for i, row in enumerate(plan.rows.tolist()):
+        request = books.by_seed.get(device.seed_of(row))
+        check(request is not None, "schedule", f"row {row} is bound to nobody's seed")
+        assert request is not None
+        check(not request.is_over, "schedule", f"request {request.key} runs in step {plan.step} after its end")
+        start, query_count = int(plan.starts[i]), int(plan.query_counts[i]) - int(plan.draft_counts[i])
+        prompt_tokens = len(request.prompt)
+        request.device_prompt_tokens += max(0, min(start + query_count, prompt_tokens) - start)
+        samples = bool(plan.flags[i] & SAMPLE)
+        last_output = int(plan.output_indices[i]) + int(plan.draft_counts[i])
+        check(not samples or last_output < request.output_limit, "schedule",
+              f"request {request.key} may sample output {last_output} of {request.output_limit}")
+        # A row that resumes with one token left to compute is an admission.
+        decodes += samples and start >= prompt_tokens and query_count == 1 and row not in plan.bind_rows
+        prompts += start + query_count < prompt_tokens
+    if decodes:
+        check(len(plan.tokens) <= limits.mixed_chunk_tokens, "bounds", f"{len(plan.tokens)} tokens beside decoding")
+        check(limits.mixed_chunk or not prompts, "bounds", "a mixed step, though they are off")
+
+
+def check_stats(stats: Stats, world: World, books: Books, totals: Counter[str]) -> None:
+    """The machine's figures equal what its clients saw, and pages and rows add up."""
+    check_sums(stats)
+    check(stats.pages_total == world.limits.pages_total and stats.pages_scratch == 1, "pages", f"not the pool: {stats}")
+    sessions = books.sessions.values()
+    expected = {
+        "sessions_open": len(sessions),
+        "session_tokens": sum(len(session.history) for session in sessions),
+        "sessions_idle": sum(session.turn is None for session in sessions),
+        "turns_committed_total": totals["turns"],
+        "generated_tokens_total": totals["tokens"],
+        "audit_failures_total": 0,
+    }
+    shown = {name: getattr(stats, name) for name in expected}
+    check(shown == expected, "stats", f"expected {expected}, got {shown}")
+    check(stats.requests_running + stats.requests_waiting == len(books.live), "stats",
+          f"{len(books.live)} requests are live: {stats}")
+    finished = {reason: totals[f"done {reason}"] for reason in ("stop", "length", "abort", "error")}
+    check(stats.finished_total == finished, "stats", f"expected {finished}: {stats.finished_total}")
+
+
+def check_sums(stats: Stats) -> None:
+    """All that can be seen by adding up: every page and every row is counted once."""
+    check_pages(stats)
+    check(stats.rows_held == stats.requests_running + stats.requests_draining <= stats.rows_total, "rows",
+          f"rows do not add up: {stats}")
+
+
+def check_empty(stats: Stats) -> None:
+    """With every request ended, every session closed and the cache flushed, all pages and rows are free."""
+    check(stats.pages_free == stats.pages_total - 1 - stats.pages_quarantine, "leak", f"pages are left: {stats}")
+    check(stats.rows_held == stats.requests_running == stats.requests_waiting == stats.requests_draining == 0, "leak",
+          f"rows or requests are left: {stats}")
+    check(stats.sessions_open == stats.session_tokens == 0, "leak", f"sessions are left: {stats}")

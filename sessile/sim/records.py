@@ -1,0 +1,83 @@
+"""What the simulator writes down about sessions and requests, and how a checker says that something is wrong."""
+
+from dataclasses import dataclass, field
+
+from sessile.contract.messages import Done, Submit
+from sessile.sim.reference import Ending, Speaker
+
+
+class CheckFailed(AssertionError):
+    """A checker found the core wrong: `checker` is its name, the message says what differs."""
+
+    def __init__(self, checker: str, message: str) -> None:
+        super().__init__(message)
+        self.checker = checker
+
+
+def check(holds: bool, checker: str, message: str) -> None:
+    """Raise CheckFailed unless it holds."""
+    if not holds:
+        raise CheckFailed(checker, message)
+
+
+@dataclass(slots=True)
+class SessionBook:
+    """A session as its client knows it."""
+
+    id: str
+    opened_ns: int
+    idle_since_ns: int
+    idle_timeout_ns: int | None
+    tokens_max: int
+    metadata: dict[str, str]
+    history: list[int] = field(default_factory=list)
+    turns: int = 0
+    turn: "RequestBook | None" = None
+    closing: bool = False
+    reclaim_mark: int | None = None
+    """Reclaims counted when its KV was last known to be complete; None: nothing is known of its KV."""
+
+    @property
+    def expires_ns(self) -> int | None:
+        """When it has to expire if nobody uses it; None while a turn is in flight, or never."""
+        if self.turn or self.closing or self.idle_timeout_ns is None:
+            return None
+        return self.idle_since_ns + self.idle_timeout_ns
+
+
+@dataclass(slots=True)
+class RequestBook:
+    """A request as its client knows it."""
+
+    submit: Submit
+    session: SessionBook | None
+    prompt: list[int]
+    """The whole context, a session's history included."""
+    output_limit: int
+    """Most output tokens that the request, the context and the pool allow."""
+    speaker: Speaker
+    refusals: frozenset[int]
+    """Statuses of which one must refuse it; empty: it must be accepted, but for `excuses`."""
+    excuses: frozenset[int]
+    """Statuses that may refuse it: what depends on the state of the waiting line."""
+    reclaim_mark: int | None = None
+    """The session's, when the turn was sent."""
+    output: list[int] = field(default_factory=list)
+    scored_to: int = 0
+    """Prompt positions below this have their scores, or want none."""
+    cancelled: bool = False
+    ending: Ending | None = None
+    """Set with the token that has to be the last one."""
+    done: Done | None = None
+    device_prompt_tokens: int = 0
+    """Prompt tokens that the device ran for it, recomputation included."""
+
+    @property
+    def key(self) -> int:
+        """The number its client gave it."""
+        return self.submit.key
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more may happen to it but its Done."""
+        return self.done is not None or self.cancelled or bool(self.refusals)

@@ -1,0 +1,197 @@
+"""What clients send next, by seed: prompts that share and repeat, sessions, cancels, closes, nonsense and looks."""
+
+from random import Random
+
+from sessile.contract import messages as wire
+from sessile.sim.books import Books
+from sessile.sim.records import RequestBook, SessionBook
+from sessile.sim.world import BOS, World
+
+_LETTERS = b"abc"
+
+
+class Workload:
+    """Draws the messages of each turn of the loop. What it sends depends on its seed and the books alone."""
+
+    def __init__(self, world: World, books: Books) -> None:
+        self._world = world
+        self._books = books
+        self._draw = Random(f"workload {world.seed}")
+        self._stems = [self._tokens(world.temper.prompt_tokens_max) for _ in range(3)]
+        self._sessions_wanted = min(world.temper.sessions_wanted, world.limits.sessions_max)
+        self._keys = 0
+        self._ops = 0
+
+    def messages(self) -> list[wire.ToEngine]:
+        """What comes in now, in order."""
+        temper = self._world.temper
+        sent: list[wire.ToEngine] = []
+        if len(self._books.live) < temper.live_max and self._chance(temper.submit_rate):
+            sent += self._submits()
+        if self._books.just_idle and self._chance(0.5):
+            sent.append(self._submit(self._draw.choice(self._books.just_idle)))
+        if self._chance(temper.cancel_rate):
+            sent.append(self._cancel())
+        if self._chance(temper.close_rate) and self._books.sessions:
+            sent.append(wire.CloseSession(self._op(), self._draw.choice(list(self._books.sessions))))
+        if self._chance(temper.cancel_all_rate):
+            sent.append(wire.CancelAll(self._op()))
+        if self._chance(temper.flush_rate):
+            sent.append(wire.Flush(self._op()))
+        if self._chance(temper.nonsense_rate):
+            sent.append(self._nonsense())
+        if self._chance(temper.look_rate):
+            sent += self._looks()
+        return sent
+
+    def _chance(self, rate: float) -> bool:
+        return self._draw.random() < rate
+
+    def _op(self) -> int:
+        self._ops += 1
+        return self._ops
+
+    # -- submits --------------------------------------------------------------------------------------------------
+
+    def _submits(self) -> list[wire.ToEngine]:
+        burst = self._draw.choice([1, 1, 1, 2, 4])
+        sent: list[wire.ToEngine] = []
+        for _ in range(burst):
+            if not self._chance(self._world.temper.session_share):
+                sent.append(self._submit(None))
+            elif len(self._books.sessions) < self._sessions_wanted:
+                sent.append(self._open())
+            elif idle := [s.id for s in self._books.sessions.values() if s.turn is None]:
+                sent.append(self._submit(self._draw.choice(idle)))
+        return sent
+
+    def _open(self) -> wire.OpenSession:
+        draw, temper = self._draw, self._world.temper
+        return wire.OpenSession(
+            op=self._op(),
+            session=f"s{draw.randrange(2 * temper.sessions_wanted)}",
+            idle_timeout_s=draw.choice([None, 0.03, 0.3, 2.0]) if temper.timeouts else None,
+            tokens_max=draw.choice([None, None, None, self._world.facts.context_tokens // 2]),
+            metadata={"colour": "blue"} if self._chance(0.1) else {},
+        )
+
+    def _submit(self, session_id: str | None) -> wire.Submit:
+        self._keys += 1
+        temper = self._world.temper
+        session = self._books.sessions.get(session_id) if session_id is not None else None
+        tokens = self._turn_tokens(session) if session else self._prompt()
+        return wire.Submit(
+            key=self._keys,
+            tokens=wire.pack_tokens(tokens),
+            sampling=self._sampling(),
+            session=session_id,
+            logprobs=self._draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
+            prompt_logprobs_from=self._draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
+        )
+
+    def _prompt(self) -> list[int]:
+        draw, temper = self._draw, self._world.temper
+        earlier = [request for request in self._books.live.values() if request.prompt]
+        if self._chance(temper.shared_prompts):
+            if earlier and self._chance(0.5):
+                request = draw.choice(earlier)
+                return [*request.prompt, *request.output][: draw.choice([None, len(request.prompt)])]
+            stem = draw.choice(self._stems)
+            return [*stem[: draw.randint(1, len(stem))], *self._tokens(4)]
+        if self._chance(0.05):
+            longest = self._world.limits.sequence_tokens_max
+            return self._exactly(max(1, longest + draw.choice([-2, -1, 0, 1])))
+        return self._tokens(temper.prompt_tokens_max)
+
+    def _turn_tokens(self, session: SessionBook) -> list[int]:
+        """New tokens of a turn: often few, sometimes none, a lone BOS, or just as many as still fit."""
+        draw = self._draw
+        length = len(session.history)
+        longest = min(self._world.limits.sequence_tokens_max, session.tokens_max)
+        if not length:
+            return self._prompt()
+        kind = draw.random()
+        if kind < 0.05:
+            return []
+        if kind < 0.1:
+            return [BOS] if draw.random() < 0.5 else [BOS, *self._tokens(3)]
+        if kind < 0.2:
+            return self._exactly(max(0, longest - length + draw.choice([-2, -1, 0, 1])))
+        return self._tokens(min(self._world.temper.prompt_tokens_max, 12))
+
+    def _tokens(self, longest: int) -> list[int]:
+        tokens = self._exactly(self._draw.randint(1, max(1, longest)))
+        return [BOS, *tokens[1:]] if self._chance(0.1) else tokens
+
+    def _exactly(self, count: int) -> list[int]:
+        vocab_size = self._world.facts.vocab_size
+        return [self._draw.randrange(vocab_size) for _ in range(count)]
+
+    def _sampling(self) -> wire.Sampling:
+        draw, variety = self._draw, self._world.temper.sampling_variety
+        settings: dict[str, object] = {}
+        if self._chance(variety):
+            settings["top_p"] = draw.choice([0.5, 0.9])
+            settings["top_k"] = draw.choice([0, 7])
+            settings["min_p"] = draw.choice([0.0, 0.05])
+        if self._chance(variety):
+            settings["repetition_penalty"] = draw.choice([1.0, 1.3])
+            settings["frequency_penalty"] = draw.choice([0.0, 0.5])
+            settings["presence_penalty"] = draw.choice([0.0, -0.5])
+        if self._chance(variety):
+            settings["logit_bias"] = ((draw.randrange(self._world.facts.vocab_size), draw.choice([-5.0, 2.5])),)
+        if self._chance(variety):
+            settings["min_new_tokens"] = draw.choice([1, 3, 6])
+        if self._chance(variety):
+            settings["ignore_eos"] = True
+        if self._chance(variety):
+            settings["stop_token_ids"] = tuple(draw.sample(range(4, 16), draw.choice([1, 2, 6])))
+        if self._chance(variety):
+            settings["stop"] = tuple(self._stop_string() for _ in range(draw.choice([1, 1, 3])))
+            settings["skip_special_tokens"] = self._chance(0.5)
+        return wire.Sampling(
+            seed=(self._keys * 0x9E3779B97F4A7C15) & (2**64 - 1),
+            temperature=draw.choice([0.0, 0.0, 0.7]),
+            max_new_tokens=draw.choice([0, 1, 2, 5, 5, 8, 8, 20, 50, None, 1_000_000]),
+            **settings,  # type: ignore[arg-type]
+        )
+
+    def _stop_string(self) -> bytes:
+        if self._chance(0.1):
+            return b"</s>"
+        return bytes(self._draw.choice(_LETTERS) for _ in range(self._draw.choice([1, 2, 3, 4])))
+
+    # -- everything else ------------------------------------------------------------------------------------------
+
+    def _cancel(self) -> wire.Cancel:
+        requests: list[RequestBook] = list(self._books.live.values())
+        if not requests or self._chance(0.05):
+            return wire.Cancel(self._draw.randint(0, self._keys + 1))
+        # The newest are queued or in prefill, the oldest decode: both ends deserve to be hit.
+        chosen = self._draw.choice([requests[0], requests[-1], self._draw.choice(requests)])
+        return wire.Cancel(chosen.key, self._draw.choice(["aborted by the client", "client disconnected"]))
+
+    def _nonsense(self) -> wire.ToEngine:
+        draw, sessions = self._draw, list(self._books.sessions)
+        known = draw.choice(sessions) if sessions else "s0"
+        busy = [session.id for session in self._books.sessions.values() if session.turn]
+        candidates: list[wire.ToEngine] = [
+            self._submit("nobody"),
+            self._submit(draw.choice(busy) if busy else None),
+            self._submit(known),
+            wire.CloseSession(self._op(), "nobody"),
+            wire.CloseSession(self._op(), known),
+            wire.GetSession(self._op(), "nobody"),
+            wire.SessionTokens(self._op(), "nobody"),
+            wire.OpenSession(op=self._op(), session=known),
+            wire.Cancel(0),
+            wire.Flush(self._op()),
+        ]
+        return draw.choice(candidates)
+
+    def _looks(self) -> list[wire.ToEngine]:
+        looks: list[wire.ToEngine] = [wire.GetStats(self._op()), wire.ListSessions(self._op(), None, 3)]
+        for session_id in list(self._books.sessions)[:4]:
+            looks.append(wire.GetSession(self._op(), session_id))
+            looks.append(wire.SessionTokens(self._op(), session_id))
+        return looks

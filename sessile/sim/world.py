@@ -1,0 +1,156 @@
+"""One seed's world: the core's limits, the model's facts, and the temper of clients and device.
+
+Every seed switches features on and off as a whole, so that rare mixes are somebody's everyday life.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+from sessile.contract.model import ModelFacts
+from sessile.core.limits import Limits
+
+EOS, BOS, SPECIAL = 2, 1, 3
+"""Special tokens of the toy vocabulary; all others add one to three letters to the text."""
+
+FAULTS = ("retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush")
+"""What `--faults` can switch on: forced retraction, cancels and disconnects, closes at any time, late and delayed
+results, rows whose logits are not finite, drafts, idle timeouts, flushes."""
+
+
+@dataclass(frozen=True)
+class Temper:
+    """How clients and device behave; rates are chances a turn of the loop unless said otherwise."""
+
+    live_max: int
+    """Requests that clients keep in flight, about."""
+    submit_rate: float
+    session_share: float
+    """Of all submits, those that are turns of sessions."""
+    sessions_wanted: int
+    prompt_tokens_max: int
+    shared_prompts: float
+    """Of all prompts, those that begin like another one."""
+    cancel_rate: float
+    close_rate: float
+    cancel_all_rate: float
+    flush_rate: float
+    nonsense_rate: float
+    """Messages that must be refused or ignored."""
+    look_rate: float
+    """Requests for stats, views, lists and tokens."""
+    chatty: float
+    """Chance that effects are taken after a message instead of at the end of the turn of the loop."""
+    delay_rate: float
+    """Chance that the step in flight goes on while only messages come in."""
+    late_rate: float
+    faulty_rate: float
+    """Chance a row and step."""
+    draft_rate: float
+    """Chance that a draft token is right."""
+    pace_rate: float
+    """Chance that the step budget is changed."""
+    logprob_rate: float
+    sampling_variety: float
+    """Chance of each unusual sampling setting."""
+    timeouts: bool
+    tick_ns_max: int
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that a simulation of one seed is built from."""
+
+    seed: int
+    limits: Limits
+    facts: ModelFacts
+    overlap: bool
+    strict: bool
+    temper: Temper
+
+
+def make_world(seed: int, faults: frozenset[str] = frozenset(FAULTS)) -> World:
+    """The world of a seed, with only the named faults at work."""
+    draw = Random(f"world {seed}")
+    facts = _facts(draw)
+    limits = _limits(draw, facts, faults)
+    return World(
+        seed=seed,
+        limits=limits,
+        facts=facts,
+        overlap=draw.random() < 0.8,
+        strict=draw.random() < 0.5,
+        temper=_temper(draw, limits, faults),
+    )
+
+
+def _facts(draw: Random) -> ModelFacts:
+    vocab_size = draw.choice([16, 24, 48, 96])
+    token_bytes = [b"<unk>", b"<s>", b"</s>", b"<tool>"]
+    while len(token_bytes) < vocab_size:
+        token_bytes.append(bytes(draw.choice(b"abc") for _ in range(draw.choice([1, 1, 2, 3]))))
+    return ModelFacts(
+        vocab_size=vocab_size,
+        context_tokens=draw.choice([8, 24, 64, 160, 400]),
+        eos_ids=(EOS,),
+        bos_id=BOS if draw.random() < 0.7 else None,
+        token_bytes=tuple(token_bytes),
+        special_ids=frozenset({BOS, EOS, SPECIAL}),
+    )
+
+
+def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str]) -> Limits:
+    drafts_max = draw.choice([0, 0, 1, 2, 4]) if "drafts" in faults else 0
+    page_size = draw.choice([1, 1, 2, 3, 4, 8, 16])
+    pages_total = 1 + draw.randint(4, 40)
+    while (pages_total - 1) * page_size - drafts_max < 2:
+        pages_total += 1
+    return Limits(
+        pages_total=pages_total,
+        page_size=page_size,
+        rows_max=draw.randint(1, 8),
+        context_tokens=facts.context_tokens,
+        chunk_tokens=draw.choice([1, 2, 3, 5, 8, 16, 64, 512]),
+        mixed_chunk=draw.random() < 0.75,
+        mixed_chunk_tokens=draw.choice([1, 2, 4, 8, 32, 1024]),
+        drafts_max=drafts_max,
+        sessions_max=draw.choice([1, 3, 8, 100]),
+        queue_max=draw.choice([2, 8, 100, 100]),
+        queue_tokens_max=draw.choice([100, 1000, 100_000, 100_000]),
+        audit_level=2,
+        retract_every=draw.choice([0, 0, 2, 3, 7, 20]) if "retract" in faults else 0,
+        overtakes_max=draw.choice([0, 1, 4, 64]),
+        admissions_max=draw.choice([1, 2, 64]),
+        share_wait_steps=draw.choice([0, 2, 16, 256]),
+        output_estimate_tokens=draw.choice([1, 8, 64, 4096]),
+    )
+
+
+def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
+    def rate(fault: str, *choices: float) -> float:
+        chosen = draw.choice(choices)
+        return chosen if not fault or fault in faults else 0.0
+
+    return Temper(
+        live_max=draw.choice([1, 3, 6, 12, 24]),
+        submit_rate=rate("", 0.2, 0.5, 0.9),
+        session_share=rate("", 0.0, 0.4, 0.7, 0.9, 1.0),
+        sessions_wanted=draw.choice([1, 3, 6, 12]),
+        prompt_tokens_max=draw.choice([3, 8, 20, 60, limits.context_tokens]),
+        shared_prompts=rate("", 0.0, 0.4, 0.9),
+        cancel_rate=rate("cancel", 0.0, 0.02, 0.1, 0.4),
+        close_rate=rate("close", 0.0, 0.01, 0.05, 0.2),
+        cancel_all_rate=rate("cancel", 0.0, 0.0, 0.005),
+        flush_rate=rate("flush", 0.0, 0.01, 0.05),
+        nonsense_rate=rate("", 0.0, 0.02, 0.1),
+        look_rate=rate("", 0.02, 0.1),
+        chatty=rate("", 0.0, 0.5, 1.0),
+        delay_rate=rate("late", 0.0, 0.2, 0.6),
+        late_rate=rate("late", 0.0, 0.5, 1.0),
+        faulty_rate=rate("faulty", 0.0, 0.0, 0.0, 0.01),
+        draft_rate=rate("", 0.0, 0.5, 0.8, 1.0),
+        pace_rate=rate("", 0.0, 0.0, 0.05),
+        logprob_rate=rate("", 0.0, 0.0, 0.3),
+        sampling_variety=rate("", 0.0, 0.1, 0.4),
+        timeouts="expire" in faults and draw.random() < 0.5,
+        tick_ns_max=draw.choice([1_000_000, 50_000_000]),
+    )
