@@ -26,10 +26,11 @@ PRECEDENCE = (
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it is for, and what runs it with the rest of argv. Without a summary it is not listed."""
+    """A command: what it is for, its flags, and what runs it. Without a summary it is not listed."""
 
-    run: Callable[["Parser", Sequence[str]], int]
     summary: str
+    add_flags: Callable[["Parser"], None]
+    run: Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +59,7 @@ def run(argv: Sequence[str]) -> int:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if name in COMMANDS:
-            command = COMMANDS[name]
-            return command.run(Parser(f"sessile {name}", command.summary), argv[words:])
+            return COMMANDS[name].run(parser_for(name).parse(argv[words:]))
     subcommands = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
     if subcommands:
         if argv[1:2] in (["-h"], ["--help"]):
@@ -67,6 +67,14 @@ def run(argv: Sequence[str]) -> int:
             return 0
         raise StartupError(f"say what: {' or '.join(f'sessile {name}' for name in subcommands)}")
     raise StartupError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (see sessile --help)")
+
+
+def parser_for(name: str) -> "Parser":
+    """The parser of one command's flags."""
+    command = COMMANDS[name]
+    parser = Parser(f"sessile {name}", command.summary)
+    command.add_flags(parser)
+    return parser
 
 
 def overview(names: Iterable[str] = ()) -> str:
@@ -125,11 +133,6 @@ class Parser(argparse.ArgumentParser):
         for section in dict.fromkeys(setting.section for setting in settings()):
             self.add_settings(section, [setting for setting in settings() if setting.section == section])
 
-    def parse_config(self, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-        """The configuration from all its sources, and the parsed arguments."""
-        arguments = self.parse(argv)
-        return compose(arguments.flags, os.environ, arguments.config), arguments
-
 
 class CollectFlag(argparse.Action):
     """Keeps the text of a flag under its setting's name; the last occurrence counts."""
@@ -139,73 +142,93 @@ class CollectFlag(argparse.Action):
         namespace.flags = {**namespace.flags, self.dest: values}
 
 
-def serve(parser: Parser, argv: Sequence[str]) -> int:
-    """`sessile serve`."""
+def add_serve_flags(parser: Parser) -> None:
+    """Flags of `sessile serve`."""
     parser.add_config()
     # For `sessile chat`: a server that it started must not outlive it.
     parser.add_argument("--exit-with-stdin", action="store_true", help=argparse.SUPPRESS)
-    config, arguments = parser.parse_config(argv)
-    return commands.serve(config, exit_with_stdin=arguments.exit_with_stdin)
 
 
-def chat(parser: Parser, argv: Sequence[str]) -> int:
-    """`sessile chat`. Its flags are passed on to the server it starts, which reads environment and file as well."""
+def serve(arguments: argparse.Namespace) -> int:
+    """`sessile serve`."""
+    return commands.serve(config_from(arguments), exit_with_stdin=arguments.exit_with_stdin)
+
+
+def add_chat_flags(parser: Parser) -> None:
+    """Flags of `sessile chat`: its own and those of the server that it starts."""
     parser.add_argument("--url", help="talk to the server that runs there instead of starting one")
+    parser.add_settings("chat", settings_of(commands.ChatOptions))
     parser.add_config()
-    config, arguments = parser.parse_config(argv)
-    server_flags = flags_of(arguments.flags)
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """`sessile chat`. Settings given as flags are passed on; environment and file the server reads by itself."""
+    options = options_from(commands.ChatOptions, arguments.flags)
+    arguments.flags = {name: text for name, text in arguments.flags.items() if name not in vars(options)}
+    server_flags = [f"--{name.replace('_', '-')}={text}" for name, text in arguments.flags.items()]
     if arguments.config:
         server_flags.append(f"--config={arguments.config}")
-    return commands.chat(config, server_flags=server_flags, url=arguments.url)
+    return commands.chat(config_from(arguments), options, server_flags=server_flags, url=arguments.url)
 
 
-def doctor(parser: Parser, argv: Sequence[str]) -> int:
+def doctor(arguments: argparse.Namespace) -> int:
     """`sessile doctor`."""
-    parser.add_config()
-    config, _ = parser.parse_config(argv)
-    return commands.doctor(config)
+    return commands.doctor(config_from(arguments))
 
 
-def engine(parser: Parser, argv: Sequence[str]) -> int:
-    """`sessile engine`: the child process of a server. Its configuration comes as the first line of standard input."""
+def add_engine_flags(parser: Parser) -> None:
+    """Flags of the engine process; its configuration comes as the first line of standard input."""
     parser.add_argument("--address", required=True)
-    return commands.engine(parser.parse(argv).address)
 
 
-def bench(parser: Parser, argv: Sequence[str]) -> int:
-    """`sessile bench …`: the last word of the parser's name says which."""
-    options, measure = commands.bench(parser.prog.rpartition(" ")[2])
-    declared = settings_of(options)
-    parser.add_settings("settings", declared)
-    flags = parser.parse(argv).flags
-    values = {s.name: s.parse(flags[s.name], f"flag --{s.flags[0]}") for s in declared if s.name in flags}
-    return measure(options(**values))
+def engine(arguments: argparse.Namespace) -> int:
+    """`sessile engine`: the child process of a server."""
+    return commands.engine(arguments.address)
+
+
+def bench(name: str, summary: str) -> Command:
+    """`sessile bench NAME`, whose flags are the fields of its options."""
+
+    def add_flags(parser: Parser) -> None:
+        parser.add_settings("settings", settings_of(commands.bench(name)[0]))
+
+    def run_bench(arguments: argparse.Namespace) -> int:
+        options, measure = commands.bench(name)
+        return measure(options_from(options, arguments.flags))
+
+    return Command(summary, add_flags, run_bench)
 
 
 COMMANDS = {
-    "serve": Command(serve, "serve a model over HTTP"),
-    "chat": Command(chat, "talk to a model in this terminal; starts a server of its own, or uses --url"),
-    "doctor": Command(doctor, "say what this machine offers, what is wrong with it, and what to do"),
-    "bench step": Command(bench, "measure the host time of a step of the scheduler"),
-    "bench history": Command(bench, "measure the host time of a turn on short and on long histories"),
-    "bench sessions": Command(bench, "measure the latency of turns over HTTP, with sessions and by resending"),
-    "engine": Command(engine, ""),
+    "serve": Command("serve a model over HTTP", add_serve_flags, serve),
+    "chat": Command("talk to a model in this terminal; starts a server, or uses --url", add_chat_flags, chat),
+    "doctor": Command("say what this machine has, what is wrong with it, and what to do", Parser.add_config, doctor),
+    "bench step": bench("step", "measure the host time of a step of the scheduler"),
+    "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
+    "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
+    "engine": Command("", add_engine_flags, engine),
 }
 
 
-def flags_of(texts: Mapping[str, str]) -> list[str]:
-    """Settings, as text by name, written as flags."""
-    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The configuration from flags, environment and file. Raises StartupError for what is wrong in any of them."""
+    return compose(arguments.flags, os.environ, arguments.config)
+
+
+def options_from(options: Any, flags: Mapping[str, str]) -> Any:
+    """A dataclass of options with those fields set that have a flag. Raises StartupError for a wrong value."""
+    declared = [setting for setting in settings_of(options) if setting.name in flags]
+    return options(**{s.name: s.parse(flags[s.name], f"flag --{s.flags[0]}") for s in declared})
 
 
 def _metavar(setting: Setting) -> str:
     rules = setting.declared.metadata
     if rules["choices"]:
         return "{" + ",".join(rules["choices"]) + "}"
-    return (rules["unit"] or {int: "N", float: "NUMBER", str: "TEXT"}[setting.type]).upper()
+    return str(rules["unit"] or {int: "N", float: "NUMBER", str: "TEXT"}[setting.type]).upper()
 
 
 def _help(setting: Setting) -> str:
     default = setting.declared.default
-    shown = setting.declared.metadata["help"] + ("" if default is None else f" [{default}]")
+    shown = f"{setting.declared.metadata['help']}{'' if default is None else f' [{default}]'}"
     return shown.replace("%", "%%")

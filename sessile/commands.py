@@ -7,16 +7,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sessile.config import Config
 from sessile.errors import StartupError
+from sessile.options import option
 
 QUIET_S = 2.0
 """What takes longer shows on standard error how it goes."""
 LINE_EVERY_S = 5.0
 SERVER_STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How `sessile chat` asks for answers."""
+
+    max_new_tokens: int = option(512, "Longest answer.", unit="tokens", low=1)
+    temperature: float = option(0.0, "Randomness of answers; 0 always takes the most likely token.", low=0, high=2)
 
 
 def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
@@ -69,21 +79,26 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
         from sessile.bench.history import HistoryBenchOptions, measure_history
 
         return HistoryBenchOptions, measure_history
-    from sessile.bench.sessions import main
+    from sessile.bench.sessions import SessionBenchOptions, measure_sessions
 
-    return main
+    return SessionBenchOptions, measure_sessions
 
 
-def chat(config: Config, *, server_flags: Sequence[str], url: str | None) -> int:
+def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], url: str | None) -> int:
     """Talk to the server at url, or to one of our own that is started for the purpose and stopped afterwards."""
     from sessile.chat import run_chat
     from sessile.text.load import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.model)
-    if url:
-        return run_chat(url, tokenizer, stdin=sys.stdin, stdout=sys.stdout)
-    with own_server(config, server_flags) as own_url:
-        return run_chat(own_url, tokenizer, stdin=sys.stdin, stdout=sys.stdout)
+    with contextlib.nullcontext(url) if url else own_server(config, server_flags) as base_url:
+        return run_chat(
+            base_url,
+            tokenizer,
+            stdin=sys.stdin,
+            stdout=sys.stdout,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
 
 
 @contextlib.contextmanager

@@ -275,7 +275,7 @@ def raise_refusal(done: Done) -> None:
 
 def refusal(status: int, code: str, message: str, param: str | None) -> UserError:
     """The exception that the core raised, as far as the wire tells: the class with this code."""
-    kinds = {kind.code: kind for kind in (*UserError.__subclasses__(), UserError)}
+    kinds: dict[str, type[UserError]] = {kind.code: kind for kind in (*UserError.__subclasses__(), UserError)}
     error = kinds.get(code, UserError)(message, param=param)
     error.status, error.code = status, code
     return error

@@ -1,6 +1,5 @@
 """What the documents show is there: commands, flags, links, tests, switches."""
 
-import argparse
 import ast
 import re
 import runpy
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sessile.cli import build_parser
+from sessile.cli import COMMANDS, parser_for
 from sessile.config import settings
 from sessile.server.app import create_app
 from sessile.server.body import ANYTHING, Body
@@ -36,13 +35,6 @@ def shown_commands(path: Path) -> Iterator[str]:
     yield from re.findall(r"`([^`\n]+)`", prose)
 
 
-def subparsers_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
-
-
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
@@ -58,17 +50,14 @@ def test_every_make_target_that_is_shown_exists(path: Path) -> None:
 
 
 def check_sessile_command(words: list[str]) -> None:
-    """Walk the words of a `sessile …` command through the parser's commands and flags."""
-    parser = build_parser()
-    for word in words:
-        commands = subparsers_of(parser)
-        if word in {"…", "|"}:
-            return
-        if word.startswith("--"):
-            assert word.split("=")[0] in parser._option_string_actions, f"{parser.prog} has no {word}"
-        elif commands:
-            assert word in commands, f"{parser.prog} has no command {word}"
-            parser = commands[word]
+    """Find the command that the words begin with and look its flags up."""
+    names = [name for name in COMMANDS if words[: len(name.split())] == name.split()]
+    groups = {name.split()[0] for name in COMMANDS}
+    assert names or words[0] in groups, f"sessile has no command {words[0]}"
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    assert not flags or names, f"sessile {words[0]} takes no flags by itself"
+    for flag in flags:
+        assert flag in parser_for(names[0])._option_string_actions, f"sessile {names[0]} has no {flag}"
 
 
 @every_document
@@ -84,8 +73,8 @@ def test_every_sessile_command_that_is_shown_exists(path: Path) -> None:
 @every_document
 def test_every_flag_that_is_named_exists(path: Path) -> None:
     known = {f"--{flag}" for setting in settings() for flag in setting.flags}
-    for parser in [build_parser(), *subparsers_of(build_parser()).values()]:
-        known |= set(parser._option_string_actions)
+    for name in COMMANDS:
+        known |= set(parser_for(name)._option_string_actions)
     named = {match for command in shown_commands(path) for match in re.findall(r"^(--[a-z][a-z-]+)", command)}
     assert named - known - {"--no-deps"} == set()
 

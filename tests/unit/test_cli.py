@@ -15,11 +15,12 @@ class Calls:
 
     def __init__(self, status: int = 0) -> None:
         self.config: Config | None = None
+        self.others: tuple[object, ...] = ()
         self.keywords: dict[str, object] = {}
         self._status = status
 
-    def __call__(self, config: Config, **keywords: object) -> int:
-        self.config, self.keywords = config, keywords
+    def __call__(self, config: Config, *others: object, **keywords: object) -> int:
+        self.config, self.others, self.keywords = config, others, keywords
         return self._status
 
 
@@ -89,7 +90,8 @@ def test_a_bench_without_a_name_lists_the_benches(capsys: pytest.CaptureFixture[
 def test_chat_passes_its_flags_on_to_the_server_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Calls()
     monkeypatch.setattr(commands, "chat", chat)
-    main(["chat", "--page-size", "1", "--context-length=512"])
+    main(["chat", "--page-size", "1", "--temperature=0.5", "--context-length=512"])
+    assert chat.others == (commands.ChatOptions(temperature=0.5),)
     assert chat.keywords == {"server_flags": ["--page-size=1", "--context-tokens=512"], "url": None}
 
 
