@@ -2,6 +2,7 @@
 # Needs python3 (3.11 or later), make and git. ARGS passes flags on: make serve ARGS="--port 8000"
 
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
@@ -36,11 +37,13 @@ test: $(DEVELOPMENT) ## run the tests
 	@$(PYTHON_VENV) -m pytest $(ARGS)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
-	@echo "ruff: lint" && $(PYTHON_VENV) -m ruff check sessile tests scripts
-	@echo "mypy: types" && $(PYTHON_VENV) -m mypy
-	@echo "import-linter: layers" && .venv/bin/lint-imports
-	@echo "pytest: tidy rules, exports, docs"
-	@$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py
+	@failed=; \
+	echo "lint (ruff)"; $(PYTHON_VENV) -m ruff check sessile tests scripts || failed+=" lint"; \
+	echo "types (mypy)"; $(PYTHON_VENV) -m mypy || failed+=" types"; \
+	echo "layers (import-linter)"; .venv/bin/lint-imports --no-cache | sed -n '/^Analyzed/,$$p' || failed+=" layers"; \
+	echo "tidy rules, exports, docs (pytest)"; \
+	$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py || failed+=" tidy"; \
+	if [[ $$failed ]]; then echo "make check failed:$$failed"; exit 1; fi; echo "make check: all good"
 
 sim: $(RUNTIME) ## torment the scheduler in the simulator: make sim ARGS="--seeds 300 --steps 1000"
 	@$(PYTHON_VENV) -m sessile.sim $(ARGS)
