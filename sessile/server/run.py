@@ -166,7 +166,8 @@ class Host:
         if code > 0:  # it had time to say why
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(link.wait_failed(), LAST_WORDS_S)
-        link.fail(f"the engine process {describe_exit(code)}")
+        stopped = self._stop.is_set() and code == 0
+        link.fail("the server was stopped" if stopped else f"the engine process {describe_exit(code)}")
 
     async def _announce(self, link: EngineLink) -> None:
         """Say that we wait, then that we are ready; give up on an engine that takes too long."""

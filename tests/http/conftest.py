@@ -5,7 +5,9 @@ import contextlib
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +32,24 @@ class Running:
     loop: asyncio.AbstractEventLoop
     url: str
 
-    def generate(self, text: str = "hello", **body: object) -> httpx.Response:
-        return self.client.post("/generate", json={"text": text, **body})
+    def generate(self, text: str = "hello", *, timeout_s: float = 20, **body: object) -> httpx.Response:
+        return self.client.post("/generate", json={"text": text, **body}, timeout=timeout_s)
+
+    @contextlib.contextmanager
+    def in_background(self, text: str = "hello", **body: object) -> Iterator["Future[httpx.Response]"]:
+        """The same from another thread; entered once the engine has the request."""
+        submitted = len(self.engine.submits())
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(self.generate, text, **body)
+            self.wait_until(lambda: len(self.engine.submits()) > submitted)
+            yield reply
+
+    def wait_until(self, holds: Callable[[], bool], limit_s: float = 5) -> None:
+        """Wait for something to become true; fail if it does not."""
+        deadline_s = time.monotonic() + limit_s
+        while not holds():
+            assert time.monotonic() < deadline_s, "it did not happen in time"
+            time.sleep(0.002)
 
     def call(self, function: object, *arguments: object) -> None:
         """Run a function on the server's event loop."""

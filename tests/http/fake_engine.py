@@ -241,6 +241,8 @@ class FakeEngine:
             if message.key in self._requests:
                 self._finish(self._requests[message.key], "abort", message.message)
         elif isinstance(message, Shutdown):
+            for request in list(self._requests.values()):
+                self._finish(request, "abort", "the engine is shutting down")
             self._ending.set()
         else:
             value = self._answer(message)

@@ -1,16 +1,13 @@
 """A whole deployment in processes of its own: `sessile.server.run.serve` with the fake engine as its child.
 
-Run as `python -m tests.http.serving PORT DRAIN_S ENGINE_MODE` for the server; the engine is this module, too.
+Run as `python -m tests.http.serving PORT DRAIN_S START_TIMEOUT_S ENGINE_MODE` for the server.
 """
 
 import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,32 +17,9 @@ import httpx
 
 from sessile.server.config import ServerOptions
 from sessile.server.run import serve
-from tests.http.fake_engine import FakeEngine, byte_tokenizer
+from tests.http.fake_engine import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def engine_main(address: str) -> int:
-    """The engine process: its mode comes as JSON on standard input, whose end ends it."""
-    mode = json.loads(sys.stdin.readline())["mode"]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if mode == "silent":
-        time.sleep(60)
-    engine = FakeEngine(address)
-    engine.script = [ord("x")] * 400
-    engine.token_interval_s = 0.01
-    if mode == "fails":
-        engine.fail("no page fits into the memory: lower --kv-memory")
-    engine.start()
-    threading.Thread(target=_exit_with_stdin, daemon=True).start()
-    engine.join()
-    return 2 if mode == "fails" else 0
-
-
-def _exit_with_stdin() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(3)
 
 
 @dataclass
@@ -109,12 +83,9 @@ def server_main(port: str, drain_s: str, start_timeout_s: str, mode: str) -> int
     options = ServerOptions(
         port=int(port), drain_timeout_s=float(drain_s), engine_start_timeout_s=float(start_timeout_s)
     )
-    engine = [sys.executable, "-m", "tests.http.serving"]
+    engine = [sys.executable, "-m", "tests.http.engine_child"]
     return serve(options, byte_tokenizer, engine, json.dumps({"mode": mode}))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[0].startswith("--address="):
-        sys.exit(engine_main(arguments[0].removeprefix("--address=")))
-    sys.exit(server_main(*arguments))
+    sys.exit(server_main(*sys.argv[1:]))

@@ -142,7 +142,7 @@ def test_other_than_loopback_addresses_must_be_asked_for() -> None:
 
 
 def test_a_host_that_is_none_of_ours_is_one_line() -> None:
-    with pytest.raises(StartupError, match="cannot listen on|not an address"):
+    with pytest.raises(StartupError, match=r"cannot listen on|not an address"):
         bind(ServerOptions(host="203.0.113.7", port=0, allow_remote="on"))
 
 

@@ -1,0 +1,37 @@
+"""The fake engine as a process, as `sessile.server.run.serve` starts it."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+from tests.http.fake_engine import FakeEngine
+
+
+def main(address: str) -> int:
+    """Its mode comes as JSON on standard input, whose end ends it."""
+    mode = json.loads(sys.stdin.readline())["mode"]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if mode == "silent":
+        time.sleep(60)
+    engine = FakeEngine(address)
+    engine.script = [ord("x")] * 400
+    engine.token_interval_s = 0.004
+    if mode == "fails":
+        engine.fail("no page fits into the memory: lower --kv-memory")
+    engine.start()
+    threading.Thread(target=exit_with_stdin, daemon=True).start()
+    engine.join()
+    return 2 if mode == "fails" else 0
+
+
+def exit_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(3)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1].removeprefix("--address=")))

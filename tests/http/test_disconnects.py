@@ -1,0 +1,118 @@
+"""Clients that leave, lag or abort, and an engine that dies: each request ends once, and for everyone."""
+
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.http.conftest import Running, running_server
+
+LONG = b'{"text": "a", "sampling_params": {"ignore_eos": true, "max_new_tokens": null}, "stream": %s}'
+
+
+@pytest.fixture
+def own_server() -> Iterator[Running]:
+    with running_server(stream_lag_tokens_max=200) as running:
+        yield running
+
+
+def connect(server: Running, *, stream: bool) -> socket.socket:
+    """A client that has sent a long request; returns once the engine has it."""
+    before = len(server.engine.submits())
+    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5)
+    content = LONG % (b"true" if stream else b"false")
+    client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
+    server.wait_until(lambda: len(server.engine.submits()) > before)
+    return client
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_h27_a_client_that_leaves_ends_its_request(server: Running, stream: bool) -> None:
+    server.engine.token_interval_s = 0.005
+    client = connect(server, stream=stream)
+    key = server.engine.submits()[-1].key
+    client.close()
+    server.wait_until(lambda: server.engine.running == 0)
+    assert [cancel.key for cancel in server.engine.cancels()] == [key]
+    assert server.service.keys_by_rid == {}
+
+
+def test_h34_a_client_that_leaves_before_its_request_ran_ends_it_too(server: Running) -> None:
+    server.engine.pause()
+    connect(server, stream=True).close()
+    server.wait_until(lambda: server.engine.running == 0)
+    assert server.service.link.in_flight == 0
+
+
+def test_a_turn_whose_client_left_leaves_the_session_as_it_was(server: Running) -> None:
+    server.client.post("/v1/sessions", json={"id": "left"})
+    server.generate("hi", session_params={"id": "left"})
+    server.engine.pause()
+    turn = server.in_background("yo", session_params={"id": "left"}, timeout_s=0.2)
+    with pytest.raises(httpx.ReadTimeout), turn as reply:
+        reply.result()
+    server.wait_until(lambda: server.engine.running == 0)
+    assert server.client.get("/v1/sessions/left").json()["tokens"] == 5
+    server.engine.resume()
+    assert server.generate("yo", session_params={"id": "left"}).status_code == 200
+
+
+def test_abort_request_ends_one_request_with_its_text_so_far(server: Running) -> None:
+    server.engine.pause()
+    with server.in_background("first", rid="one") as first, server.in_background("second", rid="two") as second:
+        assert server.client.post("/abort_request", json={"rid": "one"}).status_code == 200
+        body = first.result().json()
+        assert body["meta_info"]["finish_reason"]["type"] == "abort"
+        server.engine.resume()
+        assert second.result().json()["text"] == "second"
+
+
+def test_an_aborted_stream_ends_with_an_abort(server: Running) -> None:
+    server.engine.pause()
+    with server.in_background(rid="streamed", stream=True) as reply:
+        server.client.post("/abort_request", json={"rid": "streamed"})
+        first, last = (line for line in reply.result().text.split("\n\n") if line)
+        assert '"type":"abort"' in first
+        assert last == "data: [DONE]"
+
+
+def test_rids_are_matched_exactly_and_unknown_ones_are_no_error(server: Running) -> None:
+    server.engine.pause()
+    with server.in_background(rid="abc") as reply:
+        assert server.client.post("/abort_request", json={"rid": "ab"}).status_code == 200
+        server.engine.resume()
+        assert reply.result().json()["text"] == "hello"
+
+
+def test_abort_all_ends_everything(server: Running) -> None:
+    server.engine.pause()
+    with server.in_background("first") as first, server.in_background("second") as second:
+        assert server.client.post("/abort_request", json={"abort_all": True}).status_code == 200
+        reasons = {reply.result().json()["meta_info"]["finish_reason"]["type"] for reply in (first, second)}
+    assert reasons == {"abort"}
+
+
+def test_h53_a_stream_that_is_not_read_is_ended_before_its_buffer_grows(own_server: Running) -> None:
+    own_server.engine.script = [ord("x")] * 100_000
+    client = connect(own_server, stream=True)
+    # Cumulative text fills the socket's buffers soon; from then on tokens wait in the server.
+    own_server.wait_until(lambda: bool(own_server.engine.cancels()), limit_s=20)
+    assert own_server.engine.cancels()[0].message.startswith("the client reads too slowly: over 200 tokens")
+    client.close()
+
+
+def test_the_engines_death_is_an_error_for_everyone_at_once(own_server: Running) -> None:
+    own_server.engine.pause()
+    with own_server.in_background("whole") as whole, own_server.in_background("streamed", stream=True) as streamed:
+        own_server.engine.fail("out of memory")
+        assert whole.result().status_code == 503
+        assert "out of memory" in whole.result().json()["error"]["message"]
+        assert '"status_code":503' in streamed.result().text
+    for path in ("/generate", "/open_session"):
+        body = {"text": "a"} if path == "/generate" else {"capacity_of_str_len": 1, "streaming": True}
+        reply = own_server.client.post(path, json=body)
+        assert reply.status_code == 503
+        assert "out of memory" in reply.json()["error"]["message"]
+    assert own_server.client.get("/health").status_code == 503
+    assert "sessile_engine_up{" in own_server.client.get("/metrics").text
