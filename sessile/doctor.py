@@ -19,6 +19,8 @@ from rich.table import Table
 
 from sessile.config import Config
 from sessile.errors import StartupError
+from sessile.gguf import GgufFile
+from sessile.model.config import ModelConfig, config_from_folder, config_from_gguf, resolve_model_path
 
 PYTHON_MIN = (3, 11)
 TORCH_MIN, TORCH_BELOW = (2, 11), (2, 15)
@@ -176,21 +178,12 @@ def examine_processor() -> Finding:
 
 def examine_model(config: Config) -> Finding:
     """Whether the configured model is there and of an architecture that we serve."""
-    from sessile.gguf import GgufFile
-    from sessile.model.config import config_from_folder, config_from_gguf, resolve_model_path
-
-    path = resolve_model_path(config.model.model)
-    if path.is_dir():
-        model = config_from_folder(path)
-        weights = sorted(path.glob("*.safetensors"))
-        if not weights and config.model.load_format != "dummy":
-            return Finding("model", Level.PROBLEM, f"{path} has no *.safetensors", "Download the model again.")
-        size_bytes = sum(file.stat().st_size for file in weights)
-    else:
-        model = config_from_gguf(GgufFile(path))
-        size_bytes = path.stat().st_size
+    path, model = _configured_model(config)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files and config.model.load_format != "dummy":
+        return Finding("model", Level.PROBLEM, f"{path} has no *.safetensors", "Download the model again.")
     found = f"{path.name}: {model.architecture}, {model.layers} layers, context {model.context_tokens} tokens"
-    return Finding("model", Level.OK, f"{found}, {size_bytes / 1e6:.0f} MB")
+    return Finding("model", Level.OK, f"{found}, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB")
 
 
 def examine_tokenizer(config: Config) -> Finding:
@@ -211,17 +204,17 @@ def examine_tokenizer(config: Config) -> Finding:
 
 def examine_memory(config: Config) -> Finding:
     """Whether the weights fit what is free, limits of a container included."""
-    from sessile.gguf import GgufFile
-    from sessile.model.config import config_from_folder, config_from_gguf, resolve_model_path
-
-    path = resolve_model_path(config.model.model)
-    model = config_from_folder(path) if path.is_dir() else config_from_gguf(GgufFile(path))
+    free_bytes = available_memory_bytes()
+    found = f"{free_bytes / 1e9:.1f} GB free"
+    try:
+        _, model = _configured_model(config)
+    except StartupError:  # the examination of the model says why
+        return Finding("memory", Level.OK, found)
     weights = importlib.import_module("sessile.model.weights")
     plain_bytes = 4.0 if config.model.dtype == "float32" else 2.0
     element_bytes = {"int8": 1.0, "int4": 0.7}.get(config.model.quantize, plain_bytes)
     needed_bytes = weights.weight_bytes_estimate(model, element_bytes) + MEMORY_SPARE_BYTES
-    free_bytes = available_memory_bytes()
-    found = f"{free_bytes / 1e9:.1f} GB free, at least {needed_bytes / 1e9:.1f} GB needed"
+    found += f", at least {needed_bytes / 1e9:.1f} GB needed"
     if free_bytes < needed_bytes:
         remedy = "Free memory, raise the container's limit, or choose a smaller model or --quantize int8."
         return Finding("memory", Level.PROBLEM, found, remedy)
@@ -259,6 +252,12 @@ def _attempt(subject: str, examination: Callable[[], Finding]) -> Finding:
         return Finding(subject, Level.PROBLEM, f"not examined: {_first_line(error)}", "See above.")
     except Exception as error:  # the doctor reports; it does not fall ill
         return Finding(subject, Level.PROBLEM, f"{type(error).__name__}: {_first_line(error)}", "Report this as a bug.")
+
+
+def _configured_model(config: Config) -> tuple[Path, ModelConfig]:
+    """Where the configured model is and what it says of itself. Raises StartupError if it is not to be served."""
+    path = resolve_model_path(config.model.model)
+    return path, config_from_folder(path) if path.is_dir() else config_from_gguf(GgufFile(path))
 
 
 def _processor() -> tuple[str, frozenset[str]]:
