@@ -49,6 +49,10 @@ class Forecast:
             self._quiet_steps = 0
             self._margin = max(_UNIT // 32, self._margin - 1)
 
+    def remaining_of(self, allowed: int) -> int:
+        """The same for one request."""
+        return max(1, min(allowed, self._cap_tokens) * self.ratio // _UNIT)
+
     def remaining_tokens(self, allowed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Expected further output for each remaining allowance, at least 1."""
         expected = np.minimum(allowed, self._cap_tokens) * self.ratio // _UNIT

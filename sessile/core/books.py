@@ -67,6 +67,8 @@ class Books:
         self.planned_step = 0
         self.settled_step = 0
         self.arrivals = 0
+        self.bound_pages = 0
+        """Pages that running requests can come to need by their goals: a running counter for admission."""
         self.session_serials = 0
         self.parked_pages = 0
         """Own pages of parked sessions: a running counter, checked by the audit."""
@@ -237,14 +239,15 @@ class Books:
         assert lease is not None and pin is not None
         self.stop_sharing(request)
         request.lease = request.pin = None
+        self.bound_pages -= request.bound_pages
         session = request.session
         if session is not None:
             self.park(session, lease, pin, min(settled_tokens, keep_tokens))
             return
-        pages = settled_tokens // self.limits.page_size
+        size = self.limits.page_size
+        pages = settled_tokens // size
         if publish and pages > len(pin.pages):
-            tokens = request.tokens(0, pages * self.limits.page_size)
-            self.tree.publish_ended(request.namespace, lease, tokens, pages, len(pin.pages))
+            self.tree.publish_ended(pin, lease, request.tokens(len(pin.pages) * size, pages * size))
         self.ledger.release(lease, self.planned_step)
         self.tree.unpin(pin, used=True)
 

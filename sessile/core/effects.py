@@ -14,6 +14,7 @@ class Effects:
         self._keys: list[Column] = []
         self._counts: list[Ints] = []
         self._tokens: list[Ints] = []
+        self._single: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._details: list[TokenDetail] = []
         self._scores: list[Scores] = []
         self._done: list[Done] = []
@@ -26,6 +27,13 @@ class Effects:
             self._keys.append(keys)
             self._counts.append(counts)
             self._tokens.append(tokens)
+
+    def delta(self, key: int, tokens: list[int]) -> None:
+        """New tokens of one request."""
+        keys, counts, flat = self._single
+        keys.append(key)
+        counts.append(len(tokens))
+        flat.extend(tokens)
 
     def detail(self, detail: TokenDetail) -> None:
         """Log-probabilities beside a delta of this batch."""
@@ -49,6 +57,9 @@ class Effects:
 
     def take(self, step: int) -> Batch | None:
         """Everything since the last call, as one message; None if there is nothing."""
+        keys, counts, flat = self._single
+        if keys:
+            self.deltas(np.array(keys, np.int64), np.array(counts, np.int32), np.array(flat, np.int32))
         if not (self._keys or self._scores or self._done or self._replies or self._gone):
             return None
         batch = Batch(

@@ -30,7 +30,8 @@ def end_request(
     commits = reason in COMMITS
     if session is not None and commits:
         # History and KV length change together, here and nowhere else (H18, H26).
-        session.history.append(np.array(request.tail, np.int32))
+        session.history.append(request.delta)
+        session.history.append(np.array(request.output, np.int32))
         session.turns += 1
         books.totals.turns_committed += 1
     elif session is not None:

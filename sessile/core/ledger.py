@@ -160,10 +160,11 @@ class PageLedger:
 
     def draw(self, lease: Lease, count: int) -> "array[int]":
         """FREE → sequence: append `count` free pages to the lease and return them. The caller checked free_pages."""
-        assert 0 < count <= self.free_pages, f"drew {count} pages of {self.free_pages} free ones"
-        pages = self._free[: -count - 1 : -1]
+        free = self._free
+        assert 0 < count <= len(free), f"drew {count} pages of {len(free)} free ones"
+        pages = free[: -count - 1 : -1]
         self._post(pages, FREE, lease.account)
-        del self._free[-count:]
+        del free[-count:]
         lease.pages.extend(pages)
         return pages
 

@@ -16,7 +16,7 @@ from sessile.core.books import Books
 from sessile.core.history import Tokens
 from sessile.core.prefix import Match
 from sessile.core.request import Phase, Request
-from sessile.core.rows import Column
+from sessile.core.rows import Column, RowStart
 from sessile.units import RowId, ceil_div
 
 _LOOKS_MAX = 4
@@ -181,18 +181,29 @@ class Planner:
         books, rows = self._books, self._books.rows
         size = books.limits.page_size
         decodes = planned.decodes
-        lacking = decodes[rows.planned[decodes] >= rows.pages[decodes] * size].tolist()
-        wants = [(int(rows.arrival[row]), row, 1) for row in lacking]
+        lacking = decodes[rows.planned[decodes] >= rows.pages[decodes] * size]
+        wants = []
         for part in planned.parts:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
-        if sum(want[2] for want in wants) <= books.ledger.free_pages:
+        if len(lacking) + sum(want[2] for want in wants) <= books.ledger.free_pages:
+            self._draw_one_each(planned, lacking)
             for _, row, pages in wants:
                 self._draw(planned, row, pages)
             return True
+        wants.extend((int(rows.arrival[row]), row, 1) for row in lacking.tolist())
         self._draw_what_there_is(planned, sorted(wants))
         return False
+
+    def _draw_one_each(self, planned: Planned, lacking: Column) -> None:
+        rows, ledger = self._books.rows, self._books.ledger
+        occupants = rows.occupants
+        for row, slot in zip(lacking.tolist(), rows.pages[lacking].tolist(), strict=True):
+            request = occupants[row]
+            assert request is not None and request.lease is not None
+            planned.runs.append((row, slot, ledger.draw(request.lease, 1)))
+        rows.pages[lacking] += 1
 
     def _draw(self, planned: Planned, row: RowId, pages: int) -> None:
         rows = self._books.rows
@@ -383,25 +394,29 @@ class Planner:
         request.note_admission(start)
         known = request.known_tokens
         pinned = len(request.pin.pages)
+        request.bound_pages = ceil_div(request.goal_tokens, books.limits.page_size) - pinned
+        books.bound_pages += request.bound_pages
         request.row = books.rows.take(
             request,
             request.stop_ids,
-            key=request.key,
-            live=1,
-            plannable=1,
-            slow=request.settles_slowly,
-            arrival=request.arrival,
-            known=known,
-            settled=start,
-            planned=start,
-            pending=0,
-            goal=request.goal_tokens,
-            pages=pinned + len(request.lease),
-            pinned=pinned,
-            prompt=request.prompt_tokens,
-            last_token=request.token(known - 1),
-            last_step=0,
-            logprobs=request.logprobs,
+            RowStart(
+                key=request.key,
+                live=1,
+                plannable=1,
+                slow=request.settles_slowly,
+                arrival=request.arrival,
+                known=known,
+                settled=start,
+                planned=start,
+                pending=0,
+                goal=request.goal_tokens,
+                pages=pinned + len(request.lease),
+                pinned=pinned,
+                prompt=request.prompt_tokens,
+                last_token=request.token(known - 1),
+                last_step=0,
+                logprobs=request.logprobs,
+            ),
         )
         request.phase = Phase.RUNNING
         books.share(request)
@@ -453,40 +468,50 @@ class Planner:
 
 
 class _Outlook:
-    """The estimated future of the running rows, to which candidates are added one by one."""
+    """The future of the running rows, to which candidates are added one by one.
+
+    First by the bound, a running sum: what fits even if everybody uses all they may needs no estimate. The estimate
+    looks at every row, so it is made only when the bound does not fit.
+    """
 
     def __init__(self, books: Books) -> None:
-        rows = books.rows
-        live = np.flatnonzero(rows.plannable)
-        size = books.limits.page_size
-        known = rows.known[live] + rows.pending[live]
-        remaining = books.forecast.remaining_tokens(rows.goal[live] - known)
-        held = np.maximum(rows.pages[live], -(-known // size))
         self._books = books
         self._capacity = books.usable_pages - books.tree.hard_pages
+        self._held: Column | None = None
+        self._growth: Column = _NO_ROWS
+        self._added: list[tuple[int, int]] = []
+
+    def admits(self, request: Request, shared: int) -> bool:
+        """Whether the pool will do for this request beside all others. shared: pages that others read already."""
+        books = self._books
+        bound = ceil_div(request.goal_tokens, books.limits.page_size) - shared
+        if books.bound_pages + bound <= self._capacity:
+            return True
+        if self._held is None:
+            self._look_at_rows()
+        assert self._held is not None
+        added = np.array([*self._added, self._figures(request, shared)], np.int64)
+        held = np.concatenate((self._held, added[:, 0]))
+        return peak_pages(held, np.concatenate((self._growth, added[:, 1])), self._capacity) <= self._capacity
+
+    def add(self, request: Request, shared: int) -> None:
+        """Count a request that is about to be admitted."""
+        if self._held is not None:
+            self._added.append(self._figures(request, shared))
+
+    def _look_at_rows(self) -> None:
+        rows, size = self._books.rows, self._books.limits.page_size
+        live = np.flatnonzero(rows.plannable)
+        known = rows.known[live] + rows.pending[live]
+        remaining = self._books.forecast.remaining_tokens(rows.goal[live] - known)
+        held = np.maximum(rows.pages[live], -(-known // size))
         self._held = held - rows.pinned[live]
         self._growth = np.maximum(-(-(known + remaining) // size) - held, 0)
-        self._sum = int(self._held.sum() + self._growth.sum())
 
-    def _figures(self, request: Request, pinned: int) -> tuple[int, int]:
+    def _figures(self, request: Request, shared: int) -> tuple[int, int]:
+        """(pages held once its prompt is there, pages it is expected to grow by)."""
         size = self._books.limits.page_size
         known = request.known_tokens
-        allowed = np.array([request.goal_tokens - known], np.int64)
-        remaining = int(self._books.forecast.remaining_tokens(allowed)[0])
         held = ceil_div(known, size)
-        return held - pinned, ceil_div(known + remaining, size) - held
-
-    def admits(self, request: Request, pinned: int) -> bool:
-        """Whether the peak with this request stays within what running rows may use. pinned: pages shared already."""
-        held, growth = self._figures(request, pinned)
-        if self._sum + held + growth <= self._capacity:
-            return True
-        peak = peak_pages(np.append(self._held, held), np.append(self._growth, growth), self._capacity)
-        return peak <= self._capacity
-
-    def add(self, request: Request, pinned: int) -> None:
-        """Count an admitted request."""
-        held, growth = self._figures(request, pinned)
-        self._held = np.append(self._held, held)
-        self._growth = np.append(self._growth, growth)
-        self._sum += held + growth
+        remaining = self._books.forecast.remaining_of(request.goal_tokens - known)
+        return held - shared, ceil_div(known + remaining, size) - held

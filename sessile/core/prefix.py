@@ -102,9 +102,13 @@ class PrefixTree:
 
     def match(self, namespace: str, tokens: Tokens, pages_max: int) -> Match:
         """The longest cached prefix of `tokens`, at most `pages_max` pages. Pure: planning may walk away."""
+        return self._match_below(self._root(namespace), tokens, pages_max)
+
+    def _match_below(self, node: Node, tokens: Tokens, pages_max: int) -> Match:
+        """As `match`, but for what follows a node; `pages` and `node_pages` of the result count from there."""
         size = self._page_size
-        node = self._root(namespace)
-        pages = node_pages = unpinned = 0
+        pages = unpinned = 0
+        node_pages = len(node.pages)
         while pages < pages_max:
             start = pages * size
             child = node.children.get(tokens[start : start + size].tobytes())
@@ -118,11 +122,6 @@ class PrefixTree:
             if node_pages < len(child.pages):
                 break
         return Match(node, node_pages, pages, unpinned)
-
-    def share_key(self, node: Node, tokens: Tokens, pages: int) -> tuple[int, bytes]:
-        """What names the page after a fully matched node: two sequences with the same key would compute the same."""
-        size = self._page_size
-        return node.serial, tokens[pages * size : (pages + 1) * size].tobytes()
 
     def _equal_pages(self, node: Node, tokens: Tokens) -> int:
         length = min(len(node.tokens), len(tokens))
@@ -213,55 +212,49 @@ class PrefixTree:
 
     # -- growing ------------------------------------------------------------------------------------------------
 
-    def publish_live(self, pin: Pin, lease: Lease, tokens: Tokens, pages_settled: int) -> bool:
+    def publish_live(self, pin: Pin, lease: Lease, tokens: Tokens) -> bool:
         """Adopt a running sequence's settled pages behind its pin, and extend the pin over them.
 
-        tokens: the sequence's, from position 0; pages_settled: its full, settled pages, pinned ones included. Returns
-        False if the tree already has the next page: the sequence then keeps its own copy until it ends, because
-        adopting behind a gap, or remapping a live row, would change pages a step in flight reads (H62).
+        tokens: those that follow the pinned ones, whole pages of them. Returns False if the tree already has the next
+        page: the sequence then keeps its own copy until it ends, because adopting behind a gap, or remapping a live
+        row, would change pages a step in flight reads (H62).
         """
         node = pin.node
         assert node is not None and pin.hard
-        start = len(pin.pages)
-        count = pages_settled - start
-        if count <= 0:
-            return True
-        size = self._page_size
-        first = tokens[start * size : (start + 1) * size].tobytes()
-        if first in node.children:
+        if tokens[: self._page_size].tobytes() in node.children:
             return False
+        count = len(tokens) // self._page_size
         pages = self._ledger.publish(lease, 0, count)
-        added = tokens[start * size : pages_settled * size].copy()
         if node.parent is not None and not node.children and node.hard == 1 and node.soft == 0:
             # A leaf that only we read grows in place: one node a prompt, not one a chunk.
-            node.tokens = np.concatenate((node.tokens, added))
+            node.tokens = np.concatenate((node.tokens, tokens))
             node.pages.extend(pages)
         else:
-            node = self._attach(node, added, pages[:])
+            node = self._attach(node, tokens.copy(), pages[:])
             node.hard = 1
             pin.node = node
         self.hard_pages += count
         pin.pages.extend(pages)
         return True
 
-    def publish_ended(self, namespace: str, lease: Lease, tokens: Tokens, pages_settled: int, pages_pinned: int) -> int:
+    def publish_ended(self, pin: Pin, lease: Lease, tokens: Tokens) -> int:
         """Adopt what the tree lacks of an ended sequence; copies of what it has stay in the lease. Returns how many.
 
-        tokens from position 0; lease holds the pages from `pages_pinned` on. Nothing is pinned by this.
+        pin: the sequence's, not yet given back. tokens: those that follow the pinned ones, whole pages of them; lease:
+        their pages, and maybe more. Nothing is pinned by this.
         """
-        match = self.match(namespace, tokens, pages_settled)
-        count = pages_settled - match.pages
-        assert match.pages >= pages_pinned, "the tree lost pages under a pin"
+        assert pin.node is not None and pin.hard
+        wanted = len(tokens) // self._page_size
+        match = self._match_below(pin.node, tokens, wanted)
+        count = wanted - match.pages
         if count <= 0:
             return 0
         node = match.node
-        if node.parent is not None and match.node_pages < len(node.pages):
+        if match.pages and match.node_pages < len(node.pages):
             node = self._split(node, match.node_pages)
-        pages = self._ledger.publish(lease, match.pages - pages_pinned, count)
-        size = self._page_size
-        added = tokens[match.pages * size : pages_settled * size].copy()
+        pages = self._ledger.publish(lease, match.pages, count)
         self.clock += 1
-        self._touch(self._attach(node, added, pages))
+        self._touch(self._attach(node, tokens[match.pages * self._page_size :].copy(), pages))
         return count
 
     def _root(self, namespace: str) -> Node:

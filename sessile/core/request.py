@@ -31,15 +31,16 @@ class Phase(Enum):
 class Request:
     """Tokens and settings of one request; the counters of a running one are in its row, not here.
 
-    base: the session's committed history, not to be changed while the turn runs. tail: the turn's own tokens, prompt
-    and then output; the history gets them only when the turn commits.
+    Its context is base + delta + output. base: the session's committed history, not to be changed while the turn runs.
+    delta: the turn's own input, int32, read only. output: what was emitted, all of it facts. The history gets delta
+    and output only when the turn commits.
     """
 
     __slots__ = (
-        "arrival", "base", "base_tokens", "cached_tokens", "computed_tokens", "found", "goal_tokens", "key", "lease",
-        "logprobs", "matcher", "namespace", "overtaken", "phase", "pin", "preempted_tokens", "preempting", "preemptions", "prompt_tokens",
-        "publishing", "reached_tokens", "row", "sampling", "scored_tokens", "scores_from", "session", "share_key",
-        "share_waits", "stop_ids", "tail",
+        "arrival", "base", "base_tokens", "bound_pages", "cached_tokens", "computed_tokens", "delta", "goal_tokens",
+        "key", "lease", "logprobs", "matcher", "namespace", "output", "overtaken", "phase", "pin", "preempted_tokens",
+        "preempting", "preemptions", "prompt_tokens", "publishing", "reached_tokens", "row", "sampling",
+        "scored_tokens", "scores_from", "session", "share_key", "share_waits", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -50,9 +51,12 @@ class Request:
         self.namespace = ""
         self.base = base
         self.base_tokens = len(base)
-        self.tail = array("i", delta.tobytes())
+        self.delta = delta
+        self.output = array("i")
         self.prompt_tokens = len(base) + len(delta)
         self.goal_tokens = goal_tokens
+        self.bound_pages = 0
+        """While running: pages it can come to need by its goal, beside those it shares."""
         self.sampling = sampling
         self.stop_ids: tuple[int, ...] = ()
         self.matcher: StopMatcher | None = StopMatcher(sampling.stop) if sampling.stop else None
@@ -94,24 +98,29 @@ class Request:
     @property
     def known_tokens(self) -> int:
         """History, prompt and output so far."""
-        return self.base_tokens + len(self.tail)
+        return self.prompt_tokens + len(self.output)
 
     @property
     def output_tokens(self) -> int:
         """Tokens emitted so far."""
-        return self.base_tokens + len(self.tail) - self.prompt_tokens
+        return len(self.output)
 
     def tokens(self, start: int, stop: int) -> Tokens:
-        """int32[stop - start] of the whole context; a copy. Costs what it returns, not what lies before."""
-        base = self.base_tokens
-        if start >= base:
-            return np.array(self.tail[start - base : stop - base], np.int32)
-        if stop <= base:
-            return self.base.slice(start, stop)
-        return np.concatenate((self.base.slice(start, base), np.array(self.tail[: stop - base], np.int32)))
+        """int32[stop - start] of the whole context, read only. Costs what it returns, not what lies before."""
+        base, prompt = self.base_tokens, self.prompt_tokens
+        if base <= start and stop <= prompt:
+            return self.delta[start - base : stop - base]
+        parts = []
+        if start < base:
+            parts.append(self.base.slice(start, min(stop, base)))
+        if start < prompt and stop > base:
+            parts.append(self.delta[max(start - base, 0) : stop - base])
+        if stop > prompt:
+            parts.append(np.array(self.output[max(start - prompt, 0) : stop - prompt], np.int32))
+        return np.concatenate(parts) if parts else self.delta[:0]
 
     def token(self, position: int) -> int:
         """One token of the context."""
-        if position >= self.base_tokens:
-            return self.tail[position - self.base_tokens]
-        return int(self.base.slice(position, position + 1)[0])
+        if position >= self.prompt_tokens:
+            return self.output[position - self.prompt_tokens]
+        return int(self.tokens(position, position + 1)[0])

@@ -4,7 +4,7 @@ Rows are accounted like pages: one owner each, free + held = total. A row is hel
 that reads its page table has settled, so it outlives its request by at most one step (draining).
 """
 
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,25 @@ Occupant = TypeVar("Occupant")
 STOP_COLUMNS = 4
 """Stop tokens that are compared for all rows at once; a request with more pays for a look of its own."""
 
-_NAMES = (
-    "key", "live", "plannable", "slow", "arrival", "known", "settled", "planned", "pending", "goal", "pages",
-    "pinned", "prompt", "last_token", "last_step", "logprobs",
-)  # fmt: skip
+class RowStart(NamedTuple):
+    """What a row's columns hold when a request takes it; the columns themselves are described in RowTable."""
+
+    key: int
+    live: int
+    plannable: int
+    slow: int
+    arrival: int
+    known: int
+    settled: int
+    planned: int
+    pending: int
+    goal: int
+    pages: int
+    pinned: int
+    prompt: int
+    last_token: int
+    last_step: int
+    logprobs: int
 
 
 class RowTable(Generic[Occupant]):
@@ -62,8 +77,8 @@ class RowTable(Generic[Occupant]):
 
     def __init__(self, rows_max: int) -> None:
         self.rows_max = rows_max
-        self._columns = np.zeros((len(_NAMES), rows_max), np.int64)
-        for index, name in enumerate(_NAMES):
+        self._columns = np.zeros((len(RowStart._fields), rows_max), np.int64)
+        for index, name in enumerate(RowStart._fields):
             setattr(self, name, self._columns[index])
         self.stops: npt.NDArray[np.int64] = np.full((rows_max, STOP_COLUMNS), -1, np.int64)
         """Token ids that end the row's output, -1 where unused."""
@@ -85,13 +100,13 @@ class RowTable(Generic[Occupant]):
         """The free rows; read only, for the audit."""
         return self._free
 
-    def take(self, occupant: Occupant, stops: tuple[int, ...], **columns: int) -> RowId:
-        """Give a free row to an occupant and set all its columns, each by name."""
+    def take(self, occupant: Occupant, stops: tuple[int, ...], start: RowStart) -> RowId:
+        """Give a free row to an occupant and set all its columns."""
         row = self._free.pop()
         if self.occupants[row] is not None:
             raise OwnershipError(f"row {row} was on the free list while it was held")
         self.occupants[row] = occupant
-        self._columns[:, row] = [columns[name] for name in _NAMES]
+        self._columns[:, row] = start
         self.stops[row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
         return RowId(row)
 

@@ -108,7 +108,7 @@ def _append_one(
     rows.last_token[active] = tokens
     requests = flight.requests
     for index, token in zip(chosen.tolist(), tokens.tolist(), strict=True):
-        requests[index].tail.append(token)
+        requests[index].output.append(token)
     books.totals.generated_tokens += len(chosen)
     books.effects.deltas(rows.key[active], np.ones(len(chosen), np.int32), tokens)
 
@@ -133,8 +133,8 @@ def _settle_prompt(
         size = books.limits.page_size
         full = min(end, request.prompt_tokens) // size
         if full > len(request.pin.pages):
-            tokens = request.tokens(0, full * size)
-            request.publishing = books.tree.publish_live(request.pin, request.lease, tokens, full)
+            tokens = request.tokens(len(request.pin.pages) * size, full * size)
+            request.publishing = books.tree.publish_live(request.pin, request.lease, tokens)
             rows.pinned[row] = len(request.pin.pages)
             books.share(request)
     if end == request.goal_tokens - 1 and request.known_tokens == request.goal_tokens:
@@ -167,7 +167,7 @@ def _emit(
     matched: int | bytes | None = None
     found: StopFound | None = None
     for token in tokens:
-        request.tail.append(token)
+        request.output.append(token)
         kept += 1
         # Up to min_new_tokens nothing but the length ends the output.
         may_stop = request.output_tokens > request.sampling.min_new_tokens
@@ -190,9 +190,7 @@ def _emit(
     books.rows.known[row] = request.known_tokens
     books.rows.last_token[row] = tokens[kept - 1]
     books.totals.generated_tokens += kept
-    books.effects.deltas(
-        np.array([request.key], np.int64), np.array([kept], np.int32), np.array(tokens[:kept], np.int32)
-    )
+    books.effects.delta(request.key, tokens[:kept])
     if detail is not None and request.logprobs >= 0:
         _send_detail(books, request, kept, result, detail)
     if reason:
