@@ -1,0 +1,133 @@
+"""Open a device: choose formats, load the model, size the pool, compile the kernels."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sessile.contract.plan import BIND_FLOATS, BIND_INTS, BIND_REPETITION, BIND_TOP_P, SAMPLE, StepPlan
+from sessile.device.config import DeviceOptions
+from sessile.device.kv_pool import KvPool, auto_kv_bytes, pool_pages
+from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
+from sessile.device.worker import DeviceFacts, StepRunner, Worker
+from sessile.errors import StartupError
+from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name
+from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.layers import WeightFormat
+from sessile.model.weights import LoadedModel, load_model, read_config, weight_bytes_estimate
+from sessile.units import ceil_div
+
+Progress = Callable[[str, float], None]
+"""Gets a stage ("loading weights") and how far it is, 0 … 1."""
+
+_WEIGHT_BYTES = {"int8": 1.0, "int4": 0.625}
+
+
+def open_device(
+    model_options: ModelOptions,
+    device_options: DeviceOptions,
+    *,
+    page_size: int,
+    context_tokens: int | None,
+    rows_max: int,
+    drafts_max: int = 0,
+    progress: Progress,
+) -> Worker:
+    """Load the model and return a device ready to run steps. Raises StartupError with a remedy.
+
+    context_tokens: longest sequence to serve, None for the model's own limit. The caller owns the device and closes it.
+    """
+    threads = device_options.threads or available_cores()
+    torch.set_num_threads(threads)
+    config = read_config(resolve_model_path(model_options.model))
+    context = config.serving_context_tokens(context_tokens)
+    form = WeightFormat(choose_dtype(model_options.dtype), torch.device("cpu"), model_options.quantize)
+    _check_memory(config, form)
+    loaded = load_model(model_options, form, progress)
+    pool = _open_pool(loaded, form, device_options, page_size, context, rows_max)
+    # A step in flight may write one token beyond the sequence's end, and its drafts.
+    row_pages = ceil_div(context + drafts_max + 1, page_size)
+    runner = StepRunner(loaded.decoder, pool, rows_max, row_pages)
+    progress("compiling kernels", 0.0)
+    warm_up(runner, page_size)
+    progress("compiling kernels", 1.0)
+    facts = DeviceFacts(
+        model_path=str(loaded.path),
+        architecture=config.architecture,
+        dtype=str(form.dtype).removeprefix("torch."),
+        quantize=form.quantize,
+        device="cpu",
+        attention=attention_name(),
+        threads=threads,
+        vocab_size=config.vocab_size,
+        context_tokens=context,
+        page_size=page_size,
+        pages_total=pool.pages,
+        rows_max=rows_max,
+        kv_bytes=pool.bytes,
+        weight_bytes=loaded.weight_bytes,
+    )
+    return Worker(runner, facts)
+
+
+def choose_dtype(dtype: str) -> torch.dtype:
+    """The dtype that "auto", "float32" or "bfloat16" means on this machine."""
+    if dtype == "auto":
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16 products; without, they are several times slower."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+
+
+def warm_up(runner: StepRunner, page_size: int) -> None:
+    """Run a prompt and a decode step on row 0, so that kernels are compiled (or read from their cache) before use."""
+    tokens = SHORT_QUERY_TOKENS + 1
+    ints, floats = np.zeros((1, BIND_INTS), np.int32), np.zeros((1, BIND_FLOATS), np.float32)
+    floats[:, (BIND_TOP_P, BIND_REPETITION)] = 1.0
+    pages = min(ceil_div(tokens + 1, page_size), runner.pages_total - 1)
+    tokens = min(tokens, pages * page_size - 1)
+    one, none = np.ones(1, np.int32), np.zeros(1, np.int32)
+    common = {"rows": none, "draft_counts": none, "flags": one * SAMPLE, "output_indices": none, "logprob_tops": -one}
+    prompt = StepPlan.empty(
+        0, bind_rows=none, bind_ints=ints, bind_floats=floats, bias_counts=none, ban_counts=none, prompt_counts=none,
+        output_counts=none, table_rows=none, table_starts=none, table_counts=one * pages,
+        table_pages=np.arange(1, pages + 1, dtype=np.int32), starts=none, query_counts=one * tokens,
+        tokens=np.zeros(tokens, np.int32), **common,
+    )  # fmt: skip
+    runner.run(prompt)
+    runner.run(StepPlan.empty(0, starts=one * tokens, query_counts=one, tokens=none, **common))
+
+
+def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
+    """Refuse early what would be killed half-way: weights alone must fit."""
+    element_bytes = _WEIGHT_BYTES.get(form.quantize, float(form.dtype.itemsize))
+    needed, available = weight_bytes_estimate(config, element_bytes), available_bytes()
+    if needed > available:
+        raise StartupError(
+            f"too little memory: the weights need about {readable(needed)} but only {readable(available)} is free. "
+            "Use a smaller model, --dtype bfloat16 or --quantize int8, or free memory."
+        )
+
+
+def _open_pool(
+    loaded: LoadedModel, form: WeightFormat, options: DeviceOptions, page_size: int, context: int, rows_max: int
+) -> KvPool:
+    config = loaded.decoder.config
+    token_bytes = config.kv_token_bytes(form.dtype.itemsize)
+    available = available_bytes()
+    if options.kv_memory == "auto":
+        # One page beside the context is the scratch page.
+        context_bytes = (ceil_div(context, page_size) + 1) * page_size * token_bytes
+        kv_bytes = auto_kv_bytes(available, context_bytes, rows_max)
+    else:
+        kv_bytes = parse_bytes(options.kv_memory, "--kv-memory")
+    pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)
+    return KvPool(config, pages, page_size, form.dtype, form.device)

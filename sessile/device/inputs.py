@@ -1,0 +1,89 @@
+"""From a plan to the flat inputs of a forward pass: tokens, positions, write slots, and where logits are due."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sessile.contract.plan import FROM_DEVICE, SAMPLE, SCRATCH_PAGE, StepPlan
+from sessile.errors import PlanError
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FlatStep:
+    """A step's t tokens laid end to end, all on the device.
+
+    tokens, positions, slots int64[t]: id, position in its sequence, and pool slot for K and V. row_indices int64[t]:
+    index into plan.rows of the row that each token belongs to.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    row_indices: Longs
+
+
+@dataclass(frozen=True)
+class SamplePositions:
+    """Where the step samples; m places, row by row, each row's in order. Host arrays int64[m].
+
+    flat: index into the step's tokens whose logits are sampled. row_indices: index into plan.rows. depths: 0 for the
+    row's first sampled token, j after j drafts. firsts: of each sampling row, the index of its depth 0.
+    """
+
+    flat: Longs
+    row_indices: Longs
+    depths: Longs
+    firsts: Longs
+
+
+def check_plan(plan: StepPlan, rows_max: int, vocab_size: int, table_tokens: int) -> None:
+    """Raise PlanError for what would make the device read or write out of bounds."""
+    rows, counts = plan.rows, plan.query_counts
+    if rows.size and (rows.min() < 0 or rows.max() >= rows_max or np.unique(rows).size != rows.size):
+        raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {rows_max}")
+    if int(counts.sum()) != plan.tokens.size or (rows.size and counts.min() < 1):
+        raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {plan.tokens.size} tokens")
+    if rows.size and ((plan.starts + counts).max() > table_tokens or plan.starts.min() < 0):
+        raise PlanError(f"step {plan.step}: a row ends beyond the {table_tokens} tokens that its pages can hold")
+    if (plan.draft_counts >= counts).any() or (plan.draft_counts[(plan.flags & SAMPLE) == 0] > 0).any():
+        raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
+    fed = np.zeros(plan.tokens.size, np.bool_)
+    fed[(np.cumsum(counts) - counts)[(plan.flags & FROM_DEVICE) != 0]] = True
+    if ((plan.tokens < 0) & ~fed).any() or (plan.tokens >= vocab_size).any():
+        raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {vocab_size}")
+
+
+def flatten_step(plan: StepPlan, table: Tensor, page_size: int, last_tokens: Tensor) -> FlatStep:
+    """Lay out a step. table int32[rows_max, width]; last_tokens int64[rows_max], read where a row is FROM_DEVICE."""
+    device = table.device
+    counts = plan.query_counts.astype(np.int64)
+    offsets = np.cumsum(counts) - counts
+    row_indices = np.repeat(np.arange(counts.size), counts)
+    host_positions = np.arange(plan.tokens.size) - offsets[row_indices] + plan.starts[row_indices]
+    positions = torch.from_numpy(host_positions).to(device)
+    batch_rows = torch.from_numpy(plan.rows[row_indices].astype(np.int64)).to(device)
+    pages = table[batch_rows, positions // page_size].to(torch.int64)
+    if device.type == "cpu" and bool((pages == SCRATCH_PAGE).any()):
+        raise PlanError(f"step {plan.step}: a token would be written to the scratch page; its row lacks a page")
+    tokens = torch.from_numpy(plan.tokens.astype(np.int64)).to(device)
+    fed = np.flatnonzero(plan.flags & FROM_DEVICE)
+    if fed.size:
+        fed_rows = torch.from_numpy(plan.rows[fed].astype(np.int64)).to(device)
+        tokens[torch.from_numpy(offsets[fed]).to(device)] = last_tokens[fed_rows]
+    return FlatStep(tokens, positions, pages * page_size + positions % page_size, row_indices)
+
+
+def sample_positions(plan: StepPlan) -> SamplePositions:
+    """Where the rows with SAMPLE sample: after their last query token that is no draft, and after each draft."""
+    sampling = np.flatnonzero(plan.flags & SAMPLE)
+    ends = np.cumsum(plan.query_counts.astype(np.int64))[sampling]
+    places = plan.draft_counts[sampling].astype(np.int64) + 1
+    firsts = np.cumsum(places) - places
+    depths = np.arange(places.sum()) - np.repeat(firsts, places)
+    flat = np.repeat(ends - places, places) + depths
+    return SamplePositions(flat, np.repeat(sampling, places), depths, firsts)

@@ -1,0 +1,132 @@
+"""Choosing tokens from logits: filters, seeded noise, and the most likely few. Pure functions, on any device.
+
+Noise is a function of (seed, output index, token id) and of nothing else: not of the batch, the row, or the filters.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+_ODD_64 = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio in 64 bits, as a signed number
+_LARGEST_BELOW_ONE = 1.0 - 2.0**-24
+
+CANDIDATES = 1024
+"""How many of the most likely tokens are looked at first; rows that keep more are sorted whole."""
+
+
+def gumbel_noise(seeds: Tensor, output_indices: Tensor, token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32[m, k], for seeds and output_indices int64[m] and token_ids int64[m, k] or [k].
+
+    Adding it to log-probabilities and taking the maximum draws from them (Gumbel-max). The uniform numbers beneath
+    come from a counter: two rounds of MurmurHash3's finaliser on the token id, keyed by a hash of the other two.
+    """
+    key = _mix_64(_mix_64(seeds + _ODD_64) + output_indices * _ODD_64)
+    low, high = (key & _MASK_32).unsqueeze(-1), (_shifted(key, 32)).unsqueeze(-1)
+    hashed = _mix_32((_mix_32(token_ids ^ low) + high) & _MASK_32)
+    # Small numbers are exact in float32 and give the large noise that decides; 1 would give minus infinity.
+    uniform = ((hashed.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
+    return -(-torch.log1p(-uniform)).log_()
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    min_ps: Tensor,
+    seeds: Tensor,
+    output_indices: Tensor,
+) -> Tensor:
+    """Draw a token for each row, int64[m].
+
+    logits float32[m, vocab], penalties and bias included; temperatures, top_ps (1 = off), min_ps (0 = off)
+    float32[m]; top_ks (0 = off), seeds, output_indices int64[m]. Temperature first, then top-k, then top-p of what is
+    left, then min-p against the most likely. Temperature 0 takes the most likely; the lowest id wins a tie.
+    """
+    greedy = temperatures == 0
+    scaled = logits / torch.where(greedy, 1.0, temperatures).unsqueeze(-1)
+    filtered = ((top_ks > 0) | (top_ps < 1) | (min_ps > 0)) & ~greedy
+    tokens = logits.argmax(dim=-1)
+    free = (~filtered & ~greedy).nonzero().flatten()
+    if free.numel():
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        tokens[free] = (scaled[free] + gumbel_noise(seeds[free], output_indices[free], ids)).argmax(dim=-1)
+    rows = filtered.nonzero().flatten()
+    if rows.numel():
+        parts = (scaled, top_ks, top_ps, min_ps, seeds, output_indices)
+        tokens[rows] = _sample_filtered(*(part[rows] for part in parts))
+    return tokens
+
+
+def _sample_filtered(
+    scaled: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, seeds: Tensor, output_indices: Tensor
+) -> Tensor:
+    """Draw among the most likely few; rows whose few do not reach far enough are done again over the vocabulary."""
+    vocab = scaled.shape[-1]
+    log_total = scaled.logsumexp(dim=-1, keepdim=True)
+    count = min(CANDIDATES, vocab)
+    values, ids = top_candidates(scaled, count)
+    keep, short = _kept((values - log_total).exp(), top_ks, top_ps, min_ps, vocab)
+    noisy = (values + gumbel_noise(seeds, output_indices, ids)).masked_fill_(~keep, float("-inf"))
+    tokens = ids.gather(-1, noisy.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    if count < vocab and short.any():
+        rows = short.nonzero().flatten()
+        values, ids = top_candidates(scaled[rows], vocab)
+        probabilities = (values - log_total[rows]).exp()
+        keep, _ = _kept(probabilities, top_ks[rows], top_ps[rows], min_ps[rows], vocab)
+        noisy = (values + gumbel_noise(seeds[rows], output_indices[rows], ids)).masked_fill_(~keep, float("-inf"))
+        tokens[rows] = ids.gather(-1, noisy.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    return tokens
+
+
+def _kept(
+    probabilities: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """Which candidates pass the filters, bool[m, k], and which rows might keep candidates beyond these, bool[m].
+
+    probabilities float32[m, k]: of the k most likely, descending.
+    """
+    count = probabilities.shape[-1]
+    rank = torch.arange(count, device=probabilities.device)
+    top_ks = torch.where(top_ks > 0, top_ks, vocab).unsqueeze(-1)
+    top_ps, min_ps = top_ps.unsqueeze(-1), min_ps.unsqueeze(-1)
+    first_k = probabilities * (rank < top_ks)
+    # Without top-k the mass that top-p is a share of is that of the whole vocabulary, not of these candidates.
+    mass = torch.where(top_ks < vocab, first_k.sum(dim=-1, keepdim=True), 1.0)
+    before = first_k.cumsum(dim=-1) - first_k
+    keep = (rank < top_ks) & ((before < top_ps * mass) | (top_ps >= 1)) & (first_k >= min_ps * first_k[:, :1])
+    keep[:, 0] = True
+    return keep, keep[:, -1] & (top_ks.squeeze(-1) > count)
+
+
+def top_candidates(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest values and their ids, descending, lowest id first on ties: float32[m, count], int64[m, count].
+
+    torch.topk leaves the order of ties open, so value and id go into one integer whose order is total.
+    """
+    bits = values.contiguous().view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    last = values.shape[-1] - 1
+    ids = torch.arange(last, -1, -1, device=values.device)
+    keys = torch.topk((ordered << 32) | ids, count, dim=-1).values
+    chosen = last - (keys & _MASK_32)
+    return values.gather(-1, chosen), chosen
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix_64(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al., 2014), on int64 with wrap-around."""
+    x = (x ^ _shifted(x, 30)) * -4658895280553007687
+    x = (x ^ _shifted(x, 27)) * -7723592293110705685
+    return x ^ _shifted(x, 31)
+
+
+def _mix_32(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 (Appleby) on 32 bits kept in int64."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK_32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK_32
+    return x ^ (x >> 16)

@@ -1,0 +1,109 @@
+"""Unpack the block formats of GGUF to float32. Layouts: ggml-common.h and ggml-quants.c of ggml.
+
+Each function takes uint8[blocks, bytes a block] and returns float32[blocks, weights a block]; scales are float16.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.errors import StartupError
+from sessile.gguf import GgufTensor
+
+Blocks = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+def dequantize(tensor: GgufTensor) -> Floats:
+    """float32 array of the tensor's shape; a view of the mapping where it is stored as F32, else fresh.
+
+    Raises StartupError for a format that we do not read.
+    """
+    plain = {"F32": "<f4", "F16": "<f2"}.get(tensor.type)
+    if plain:
+        return tensor.raw.view(plain).astype(np.float32, copy=False).reshape(tensor.shape)
+    if tensor.type == "BF16":
+        return (tensor.raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    if tensor.type not in _BLOCKS:
+        raise StartupError(
+            f"tensor {tensor.name!r} is stored as {tensor.type}, which is not supported; use a file with "
+            f"{', '.join(_BLOCKS)}, F16, BF16 or F32."
+        )
+    block_bytes, unpack = _BLOCKS[tensor.type]
+    return unpack(tensor.raw.reshape(-1, block_bytes)).reshape(tensor.shape)
+
+
+def _half(blocks: Blocks, start: int) -> Floats:
+    """The float16 at byte start of each block, float32[blocks, 1]."""
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: Blocks) -> npt.NDArray[np.uint8]:
+    """Low halves of the bytes, then high halves."""
+    return np.concatenate((packed & 15, packed >> 4), axis=1)
+
+
+def _fifth_bits(blocks: Blocks, start: int) -> npt.NDArray[np.uint8]:
+    """32 bits from byte start on, as the fifth bit (16) of 32 weights."""
+    return np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << 4
+
+
+def _q8_0(blocks: Blocks) -> Floats:
+    return blocks[:, 2:].view(np.int8).astype(np.float32) * _half(blocks, 0)
+
+
+def _q4_0(blocks: Blocks) -> Floats:
+    return (_nibbles(blocks[:, 2:]).astype(np.float32) - 8) * _half(blocks, 0)
+
+
+def _q4_1(blocks: Blocks) -> Floats:
+    weights = _nibbles(blocks[:, 4:]).astype(np.float32)
+    weights *= _half(blocks, 0)
+    weights += _half(blocks, 2)
+    return weights
+
+
+def _q5_0(blocks: Blocks) -> Floats:
+    fives = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
+    return (fives.astype(np.float32) - 16) * _half(blocks, 0)
+
+
+def _q5_1(blocks: Blocks) -> Floats:
+    fives = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
+    return fives.astype(np.float32) * _half(blocks, 0) + _half(blocks, 2)
+
+
+def _q4_k(blocks: Blocks) -> Floats:
+    """256 weights: 8 groups of 32, each with a 6-bit scale and a 6-bit minimum, packed in 12 bytes."""
+    packed = blocks[:, 4:16]
+    low, high = packed[:, 8:] & 15, packed[:, 8:] >> 4
+    scales = np.concatenate((packed[:, 0:4] & 63, low | (packed[:, 0:4] >> 6 << 4)), axis=1).astype(np.float32)
+    minima = np.concatenate((packed[:, 4:8] & 63, high | (packed[:, 4:8] >> 6 << 4)), axis=1).astype(np.float32)
+    quarters = blocks[:, 16:].reshape(-1, 4, 32)
+    fours = np.stack((quarters & 15, quarters >> 4), axis=2).reshape(-1, 8, 32).astype(np.float32)
+    scaled = fours * (scales * _half(blocks, 0))[:, :, None]
+    return (scaled - (minima * _half(blocks, 2))[:, :, None]).reshape(-1, 256)
+
+
+def _q6_k(blocks: Blocks) -> Floats:
+    """256 weights: 16 groups of 16, each with an int8 scale; 4 low bits and 2 high bits lie apart."""
+    low = blocks[:, :128].reshape(-1, 2, 2, 32)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    fours = np.concatenate((low & 15, low >> 4), axis=2)
+    twos = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
+    sixes = (fours | twos << 4).astype(np.float32).reshape(-1, 16, 16) - 32
+    scales = blocks[:, 192:208].view(np.int8).astype(np.float32) * _half(blocks, 208)
+    return (sixes * scales[:, :, None]).reshape(-1, 256)
+
+
+_BLOCKS: dict[str, tuple[int, Callable[[Blocks], Floats]]] = {
+    "Q4_0": (18, _q4_0),
+    "Q4_1": (20, _q4_1),
+    "Q5_0": (22, _q5_0),
+    "Q5_1": (24, _q5_1),
+    "Q8_0": (34, _q8_0),
+    "Q4_K": (144, _q4_k),
+    "Q6_K": (210, _q6_k),
+}
+"""Type → (bytes a block, function)."""

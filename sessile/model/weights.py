@@ -1,0 +1,205 @@
+"""Read a model: find its folder or file, build the family's module, fill it from safetensors, GGUF or a seed."""
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sessile.errors import StartupError
+from sessile.gguf import GgufFile
+from sessile.model.config import ModelConfig, ModelOptions, config_from_folder, config_from_gguf, resolve_model_path
+from sessile.model.dequantize import dequantize
+from sessile.model.layers import Decoder, WeightFormat
+from sessile.model.llama import Llama
+from sessile.model.mistral import Mistral
+from sessile.model.qwen2 import Qwen2
+from sessile.model.qwen3 import Qwen3
+
+FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
+
+_DUMMY_DEVIATION = 0.02
+
+
+class Checkpoint(Protocol):
+    """Tensors by their Hugging Face name."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor on the CPU in a float dtype. Raises StartupError if it is missing, damaged or of another shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder ready to run, where it came from, and the bytes that its weights hold."""
+
+    decoder: Decoder
+    path: Path
+    weight_bytes: int
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Configuration of the model folder or .gguf file at path."""
+    return config_from_gguf(GgufFile(path)) if path.is_file() else config_from_folder(path)
+
+
+def load_model(options: ModelOptions, form: WeightFormat, progress: Callable[[str, float], None]) -> LoadedModel:
+    """Build and fill the model that the options name. progress gets a stage and 0 … 1. Raises StartupError."""
+    path = resolve_model_path(options.model)
+    checkpoint: Checkpoint
+    if path.is_file():
+        file = GgufFile(path)
+        config = config_from_gguf(file)
+        checkpoint = GgufCheckpoint(file, config)
+    else:
+        config = config_from_folder(path)
+        checkpoint = DummyCheckpoint() if options.load_format == "dummy" else SafetensorsCheckpoint(path)
+    if options.load_format == "dummy":
+        checkpoint = DummyCheckpoint()
+    decoder = FAMILIES[config.architecture](config).eval()
+    held = decoder.load(checkpoint.read, form, lambda done: progress("loading weights", done))
+    return LoadedModel(decoder, path, held)
+
+
+def weight_bytes_estimate(config: ModelConfig, element_bytes: float) -> int:
+    """About how many bytes the weights will take with so many bytes a weight."""
+    heads = config.heads + 2 * config.kv_heads
+    attention = config.hidden_size * config.head_dim * (heads + config.heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
+    return int((config.layers * (attention + mlp) + embeddings) * element_bytes)
+
+
+class SafetensorsCheckpoint:
+    """A folder with model.safetensors, or with several files and model.safetensors.index.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        self._places = self._index()
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        place = self._places.get(name)
+        if place is None:
+            raise StartupError(f"{self._folder} lacks the tensor {name!r}. Download it again, or check its config.json.")
+        try:
+            tensor: Tensor = self._open(place).get_tensor(name)
+        except SafetensorError as error:
+            raise _corrupt(self._folder / place, error) from error
+        _check_shape(name, tuple(tensor.shape), shape, self._folder)
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise StartupError(f"{self._folder}: tensor {name!r} is {tensor.dtype}; only float weights are supported.")
+        return tensor
+
+    def _index(self) -> dict[str, str]:
+        """Which file holds which tensor."""
+        index = self._folder / "model.safetensors.index.json"
+        if not index.exists():
+            single = "model.safetensors"
+            return dict.fromkeys(self._open(single).keys(), single)
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise _corrupt(index, error) from error
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise _corrupt(index, "weight_map does not map names to files")
+        return places
+
+    def _open(self, place: str) -> Any:
+        if place not in self._files:
+            path = self._folder / place
+            try:
+                self._files[place] = safe_open(str(path), framework="pt")
+            except FileNotFoundError as error:
+                raise StartupError(f"{path} does not exist. Is {self._folder} a complete model folder?") from error
+            except (SafetensorError, OSError) as error:
+                raise _corrupt(path, error) from error
+        return self._files[place]
+
+
+class GgufCheckpoint:
+    """A GGUF file, read under Hugging Face names; weights are unpacked to float32 one tensor at a time."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        self._file = file
+        self._config = config
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        place = _gguf_name(name)
+        tensor = self._file.tensors.get(place)
+        if tensor is None:
+            raise StartupError(f"{self._file.path} lacks the tensor {place!r}. Download it again.")
+        _check_shape(place, tensor.shape, shape, self._file.path)
+        weights = dequantize(tensor)
+        # llama.cpp rotates neighbouring dimensions where we pair the halves; its converter reorders the rows of the
+        # llama architecture so (`LlamaModel.permute` in convert_hf_to_gguf.py). The others keep the order.
+        if self._config.architecture == "llama" and ".attn_q." in place:
+            weights = _pair_halves(weights, self._config.heads)
+        if self._config.architecture == "llama" and ".attn_k." in place:
+            weights = _pair_halves(weights, self._config.kv_heads)
+        # A view of the mapping is read-only, which torch cannot express: norms and biases are copied.
+        return torch.from_numpy(weights if weights.flags.writeable else weights.copy())
+
+
+class DummyCheckpoint:
+    """Seeded random weights of any shape: norms are one, the rest normal with a small deviation."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        # The seed hangs on the name alone, so that a layer's weights do not depend on the order of reading.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.empty(math.prod(shape)).normal_(0, _DUMMY_DEVIATION, generator=generator).reshape(shape)
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor: model.layers.3.mlp.up_proj.weight → blk.3.ffn_up.weight."""
+    stem, kind = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        layer, part = stem.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
+    return f"{_GGUF_NAMES[stem]}.{kind}"
+
+
+def _pair_halves(weights: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of the rows of each head: (pair, half) → (half, pair)."""
+    return np.ascontiguousarray(
+        weights.reshape(heads, -1, 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    )
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
+    if found != expected:
+        raise StartupError(
+            f"{path}: tensor {name!r} has shape {list(found)} but its configuration says {list(expected)}. "
+            "Configuration and weights do not belong together."
+        )
+
+
+def _corrupt(path: Path, cause: object) -> StartupError:
+    return StartupError(f"{path} is corrupt or truncated ({cause}). Download it again.")
