@@ -28,7 +28,7 @@ from sessile.contract.messages import (
 )
 from sessile.core.limits import SchedulerOptions
 from sessile.device.config import DeviceOptions
-from sessile.engine.build import Engine, open_engine
+from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.config import EngineOptions
 from sessile.engine.inbox import LocalInbox
@@ -218,8 +218,24 @@ def open_configured_engine(
 
     report: is given a line for each part of a long start. Raises StartupError.
     """
+    # Here, because importing torch takes longer than finding out that there is no such model.
     tokenizer = tokenizer or load_tokenizer(model.model)
-    return open_engine(model, device, scheduler, engine, describe_model=tokenizer.facts, clock=clock, report=report)
+    report("importing torch")
+    from sessile.device.factory import open_device
+
+    def open_for(request: DeviceRequest) -> Device:
+        return open_device(
+            model,
+            device,
+            page_size=request.page_size,
+            context_tokens=request.context_tokens,
+            rows_max=request.rows_max,
+            drafts_max=request.drafts_max,
+            progress=lambda stage, share: report(f"{stage}, {share:.0%}"),
+        )
+
+    on_cpu = device.device in ("auto", "cpu")
+    return open_engine(scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock)
 
 
 def sections_of(
@@ -275,7 +291,7 @@ def raise_refusal(done: Done) -> None:
 
 def refusal(status: int, code: str, message: str, param: str | None) -> UserError:
     """The exception that the core raised, as far as the wire tells: the class with this code."""
-    kinds: dict[str, type[UserError]] = {kind.code: kind for kind in (*UserError.__subclasses__(), UserError)}
-    error = kinds.get(code, UserError)(message, param=param)
+    kinds: list[type[UserError]] = UserError.__subclasses__()
+    error = next((kind for kind in kinds if kind.code == code), UserError)(message, param=param)
     error.status, error.code = status, code
     return error

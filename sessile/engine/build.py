@@ -27,12 +27,10 @@ class DeviceFacts(Protocol):
     """What an opened device says of itself and of the model on it."""
 
     @property
-    def kind(self) -> str:
-        """"cpu" or "cuda"."""
+    def device(self) -> str:
+        """Kind of device, "cpu" or "cuda"."""
         ...
 
-    @property
-    def name(self) -> str: ...
     @property
     def model_path(self) -> str: ...
     @property
@@ -92,7 +90,7 @@ class Engine:
         """The loop that drives this engine with the given ends and clock."""
         limit_ms = self.options.step_limit_ms
         if limit_ms is None:
-            limit_ms = CPU_STEP_LIMIT_MS if self.device.facts.kind == "cpu" else 0.0
+            limit_ms = CPU_STEP_LIMIT_MS if self.device.facts.device == "cpu" else 0.0
         return EngineLoop(
             self.machine,
             self.device,
@@ -128,7 +126,7 @@ def open_engine(
         model_path=facts.model_path,
         architecture=facts.architecture,
         dtype=facts.dtype,
-        device=facts.name,
+        device=facts.device,
         vocab_size=facts.vocab_size,
         context_tokens=limits.context_tokens,
         page_size=limits.page_size,

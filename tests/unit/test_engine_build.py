@@ -20,8 +20,7 @@ VOCAB_SIZE, CONTEXT_TOKENS, PAGES_TOTAL = 300, 128, 64
 @dataclass
 class ToyFacts:
     page_size: int
-    kind: str = "cpu"
-    name: str = "toy"
+    device: str = "cpu"
     model_path: str = "/models/Toy-1B.gguf"
     architecture: str = "toy"
     dtype: str = "none"
