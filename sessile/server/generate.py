@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from sessile.contract.messages import Done
 from sessile.errors import InvalidRequest
-from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body
+from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.output import Logprobs, Output
@@ -117,7 +117,7 @@ def routes(service: Service) -> APIRouter:
     """The route of this module."""
     router = APIRouter()
 
-    @router.post("/generate")
+    @router.post("/generate", openapi_extra=takes(GenerateBody))
     async def generate(request: Request) -> Response:
         body = await read_body(request, GenerateBody)
         service.check_open()

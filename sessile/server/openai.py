@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sessile.errors import NotFound, UserError
-from sessile.server.body import read_body
+from sessile.server.body import read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.link import Arrival
@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         _check_model(service, model)
         return JsonReply(_model_content(service))
 
-    @router.post("/completions")
+    @router.post("/completions", openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody)
         service.check_open()
@@ -50,7 +50,7 @@ def routes(service: Service) -> APIRouter:
         choices = await _completion_choices(service, body)
         return await _reply(service, request, body, choices, CompletionShape(service.tokenizer, body.logprobs))
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody)
         service.check_open()

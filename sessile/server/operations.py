@@ -13,7 +13,7 @@ from starlette.responses import Response
 from sessile import __version__
 from sessile.contract.messages import CancelAll, Flush, GetStats, Sampling, Stats
 from sessile.errors import InvalidRequest, NotReady
-from sessile.server.body import Body, TokenIds, read_body
+from sessile.server.body import Body, TokenIds, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.metrics import PAGE_OWNERS
@@ -159,7 +159,7 @@ def _add_figures(router: APIRouter, service: Service) -> None:
 
 
 def _add_actions(router: APIRouter, service: Service) -> None:
-    @router.post("/abort_request")
+    @router.post("/abort_request", openapi_extra=takes(AbortBody))
     async def abort_request(request: Request) -> Response:
         body = await read_body(request, AbortBody)
         if body.abort_all:
@@ -170,14 +170,14 @@ def _add_actions(router: APIRouter, service: Service) -> None:
             service.abort(body.rid)
         return Response()
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    @router.post("/flush_cache")
     async def flush_cache() -> Response:
         outcome = await service.link.ask(Flush)
         return JsonReply({"success": True, **outcome.values})
 
 
 def _add_tokenizer(router: APIRouter, service: Service) -> None:
-    @router.post("/tokenize")
+    @router.post("/tokenize", openapi_extra=takes(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeBody)
         special = body.add_special_tokens is not False
@@ -185,7 +185,7 @@ def _add_tokenizer(router: APIRouter, service: Service) -> None:
         limit = service.link.ready.context_tokens
         return JsonReply({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", openapi_extra=takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody)
         check_vocabulary(body.tokens, service.link.ready.vocab_size, "tokens")

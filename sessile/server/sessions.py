@@ -19,7 +19,7 @@ from sessile.contract.messages import (
     unpack_tokens,
 )
 from sessile.errors import InvalidRequest, NotFound, UserError
-from sessile.server.body import Body, Tolerated, read_body
+from sessile.server.body import Body, Tolerated, read_body, takes
 from sessile.server.calls import Service
 from sessile.server.replies import JsonReply, engine_refusal
 from sessile.server.sampling import COUNT_MAX
@@ -71,7 +71,7 @@ def routes(service: Service) -> APIRouter:
 
 
 def _add_native(router: APIRouter, service: Service) -> None:
-    @router.post("/open_session")
+    @router.post("/open_session", openapi_extra=takes(OpenBody))
     async def open_session(request: Request) -> Response:
         body = await read_body(request, OpenBody)
         service.check_open()
@@ -87,7 +87,7 @@ def _add_native(router: APIRouter, service: Service) -> None:
             raise engine_refusal(error.status, error.code, error.message, error.param) from None
         return JsonReply(session)
 
-    @router.post("/close_session")
+    @router.post("/close_session", openapi_extra=takes(CloseBody))
     async def close_session(request: Request) -> Response:
         body = await read_body(request, CloseBody)
         try:
@@ -101,7 +101,7 @@ def _add_native(router: APIRouter, service: Service) -> None:
 def _add_resources(router: APIRouter, service: Service) -> None:
     link = service.link
 
-    @router.post("/v1/sessions")
+    @router.post("/v1/sessions", openapi_extra=takes(CreateBody))
     async def create(request: Request) -> Response:
         body = await read_body(request, CreateBody)
         service.check_open()

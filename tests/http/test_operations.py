@@ -1,0 +1,142 @@
+"""Health, figures, cache, tokenizer: what operators and dashboards look at."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.http.conftest import Running, running_server
+
+
+@pytest.fixture
+def impatient_server() -> Iterator[Running]:
+    with running_server(health_timeout_s=0.2) as running:
+        yield running
+
+
+def samples(server: Running) -> dict[str, float]:
+    """Every sample of /metrics by name; with several label sets, their sum."""
+    figures: dict[str, float] = {}
+    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+        for sample in family.samples:
+            figures[sample.name] = figures.get(sample.name, 0) + sample.value
+    return figures
+
+
+def test_health_asks_the_step_loop(server: Running) -> None:
+    assert server.client.get("/health").status_code == 200
+    assert [type(message).__name__ for message in server.engine.received] == ["GetStats"]
+
+
+def test_h54_a_stuck_step_loop_is_not_healthy(impatient_server: Running) -> None:
+    impatient_server.engine.hang()
+    reply = impatient_server.client.get("/health")
+    assert reply.status_code == 503
+    assert "did not answer within 0.2 s" in reply.json()["error"]["message"]
+    assert impatient_server.client.get("/health_generate").status_code == 503
+    assert samples(impatient_server)["sessile_engine_up"] == 0
+    impatient_server.engine.resume()
+    assert impatient_server.client.get("/health").status_code == 200
+
+
+def test_health_generate_runs_one_token_end_to_end(server: Running) -> None:
+    assert server.client.get("/health_generate").status_code == 200
+    (submit,) = server.engine.submits()
+    assert submit.sampling.max_new_tokens == 1
+
+
+def test_metrics_have_our_names_and_those_of_peers(server: Running) -> None:
+    server.generate("hello")
+    server.generate("hello", stream=True)
+    figures = samples(server)
+    for name in (
+        "sessile_pages", "sessile_requests_running", "sessile_time_to_first_token_seconds_count",
+        "sglang:num_running_reqs", "sglang:token_usage", "sglang:time_to_first_token_seconds_count",
+        "vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_success_total",
+    ):  # fmt: skip
+        assert name in figures
+    assert figures["sessile_engine_up"] == 1
+
+
+def test_latencies_count_requests_and_gaps_between_tokens(server: Running) -> None:
+    before = samples(server)
+    server.engine.token_interval_s = 0.005
+    server.generate("hello")
+    server.generate("hello", stream=True)
+    after = samples(server)
+
+    def grown(name: str) -> float:
+        return after[name] - before[name]
+
+    assert grown("sessile_request_seconds_count") == 2
+    assert grown("sessile_time_to_first_token_seconds_count") == 2
+    assert grown("sessile_inter_token_latency_seconds_count") == 2 * 5
+    assert grown("sessile_inter_token_latency_seconds_sum") > 2 * 5 * 0.004
+
+
+def test_a_request_in_flight_shows_until_its_client_leaves(server: Running) -> None:
+    server.engine.pause()
+    with server.in_background(rid="shown"):
+        assert samples(server)["sessile_requests_running"] == 1
+        assert samples(server)["sessile_http_requests_in_flight"] == 1
+        server.client.post("/abort_request", json={"rid": "shown"})
+    assert samples(server)["sessile_requests_running"] == 0
+
+
+def test_the_pool_shows_pages_by_owner(server: Running) -> None:
+    pool = server.client.get("/v1/pool").json()
+    owners = ("free", "limbo", "tree", "requests", "sessions", "quarantine", "scratch")
+    assert pool["pages"]["total"] == 64 == sum(pool["pages"][owner] for owner in owners)
+
+
+def test_model_and_server_say_what_they_are(server: Running) -> None:
+    model = server.client.get("/get_model_info").json()
+    assert (model["model_path"], model["context_length"], model["is_generation"]) == ("/models/echo", 512, True)
+    content = server.client.get("/get_server_info").json()
+    assert content["settings"]["server"]["port"] == 30000
+    assert content["engine"]["page_size"] == 16
+    assert content["stats"]["pages_total"] == 64
+
+
+def test_flush_is_refused_while_anything_runs(server: Running) -> None:
+    assert server.client.post("/flush_cache").json() == {"success": True, "pages": 3}
+    server.engine.pause()
+    with server.in_background(rid="runs"):
+        reply = server.client.post("/flush_cache")
+        assert reply.status_code == 400
+        server.engine.resume()
+
+
+@pytest.mark.parametrize("text", ["hello", "", "héllo 😀", "x" * 50])
+def test_detokenize_undoes_tokenize(server: Running, text: str) -> None:
+    tokens = server.client.post("/tokenize", json={"prompt": text}).json()
+    assert tokens["count"] == len(tokens["tokens"]) == len(text.encode())
+    assert server.client.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"text": text}
+
+
+def test_special_tokens_are_skipped_unless_asked_for(server: Running) -> None:
+    body = {"tokens": [104, 256]}
+    assert server.client.post("/detokenize", json=body).json() == {"text": "h"}
+    kept = server.client.post("/detokenize", json={**body, "skip_special_tokens": False})
+    assert kept.json() == {"text": "h<eos>"}
+
+
+def test_the_api_describes_itself(server: Running) -> None:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    schema = json.dumps(paths["/generate"]["post"]["requestBody"])
+    assert "max_new_tokens" in schema
+    assert {"/v1/chat/completions", "/v1/sessions/{session}", "/open_session"} <= set(paths)
+
+
+def test_a_draining_server_is_not_healthy_and_takes_no_work(server: Running) -> None:
+    server.service.draining = True
+    try:
+        assert server.client.get("/health").status_code == 503
+        reply = server.generate()
+        assert reply.status_code == 503
+        assert reply.headers["retry-after"] == "1"
+        assert server.client.get("/metrics").status_code == 200
+    finally:
+        server.service.draining = False
