@@ -4,7 +4,6 @@ Examines one thing at a time and never fails itself: what cannot even be importe
 """
 
 import importlib
-import os
 import platform
 import sys
 import time
@@ -26,18 +25,12 @@ PYTHON_MIN = (3, 11)
 TORCH_MIN, TORCH_BELOW = (2, 11), (2, 15)
 PACKAGES = (
     "numpy", "tokenizers", "safetensors", "jinja2", "msgspec", "zmq", "fastapi", "uvicorn", "uvloop", "httptools",
-    "pydantic", "orjson", "prometheus_client", "httpx", "yaml",
+    "pydantic", "orjson", "prometheus_client", "httpx", "yaml", "psutil",
 )  # fmt: skip
 """What serving imports, beside torch and numba, which have findings of their own."""
 FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 MEMORY_SPARE_BYTES = 1 << 30
 """What serving needs beside the weights at the least: Python, torch and a small KV pool."""
-CGROUP = Path("/sys/fs/cgroup")
-CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Limit and use of a container's memory, in version 2 and version 1 of cgroups."""
 
 
 class Level(Enum):
@@ -167,10 +160,11 @@ def examine_numba() -> Finding:
 
 def examine_processor() -> Finding:
     """Cores that may be used, and the instructions that make them fast."""
+    from sessile.device.memory import available_cores
+
     name, flags = _processor()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fast = [flag for flag in FAST_FLAGS if flag in flags]
-    found = f"{cores} cores, {name}" + (f" ({', '.join(fast)})" if fast else "")
+    found = f"{available_cores()} cores, {name}" + (f" ({', '.join(fast)})" if fast else "")
     if flags and not fast:
         return Finding("processor", Level.WARNING, f"{found}: no AVX2", "Use a newer machine: this one is slow.")
     return Finding("processor", Level.OK, found)
@@ -204,8 +198,10 @@ def examine_tokenizer(config: Config) -> Finding:
 
 def examine_memory(config: Config) -> Finding:
     """Whether the weights fit what is free, limits of a container included."""
-    free_bytes = available_memory_bytes()
-    found = f"{free_bytes / 1e9:.1f} GB free"
+    from sessile.device.memory import available_bytes, readable
+
+    free_bytes = available_bytes()
+    found = f"{readable(free_bytes)} free"
     try:
         _, model = _configured_model(config)
     except StartupError:  # the examination of the model says why
@@ -214,7 +210,7 @@ def examine_memory(config: Config) -> Finding:
     plain_bytes = 4.0 if config.model.dtype == "float32" else 2.0
     element_bytes = {"int8": 1.0, "int4": 0.7}.get(config.model.quantize, plain_bytes)
     needed_bytes = weights.weight_bytes_estimate(model, element_bytes) + MEMORY_SPARE_BYTES
-    found += f", at least {needed_bytes / 1e9:.1f} GB needed"
+    found += f", at least {readable(needed_bytes)} needed"
     if free_bytes < needed_bytes:
         remedy = "Free memory, raise the container's limit, or choose a smaller model or --quantize int8."
         return Finding("memory", Level.PROBLEM, found, remedy)
@@ -227,19 +223,6 @@ def examine_port(config: Config) -> Finding:
 
     bind(config.server).close()
     return Finding("port", Level.OK, f"{config.server.port} of {config.server.host} is free")
-
-
-def available_memory_bytes() -> int:
-    """Memory that may still be taken: the machine's, or what the container's limit leaves if that is less."""
-    free = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
-    for limit_name, used_name in CGROUP_FILES:
-        limit, used = _number(CGROUP / limit_name), _number(CGROUP / used_name)
-        if limit is not None and used is not None:
-            free.append(max(0, limit - used))
-    return min(free)
 
 
 def _attempt(subject: str, examination: Callable[[], Finding]) -> Finding:
@@ -269,15 +252,6 @@ def _processor() -> tuple[str, frozenset[str]]:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
     name = fields.get("model name") or platform.machine()
     return name, frozenset((fields.get("flags") or fields.get("Features") or "").split())
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file; None if there is no such file or it says that there is no limit."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
 
 
 def _first_line(error: Exception) -> str:
