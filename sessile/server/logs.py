@@ -32,9 +32,15 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = "".join(f" {name}={value}" for name, value in fields_of(record).items() if value is not None)
+        fields = "".join(f" {name}={_shown(value)}" for name, value in fields_of(record).items() if value is not None)
         line = f"{moment} {record.levelname} {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _shown(value: Any) -> str:
+    """A field's value on one line, whatever a client put into it."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 class JsonLines(logging.Formatter):
