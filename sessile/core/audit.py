@@ -16,7 +16,7 @@ from sessile.core.session import Session
 from sessile.errors import AuditError
 from sessile.units import Account
 
-_HOLDERS_A_LOOK = 8
+_HOLDERS_A_LOOK = 2
 
 
 def check(books: Books) -> None:

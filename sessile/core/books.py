@@ -58,6 +58,8 @@ class Books:
         """QUEUED requests in order of arrival; a preempted one comes back to its old place."""
         self.waiting_tokens = 0
         self.draining: list[Request] = []
+        self.victims: list[Request] = []
+        """Running requests that leave at the next settle, because a step in flight has them."""
         self.computing: dict[tuple[int, bytes], Request] = {}
         """Which running request is about to publish the page that a share key names."""
         self.forecast = Forecast(limits.output_estimate_tokens)
@@ -293,7 +295,6 @@ class Books:
         self.vacate(request, settled, settled, publish=True)
         self.rows.give_back(row, request)
         request.row = None
-        request.preempting = False
         request.preemptions += 1
         self.totals.preemptions += 1
         self.forecast.preempted()

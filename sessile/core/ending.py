@@ -68,7 +68,6 @@ def _take_kv(books: Books, request: Request, commits: bool) -> None:
     settled = min(int(books.rows.settled[request.row]), request.known_tokens - 1)
     books.vacate(request, settled, keep_tokens, publish=commits)
     books.leave_row(request)
-    request.preempting = False
 
 
 def _send_done(

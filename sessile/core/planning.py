@@ -133,7 +133,7 @@ class Planner:
         if books.rows.last_step[row] <= books.settled_step:
             books.preempt(victim)
         else:
-            victim.preempting = True
+            books.victims.append(victim)
 
     # -- running rows -------------------------------------------------------------------------------------------
 

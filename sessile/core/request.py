@@ -39,7 +39,7 @@ class Request:
     __slots__ = (
         "arrival", "base", "base_tokens", "bound_pages", "cached_tokens", "computed_tokens", "delta", "goal_tokens",
         "key", "lease", "logprobs", "matcher", "namespace", "output", "overtaken", "phase", "pin", "preempted_tokens",
-        "preempting", "preemptions", "prompt_tokens", "publishing", "reached_tokens", "row", "sampling",
+        "preemptions", "prompt_tokens", "publishing", "reached_tokens", "row", "sampling",
         "scored_tokens", "scores_from", "session", "share_key", "share_waits", "stop_ids",
     )  # fmt: skip
 
@@ -66,7 +66,6 @@ class Request:
         """Prompt positions below this were scored already: a preempted request does not score them again."""
         self.arrival = 0
         self.phase = Phase.QUEUED
-        self.preempting = False
         self.preempted_tokens = -1
         """KV it had when it was preempted last."""
         self.preemptions = 0

@@ -18,6 +18,7 @@ Occupant = TypeVar("Occupant")
 STOP_COLUMNS = 4
 """Stop tokens that are compared for all rows at once; a request with more pays for a look of its own."""
 
+
 class RowStart(NamedTuple):
     """What a row's columns hold when a request takes it; the columns themselves are described in RowTable."""
 

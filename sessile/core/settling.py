@@ -24,85 +24,84 @@ Flags = npt.NDArray[np.bool_]
 def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
     plan = flight.plan
-    _validate(flight, result)
+    allowed = np.where(plan.flags & SAMPLE, 1 + plan.draft_counts, 0)
+    _validate(flight, result, allowed)
     books.settled_step = plan.step
-    rows = books.rows
-    all_rows = plan.rows.astype(np.int64)
-    offsets = np.cumsum(result.emitted) - result.emitted
-    rows.pending[all_rows] -= np.where(plan.flags & SAMPLE, 1 + plan.draft_counts, 0)
-    quick = _quick_rows(books, flight, result, all_rows)
-    _append_one(books, flight, result, all_rows, offsets, quick)
-    detail_offsets, score_offsets = _detail_offsets(plan.logprob_tops, result), _score_offsets(flight)
-    parts: dict[int, PromptPart] = {part.row: part for part in flight.parts}
-    for index in np.flatnonzero(~quick).tolist():
-        request = flight.requests[index]
-        if request.phase is not Phase.RUNNING:
-            continue  # It ended while this step was in flight: its tokens were never promised to anybody.
-        if result.faulty[index]:
-            end_request(books, request, "error", message="the model's output was not finite", status=500)
-            continue
-        part = parts.get(int(all_rows[index]))
-        start = int(offsets[index])
-        tokens = result.tokens[start : start + int(result.emitted[index])].tolist()
-        drafts = int(plan.draft_counts[index])
-        if part is not None:
-            _settle_prompt(books, request, part, result, score_offsets)
-        else:
-            _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(tokens) - 1)
-        if tokens:
-            _emit(books, request, tokens, result, detail_offsets[index] if detail_offsets else None)
-    for request in flight.requests:
-        if request.preempting and request.phase is Phase.RUNNING:
+    rows = plan.rows.astype(np.int64)
+    books.rows.pending[rows] -= allowed
+    ends = np.cumsum(result.emitted, dtype=np.int64)
+    quick = _quick_rows(books, flight, result, rows[: flight.decodes], ends)
+    _append_one(books, flight, result, rows, ends, quick)
+    _settle_others(books, flight, result, ends.tolist(), np.flatnonzero(~quick).tolist())
+    for request in books.victims:
+        if request.phase is Phase.RUNNING:
             books.preempt(request)
+    books.victims.clear()
     books.drain()
 
 
-def _validate(flight: Flight, result: StepResult) -> None:
+def _settle_others(books: Books, flight: Flight, result: StepResult, ends: list[int], slow_decodes: list[int]) -> None:
+    """The long way: prompts, rows with drafts, stops, log-probabilities or faults, and rows that nobody has any more."""
+    plan, decodes = flight.plan, flight.decodes
+    tokens = result.tokens.tolist()
+    any_faulty = bool(result.faulty.any())
+    details = _detail_offsets(plan.logprob_tops, result) if len(result.logprobs) else None
+    scores = _score_offsets(flight) if len(result.score_logprobs) else {}
+    for index in (*slow_decodes, *range(decodes, len(ends))):
+        request = flight.requests[index]
+        if request.phase is not Phase.RUNNING:
+            continue  # It ended while this step was in flight: its tokens were never promised to anybody.
+        if any_faulty and result.faulty[index]:
+            end_request(books, request, "error", message="the model's output was not finite", status=500)
+            continue
+        emitted = tokens[ends[index - 1] if index else 0 : ends[index]]
+        if index >= decodes:
+            _settle_prompt(books, request, flight.parts[index - decodes], result, scores)
+        else:
+            drafts = int(plan.draft_counts[index])
+            _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(emitted) - 1)
+        if emitted:
+            _emit(books, request, emitted, result, details[index] if details else None)
+
+
+def _validate(flight: Flight, result: StepResult, allowed: Column) -> None:
     plan = flight.plan
     if result.step != plan.step:
         raise PlanError(f"step {plan.step} is due but the device settled step {result.step}")
     if not np.array_equal(result.rows, plan.rows) or not np.array_equal(result.query_counts, plan.query_counts):
         raise PlanError(f"step {plan.step}: the device ran other rows or token counts than the plan asked for")
-    most = np.where(plan.flags & SAMPLE, 1 + plan.draft_counts, 0)
-    least = np.where(plan.flags & SAMPLE, 1, 0)
-    if ((result.emitted < least) | (result.emitted > most)).any() or len(result.tokens) != int(result.emitted.sum()):
+    # Where one token or none is allowed, that many must be emitted; with drafts, from one up.
+    wrong = (result.emitted > allowed) | (result.emitted < np.minimum(allowed, 1))
+    if wrong.any() or len(result.tokens) != int(result.emitted.sum()):
         raise PlanError(f"step {plan.step}: the device emitted token counts that the plan does not allow")
     if len(result.score_logprobs) != len(plan.score_queries) or len(result.faulty) != len(plan.rows):
         raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
 
 
-def _quick_rows(books: Books, flight: Flight, result: StepResult, all_rows: Column) -> Flags:
-    """Which rows only append one token: decoding, live, no drafts, nothing that ends or looks at them."""
-    rows = books.rows
-    quick = np.zeros(len(all_rows), np.bool_)
+def _quick_rows(books: Books, flight: Flight, result: StepResult, active: Column, ends: Column) -> Flags:
+    """bool[decodes]: rows that only append one token: live, no drafts, nothing that ends or looks at them."""
+    rows, plan = books.rows, flight.plan
     decodes = flight.decodes
     if not decodes:
-        return quick
-    active = all_rows[:decodes]
-    quick[:decodes] = (
-        (rows.live[active] == 1)
-        & (rows.slow[active] == 0)
-        & (flight.plan.draft_counts[:decodes] == 0)
-        & (flight.plan.starts[:decodes] >= rows.prompt[active])
-        & ~result.faulty[:decodes]
-    )
-    if not quick.any():
-        return quick
-    tokens = result.tokens[(np.cumsum(result.emitted) - result.emitted)[:decodes]]
-    stopping = (rows.stops[active] == tokens[:, None]).any(axis=1)
-    quick[:decodes] &= (rows.known[active] + 1 < rows.goal[active]) & ~stopping
-    return quick
+        return np.empty(0, np.bool_)
+    tokens = result.tokens[ends[:decodes] - 1]
+    slow = (rows.stops[active] == tokens[:, None]).any(axis=1)
+    slow |= rows.live[active] != 1
+    slow |= rows.slow[active] != 0
+    slow |= rows.known[active] + 1 >= rows.goal[active]
+    slow |= plan.starts[:decodes] < rows.prompt[active]
+    slow |= plan.draft_counts[:decodes] > 0
+    slow |= result.faulty[:decodes]
+    return np.logical_not(slow)
 
 
-def _append_one(
-    books: Books, flight: Flight, result: StepResult, all_rows: Column, offsets: Ints, quick: Flags
-) -> None:
+def _append_one(books: Books, flight: Flight, result: StepResult, all_rows: Column, ends: Column, quick: Flags) -> None:
     chosen = np.flatnonzero(quick)
     if not len(chosen):
         return
     rows = books.rows
     active = all_rows[chosen]
-    tokens = result.tokens[offsets[chosen]]
+    tokens = result.tokens[ends[chosen] - 1]
     rows.settled[active] = flight.plan.starts[chosen] + 1
     rows.known[active] += 1
     rows.last_token[active] = tokens
@@ -207,8 +206,6 @@ def _text(books: Books, request: Request, token: int) -> bytes:
 
 def _detail_offsets(tops: Ints, result: StepResult) -> list[tuple[int, int, int]]:
     """For each row: where its log-probabilities and its top entries begin, and how many tops a token has."""
-    if not len(result.logprobs):
-        return []
     wanted = tops >= 0
     tokens = np.where(wanted, result.emitted, 0)
     entries = tokens * np.maximum(tops, 0)
