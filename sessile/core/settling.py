@@ -41,7 +41,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
 
 
 def _settle_others(books: Books, flight: Flight, result: StepResult, ends: list[int], slow_decodes: list[int]) -> None:
-    """The long way: prompts, rows with drafts, stops, log-probabilities or faults, and rows that nobody has any more."""
+    """The long way: prompts, drafts, stops, log-probabilities, faults, and rows that nobody has any more."""
     plan, decodes = flight.plan, flight.decodes
     tokens = result.tokens.tolist()
     any_faulty = bool(result.faulty.any())
@@ -92,7 +92,7 @@ def _quick_rows(books: Books, flight: Flight, result: StepResult, active: Column
     slow |= plan.starts[:decodes] < rows.prompt[active]
     slow |= plan.draft_counts[:decodes] > 0
     slow |= result.faulty[:decodes]
-    return np.logical_not(slow)
+    return np.asarray(~slow, np.bool_)
 
 
 def _append_one(books: Books, flight: Flight, result: StepResult, all_rows: Column, ends: Column, quick: Flags) -> None:
