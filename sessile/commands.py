@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from sessile.config import Config
 from sessile.errors import StartupError
@@ -16,8 +17,7 @@ from sessile.options import option
 
 QUIET_S = 2.0
 """What takes longer shows on standard error how it goes."""
-LINE_EVERY_S = 5.0
-SERVER_STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
 
 
@@ -46,18 +46,20 @@ def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
 
 def engine(address: str) -> int:
     """Be the engine process of a server that listens at address and holds our standard input."""
-    from sessile.engine.process import die_with_parent, ignore_interrupts, run_engine
+    # Ctrl-C reaches every process of the terminal; what it means is the server's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from sessile.engine.process import die_with_parent, run_engine
     from sessile.offline import open_configured_engine
     from sessile.server.logs import configure_logs
 
-    ignore_interrupts()
     config = Config.from_json(sys.stdin.readline())
     die_with_parent()
     configure_logs(config.server.log_format, config.server.log_level)
+    report = Patience(every_s=QUIET_S).report
     return run_engine(
         address,
         lambda clock: open_configured_engine(
-            config.model, config.device, config.scheduler, config.engine, clock=clock, report=report_slow_start()
+            config.model, config.device, config.scheduler, config.engine, clock=clock, report=report
         ),
     )
 
@@ -86,13 +88,20 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
 
 def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], url: str | None) -> int:
     """Talk to the server at url, or to one of our own that is started for the purpose and stopped afterwards."""
-    from sessile.chat import run_chat
-    from sessile.text.load import load_tokenizer
+    from sessile.model.config import resolve_model_path
 
-    tokenizer = load_tokenizer(config.model.model)
-    with contextlib.nullcontext(url) if url else own_server(config, server_flags) as base_url:
+    resolve_model_path(config.model.model)  # Before a server is started that would only say the same.
+    with contextlib.ExitStack() as stack:
+        server = None if url else stack.enter_context(OwnServer(config, server_flags))
+        # While the server starts.
+        from sessile.chat import run_chat
+        from sessile.text.load import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model.model)
+        if server:
+            server.wait_until_healthy()
         return run_chat(
-            base_url,
+            server.url if server else str(url),
             tokenizer,
             stdin=sys.stdin,
             stdout=sys.stdout,
@@ -101,58 +110,60 @@ def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], u
         )
 
 
-@contextlib.contextmanager
-def own_server(config: Config, flags: Sequence[str]) -> Iterator[str]:
-    """A server as a child process, ready to answer; its URL. Stopped on leaving.
+class OwnServer:
+    """A server as a child process, on a port of its own; a context manager that stops it on leaving."""
 
-    Raises StartupError if it does not come up; it has said why on standard error.
-    """
-    port = config.server.port if any(flag.startswith("--port=") for flag in flags) else free_port(config.server.host)
-    command = [sys.executable, "-m", "sessile", "serve", "--log-level=warning", *flags, f"--port={port}"]
-    # A session of its own: Ctrl-C in the terminal is meant for the answer, not for the server. It ends with its
-    # standard input, should this process die without stopping it.
-    server = subprocess.Popen([*command, "--exit-with-stdin"], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        url = f"http://{url_host(config.server.host)}:{port}"
-        wait_until_healthy(server, url)
-        yield url
-    finally:
-        server.terminate()
+    def __init__(self, config: Config, flags: Sequence[str]) -> None:
+        """Start it. flags: settings for it; with a port among them, it gets that one."""
+        host = config.server.host
+        port = config.server.port if any(flag.startswith("--port=") for flag in flags) else free_port(host)
+        self.url = f"http://{url_host(host)}:{port}"
+        command = [sys.executable, "-m", "sessile", "serve", "--log-level=warning", *flags, f"--port={port}"]
+        # A session of its own: Ctrl-C in the terminal is meant for the answer, not for the server. It ends with its
+        # standard input, should this process die without stopping it.
+        self._process = subprocess.Popen(
+            [*command, "--exit-with-stdin"], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def wait_until_healthy(self) -> None:
+        """Return once it answers /health with 200. Raises StartupError if it ends first; it has said why by then."""
+        import httpx
+
+        waiting = Patience(every_s=30)
+        with httpx.Client(trust_env=False, timeout=5) as client:
+            while self._process.poll() is None:
+                # A refused connection: it is not listening yet.
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/health").status_code == httpx.codes.OK:
+                        return
+                waiting.report("starting the model")
+                time.sleep(POLL_S)
+        raise StartupError("the server did not start; it says why above")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.terminate()
         try:
-            server.wait(SERVER_STOP_TIMEOUT_S)
+            self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            self._process.kill()
+            self._process.wait()
 
 
-def wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
-    """Return once the server answers /health with 200, showing that we wait. Raises StartupError if it exits first."""
-    import httpx
+class Patience:
+    """Tells whoever watches the terminal what takes so long: nothing in the first two seconds, then every so often."""
 
-    started_s = time.monotonic()
-    next_line_s = started_s + QUIET_S
-    with httpx.Client(trust_env=False, timeout=5) as client:
-        while server.poll() is None:
-            # A refused connection: it is not listening yet.
-            with contextlib.suppress(httpx.TransportError):
-                if client.get(f"{url}/health").status_code == httpx.codes.OK:
-                    return
-            if time.monotonic() >= next_line_s:
-                say(f"starting the model, {time.monotonic() - started_s:.0f} s so far")
-                next_line_s += LINE_EVERY_S
-            time.sleep(POLL_S)
-    raise StartupError("the server did not start; it says why above")
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next_s = time.monotonic() + QUIET_S
 
-
-def report_slow_start() -> Callable[[str], None]:
-    """A function that shows a line for each part of a start once the start has taken two seconds."""
-    started_s = time.monotonic()
-
-    def report(line: str) -> None:
-        if time.monotonic() - started_s >= QUIET_S:
+    def report(self, line: str) -> None:
+        """Show the line if it is time to."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + self._every_s
             say(line)
-
-    return report
 
 
 def say(line: str) -> None:

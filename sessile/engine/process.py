@@ -76,11 +76,6 @@ def drain_on_sigterm(loop: EngineLoop) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: loop.begin_shutdown(SIGTERM_DRAIN_S))
 
 
-def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; what it means is the server's to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def die_with_parent() -> None:
     """From now on, exit as soon as standard input ends: the server holds its other end and is gone then.
 

@@ -4,13 +4,14 @@ MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device 
 "refuses" cannot start.
 """
 
+import signal
 import sys
 import time
 
 from sessile.contract.messages import EngineReady
 from sessile.contract.plan import StepPlan
 from sessile.engine.clock import Clock
-from sessile.engine.process import die_with_parent, ignore_interrupts, run_engine
+from sessile.engine.process import die_with_parent, run_engine
 from sessile.errors import StartupError
 from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedTicket
 
@@ -62,7 +63,7 @@ class ScriptedEngine:
 
 
 def main(address: str, mode: str) -> int:
-    ignore_interrupts()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
 
     def open_engine(clock: Clock) -> ScriptedEngine:
