@@ -10,7 +10,7 @@ import pytest
 
 from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE, PageLedger
 from sessile.core.prefix import PrefixTree
-from sessile.core.rows import RowTable
+from sessile.core.rows import RowStart, RowTable
 from sessile.errors import LeaseError, OwnershipError
 
 PAGE_SIZE = 4
@@ -144,27 +144,29 @@ def test_a_lease_that_is_dropped_while_it_owns_pages_is_on_record() -> None:
     assert len(ledger.lost) == 1
 
 
+def published(tree: PrefixTree, ledger: PageLedger, line: np.ndarray) -> None:
+    """Give the tree the pages of a sequence that has ended."""
+    lease = ledger.open()
+    ledger.draw(lease, len(line) // PAGE_SIZE)
+    pin = tree.pin(tree.match("", line, 0))
+    tree.publish_ended(pin, lease, line)
+    tree.unpin(pin, used=True)
+    ledger.release(lease, step=0)
+    ledger.settle(0)
+
+
 def test_h62_publishing_keeps_the_sequences_own_copy_of_a_page_that_the_tree_has() -> None:
     ledger = PageLedger(16)
     tree = PrefixTree(ledger, PAGE_SIZE)
-    first, second = ledger.open(), ledger.open()
-    ledger.draw(first, 2)
-    ledger.draw(second, 3)
-    own = list(second.pages)
-    assert tree.publish_ended("", first, tokens(1, 2), 2, 0) == 2
-    assert tree.publish_ended("", second, tokens(1, 2, 3), 3, 0) == 1
-    assert list(second.pages) == own[:2]
-    ledger.release(first, step=1)
-    ledger.release(second, step=1)
-
-
-def published(tree: PrefixTree, ledger: PageLedger, line: np.ndarray) -> None:
+    published(tree, ledger, tokens(1, 2))
     lease = ledger.open()
-    pages = len(line) // PAGE_SIZE
-    ledger.draw(lease, pages)
-    tree.publish_ended("", lease, line, pages, 0)
-    ledger.release(lease, step=0)
-    ledger.settle(0)
+    ledger.draw(lease, 3)
+    own = list(lease.pages)
+    unshared = tree.pin(tree.match("", tokens(1, 2, 3), 0))
+    assert tree.publish_ended(unshared, lease, tokens(1, 2, 3)) == 1
+    assert list(lease.pages) == own[:2]
+    tree.unpin(unshared, used=True)
+    ledger.release(lease, step=1)
 
 
 def test_h73_a_page_under_a_hard_pin_is_never_evicted() -> None:
@@ -222,7 +224,7 @@ def test_h14_matching_changes_nothing() -> None:
 
 
 def taken(rows: "RowTable[str]", occupant: str) -> int:
-    return rows.take(occupant, (), **dict.fromkeys(RowTable.__annotations__, 0))
+    return rows.take(occupant, (), RowStart(*(0 for _ in RowStart._fields)))
 
 
 def test_rows_have_one_owner_each_and_free_and_held_make_all() -> None:
