@@ -28,6 +28,9 @@ HELP = """\
 /quit   leave (so does Ctrl-D)
 Ctrl-C interrupts an answer; what was said of it stays in the conversation."""
 
+_SHOWN = ("id", "phase", "turns", "tokens", "kv_tokens", "own_pages", "shared_pages", "tokens_max")
+"""Of a session, what `/stats` shows."""
+
 _PLACEHOLDER = "\ue000answer\ue000"
 """Stands for an answer where only what the template writes after it matters; private use, so nobody types it."""
 
@@ -281,8 +284,9 @@ class _Conversation:
         _say(self._console, f"[{answer.summary}{ends.get(answer.finish['type'], '')}]\n", "dim")
 
     def _show_view(self) -> None:
-        for name, value in self._session.view().items():
-            _say(self._console, f"{name:16}{value}")
+        view = self._session.view()
+        for name in _SHOWN:
+            _say(self._console, f"{name:16}{view[name]}")
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[Callable[[str], None]]:

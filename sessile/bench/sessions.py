@@ -285,19 +285,22 @@ def _table(options: SessionBenchOptions, summaries: Sequence[Summary]) -> Table:
     table = Table(
         title=f"{options.conversations} conversations × {options.turns} turns: {options.first_tokens} tokens first, "
         f"{options.added_tokens} added, {options.generated_tokens} generated",
-        caption="Milliseconds of all turns but the first, unless said otherwise; mean · p50 · p99.",
+        caption="Milliseconds, of all turns but the first unless said otherwise.",
     )
     table.add_column("")
     for summary in summaries:
         table.add_column(summary.mode, justify="right")
     rows = {
-        "turn": [f"{s.turn_ms_mean:.1f} · {s.turn_ms_p50:.1f} · {s.turn_ms_p99:.1f}" for s in summaries],
-        "time to first token": [
-            f"{s.first_token_ms_mean:.1f} · {s.first_token_ms_p50:.1f} · {s.first_token_ms_p99:.1f}" for s in summaries
-        ],
-        "turn, head · tail": [f"{s.head_ms:.1f} · {s.tail_ms:.1f}" for s in summaries],
-        "first turn, to first token": [f"{s.first_turn_first_token_ms:.1f}" for s in summaries],
-        "last turn, cached / prompt tokens": [f"{s.last_cached_tokens} / {s.last_prompt_tokens}" for s in summaries],
+        "turn, mean": [f"{s.turn_ms_mean:.1f}" for s in summaries],
+        "turn, p50": [f"{s.turn_ms_p50:.1f}" for s in summaries],
+        "turn, p99": [f"{s.turn_ms_p99:.1f}" for s in summaries],
+        "turn, first tenth (head)": [f"{s.head_ms:.1f}" for s in summaries],
+        "turn, last tenth (tail)": [f"{s.tail_ms:.1f}" for s in summaries],
+        "first token, mean": [f"{s.first_token_ms_mean:.1f}" for s in summaries],
+        "first token, p50": [f"{s.first_token_ms_p50:.1f}" for s in summaries],
+        "first token, p99": [f"{s.first_token_ms_p99:.1f}" for s in summaries],
+        "first token of the first turn": [f"{s.first_turn_first_token_ms:.1f}" for s in summaries],
+        "cached / prompt tokens, last turn": [f"{s.last_cached_tokens} / {s.last_prompt_tokens}" for s in summaries],
         "whole run, seconds": [f"{s.run_s:.2f}" for s in summaries],
     }
     for name, cells in rows.items():
