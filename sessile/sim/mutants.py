@@ -1,4 +1,4 @@
-"""Faults planted in the shipped core, one at a time: each must be caught, and the sound core must pass the same seeds."""
+"""Faults planted in the shipped core, one at a time: each must be caught, and the sound core pass the same seeds."""
 
 import argparse
 import multiprocessing
@@ -64,8 +64,8 @@ def main(options: argparse.Namespace) -> int:
     sound = _check_sound(catches, options)
     missed = [catch.name for catch in catches if catch.failure is None]
     balanced = sum(catch.failure is not None and catch.failure.balanced for catch in catches)
-    print(f"{len(catches) - len(missed)} of {len(catches)} caught; {balanced} kept all sums balanced; "
-          f"sound core: {'passed' if sound is None else f'FAILED seed {sound.seed} step {sound.step} ({sound.checker})'}")
+    verdict = "passed" if sound is None else f"FAILED seed {sound.seed} step {sound.step} ({sound.checker})"
+    print(f"{len(catches) - len(missed)} of {len(catches)} caught; {balanced} kept all sums balanced; sound: {verdict}")
     if options.write and not missed and sound is None:
         options.write.write_text(markdown(chosen, catches, options), encoding="utf-8")
     too_few = not options.only and balanced < BALANCED_MIN
@@ -106,9 +106,9 @@ def markdown(mutants: Sequence[Mutant], catches: Sequence[Catch], options: argpa
         "# Planted faults",
         "",
         f"Written by `python -m sessile.sim mutants --seeds {options.seeds} --steps {options.steps} --write FILE`.",
-        "Each fault is planted in a private copy of the shipped core, alone. The hunt stops at the first seed that fails;",
-        "the sound core passes all of these seeds. *Sums* says whether all totals of pages and rows still added up at that",
-        "moment: where they did, only the identity of a page or the content of a token could give the fault away.",
+        "Each fault is planted in a private copy of the shipped core, alone. The hunt stops at the first seed that",
+        "fails; the sound core passes all of these seeds. *Sums* says whether all totals of pages and rows still added",
+        "up at that moment: where they did, only the identity of a page or a token's content gave the fault away.",
         "",
         "| fault | what is wrong | hazards | sums | caught by | seed | step |",
         "|---|---|---|---|---|---:|---:|",

@@ -125,8 +125,9 @@ class Simulation:
         if not self._world.overlap:
             self._settle()
         self._collect()
-        self._machine.audit()
-        check_stats(self._machine.stats(), self._world, self._books, self._books.totals)
+        if moved or messages:
+            self._machine.audit()
+            check_stats(self._machine.stats(), self._world, self._books, self._books.totals)
         return moved
 
     def _messages(self) -> Sequence[wire.ToEngine]:
@@ -139,7 +140,7 @@ class Simulation:
 
     def _send(self, message: wire.ToEngine) -> None:
         self._note("sent", message)
-        waiting_requests = self._machine.stats().requests_waiting
+        waiting_requests = self._machine.stats().requests_waiting if isinstance(message, wire.Submit) else 0
         self._books.note_sent(message, waiting_requests)
         self._machine.receive(message)
         if self._books.is_unsure or self._timing.random() < self._world.temper.chatty:

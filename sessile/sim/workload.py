@@ -26,7 +26,7 @@ class Workload:
         """What comes in now, in order."""
         temper = self._world.temper
         sent: list[wire.ToEngine] = []
-        if len(self._books.live) < temper.live_max and self._chance(temper.submit_rate):
+        if len(self._books.live) < self._live_max() and self._chance(temper.submit_rate):
             sent += self._submits()
         if self._books.just_idle and self._chance(0.5):
             sent.append(self._submit(self._draw.choice(self._books.just_idle)))
@@ -43,6 +43,11 @@ class Workload:
         if self._chance(temper.look_rate):
             sent += self._looks()
         return sent
+
+    def _live_max(self) -> int:
+        """Clients mostly stay below what the waiting line takes; now and then they storm it."""
+        limits, temper = self._world.limits, self._world.temper
+        return temper.live_max if self._chance(0.05) else min(temper.live_max, limits.rows_max + limits.queue_max)
 
     def _chance(self, rate: float) -> bool:
         return self._draw.random() < rate
@@ -61,8 +66,11 @@ class Workload:
                 sent.append(self._submit(None))
             elif len(self._books.sessions) < self._sessions_wanted:
                 sent.append(self._open())
-            elif idle := [s.id for s in self._books.sessions.values() if s.turn is None]:
-                sent.append(self._submit(self._draw.choice(idle)))
+            elif idle := [session for session in self._books.sessions.values() if session.turn is None]:
+                session = self._draw.choice(idle)
+                is_full = len(session.history) >= self._longest(session) - 1
+                ends = is_full and self._chance(0.8)
+                sent.append(wire.CloseSession(self._op(), session.id) if ends else self._submit(session.id))
         return sent
 
     def _open(self) -> wire.OpenSession:
@@ -77,16 +85,16 @@ class Workload:
 
     def _submit(self, session_id: str | None) -> wire.Submit:
         self._keys += 1
-        temper = self._world.temper
+        draw, temper = self._draw, self._world.temper
         session = self._books.sessions.get(session_id) if session_id is not None else None
         tokens = self._turn_tokens(session) if session else self._prompt()
         return wire.Submit(
             key=self._keys,
             tokens=wire.pack_tokens(tokens),
-            sampling=self._sampling(),
+            sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, None]) if session else self._allowance()),
             session=session_id,
-            logprobs=self._draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
-            prompt_logprobs_from=self._draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
+            logprobs=draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
+            prompt_logprobs_from=draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
         )
 
     def _prompt(self) -> list[int]:
@@ -97,7 +105,7 @@ class Workload:
                 request = draw.choice(earlier)
                 return [*request.prompt, *request.output][: draw.choice([None, len(request.prompt)])]
             stem = draw.choice(self._stems)
-            return [*stem[: draw.randint(1, len(stem))], *self._tokens(4)]
+            return [*stem[: draw.randint(1, len(stem))], *self._tokens(4)][: temper.prompt_tokens_max]
         if self._chance(0.05):
             longest = self._world.limits.sequence_tokens_max
             return self._exactly(max(1, longest + draw.choice([-2, -1, 0, 1])))
@@ -107,7 +115,7 @@ class Workload:
         """New tokens of a turn: often few, sometimes none, a lone BOS, or just as many as still fit."""
         draw = self._draw
         length = len(session.history)
-        longest = min(self._world.limits.sequence_tokens_max, session.tokens_max)
+        longest = self._longest(session)
         if not length:
             return self._prompt()
         kind = draw.random()
@@ -117,7 +125,11 @@ class Workload:
             return [BOS] if draw.random() < 0.5 else [BOS, *self._tokens(3)]
         if kind < 0.2:
             return self._exactly(max(0, longest - length + draw.choice([-2, -1, 0, 1])))
-        return self._tokens(min(self._world.temper.prompt_tokens_max, 12))
+        room = longest - length
+        return self._tokens(min(self._world.temper.prompt_tokens_max, draw.choice([1, 3, 12]), max(1, room)))
+
+    def _longest(self, session: SessionBook) -> int:
+        return min(self._world.limits.sequence_tokens_max, session.tokens_max)
 
     def _tokens(self, longest: int) -> list[int]:
         tokens = self._exactly(self._draw.randint(1, max(1, longest)))
@@ -127,7 +139,10 @@ class Workload:
         vocab_size = self._world.facts.vocab_size
         return [self._draw.randrange(vocab_size) for _ in range(count)]
 
-    def _sampling(self) -> wire.Sampling:
+    def _allowance(self) -> int | None:
+        return self._draw.choice([0, 1, 2, 5, 5, 8, 8, 20, 50, None, 1_000_000])
+
+    def _sampling(self, max_new_tokens: int | None) -> wire.Sampling:
         draw, variety = self._draw, self._world.temper.sampling_variety
         settings: dict[str, object] = {}
         if self._chance(variety):
@@ -152,7 +167,7 @@ class Workload:
         return wire.Sampling(
             seed=(self._keys * 0x9E3779B97F4A7C15) & (2**64 - 1),
             temperature=draw.choice([0.0, 0.0, 0.7]),
-            max_new_tokens=draw.choice([0, 1, 2, 5, 5, 8, 8, 20, 50, None, 1_000_000]),
+            max_new_tokens=max_new_tokens,
             **settings,  # type: ignore[arg-type]
         )
 

@@ -90,7 +90,7 @@ def _facts(draw: Random) -> ModelFacts:
         token_bytes.append(bytes(draw.choice(b"abc") for _ in range(draw.choice([1, 1, 2, 3]))))
     return ModelFacts(
         vocab_size=vocab_size,
-        context_tokens=draw.choice([8, 24, 64, 160, 400]),
+        context_tokens=draw.choice([8, 32, 100, 200, 400]),
         eos_ids=(EOS,),
         bos_id=BOS if draw.random() < 0.7 else None,
         token_bytes=tuple(token_bytes),
@@ -99,7 +99,7 @@ def _facts(draw: Random) -> ModelFacts:
 
 
 def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str]) -> Limits:
-    drafts_max = draw.choice([0, 0, 1, 2, 4]) if "drafts" in faults else 0
+    drafts_max = draw.choice([0, 1, 2, 4]) if "drafts" in faults else 0
     page_size = draw.choice([1, 1, 2, 3, 4, 8, 16])
     pages_total = 1 + draw.randint(4, 40)
     while (pages_total - 1) * page_size - drafts_max < 2:
@@ -117,7 +117,7 @@ def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str]) -> Limits:
         queue_max=draw.choice([2, 8, 100, 100]),
         queue_tokens_max=draw.choice([100, 1000, 100_000, 100_000]),
         audit_level=2,
-        retract_every=draw.choice([0, 0, 2, 3, 7, 20]) if "retract" in faults else 0,
+        retract_every=draw.choice([0, 0, 0, 3, 7, 20]) if "retract" in faults else 0,
         overtakes_max=draw.choice([0, 1, 4, 64]),
         admissions_max=draw.choice([1, 2, 64]),
         share_wait_steps=draw.choice([0, 2, 16, 256]),
@@ -135,12 +135,12 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         submit_rate=rate("", 0.2, 0.5, 0.9),
         session_share=rate("", 0.0, 0.4, 0.7, 0.9, 1.0),
         sessions_wanted=draw.choice([1, 3, 6, 12]),
-        prompt_tokens_max=draw.choice([3, 8, 20, 60, limits.context_tokens]),
+        prompt_tokens_max=min(draw.choice([3, 8, 20, 60, 400]), max(1, limits.sequence_tokens_max - 1)),
         shared_prompts=rate("", 0.0, 0.4, 0.9),
-        cancel_rate=rate("cancel", 0.0, 0.02, 0.1, 0.4),
-        close_rate=rate("close", 0.0, 0.01, 0.05, 0.2),
+        cancel_rate=rate("cancel", 0.0, 0.01, 0.05, 0.3),
+        close_rate=rate("close", 0.0, 0.002, 0.01, 0.1),
         cancel_all_rate=rate("cancel", 0.0, 0.0, 0.005),
-        flush_rate=rate("flush", 0.0, 0.01, 0.05),
+        flush_rate=rate("flush", 0.0, 0.0, 0.005, 0.03),
         nonsense_rate=rate("", 0.0, 0.02, 0.1),
         look_rate=rate("", 0.02, 0.1),
         chatty=rate("", 0.0, 0.5, 1.0),
