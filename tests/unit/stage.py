@@ -14,6 +14,7 @@ from sessile.contract.messages import (
     OpenSession,
     Reply,
     Sampling,
+    SessionGone,
     SessionTokens,
     SessionView,
     Stats,
@@ -23,8 +24,10 @@ from sessile.contract.messages import (
     unpack_tokens,
 )
 from sessile.contract.model import ModelFacts
+from sessile.contract.plan import StepPlan
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
+from sessile.core.planning import Drafter
 from sessile.sim.reference import Speaker
 from sessile.sim.toy import ToyDevice, ToyTicket
 
@@ -36,21 +39,37 @@ STEPS_MAX = 2000
 class Stage:
     """One machine, audited after every step, and all that it has said."""
 
-    def __init__(self, *, pages: int = 64, page_size: int = 4, rows: int = 4, chunk: int = 64, **limits: Any) -> None:
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        page_size: int = 4,
+        rows: int = 4,
+        chunk: int = 64,
+        facts: ModelFacts = FACTS,
+        drafter: Drafter | None = None,
+        drafts_max: int = 0,
+        **limits: Any,
+    ) -> None:
         self.page_size = page_size
         self.machine = Machine(
             Limits(
-                pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=FACTS.context_tokens,
-                chunk_tokens=chunk, audit_level=2, **limits,
+                pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=facts.context_tokens,
+                chunk_tokens=chunk, drafts_max=drafts_max, audit_level=2, **limits,
             ),
-            FACTS,
+            facts,
+            drafter=drafter,
         )  # fmt: skip
         self.device = ToyDevice(
-            pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=FACTS.context_tokens, drafts_max=0,
-            vocab_size=VOCABULARY,
+            pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=facts.context_tokens,
+            drafts_max=drafts_max, vocab_size=facts.vocab_size,
         )  # fmt: skip
+        self.plans: list[StepPlan] = []
+        """Every step that was launched."""
         self.output: dict[int, list[int]] = defaultdict(list)
         self.done: dict[int, Done] = {}
+        self.gone: list[SessionGone] = []
+        """Sessions that ended by themselves."""
         self.queries = 0
         """Query tokens that the device counted."""
         self._in_flight: ToyTicket | None = None
@@ -85,8 +104,12 @@ class Stage:
     def launch(self) -> bool:
         """Plan and launch a step, and settle the one that was in flight; the new one stays in flight."""
         planned = self.machine.plan()
+        if planned is not None and planned.late:
+            self.settle()
         plan = self.machine.complete(planned) if planned else None
         ticket = self.device.launch(plan) if plan else None
+        if plan is not None:
+            self.plans.append(plan)
         self.settle()
         self._in_flight = ticket
         return ticket is not None
@@ -140,6 +163,7 @@ class Stage:
         for done in batch.done:
             assert done.key not in self.done, f"request {done.key} ended twice"
             self.done[done.key] = done
+        self.gone += batch.gone
         self._replies |= {reply.op: reply for reply in batch.replies}
 
 
@@ -151,9 +175,9 @@ def deltas_of(batch: Batch) -> list[tuple[int, list[int]]]:
     return [(key, tokens[bounds[i] : bounds[i + 1]]) for i, key in enumerate(keys)]
 
 
-def expected(context: list[int], count: int = 4) -> list[int]:
+def expected(context: list[int], count: int = 4, facts: ModelFacts = FACTS) -> list[int]:
     """What the toy model says after a context, greedily, by a path that knows no pages."""
-    speaker = Speaker(context, Sampling(seed=0, temperature=0.0), FACTS)
+    speaker = Speaker(context, Sampling(seed=0, temperature=0.0), facts)
     said = []
     for _ in range(count):
         said.append(speaker.peek())
