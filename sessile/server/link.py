@@ -242,6 +242,8 @@ class EngineLink:
             else:
                 assert isinstance(message, EngineFailed)
                 self.fail(message.message)
+            # With frames waiting, recv() returns at once; readers must get their turn after each step all the same.
+            await asyncio.sleep(0)
 
     def _receiver_ended(self, receiver: "asyncio.Task[None]") -> None:
         if not receiver.cancelled() and (error := receiver.exception()) is not None:

@@ -126,7 +126,7 @@ def _add_figures(router: APIRouter, service: Service) -> None:
                 "version": __version__,
                 "settings": service.settings or {"server": dataclasses.asdict(service.options)},
                 "engine": _plain(service.link.ready),
-                "stats": _plain(stats),
+                "internal_states": [_plain(stats)],  # where SGLang's clients look for live figures
                 "requests_in_flight": service.link.in_flight,
                 "draining": service.draining,
             }

@@ -1,5 +1,6 @@
 """JSON replies, and errors in the shape that each of the three surfaces promises."""
 
+import logging
 from enum import Enum
 from typing import Any
 
@@ -12,6 +13,8 @@ from starlette.responses import Response
 
 from sessile.errors import InvalidRequest, UserError
 from sessile.server.link import refusal_error
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 
@@ -72,6 +75,8 @@ def add_error_replies(app: FastAPI) -> None:
 
     async def user_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)
+        fields = {"method": request.method, "path": request.url.path, "status": error.status, "error": error.message}
+        log.debug("refused", extra=fields)
         return error_reply(Surface.of(request.url.path), error)
 
     async def http_error(request: Request, error: Exception) -> Response:

@@ -1,5 +1,6 @@
 """Sessions: SGLang's /open_session and /close_session, and the same sessions as a resource under /v1/sessions."""
 
+import logging
 import secrets
 from typing import Annotated, Any, ClassVar
 
@@ -23,6 +24,8 @@ from sessile.server.body import Body, Tolerated, read_body, takes
 from sessile.server.calls import Service
 from sessile.server.replies import JsonReply, engine_refusal
 from sessile.server.sampling import COUNT_MAX
+
+log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S_MAX = 31_536_000
 METADATA_KEYS_MAX = 16
@@ -80,18 +83,18 @@ def _add_native(router: APIRouter, service: Service) -> None:
                 "streaming: branching sessions are not supported; open the session with streaming: true",
                 param="streaming",
             )
-        session = body.session_id or new_session_id()
+        create = CreateBody(id=body.session_id, idle_timeout_s=body.timeout)
         try:
-            await service.link.ask(lambda op: OpenSession(op=op, session=session, idle_timeout_s=body.timeout))
+            view = await _open(service, create)
         except UserError as error:
             raise engine_refusal(error.status, error.code, error.message, error.param) from None
-        return JsonReply(session)
+        return JsonReply(view.id)
 
     @router.post("/close_session", openapi_extra=takes(CloseBody))
     async def close_session(request: Request) -> Response:
         body = await read_body(request, CloseBody)
         try:
-            await service.link.ask(lambda op: CloseSession(op, body.session_id))
+            await _close(service, body.session_id)
         except UserError as error:
             if error.status != NotFound.status:  # closing is idempotent: an unknown session is closed
                 raise
@@ -105,16 +108,7 @@ def _add_resources(router: APIRouter, service: Service) -> None:
     async def create(request: Request) -> Response:
         body = await read_body(request, CreateBody)
         service.check_open()
-        view = await link.ask(
-            lambda op: OpenSession(
-                op=op,
-                session=body.id or new_session_id(),
-                idle_timeout_s=body.idle_timeout_s,
-                tokens_max=body.max_tokens,
-                metadata=body.metadata or {},
-            )
-        )
-        return JsonReply(session_content(view))
+        return JsonReply(session_content(await _open(service, body)))
 
     @router.get("/v1/sessions")
     async def list_all(after: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
@@ -133,8 +127,30 @@ def _add_resources(router: APIRouter, service: Service) -> None:
 
     @router.delete("/v1/sessions/{session}")
     async def delete(session: str) -> Response:
-        outcome = await link.ask(lambda op: CloseSession(op, session))
-        return JsonReply({"id": session, "object": "session", **outcome.values})
+        return JsonReply({"id": session, "object": "session", **await _close(service, session)})
+
+
+async def _open(service: Service, body: CreateBody) -> SessionView:
+    """Open a session. Raises UserError as the engine refuses it."""
+    view = await service.link.ask(
+        lambda op: OpenSession(
+            op=op,
+            session=body.id or new_session_id(),
+            idle_timeout_s=body.idle_timeout_s,
+            tokens_max=body.max_tokens,
+            metadata=body.metadata or {},
+        )
+    )
+    assert isinstance(view, SessionView)
+    log.info("session opened", extra={"session": view.id})
+    return view
+
+
+async def _close(service: Service, session: str) -> dict[str, Any]:
+    """Close a session; whether that is done or deferred to the end of its turn. Raises UserError if it is unknown."""
+    outcome = await service.link.ask(lambda op: CloseSession(op, session))
+    log.info("session closed", extra={"session": session, **outcome.values})
+    return dict(outcome.values)
 
 
 def session_content(view: SessionView) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_model_and_server_say_what_they_are(server: Running) -> None:
     content = server.client.get("/get_server_info").json()
     assert content["settings"]["server"]["port"] == 30000
     assert content["engine"]["page_size"] == 16
-    assert content["stats"]["pages_total"] == 64
+    assert content["internal_states"][0]["pages_total"] == 64
 
 
 def test_flush_is_refused_while_anything_runs(server: Running) -> None:
