@@ -1,5 +1,6 @@
 """From what was planned to the flat arrays of a StepPlan: the late part, drafts included."""
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from sessile.core.planning import Drafter, Planned, PromptPart
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column
 
+_NO_COPIES: Ints = np.empty((0, 3), np.int32)
 _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
 
@@ -37,41 +39,48 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         drafts = _ask(books, drafter, decodes, caps)
     if not len(decodes) and not parts:
         return None
-    starts, draft_counts, tokens = _decode_columns(books, planned, decodes, drafts)
-    part_rows = np.array([part.row for part in parts], np.int64)
-    all_rows = np.concatenate((decodes, part_rows))
-    part_tokens = [part.request.tokens(part.start, part.start + part.count) for part in parts]
-    part_samples = np.array([part.samples for part in parts], np.int64)
-    from_device = tokens[np.cumsum(draft_counts + 1) - draft_counts - 1] < 0
-    prompts = rows.prompt[all_rows]
-    outputs = rows.known[all_rows] - prompts
-    # The token about to be sampled comes after those that steps in flight sample; a late plan waits for none.
-    ahead = rows.pending[all_rows]
-    ahead[: len(decodes)] -= 1 + draft_counts
-    ahead[len(decodes) :] -= part_samples
-    samples = np.concatenate((np.ones(len(decodes), np.int64), part_samples))
-    flags = samples * SAMPLE
-    flags[: len(decodes)] |= from_device * FROM_DEVICE
-    scores = _scores(parts, len(tokens))
+    starts, draft_counts, tokens, from_device = _decode_columns(books, planned, decodes, drafts)
+    decode_count, part_count = len(decodes), len(parts)
+    all_rows = np.empty(decode_count + part_count, np.int64)
+    all_rows[:decode_count] = decodes
+    all_rows[decode_count:] = [part.row for part in parts]
+    fields = np.zeros((5, len(all_rows)), np.int32)
+    plan_starts, query_counts, plan_drafts, flags, output_indices = fields
+    plan_starts[:decode_count] = starts
+    query_counts[:decode_count] = 1 + draft_counts
+    plan_drafts[:decode_count] = draft_counts
+    flags[:decode_count] = SAMPLE | from_device * FROM_DEVICE
+    if parts:
+        plan_starts[decode_count:] = [part.start for part in parts]
+        query_counts[decode_count:] = [part.count for part in parts]
+        flags[decode_count:] = [SAMPLE * part.samples for part in parts]
+    # The token about to be sampled comes after those that steps in flight sample; `pending` counts it already.
+    known = rows.known[all_rows] - rows.prompt[all_rows] + rows.pending[all_rows]
+    output_indices[:] = np.maximum(known - (flags & SAMPLE) - plan_drafts, 0)
+    tops = rows.logprobs[all_rows]
+    tops[flags & SAMPLE == 0] = -1
+    flat = array("i", tokens)
+    for part in parts:
+        flat.frombytes(part.request.tokens(part.start, part.start + part.count).tobytes())
     occupants = rows.occupants
-    requests = [request for request in map(occupants.__getitem__, all_rows.tolist()) if request is not None]
+    requests = [request for row in all_rows.tolist() if (request := occupants[row]) is not None]
     assert len(requests) == len(all_rows), "a planned row has no occupant"
     plan = StepPlan(
         planned.step,
         *_bindings(books, planned),
         *_table(planned),
-        np.empty((0, 3), np.int32),
+        _NO_COPIES,
         all_rows.astype(np.int32),
-        np.concatenate((starts, np.array([part.start for part in parts], np.int64))).astype(np.int32),
-        np.concatenate((1 + draft_counts, np.array([part.count for part in parts], np.int64))).astype(np.int32),
-        np.concatenate((draft_counts, np.zeros(len(parts), np.int64))).astype(np.int32),
-        flags.astype(np.int32),
-        np.maximum(outputs + ahead, 0).astype(np.int32),
-        np.where(samples == 1, rows.logprobs[all_rows], -1).astype(np.int32),
-        np.concatenate((tokens, *part_tokens)).astype(np.int32),
-        *scores,
+        plan_starts,
+        query_counts,
+        plan_drafts,
+        flags,
+        output_indices,
+        tops.astype(np.int32),
+        np.frombuffer(flat, np.int32),
+        *_scores(parts, len(tokens)),
     )
-    return Flight(plan, requests, len(decodes), parts)
+    return Flight(plan, requests, decode_count, parts)
 
 
 def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -> list[list[int]]:
@@ -93,16 +102,14 @@ def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -
 
 def _decode_columns(
     books: Books, planned: Planned, decodes: Column, drafts: list[list[int]] | None
-) -> tuple[Column, Column, Column]:
-    """(starts [d], draft counts [d], tokens [sum 1 + drafts]) of the decoding rows; a token of -1 is on the device."""
+) -> tuple[Column, Column, list[int], Column]:
+    """Of the decoding rows: starts [d], draft counts [d], tokens [sum 1 + drafts], and whether the first of a row's
+    tokens is still on the device (its token is -1 then)."""
     rows = books.rows
     if drafts is None:
-        waits = rows.pending[decodes] > 1
-        return (
-            rows.planned[decodes] - 1,
-            np.zeros(len(decodes), np.int64),
-            np.where(waits, -1, rows.last_token[decodes]),
-        )
+        on_device = rows.pending[decodes] > 1
+        tokens = np.where(on_device, -1, rows.last_token[decodes])
+        return rows.planned[decodes] - 1, np.zeros(len(decodes), np.int64), tokens.tolist(), on_device.astype(np.int64)
     # Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
     counts = np.array([len(draft) for draft in drafts], np.int64)
     starts = rows.settled[decodes].copy()
@@ -113,7 +120,7 @@ def _decode_columns(
     for token, draft in zip(rows.last_token[decodes].tolist(), drafts, strict=True):
         flat.append(token)
         flat.extend(draft)
-    return starts, counts, np.array(flat, np.int64)
+    return starts, counts, flat, np.zeros(len(decodes), np.int64)
 
 
 def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints]:
@@ -144,31 +151,32 @@ def scored_range(part: PromptPart) -> tuple[int, int]:
 
 def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     """Page-table runs: whole tables of the rows bound in this step, then what running rows drew."""
-    if not planned.bound and not planned.runs:
-        return NO_INTS, NO_INTS, NO_INTS, NO_INTS
     table_rows: list[int] = []
     starts: list[int] = []
     counts: list[int] = []
-    pages = []
+    pages = array("i")
     for request in planned.bound:
         if request.row is None or request.pin is None or request.lease is None:
             continue  # It ended between the early part and now: its row is bound, but nothing of it runs.
-        own = request.lease.pages
         table_rows.append(request.row)
         starts.append(0)
-        counts.append(len(request.pin.pages) + len(own))
-        pages.append(np.array(request.pin.pages, np.int32))
-        pages.append(np.array(own, np.int32))
+        counts.append(len(request.pin.pages) + len(request.lease.pages))
+        pages.extend(request.pin.pages)
+        pages.extend(request.lease.pages)
     for row, start, drawn in planned.runs:
         table_rows.append(row)
         starts.append(start)
         counts.append(len(drawn))
-        pages.append(np.array(drawn, np.int32))
+        pages.extend(drawn)
+    grown = len(planned.grown)
+    if not table_rows and not grown:
+        return NO_INTS, NO_INTS, NO_INTS, NO_INTS
+    pages.extend(planned.grown_pages)
     return (
-        np.array(table_rows, np.int32),
-        np.array(starts, np.int32),
-        np.array(counts, np.int32),
-        np.concatenate(pages) if pages else NO_INTS,
+        np.array([*table_rows, *planned.grown.tolist()], np.int32),
+        np.array([*starts, *planned.grown_slots.tolist()], np.int32),
+        np.array([*counts, *(1,) * grown], np.int32),
+        np.frombuffer(pages, np.int32),
     )
 
 

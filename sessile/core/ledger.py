@@ -13,7 +13,8 @@ value. Whoever holds it owns the pages; handing it over is O(1) and rewrites no 
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NoReturn
 
 import numpy as np
@@ -168,6 +169,16 @@ class PageLedger:
         lease.pages.extend(pages)
         return pages
 
+    def draw_each(self, leases: Sequence[Lease]) -> "array[int]":
+        """FREE → sequence, one page for each lease: the same as `draw` for many sequences at once."""
+        pages = self._free[: -len(leases) - 1 : -1]
+        assert len(pages) == len(leases), f"drew {len(leases)} pages of {len(self._free)} free ones"
+        self._post(pages, FREE, [lease.account for lease in leases])
+        del self._free[-len(leases) :]
+        for page, lease in zip(pages, leases, strict=True):
+            lease.pages.append(page)
+        return pages
+
     def publish(self, lease: Lease, start: int, count: int) -> "array[int]":
         """sequence → TREE: take pages [start, start + count) out of the lease; the tree must adopt them."""
         pages = lease.pages[start : start + count]
@@ -228,26 +239,31 @@ class PageLedger:
         else:
             waiting.extend(pages)
 
-    def _post(self, pages: "array[int]", source: Account, target: Account) -> None:
+    def _post(self, pages: "array[int]", source: Account, target: "Account | list[Account]") -> None:
         """Move pages from source to target: the only place where ownership changes.
 
-        pages: each owned by source. Raises OwnershipError naming the first page that is not, with its owner; nothing
-        has moved then.
+        pages: each owned by source. target: one account for all, or one for each page. Raises OwnershipError naming
+        the first page that is not source's, with its owner; nothing has moved then.
         """
-        if len(pages) <= _FEW_PAGES:
-            tags = self._tags
-            for page in pages:
-                if tags[page] != source:
-                    raise self._foreign(page, source)
-            for page in pages:
-                tags[page] = target
-        else:
+        balances = self._balances
+        if len(pages) > _FEW_PAGES:
             found = self._tags_view[pages] == source
             if not found.all():
                 raise self._foreign(pages[int(np.argmin(found))], source)
             self._tags_view[pages] = target
-        self._balances[source & _SLOT_MASK] -= len(pages)
-        self._balances[target & _SLOT_MASK] += len(pages)
+        else:
+            tags = self._tags
+            for page in pages:
+                if tags[page] != source:
+                    raise self._foreign(page, source)
+            for page, account in zip(pages, target if isinstance(target, list) else repeat(target), strict=False):
+                tags[page] = account
+        balances[source & _SLOT_MASK] -= len(pages)
+        if isinstance(target, list):
+            for account in target:
+                balances[account & _SLOT_MASK] += 1
+        else:
+            balances[target & _SLOT_MASK] += len(pages)
 
     def _foreign(self, page: int, expected: Account) -> OwnershipError:
         return OwnershipError.foreign_page(page, expected=self.name(expected), found=self.name(self._tags[page]))

@@ -5,6 +5,7 @@ order of arrival. A shortage of pages is judged on free + limbo + reclaimable: w
 step; only what nothing covers preempts, and then the newest arrival, for the sake of an older one.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -61,8 +62,12 @@ class Planned:
     draft_caps: Column = field(default_factory=lambda: _NO_ROWS)
     parts: list[PromptPart] = field(default_factory=list)
     bound: list[Request] = field(default_factory=list)
-    runs: list[tuple[int, int, Sequence[int]]] = field(default_factory=list)
+    runs: list[tuple[int, int, "array[int]"]] = field(default_factory=list)
     """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
+    grown: Column = field(default_factory=lambda: _NO_ROWS)
+    """Running rows that drew one page each: their table gets `grown_pages` at `grown_slots`."""
+    grown_slots: Column = field(default_factory=lambda: _NO_ROWS)
+    grown_pages: "array[int]" = field(default_factory=lambda: array("i"))
     late: bool = False
     tokens: int = 0
 
@@ -198,11 +203,17 @@ class Planner:
 
     def _draw_one_each(self, planned: Planned, lacking: Column) -> None:
         rows, ledger = self._books.rows, self._books.ledger
+        if not len(lacking):
+            return
         occupants = rows.occupants
-        for row, slot in zip(lacking.tolist(), rows.pages[lacking].tolist(), strict=True):
+        leases = []
+        for row in lacking.tolist():
             request = occupants[row]
             assert request is not None and request.lease is not None
-            planned.runs.append((row, slot, ledger.draw(request.lease, 1)))
+            leases.append(request.lease)
+        planned.grown = lacking
+        planned.grown_slots = rows.pages[lacking]
+        planned.grown_pages = ledger.draw_each(leases)
         rows.pages[lacking] += 1
 
     def _draw(self, planned: Planned, row: RowId, pages: int) -> None:
@@ -413,7 +424,7 @@ class Planner:
                 pages=pinned + len(request.lease),
                 pinned=pinned,
                 prompt=request.prompt_tokens,
-                last_token=request.token(known - 1),
+                last_token=request.last_token,
                 last_step=0,
                 logprobs=request.logprobs,
             ),

@@ -118,8 +118,11 @@ class Request:
             parts.append(np.array(self.output[max(start - prompt, 0) : stop - prompt], np.int32))
         return np.concatenate(parts) if parts else self.delta[:0]
 
-    def token(self, position: int) -> int:
-        """One token of the context."""
-        if position >= self.prompt_tokens:
-            return self.output[position - self.prompt_tokens]
-        return int(self.tokens(position, position + 1)[0])
+    @property
+    def last_token(self) -> int:
+        """The last known token."""
+        if self.output:
+            return self.output[-1]
+        return (
+            int(self.delta[-1]) if len(self.delta) else int(self.base.slice(self.base_tokens - 1, self.base_tokens)[0])
+        )
