@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import psutil
-
 from sessile.errors import StartupError
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -12,7 +10,7 @@ _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def available_bytes() -> int:
     """Memory that can still be taken without swapping, in bytes: of the machine or of our control group, if less."""
-    free = int(psutil.virtual_memory().available)
+    free = _machine_bytes()
     for limit, used in _group_memory():
         free = min(free, max(limit - used, 0))
     return free
@@ -20,8 +18,7 @@ def available_bytes() -> int:
 
 def available_cores() -> int:
     """Cores that this process may use, at least 1: affinity and the control group's quota counted, not SMT twins."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    cores = float(_physical_cores())
     for quota in _group_quotas():
         cores = min(cores, quota)
     return max(int(cores), 1)
@@ -48,6 +45,31 @@ def readable(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+def _machine_bytes() -> int:
+    """Memory of the machine that is free or easily freed; where that is not told, what is installed."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _physical_cores() -> int:
+    """Cores among the processors we may run on: hardware threads that share one count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for processor in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text(encoding="ascii").strip())
+        except OSError:
+            cores.add(str(processor))
+    return len(cores)
 
 
 def _groups() -> list[Path]:

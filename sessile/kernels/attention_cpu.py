@@ -37,7 +37,7 @@ def _widen_typed(element):  # type: ignore[no-untyped-def]
 
 @njit(inline="always", fastmath=_FAST)
 def _exponential(x):  # type: ignore[no-untyped-def]
-    """exp(x) for x ≤ 0 to 2 units in the last place, without a library call, so that loops of it vectorise (Cephes)."""
+    """exp(x) for x ≤ 0 to 2 units in the last place, written out so that loops of it vectorise (Cephes)."""
     x = max(x, np.float32(-87.0))
     whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     rest = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)
@@ -111,15 +111,17 @@ def _merge_query(maxima, sums, mixed, out):  # type: ignore[no-untyped-def]
         total = np.float32(0.0)
         for part in range(parts):
             total += sums[part, head] * _exponential(maxima[part, head] - top)
-        for d in range(out.shape[1]):
-            value = np.float32(0.0)
-            for part in range(parts):
-                value += mixed[part, head, d] * _exponential(maxima[part, head] - top)
-            out[head, d] = value / total
+        out[head] = np.float32(0.0)
+        for part in range(parts):
+            share = _exponential(maxima[part, head] - top) / total
+            for d in range(out.shape[1]):
+                out[head, d] += mixed[part, head, d] * share
 
 
 @njit(nogil=True, parallel=True, fastmath=_FAST, cache=True)
-def _attend(query, keys, values, table, rows, page_size, item_queries, item_starts, item_ends, query_items, out):  # type: ignore[no-untyped-def]
+def _attend(  # type: ignore[no-untyped-def]
+    query, keys, values, table, rows, page_size, item_queries, item_starts, item_ends, query_items, out
+):
     """All items in parallel, then all merges in parallel."""
     items = item_queries.size
     heads, size = query.shape[1:]

@@ -46,7 +46,8 @@ def _nibbles(packed: Blocks) -> npt.NDArray[np.uint8]:
 
 def _fifth_bits(blocks: Blocks, start: int) -> npt.NDArray[np.uint8]:
     """32 bits from byte start on, as the fifth bit (16) of 32 weights."""
-    return np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << 4
+    bits: npt.NDArray[np.uint8] = np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little")
+    return bits * np.uint8(16)
 
 
 def _q8_0(blocks: Blocks) -> Floats:

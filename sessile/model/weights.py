@@ -88,7 +88,7 @@ class SafetensorsCheckpoint:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         place = self._places.get(name)
         if place is None:
-            raise StartupError(f"{self._folder} lacks the tensor {name!r}. Download it again, or check its config.json.")
+            raise StartupError(f"{self._folder} lacks the tensor {name!r}. Download it again.")
         try:
             tensor: Tensor = self._open(place).get_tensor(name)
         except SafetensorError as error:

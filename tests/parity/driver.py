@@ -181,7 +181,8 @@ class Driver:
             "bias_counts": [len(run.biases) for run in bound],
             "bias_tokens": [token for run in bound for token in run.biases],
             "bias_values": [value for run in bound for value in run.biases.values()],
-            "ban_counts": [len(run.bans) for run in bound], "ban_tokens": [token for run in bound for token in run.bans],
+            "ban_counts": [len(run.bans) for run in bound],
+            "ban_tokens": [token for run in bound for token in run.bans],
             "prompt_counts": [len(run.prompt) * has for run, has in zip(bound, penalised, strict=True)],
             "output_counts": [0] * len(bound),
             "seen_tokens": [token for run, has in zip(bound, penalised, strict=True) if has for token in run.prompt],
@@ -206,7 +207,8 @@ class Driver:
                 run.top_logprobs += [_take(tops, run.logprobs) for _ in range(emitted)]
             run.scores += _take(scores, share.scored)
             run.score_top_ids += [_take(score_ids, run.score_top) for _ in range(share.scored)]
-        assert not (tokens or logprobs or top_ids or tops or scores or score_ids), "a result holds what nobody asked for"
+        left = tokens + logprobs + top_ids + tops + scores + score_ids
+        assert left == [], "a result holds what nobody asked for"
 
 
 def _scores(shares: list[_Share]) -> dict[str, list[int]]:

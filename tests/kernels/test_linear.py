@@ -1,0 +1,55 @@
+"""Quantised linear layers equal the plain product with their own rounded weights, and stay near the original."""
+
+import pytest
+import torch
+
+from sessile.kernels.linear import Int4Weight, Int8Weight, PlainWeight, pack_linear
+
+
+def weight(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) / columns**0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("quantize", "error"), [("int8", 0.02), ("int4", 0.15)])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 160), (192, 576)])
+def test_a_quantised_product_is_near_the_plain_one(
+    tokens: int, dtype: torch.dtype, quantize: str, error: float, rows: int, columns: int
+) -> None:
+    plain = weight(rows, columns)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    bias = torch.linspace(-1, 1, rows).to(dtype)
+    product = pack_linear(plain, dtype, quantize)(x, bias)
+    assert product.dtype == dtype
+    assert product.shape == (tokens, rows)
+    exact = x.float() @ plain.T + bias.float()
+    assert float((product.float() - exact).square().mean().sqrt()) < error
+
+
+def test_weights_on_the_grid_of_int4_are_kept_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    quarters = torch.randint(0, 16, (32, 64), generator=generator)
+    quarters[:, ::32], quarters[:, 1::32] = 0, 15
+    plain = quarters / 4 - 2.0
+    product = Int4Weight(plain, torch.float32)(torch.eye(64), None)
+    torch.testing.assert_close(product, plain.T.contiguous(), atol=1e-6, rtol=0)
+
+
+def test_what_does_not_fit_int4_becomes_int8() -> None:
+    assert isinstance(pack_linear(weight(20, 64), torch.float32, "int4"), Int8Weight)
+    assert isinstance(pack_linear(weight(32, 40), torch.float32, "int4"), Int8Weight)
+    assert isinstance(pack_linear(weight(32, 64), torch.float32, "none"), PlainWeight)
+
+
+def test_quantised_weights_hold_fewer_bytes() -> None:
+    plain, eight, four = (pack_linear(weight(512, 512), torch.bfloat16, kind) for kind in ("none", "int8", "int4"))
+    assert plain.bytes == 2 * 512 * 512
+    assert eight.bytes < 0.6 * plain.bytes
+    assert four.bytes < 0.4 * plain.bytes
+
+
+def test_a_row_of_zeros_survives_quantisation() -> None:
+    for quantize in ("int8", "int4"):
+        product = pack_linear(torch.zeros(32, 64), torch.float32, quantize)(torch.ones(2, 64), None)
+        assert product.abs().max() < 1e-6
