@@ -1,0 +1,116 @@
+"""Opening a device: facts are true, formats work, memory is counted, and what cannot be is refused with a remedy."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sessile.device import factory
+from sessile.device.config import DeviceOptions
+from sessile.device.factory import open_device
+from sessile.device.kv_pool import auto_kv_bytes, pool_pages
+from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
+from sessile.errors import StartupError
+from sessile.model.config import ModelOptions
+from tests.parity.driver import Driver, Run
+from tests.unit.stage_device import CONFIG, VOCAB, small_device
+
+PROMPT = list(range(3, 40))
+
+
+def test_facts_say_what_was_opened(tmp_path: Path) -> None:
+    with small_device(tmp_path) as device:
+        facts = device.facts
+    token_bytes = 2 * 2 * 2 * 16 * 4
+    assert (facts.vocab_size, facts.context_tokens, facts.page_size, facts.rows_max) == (VOCAB, 256, 4, 8)
+    assert facts.pages_total == (2 << 20) // (4 * token_bytes)
+    assert facts.kv_bytes == facts.pages_total * 4 * token_bytes
+    assert (facts.architecture, facts.dtype, facts.device) == ("qwen3", "float32", "cpu")
+    assert facts.model_path == str(tmp_path)
+    weights = 2 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48 + 2 * 32 + 2 * 16) + 32 + 2 * VOCAB * 32
+    assert facts.weight_bytes == 4 * weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_every_format_stays_near_the_full_one(tmp_path: Path, dtype: str, quantize: str) -> None:
+    runs = {}
+    for name, options in {"full": {}, "other": {"dtype": dtype, "quantize": quantize}}.items():
+        with small_device(tmp_path, **options) as device:
+            runs[name] = Run(PROMPT, 3, score_top=0)
+            Driver(device, chunk_tokens=16).run_all([runs[name]])
+    error = np.abs(np.array(runs["full"].scores) - np.array(runs["other"].scores))
+    assert error.max() < (0.05 if quantize == "none" else 0.3)
+
+
+def test_logits_that_are_not_finite_mark_only_their_row(tmp_path: Path) -> None:
+    with small_device(tmp_path) as device:
+        sound = Run(PROMPT, 4)
+        Driver(device, chunk_tokens=64).run_all([sound])
+        poisoned, beside = Run([7, *PROMPT], 4), Run(PROMPT, 4)
+        decoder = device._runner._decoder
+        decoder.embedding = decoder.embedding.clone()
+        decoder.embedding[1] = float("nan")
+        poisoned.prompt[5] = 1
+        Driver(device, chunk_tokens=64).run_all([poisoned, beside])
+    assert poisoned.is_faulty
+    assert not beside.is_faulty
+    assert beside.output == sound.output
+
+
+def test_a_context_larger_than_the_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(StartupError, match="--context-tokens 513"):
+        open_device(
+            ModelOptions(str(tmp_path), "dummy"), DeviceOptions(), page_size=16, context_tokens=513, rows_max=2,
+            progress=lambda stage, done: None,
+        )  # fmt: skip
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factory, "available_bytes", lambda: 10_000)
+    with pytest.raises(StartupError, match="too little memory: the weights need about"), small_device(tmp_path):
+        raise AssertionError("the device opened")
+
+
+def test_a_pool_takes_at_least_one_context_and_at_most_one_for_each_row() -> None:
+    assert auto_kv_bytes(available=1000, context_bytes=600, rows_max=4) == 600
+    assert auto_kv_bytes(available=4000, context_bytes=600, rows_max=4) == 1000
+    assert auto_kv_bytes(available=10**6, context_bytes=600, rows_max=4) == 3000
+
+
+def test_a_pool_that_does_not_fit_is_refused() -> None:
+    assert pool_pages(1000, 2000, token_bytes=10, page_size=4, context_tokens=50) == 25
+    with pytest.raises(StartupError, match="too little memory"):
+        pool_pages(3000, 2000, token_bytes=10, page_size=4, context_tokens=50)
+    with pytest.raises(StartupError, match="--kv-memory"):
+        pool_pages(100, 2000, token_bytes=10, page_size=4, context_tokens=50)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1000", 1000), ("2k", 2048), ("512M", 512 << 20), ("1.5G", 3 << 29), ("4GiB", 4 << 30)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text, "--kv-memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1G", "0", "nan", "1e30"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(StartupError, match="--kv-memory"):
+        parse_bytes(text, "--kv-memory")
+
+
+def test_the_machine_has_memory_and_cores() -> None:
+    assert 1 << 20 < available_bytes() < 1 << 50
+    assert 1 <= available_cores() <= 4096
+    assert readable(3 << 29) == "1.5 GiB"
+
+
+def test_auto_dtype_is_one_that_the_processor_multiplies() -> None:
+    expected = torch.bfloat16 if factory.cpu_multiplies_bfloat16() else torch.float32
+    assert factory.choose_dtype("auto") == expected
+    assert factory.choose_dtype("bfloat16") == torch.bfloat16
