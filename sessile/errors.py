@@ -1,20 +1,21 @@
 """Every exception of ours. What the user caused says what to do; what we caused names the invariant.
 
-    SessileError
-    ├── UserError            a request we refuse; state is untouched; becomes a 4xx with message, code and param
-    │   ├── InvalidRequest   400: malformed, out of range, unsupported
-    │   ├── NotFound         404: no such session, model or request
-    │   ├── SessionBusy      409: a turn is in flight
-    │   ├── SessionClosed    410: close was requested
-    │   ├── TooLong          413: does not fit the context, the pool, the session's cap or the body limit
-    │   └── LimitReached     429: queue or session limit; try again later
-    ├── NotReady             503: starting, draining, or the engine died
-    ├── StartupError         a configuration or file we cannot serve with; one line with the remedy; exit code 2
-    └── InvariantError       a bug of ours: never caught on the way, except to quarantine or to end the engine
-        ├── OwnershipError   a page or row was not owned by whom the caller said
-        ├── LeaseError       a consumed lease was used, or a live one was copied or lost
-        ├── PlanError        a plan or result that contradicts the core's books
-        └── AuditError       the audit found books and holders to differ
+SessileError
+├── UserError            a request we refuse; state is untouched; becomes a 4xx with message, code and param
+│   ├── InvalidRequest   400: malformed, out of range, unsupported
+│   │   └── DuplicateSession  a session with this id is open already
+│   ├── NotFound         404: no such session, model or request
+│   ├── SessionBusy      409: a turn is in flight
+│   ├── SessionClosed    410: close was requested
+│   ├── TooLong          413: does not fit the context, the pool, the session's cap or the body limit
+│   └── LimitReached     429: queue or session limit; try again later
+├── NotReady             503: starting, draining, or the engine died
+├── StartupError         a configuration or file we cannot serve with; one line with the remedy; exit code 2
+└── InvariantError       a bug of ours: never caught on the way, except to quarantine or to end the engine
+    ├── OwnershipError   a page or row was not owned by whom the caller said
+    ├── LeaseError       a consumed lease was used, or a live one was copied or lost
+    ├── PlanError        a plan or result that contradicts the core's books
+    └── AuditError       the audit found books and holders to differ
 """
 
 
@@ -36,6 +37,12 @@ class UserError(SessileError):
 
 class InvalidRequest(UserError):
     """Malformed, out of range, or not supported."""
+
+
+class DuplicateSession(InvalidRequest):
+    """A session with this id is open already."""
+
+    code = "duplicate_session"
 
 
 class NotFound(UserError):

@@ -44,7 +44,16 @@ from sessile.core.planning import Drafter, Planned, Planner
 from sessile.core.request import Request
 from sessile.core.session import Session
 from sessile.core.settling import settle_step
-from sessile.errors import InvalidRequest, LimitReached, NotFound, SessionBusy, SessionClosed, TooLong, UserError
+from sessile.errors import (
+    DuplicateSession,
+    InvalidRequest,
+    LimitReached,
+    NotFound,
+    SessionBusy,
+    SessionClosed,
+    TooLong,
+    UserError,
+)
 from sessile.units import RequestKey
 
 _NS = 1_000_000_000
@@ -142,7 +151,7 @@ class Machine:
         """Open a streaming session. Raises UserError, with nothing changed."""
         books = self._books
         if message.session in books.sessions:
-            raise InvalidRequest(f"session {message.session!r} already exists", param="session_id")
+            raise DuplicateSession(f"session {message.session!r} already exists", param="session_id")
         if len(books.sessions) >= self._limits.sessions_max:
             raise LimitReached(f"{self._limits.sessions_max} sessions are open, which is the limit: close some first")
         timeout_s = message.idle_timeout_s

@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 
 
+RESOURCE_PARAMS = {"session_id": "id", "session_params.id": "id", "timeout": "idle_timeout_s"}
+"""Fields that the engine names as native requests do → their names in /v1/sessions."""
+
+
 class Surface(Enum):
     """Whose conventions a path follows."""
 
@@ -58,7 +62,10 @@ def error_content(surface: Surface, error: UserError) -> dict[str, Any]:
     code = "context_length_exceeded" if surface is Surface.OPENAI and error.code == "too_long" else error.code
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+    param = error.param
+    if surface is Surface.RESOURCES and param is not None:
+        param = RESOURCE_PARAMS.get(param, param)
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
 
 
 def error_reply(surface: Surface, error: UserError) -> JsonReply:

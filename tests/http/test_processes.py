@@ -149,3 +149,15 @@ def test_a_host_that_is_none_of_ours_is_one_line() -> None:
 def test_the_server_imports_no_torch() -> None:
     code = "import sys, sessile.server.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    with deployed(tmp_path, drain_s=60) as deployment:
+        client = Streaming(deployment)
+        deployment.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert deployment.process.poll() is None
+        deployment.process.send_signal(signal.SIGINT)
+        client.join(5)
+        assert '"type":"abort"' in client.lines[-2]
+        assert deployment.process.wait(10) == 0

@@ -172,3 +172,4 @@ def test_a_duplicate_resource_is_a_conflict(server: Running) -> None:
     reply = server.client.post("/v1/sessions", json={"id": "once"})
     assert reply.status_code == 409
     assert reply.json()["error"]["code"] == "duplicate_session"
+    assert reply.json()["error"]["param"] == "id"
