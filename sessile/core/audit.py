@@ -8,6 +8,7 @@ from array import array
 
 import numpy as np
 
+from sessile.contract.plan import SCRATCH_PAGE
 from sessile.core.books import Books
 from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE, Lease
 from sessile.core.prefix import Node, Pin
@@ -54,6 +55,8 @@ def _check_pages(books: Books) -> None:
         raise AuditError(f"a lease was lost: {ledger.lost[0]}")
     held = _holdings(books)
     tags = ledger.tags
+    if tags[SCRATCH_PAGE] != SCRATCH:
+        raise AuditError(f"page {SCRATCH_PAGE} should be SCRATCH but is tagged {ledger.name(int(tags[SCRATCH_PAGE]))}")
     counts = np.bincount(tags & 0xFFFFF, minlength=5)
     for fixed in (FREE, TREE, LIMBO, SCRATCH, QUARANTINE):
         if counts[fixed] != ledger.balance(fixed):
