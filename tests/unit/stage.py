@@ -55,7 +55,7 @@ class Stage:
         self.machine = Machine(
             Limits(
                 pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=facts.context_tokens,
-                chunk_tokens=chunk, drafts_max=drafts_max, audit_level=2, **limits,
+                chunk_tokens=chunk, drafts_max=drafts_max, **({"audit_level": 2} | limits),
             ),
             facts,
             drafter=drafter,
