@@ -56,7 +56,7 @@ class Service:
         """Raise NotReady if no new work is taken: starting, draining, or the engine is gone."""
         if self.draining:
             raise NotReady("the server is shutting down")
-        self.link.ready  # noqa: B018  raises NotReady
+        self.link.check_ready()
 
     def abort(self, rid: str) -> bool:
         """End the request with this rid; False if there is none in flight."""

@@ -156,6 +156,10 @@ class EngineLink:
             raise NotReady(NOT_READY_YET)
         return self._ready
 
+    def check_ready(self) -> None:
+        """Raise NotReady unless the engine is there to be asked."""
+        assert self.ready
+
     @property
     def failure(self) -> str | None:
         """Why the engine is gone, or None."""
@@ -179,7 +183,7 @@ class EngineLink:
 
     def submit(self, message: Submit, *, whole: bool) -> Stream:
         """Send a request and return its way back, which exists before the engine can answer (H52)."""
-        self.ready  # noqa: B018  raises NotReady
+        self.check_ready()
         assert message.key not in self._streams, f"request key {message.key} used twice"
         stream = Stream(message.key, whole=whole, lag_tokens_max=self._lag_tokens_max)
         self._streams[message.key] = stream
@@ -201,7 +205,7 @@ class EngineLink:
 
     async def ask(self, make: Callable[[int], ToEngine]) -> Any:
         """Send the operation that make(op) builds; its reply's value, or the UserError that it carries."""
-        self.ready  # noqa: B018  raises NotReady
+        self.check_ready()
         op = next(self._ops)
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._replies[op] = reply

@@ -201,7 +201,7 @@ class Host:
         while link.in_flight and not self._hurry.is_set() and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.02)
         try:
-            link.ready  # noqa: B018  raises NotReady
+            link.check_ready()
             link.send(Shutdown())  # whatever is left ends as an abort
         except NotReady:
             self._engine.terminate()  # it does not read messages yet
