@@ -143,9 +143,9 @@ def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints
 
 
 def scored_range(part: PromptPart) -> tuple[int, int]:
-    """[first, last) prompt positions that this part scores: asked for, within the prompt, not scored before."""
+    """[first, last) prompt positions that this part scores: asked for, within the turn's prompt, not scored before."""
     request = part.request
-    first = max(request.scores_from, 1, request.scored_tokens, part.start + 1)
+    first = max(request.scores_from, 1, request.base_tokens, request.scored_tokens, part.start + 1)
     return first, max(first, min(part.start + part.count + 1, request.prompt_tokens))
 
 
