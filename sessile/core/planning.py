@@ -292,13 +292,13 @@ class Planner:
             if part is None:
                 looks += 1
                 blocked = blocked or request
-                if blocked.overtaken >= books.limits.overtakes_max:
-                    break
-                continue
-            budget -= part.count
-            planned.tokens += part.count
-            if blocked is not None:
-                blocked.overtaken += 1
+            else:
+                budget -= part.count
+                planned.tokens += part.count
+                if blocked is not None:
+                    blocked.overtaken += 1
+            if blocked is not None and blocked.overtaken >= books.limits.overtakes_max:
+                break
 
     def _match(self, request: Request) -> Match | None:
         """What the tree has for a request without KV of its own; None if its session kept some."""
