@@ -16,12 +16,18 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
     limits = world.limits
     check(len(plan.tokens) <= chunk_tokens, "bounds", f"{len(plan.tokens)} tokens in a step of {chunk_tokens}")
     check(bool((plan.draft_counts <= limits.drafts_max).all()), "bounds", f"drafts {plan.draft_counts.tolist()}")
+    oldest = next((key for key, request in books.live.items() if not request.is_over), None)
     decodes = prompts = 0
     for i, row in enumerate(plan.rows.tolist()):
         request = books.by_seed.get(device.seed_of(row))
         check(request is not None, "schedule", f"row {row} is bound to nobody's seed")
         assert request is not None
         check(not request.is_over, "schedule", f"request {request.key} runs in step {plan.step} after its end")
+        is_bound = row in plan.bind_rows
+        # The victim is the newest; so whoever ran as the oldest of all is never preempted, but by force (H37, H77).
+        check(not (is_bound and request.ran_as_oldest and not limits.retract_every), "fairness",
+              f"request {request.key}, the oldest of all, was preempted")
+        request.ran_as_oldest |= request.key == oldest
         start, query_count = int(plan.starts[i]), int(plan.query_counts[i]) - int(plan.draft_counts[i])
         prompt_tokens = len(request.prompt)
         request.device_prompt_tokens += max(0, min(start + query_count, prompt_tokens) - start)
@@ -30,7 +36,7 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
         check(not samples or last_output < request.output_limit, "schedule",
               f"request {request.key} may sample output {last_output} of {request.output_limit}")
         # A row that resumes with one token left to compute is an admission.
-        decodes += samples and start >= prompt_tokens and query_count == 1 and row not in plan.bind_rows
+        decodes += samples and start >= prompt_tokens and query_count == 1 and not is_bound
         prompts += start + query_count < prompt_tokens
     if decodes:
         check(len(plan.tokens) <= limits.mixed_chunk_tokens, "bounds", f"{len(plan.tokens)} tokens beside decoding")

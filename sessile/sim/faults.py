@@ -1,4 +1,7 @@
-"""The planted faults."""
+"""The faults that `mutants` plants: each an edit of a core module's source, with the hazard that it brings back.
+
+An edit names text that must occur exactly once; when the core changes there, the fault has to find its new place.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from sessile.sim.planting import Edit
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault."""
+    """One fault: its name, the hazards (docs) it revives, and what is wrong in a sentence."""
 
     name: str
     hazards: str
@@ -15,4 +18,215 @@ class Mutant:
     edits: tuple[Edit, ...]
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+def _fault(name: str, hazards: str, summary: str, module: str, old: str, new: str) -> Mutant:
+    return Mutant(name, hazards, summary, (Edit(f"sessile.core.{module}", old, new),))
+
+
+_LEDGER = (
+    _fault(
+        "forgotten tail", "H09, H10", "the last page of an ended sequence is not given back",
+        "ledger", "self.drop_tail(lease, 0, step)", "self.drop_tail(lease, min(1, len(lease)), step)",
+    ),
+    _fault(
+        "alias with balanced counts", "H06, H22", "the first page of a sequence is entered twice, its newest never",
+        "ledger", "        lease.pages.extend(pages)\n        return pages",
+        "        if len(lease.pages):\n            pages[-1] = lease.pages[0]\n        lease.pages.extend(pages)\n"
+        "        return pages",
+    ),
+    _fault(
+        "two owners swap a page", "H06", "a page goes out under another page's tag; every sum stays right",
+        "ledger", "        pages = free[: -count - 1 : -1]\n        self._post(pages, FREE, lease.account)",
+        "        pages = free[: -count - 1 : -1]\n        self._post(pages, FREE, lease.account)\n"
+        "        if len(free) > count:\n"
+        "            other = free[-count - 1]\n"
+        "            self._tags[other], self._tags[pages[0]] = self._tags[pages[0]], self._tags[other]",
+    ),
+    _fault(
+        "free before drain", "H24", "pages in limbo become free one step before the step that may touch them settles",
+        "ledger", "for stamp in self._limbo if stamp <= step]", "for stamp in self._limbo if stamp <= step + 1]",
+    ),
+    _fault(
+        "limbo skipped", "H24", "pages that leave a holder are free at once",
+        "ledger",
+        "        self._post(pages, source, LIMBO)\n        waiting",
+        "        self._post(pages, source, FREE)\n        self._free.extend(pages)\n        return\n        waiting",
+    ),
+    _fault(
+        "tag not rewritten", "H01, H06", "pages move in the balances, the last one keeps its old tag",
+        "ledger", "            for page in pages:\n                tags[page] = target",
+        "            for page in pages[: max(1, len(pages) - 1)]:\n                tags[page] = target",
+    ),
+)
+
+_TREE = (
+    _fault(
+        "drop of another's pin", "H21", "whoever unpins a path unlocks it for every reader",
+        "prefix", "            if pin.hard:\n                self._soften(node)\n",
+        "            while pin.hard and node.hard > 0:\n                self._soften(node)\n",
+    ),
+    _fault(
+        "pinned leaf evicted", "H03, H73", "eviction looks at soft pins alone",
+        "prefix", "not node.children and node.hard == 0 and node.soft == 0", "not node.children and node.soft == 0",
+    ),
+    _fault(
+        "publish remaps a live row", "H62", "the tree adopts a page although it has one for these tokens",
+        "prefix", "        if tokens[: self._page_size].tobytes() in node.children:\n            return False\n", "",
+    ),
+    _fault(
+        "match one page too far", "H65, H22", "a partly equal page counts as shared",
+        "prefix", "return tokens_equal // self._page_size", "return -(-tokens_equal // self._page_size)",
+    ),
+    _fault(
+        "unsettled page published", "H30", "a page is published before all of it is computed",
+        "settling", "full = min(end, request.prompt_tokens) // size",
+        "full = min(len(request.pin.pages) + len(request.lease), (end + size - 1) // size)",
+    ),
+    _fault(
+        "truncate keeps a tree page", "H64", "a cut inside the shared part leaves a TREE page to be written",
+        "books",
+        "        self.tree.shorten(pin, tokens // size)\n        return tokens // size * size",
+        "        self.tree.shorten(pin, ceil_div(tokens, size))\n        return tokens",
+    ),
+)
+
+_TURNS = (
+    _fault(
+        "commit on retract", "H26", "a preempted turn's output becomes history",
+        "books", "        request.preemptions += 1\n",
+        "        request.preemptions += 1\n"
+        "        if request.session is not None and request.output:\n"
+        "            import numpy\n"
+        "            request.session.history.append(numpy.array(request.output, numpy.int32))\n",
+    ),
+    _fault(
+        "commit on abort", "H18, H27", "an aborted turn is committed like a finished one",
+        "ending", 'COMMITS = ("stop", "length")', 'COMMITS = ("stop", "length", "abort")',
+    ),
+    _fault(
+        "skipped roll-back", "H18, H27", "an aborted turn's KV stays with the session, beyond its history",
+        "ending", "keep_tokens = max(0, len(session.history) - 1) if session is not None else 0",
+        "keep_tokens = request.known_tokens - 1",
+    ),
+    _fault(
+        "stuck busy mark", "H33, H34", "a turn that is cancelled while it waits leaves its session busy",
+        "ending", "        session.turn = None\n        session.last_used_ns",
+        "        session.turn = None if request.phase is Phase.RUNNING else session.turn\n        session.last_used_ns",
+    ),
+    _fault(
+        "busy turn let in", "H25", "a second turn is accepted beside the one in flight",
+        "machine", "if session.turn is not None:\n            raise SessionBusy",
+        "if False:\n            raise SessionBusy",
+    ),
+    _fault(
+        "close during a turn", "H23", "a session is closed under its running turn",
+        "machine", "        if session.turn is not None:\n            session.closing = True",
+        "        if session.turn is not None and len(session.history) == 0:\n            session.closing = True",
+    ),
+    _fault(
+        "length one too long", "H10, H22", "a session keeps KV for its last token",
+        "ending", "keep_tokens = max(0, len(session.history) - 1) if", "keep_tokens = max(0, len(session.history)) if",
+    ),
+    _fault(
+        "double count at the borrow", "H01", "pages that a turn takes over stay counted with the session",
+        "books",
+        "        session.parked = None\n        self.parked_pages -= len(parked.lease)\n"
+        "        self.tree.harden(parked.pin)\n        return parked",
+        "        session.parked = None\n        self.tree.harden(parked.pin)\n        return parked",
+    ),
+    _fault(
+        "demoted length kept", "H22", "a parked session that lost pages still claims their tokens",
+        "books",
+        "            parked.tokens = min(parked.tokens, (len(parked.pin.pages) + kept) * self.limits.page_size)\n", "",
+    ),
+    _fault(
+        "page freed from its middle", "H12", "a cut gives back the page that holds the last kept tokens",
+        "books", "self.ledger.drop_tail(lease, ceil_div(tokens, size) - pinned, self.planned_step)",
+        "self.ledger.drop_tail(lease, tokens // size - pinned, self.planned_step)",
+    ),
+    _fault(
+        "turn admitted while it drains", "H60", "the next turn starts before the last step of the one before settled",
+        "planning",
+        "if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:",
+        "if False:",
+    ),
+    _fault(
+        "refused turn refreshes the timer", "H40", "a busy session's refusal counts as use",
+        "machine", "        if session.closing:\n            raise",
+        "        session.last_used_ns = self._books.now_ns\n        if session.closing:\n            raise",
+    ),
+    _fault(
+        "idle time from the start of a turn", "H41", "the end of a turn does not restart the timer",
+        "ending", "        session.last_used_ns = books.now_ns\n", "",
+    ),
+)
+
+_STEPS = (
+    _fault(
+        "wrong page id", "H08, H22", "a new page overwrites the last entry of the row's page table",
+        "planning", "planned.runs.append((row, slot, ledger.draw(request.lease, 1)))",
+        "planned.runs.append((row, max(0, slot - 1), ledger.draw(request.lease, 1)))",
+    ),
+    _fault(
+        "table without the shared part", "H31", "a row is bound with its own pages first, the shared ones behind",
+        "assembly",
+        "        pages.append(np.array(request.pin.pages, np.int32))\n        pages.append(np.array(own, np.int32))",
+        "        pages.append(np.array(own, np.int32))\n        pages.append(np.array(request.pin.pages, np.int32))",
+    ),
+    _fault(
+        "row reused before its drain", "H24, H31", "a row is given back while a step in flight still runs it",
+        "books",
+        "        if self.rows.last_step[row] <= self.settled_step:\n            self.rows.give_back(row, request)\n"
+        "            request.row = None\n            request.phase = Phase.ENDED\n        else:",
+        "        if True:\n            self.rows.give_back(row, request)\n"
+        "            request.row = None\n            request.phase = Phase.ENDED\n        else:",
+    ),
+    _fault(
+        "emitted twice on resume", "H66", "a preempted request forgets its newest token and samples it again",
+        "books", "        request.preemptions += 1\n",
+        "        request.preemptions += 1\n        if request.output:\n            request.output.pop()\n",
+    ),
+    _fault(
+        "noise starts over on resume", "H66, H76", "a resumed request samples with output index 0",
+        "assembly", "        np.maximum(outputs + ahead, 0).astype(np.int32),\n",
+        "        np.concatenate(((outputs + ahead)[: len(decodes)], 0 * part_rows)).astype(np.int32),\n",
+    ),
+    _fault(
+        "penalties start over on resume", "H76", "a resumed request is bound without its output so far",
+        "assembly", "            output_counts.append(request.output_tokens)\n",
+        "            output_counts.append(0)\n            seen[-1] = seen[-1][: request.prompt_tokens]\n",
+    ),
+    _fault(
+        "late positions stale", "H11, H49", "a plan with drafts keeps the positions of its early part",
+        "assembly", "    starts = rows.settled[decodes].copy()\n",
+        "    starts = rows.planned[decodes] - np.minimum(rows.pending[decodes], 1 + counts)\n",
+    ),
+    _fault(
+        "drafts kept past the end", "H11", "accepted drafts behind a stop are emitted too",
+        "settling", "        if reason:\n            break\n", "",
+    ),
+    _fault(
+        "stop token ignored", "H58", "rows that only append a token never look for a stop token",
+        "settling", "    slow = (rows.stops[active] == tokens[:, None]).any(axis=1)\n",
+        "    slow = np.zeros(decodes, np.bool_)\n",
+    ),
+    _fault(
+        "ended row settled", "H24", "tokens of a row whose request was cancelled in flight are emitted",
+        "settling", "    slow |= rows.live[active] != 1\n", "",
+    ),
+    _fault(
+        "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
+        "planning", "            if granted > 0:\n                self._draw(planned, row, granted)\n"
+        "            cap = min(cap, int(rows.pages[row]) * size - after)\n", "",
+    ),
+    _fault(
+        "oldest is the victim", "H77", "preemption picks the oldest running request",
+        "planning", "np.argmax(rows.arrival[running])", "np.argmin(rows.arrival[running])",
+    ),
+    _fault(
+        "faulty row served", "H74", "tokens of a row whose logits were not finite are delivered",
+        "settling", "        if any_faulty and result.faulty[index]:", "        if False:",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*_LEDGER, *_TREE, *_TURNS, *_STEPS)
+"""Every fault, in the order of the table."""

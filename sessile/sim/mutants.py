@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sessile.sim.faults import MUTANTS, Mutant
 from sessile.sim.planting import planted
-from sessile.sim.simulation import Failure, Simulation
+from sessile.sim.records import Failure
+from sessile.sim.simulation import Simulation
 from sessile.sim.world import make_world
 
 BALANCED_MIN = 8

@@ -1,8 +1,10 @@
 """What the simulator writes down about sessions and requests, and how a checker says that something is wrong."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sessile.contract.messages import Done, Submit
+from sessile.contract.messages import Done, Submit, ToEngine
 from sessile.sim.reference import Ending, Speaker
 
 
@@ -69,6 +71,8 @@ class RequestBook:
     ending: Ending | None = None
     """Set with the token that has to be the last one."""
     done: Done | None = None
+    ran_as_oldest: bool = False
+    """Whether a step ran it while no older request was live."""
     device_prompt_tokens: int = 0
     """Prompt tokens that the device ran for it, recomputation included."""
 
@@ -81,3 +85,32 @@ class RequestBook:
     def is_over(self) -> bool:
         """Nothing more may happen to it but its Done."""
         return self.done is not None or self.cancelled or bool(self.refusals)
+
+
+Script = Mapping[int, Sequence[ToEngine]]
+"""Messages by turn of the loop: a recorded workload."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What was found, and where."""
+
+    seed: int
+    step: int
+    checker: str
+    message: str
+    balanced: bool
+    """Whether all totals of pages and rows still added up: what sums alone would have seen."""
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One simulation's outcome. `trace` is a digest of all messages, plans and effects, in order."""
+
+    seed: int
+    steps: int
+    trace: str
+    totals: Counter[str]
+    failure: Failure | None
+    script: Script

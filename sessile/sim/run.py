@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sessile.sim import mutants
+from sessile.sim.records import Failure, Report
 from sessile.sim.shrink import shrink
-from sessile.sim.simulation import Failure, Report, Simulation
+from sessile.sim.simulation import Simulation
 from sessile.sim.world import FAULTS, make_world
 
 EXPECTED = {

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from sessile.contract.messages import ToEngine
-from sessile.sim.simulation import Failure, Report, Script, Simulation
+from sessile.sim.records import Failure, Report, Script
+from sessile.sim.simulation import Simulation
 from sessile.sim.world import World
 
 Event = tuple[int, ToEngine]

@@ -1,9 +1,10 @@
 """One seed, from its first message to the empty pool: the engine's loop in virtual time, with every checker looking."""
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -14,7 +15,7 @@ from sessile.core import machine as core
 from sessile.sim.books import Books
 from sessile.sim.checkers import check_empty, check_plan, check_stats, check_sums
 from sessile.sim.drafter import ToyDrafter
-from sessile.sim.records import CheckFailed, check
+from sessile.sim.records import CheckFailed, Failure, Report, Script, check
 from sessile.sim.toy import ToyDevice, ToyTicket
 from sessile.sim.workload import Workload
 from sessile.sim.world import World
@@ -23,34 +24,6 @@ EVENTS_KEPT = 60
 """Last events that a failure shows."""
 TURNS_PER_STEP_MAX = 20
 """Turns of the loop that a wanted step may take before the workload counts as exhausted."""
-
-Script = Mapping[int, Sequence[wire.ToEngine]]
-"""Messages by turn of the loop: a recorded workload."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What was found, and where."""
-
-    seed: int
-    step: int
-    checker: str
-    message: str
-    balanced: bool
-    """Whether all totals of pages and rows still added up: what sums alone would have seen."""
-    events: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """One simulation's outcome. `trace` is a digest of all messages, plans and effects, in order."""
-
-    seed: int
-    steps: int
-    trace: str
-    totals: Counter[str]
-    failure: Failure | None
-    script: Script
 
 
 class Simulation:
@@ -94,11 +67,7 @@ class Simulation:
                 self._loop_once(self._messages())
             self._wind_down()
         except Exception as error:  # Whatever the core raises is a finding: it is reported with its seed and step.
-            checker = error.checker if isinstance(error, CheckFailed) else type(error).__name__
-            failure = Failure(
-                self._world.seed, self._steps, checker, str(error), self._is_balanced(),
-                tuple(map(_shown, self._events)),
-            )
+            failure = self._failure(error)
         totals = self._books.totals
         totals["steps"] = self._steps
         return Report(self._world.seed, self._steps, self._trace.hexdigest(), totals, failure, self._sent)
@@ -188,6 +157,16 @@ class Simulation:
     def _note(self, verb: str, message: wire.ToEngine | wire.Batch) -> None:
         self._trace.update(msgspec.msgpack.encode(message))
         self._events.append((self._turn, verb, message))
+
+    def _failure(self, error: Exception) -> Failure:
+        if isinstance(error, CheckFailed):
+            checker, message = error.checker, str(error)
+        else:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            checker = type(error).__name__
+            message = f"{error or place.line} ({Path(place.filename).name}:{place.lineno})"
+        events = tuple(map(_shown, self._events))
+        return Failure(self._world.seed, self._steps, checker, message, self._is_balanced(), events)
 
     def _is_balanced(self) -> bool:
         try:

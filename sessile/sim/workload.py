@@ -19,6 +19,8 @@ class Workload:
         self._draw = Random(f"workload {world.seed}")
         self._stems = [self._tokens(world.temper.prompt_tokens_max) for _ in range(3)]
         self._sessions_wanted = min(world.temper.sessions_wanted, world.limits.sessions_max)
+        self._intended: dict[str, list[int]] = {}
+        """What a session's next turn will likely say: its client tries again, or said it elsewhere first."""
         self._keys = 0
         self._ops = 0
 
@@ -38,6 +40,8 @@ class Workload:
             sent.append(wire.CancelAll(self._op()))
         if self._chance(temper.flush_rate):
             sent.append(wire.Flush(self._op()))
+        if self._chance(temper.echo_rate):
+            sent += self._echo()
         if self._chance(temper.nonsense_rate):
             sent.append(self._nonsense())
         if self._chance(temper.look_rate):
@@ -83,11 +87,14 @@ class Workload:
             metadata={"colour": "blue"} if self._chance(0.1) else {},
         )
 
-    def _submit(self, session_id: str | None) -> wire.Submit:
+    def _submit(self, session_id: str | None, said: list[int] | None = None) -> wire.Submit:
         self._keys += 1
         draw, temper = self._draw, self._world.temper
         session = self._books.sessions.get(session_id) if session_id is not None else None
-        tokens = self._turn_tokens(session) if session else self._prompt()
+        if said is not None:
+            tokens = said
+        else:
+            tokens = self._turn_tokens(session) if session else self._prompt()
         return wire.Submit(
             key=self._keys,
             tokens=wire.pack_tokens(tokens),
@@ -101,6 +108,8 @@ class Workload:
         draw, temper = self._draw, self._world.temper
         earlier = [request for request in self._books.live.values() if request.prompt]
         if self._chance(temper.shared_prompts):
+            if self._books.sessions and self._chance(0.3):
+                return self._resent(draw.choice(list(self._books.sessions.values())))
             if earlier and self._chance(0.5):
                 request = draw.choice(earlier)
                 return [*request.prompt, *request.output][: draw.choice([None, len(request.prompt)])]
@@ -111,6 +120,20 @@ class Workload:
             return self._exactly(max(1, longest + draw.choice([-2, -1, 0, 1])))
         return self._tokens(temper.prompt_tokens_max)
 
+    def _resent(self, session: SessionBook) -> list[int]:
+        """A session's conversation and its next turn as a plain prompt: the turn may find the tree ahead of it."""
+        turn = self._intended.setdefault(session.id, self._tokens(8))
+        return [*session.history, *turn][: self._world.limits.sequence_tokens_max - 1]
+
+    def _echo(self) -> list[wire.ToEngine]:
+        """Make a session cold if that is possible now, and let a plain prompt run ahead of its next turn."""
+        idle = [s for s in self._books.sessions.values() if s.turn is None and len(s.history) > 1]
+        if not idle:
+            return []
+        session = self._draw.choice(idle)
+        ahead = self._submit(None, self._resent(session))
+        return [wire.Flush(self._op()), ahead, self._submit(session.id, self._intended[session.id])]
+
     def _turn_tokens(self, session: SessionBook) -> list[int]:
         """New tokens of a turn: often few, sometimes none, a lone BOS, or just as many as still fit."""
         draw = self._draw
@@ -118,6 +141,8 @@ class Workload:
         longest = self._longest(session)
         if not length:
             return self._prompt()
+        if session.id in self._intended and self._chance(0.7):
+            return self._intended[session.id] if self._chance(0.5) else self._intended.pop(session.id)
         kind = draw.random()
         if kind < 0.05:
             return []
@@ -184,6 +209,8 @@ class Workload:
             return wire.Cancel(self._draw.randint(0, self._keys + 1))
         # The newest are queued or in prefill, the oldest decode: both ends deserve to be hit.
         chosen = self._draw.choice([requests[0], requests[-1], self._draw.choice(requests)])
+        if chosen.session:
+            self._intended[chosen.session.id] = wire.unpack_tokens(chosen.submit.tokens).tolist()
         return wire.Cancel(chosen.key, self._draw.choice(["aborted by the client", "client disconnected"]))
 
     def _nonsense(self) -> wire.ToEngine:

@@ -34,6 +34,8 @@ class Temper:
     close_rate: float
     cancel_all_rate: float
     flush_rate: float
+    echo_rate: float
+    """Plain prompts that say what a session is about to say."""
     nonsense_rate: float
     """Messages that must be refused or ignored."""
     look_rate: float
@@ -141,6 +143,7 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         close_rate=rate("close", 0.0, 0.002, 0.01, 0.1),
         cancel_all_rate=rate("cancel", 0.0, 0.0, 0.005),
         flush_rate=rate("flush", 0.0, 0.0, 0.005, 0.03),
+        echo_rate=rate("", 0.0, 0.0, 0.05),
         nonsense_rate=rate("", 0.0, 0.02, 0.1),
         look_rate=rate("", 0.02, 0.1),
         chatty=rate("", 0.0, 0.5, 1.0),
