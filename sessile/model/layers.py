@@ -1,5 +1,6 @@
 """The parts that decoders are built from. t is the number of tokens of a step; all rows of the batch lie end to end."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -161,7 +162,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Embedding, blocks, final norm and head. A family says in `block` what its layers are made of."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -174,9 +175,9 @@ class Decoder(nn.Module):
                            (config.vocab_size,))  # fmt: skip
         self.embedding: Tensor
 
+    @abstractmethod
     def block(self, config: ModelConfig, layer: int) -> Block:
         """One layer of this family."""
-        raise NotImplementedError
 
     def load(self, read: ReadTensor, form: WeightFormat, progress: Callable[[float], None]) -> int:
         """Fill every weight from a checkpoint, in file order; return the bytes held. progress gets 0 … 1."""

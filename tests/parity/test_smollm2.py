@@ -1,4 +1,4 @@
-"""The embedded default, read from its GGUF file, gives the greedy tokens that transformers reads out of the same file."""
+"""The embedded default, read from its GGUF file, gives the greedy tokens that transformers gives of the same file."""
 
 from collections.abc import Iterator
 from typing import Any
