@@ -1,4 +1,4 @@
-"""Commands as a user runs them: real processes, the embedded model, and what happens when one of them dies."""
+"""Commands as a user runs them: real processes, and what happens when one of them dies."""
 
 import contextlib
 import os
@@ -15,9 +15,10 @@ import httpx
 import pytest
 
 from sessile.commands import free_port
+from tests.unit.tiny_folder import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--context-tokens=512", "--kv-memory=64M", "--dtype=float32")
+SMALL = ("--context-tokens=512", "--kv-memory=64M")
 WAIT_S = 90
 
 
@@ -61,22 +62,22 @@ def is_running(pid: int) -> bool:
 class Server:
     """A running `sessile serve`, ready to answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{port}"
-        self.process = start("serve", f"--port={port}", *SMALL)
+        self.process = start("serve", f"--port={port}", f"--model={model}", "--load-format=dummy")
         await_(lambda: is_healthy(self.url))
         (self.engine_pid,) = children_of(self.process.pid)
 
     def generate(self, max_new_tokens: int) -> httpx.Response:
         sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
-        body = {"text": "The capital of France is", "sampling_params": sampling}
+        body = {"text": "Once", "sampling_params": sampling}
         return httpx.post(f"{self.url}/generate", json=body, timeout=WAIT_S)
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(write_tiny_model(tmp_path))
     yield server
     server.process.kill()
     server.process.communicate()
@@ -94,7 +95,7 @@ def test_a_model_that_is_not_there_is_one_line(command: str) -> None:
 
 
 def test_sigterm_ends_server_and_engine_with_status_0(server: Server) -> None:
-    assert "Paris" in server.generate(max_new_tokens=4).json()["text"]
+    assert len(server.generate(max_new_tokens=4).json()["output_ids"]) == 4
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(WAIT_S) == 0
     assert not is_running(server.engine_pid)
@@ -103,7 +104,7 @@ def test_sigterm_ends_server_and_engine_with_status_0(server: Server) -> None:
 def test_a_killed_engine_is_told_to_the_client_and_ends_the_server(server: Server) -> None:
     killer = threading.Timer(0.3, os.kill, (server.engine_pid, signal.SIGKILL))
     killer.start()
-    response = server.generate(max_new_tokens=400)
+    response = server.generate(max_new_tokens=50_000)
     assert response.status_code == 503
     assert "killed by signal 9" in response.json()["error"]["message"]
     assert server.process.wait(WAIT_S) == 1
