@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sessile.contract.messages import Sampling
+from sessile.contract.messages import Sampling, unpack_tokens
 from sessile.contract.plan import FROM_DEVICE, NO_FLOATS, NO_INTS, SAMPLE, Floats, Ints, StepPlan
 from sessile.core.books import Books
 from sessile.core.planning import Drafter, Planned, PromptPart
-from sessile.core.request import Phase, Request
+from sessile.core.request import Phase
 from sessile.core.rows import Column
 
 _NO_COPIES: Ints = np.empty((0, 3), np.int32)
@@ -19,10 +19,13 @@ _CONTEXT_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A step on its way: the plan and who sat in its rows, in the plan's order. The first `decodes` rows decode."""
+    """A step on its way. The first `decodes` rows of the plan decode, the others run `parts`, in this order.
+
+    Whoever sits in a row now still sits there when the step settles: a row outlives its request until then.
+    """
 
     plan: StepPlan
-    requests: list[Request]
+    rows: Column
     decodes: int
     parts: list[PromptPart]
 
@@ -61,10 +64,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
     tops[flags & SAMPLE == 0] = -1
     flat = array("i", tokens)
     for part in parts:
-        flat.frombytes(part.request.tokens(part.start, part.start + part.count).tobytes())
-    occupants = rows.occupants
-    requests = [request for row in all_rows.tolist() if (request := occupants[row]) is not None]
-    assert len(requests) == len(all_rows), "a planned row has no occupant"
+        flat.frombytes(part.request.tokens(part.start, part.start + part.count))
     plan = StepPlan(
         planned.step,
         *_bindings(books, planned),
@@ -80,7 +80,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         np.frombuffer(flat, np.int32),
         *_scores(parts, len(tokens)),
     )
-    return Flight(plan, requests, decode_count, parts)
+    return Flight(plan, all_rows, decode_count, parts)
 
 
 def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -> list[list[int]]:
@@ -88,13 +88,15 @@ def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -
     for row, cap in zip(decodes.tolist(), caps.tolist(), strict=True):
         request = books.rows.occupants[row]
         assert request is not None
+        books.collect_output(request)
         # What was accepted meanwhile may have brought the end nearer.
         cap = min(cap, request.goal_tokens - 1 - request.known_tokens)
         if drafter is None or cap <= 0:
             drafts.append([])
             continue
         known = request.known_tokens
-        proposed = list(drafter.draft(request.key, request.tokens(max(0, known - _CONTEXT_TOKENS), known), cap))
+        context = unpack_tokens(request.tokens(max(0, known - _CONTEXT_TOKENS), known))
+        proposed = list(drafter.draft(request.key, context, cap))
         assert len(proposed) <= cap, "a drafter proposed more than it was asked for"
         drafts.append(proposed)
     return drafts
@@ -134,7 +136,7 @@ def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints
         if request.scores_from >= 0:
             first, last = scored_range(part)
             queries.extend(range(index + first - 1 - part.start, index + last - 1 - part.start))
-            targets.extend(request.tokens(first, last).tolist())
+            targets.extend(unpack_tokens(request.tokens(first, last)).tolist())
             tops.extend([max(request.logprobs, 0)] * (last - first))
         index += part.count
     if not queries:
@@ -235,7 +237,7 @@ def _bindings(books: Books, planned: Planned) -> _Bindings:
         np.array(bans, np.int32),
         np.array(prompt_counts, np.int32),
         np.array(output_counts, np.int32),
-        np.concatenate(seen) if seen else NO_INTS,
+        unpack_tokens(b"".join(seen)),
     )
 
 

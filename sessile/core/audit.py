@@ -10,6 +10,7 @@ import numpy as np
 
 from sessile.contract.plan import SCRATCH_PAGE
 from sessile.core.books import Books
+from sessile.core.history import TOKEN_BYTES
 from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE, Lease
 from sessile.core.prefix import Node, Pin
 from sessile.core.request import Phase, Request
@@ -121,8 +122,10 @@ def _check_pins(books: Books) -> None:
                 f"tree node {node.serial} counts {node.hard} hard and {node.soft} soft pins, "
                 f"its receipts are {hard.get(node.serial, 0)} and {soft.get(node.serial, 0)}"
             )
-        if len(node.tokens) != len(node.pages) * books.limits.page_size or not node.pages:
-            raise AuditError(f"tree node {node.serial} has {len(node.tokens)} tokens for {len(node.pages)} pages")
+        if len(node.tokens) != len(node.pages) * books.limits.page_size * TOKEN_BYTES or not node.pages:
+            raise AuditError(
+                f"tree node {node.serial} has {len(node.tokens) // TOKEN_BYTES} tokens for {len(node.pages)} pages"
+            )
         if node.hard:
             hard_pages += len(node.pages)
     if hard_pages != books.tree.hard_pages or nodes != books.tree.nodes:
@@ -161,17 +164,17 @@ def _check_lengths(books: Books) -> None:
         if row is None:
             continue
         assert request.pin is not None and request.lease is not None
+        known = request.known_tokens + int(rows.filled[row])
         settled, planned = int(rows.settled[row]), int(rows.planned[row])
         pages = len(request.pin.pages) + len(request.lease)
-        if not settled <= planned <= pages * size or settled > request.known_tokens - 1:
+        if not settled <= planned <= pages * size or settled > known - 1:
             raise AuditError(
-                f"request {request.key}: settled {settled}, planned {planned}, allocated {pages * size}, "
-                f"known {request.known_tokens}"
+                f"request {request.key}: settled {settled}, planned {planned}, allocated {pages * size}, known {known}"
             )
         if int(rows.pages[row]) != pages or int(rows.pinned[row]) != len(request.pin.pages):
             raise AuditError(f"request {request.key} has {pages} pages, its row says {int(rows.pages[row])}")
-        if int(rows.known[row]) != request.known_tokens or len(request.pin.pages) * size > settled:
-            raise AuditError(f"request {request.key} knows {request.known_tokens} tokens, its row {rows.known[row]}")
+        if int(rows.known[row]) != known or len(request.pin.pages) * size > settled:
+            raise AuditError(f"request {request.key} knows {known} tokens, its row {rows.known[row]}")
 
 
 def _check_sessions(books: Books) -> None:

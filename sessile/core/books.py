@@ -229,6 +229,17 @@ class Books:
         self.waiting.remove(request)
         self.waiting_tokens -= request.known_tokens - request.base_tokens
 
+    # -- output -------------------------------------------------------------------------------------------------
+
+    def collect_output(self, request: Request) -> None:
+        """Take over the output tokens that a running row has gathered."""
+        rows, row = self.rows, request.row
+        assert row is not None
+        filled = int(rows.filled[row])
+        if filled:
+            request.output.frombytes(rows.outputs[row, :filled].tobytes())
+            rows.filled[row] = 0
+
     # -- leaving ------------------------------------------------------------------------------------------------
 
     def vacate(self, request: Request, settled_tokens: int, keep_tokens: int, *, publish: bool) -> None:
@@ -289,6 +300,7 @@ class Books:
         """
         row = request.row
         assert row is not None and self.rows.last_step[row] <= self.settled_step
+        self.collect_output(request)
         settled = int(self.rows.settled[row])
         request.reached_tokens = max(request.reached_tokens, settled)
         request.preempted_tokens = settled
@@ -334,7 +346,7 @@ class Books:
         start = len(pin.pages) * size
         if not request.publishing or start + size > request.prompt_tokens - 1:
             return
-        key = (pin.node.serial, request.tokens(start, start + size).tobytes())
+        key = (pin.node.serial, request.tokens(start, start + size))
         if key not in self.computing:
             self.computing[key] = request
             request.share_key = key

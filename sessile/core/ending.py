@@ -5,8 +5,6 @@ reason and the phase, the session's right to be in flight goes back, pages go to
 exactly one Done goes out.
 """
 
-import numpy as np
-
 from sessile.contract.messages import Done, SessionGone
 from sessile.core.books import Books
 from sessile.core.request import Phase, Request
@@ -28,10 +26,12 @@ def end_request(
     """End a request that is queued or running, commit or roll back its turn, and send its Done."""
     session = request.session
     commits = reason in COMMITS
+    if request.phase is Phase.RUNNING:
+        books.collect_output(request)
     if session is not None and commits:
         # History and KV length change together, here and nowhere else (H18, H26).
         session.history.append(request.delta)
-        session.history.append(np.array(request.output, np.int32))
+        session.history.append(request.output.tobytes())
         session.turns += 1
         books.totals.turns_committed += 1
     elif session is not None:

@@ -31,7 +31,7 @@ _SLOT_BITS = 20
 _SLOT_MASK = (1 << _SLOT_BITS) - 1
 _GENERATION_MASK = (1 << (32 - _SLOT_BITS)) - 1
 # Below this many pages a plain loop beats numpy's fixed cost of some microseconds.
-_FEW_PAGES = 24
+_FEW_PAGES = 64
 
 
 class Lease:

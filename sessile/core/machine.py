@@ -38,7 +38,7 @@ from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
 from sessile.core.ending import close_session, end_request
-from sessile.core.history import NO_HISTORY, History, Tokens
+from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.limits import Limits
 from sessile.core.planning import Drafter, Planned, Planner
 from sessile.core.request import Request
@@ -71,6 +71,7 @@ class Machine:
         self._books = Books(limits, facts)
         self._planner = Planner(self._books, drafter)
         self._drafter = drafter
+        self._bos = pack_tokens([facts.bos_id or 0])
         self._flights: deque[Flight] = deque()
         self._flushes: list[int] = []
         self._rolling = audit.RollingAudit()
@@ -108,8 +109,8 @@ class Machine:
 
     def submit(self, message: Submit) -> None:
         """Enter a plain request into the line. Raises UserError, with nothing changed."""
-        tokens = unpack_tokens(message.tokens)
-        if len(tokens) == 0:
+        tokens = message.tokens
+        if not tokens:
             raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
         self._enter(message, NO_HISTORY, tokens, None)
 
@@ -124,10 +125,10 @@ class Machine:
                 f"session {session.id!r} already has an active request. Wait for it, or abort it.",
                 param="session_params.id",
             )
-        tokens = unpack_tokens(message.tokens)
-        if len(session.history) and len(tokens) and tokens[0] == self._facts.bos_id:
-            tokens = tokens[1:]
-        if not len(session.history) and not len(tokens):
+        tokens = message.tokens
+        if len(session.history) and self._facts.bos_id is not None and tokens.startswith(self._bos):
+            tokens = tokens[TOKEN_BYTES:]
+        if not len(session.history) and not tokens:
             raise InvalidRequest("the first turn of a session cannot be empty", param="input_ids")
         request = self._enter(message, session.history, tokens, session)
         session.turn = RequestKey(request.key)
@@ -192,7 +193,7 @@ class Machine:
     def session_tokens(self, session_id: str) -> Outcome:
         """The committed history of a session. Raises NotFound."""
         history = self._session(session_id).history
-        return Outcome({"tokens": pack_tokens(history.slice(0, len(history)))})
+        return Outcome({"tokens": history.slice(0, len(history))})
 
     def flush(self, op: int) -> None:
         """Drop all KV once nothing drains; sessions keep their tokens. Raises InvalidRequest while anything runs."""
@@ -283,13 +284,14 @@ class Machine:
             raise NotFound(f"session {session_id!r} does not exist", param="session_params.id")
         return session
 
-    def _enter(self, message: Submit, base: History, tokens: Tokens, session: Session | None) -> Request:
+    def _enter(self, message: Submit, base: History, tokens: Packed, session: Session | None) -> Request:
         """Check a request against every limit, then put it into the line."""
         books, limits = self._books, self._limits
         assert message.key not in books.requests, f"request key {message.key} is in use"
         self._check_tokens(tokens)
         longest = min(limits.sequence_tokens_max, session.tokens_max if session is not None else limits.context_tokens)
-        prompt = len(base) + len(tokens)
+        new_tokens = len(tokens) // TOKEN_BYTES
+        prompt = len(base) + new_tokens
         wanted = message.sampling.max_new_tokens
         if prompt + (0 if wanted == 0 else 1) > longest:
             raise TooLong(
@@ -299,7 +301,7 @@ class Machine:
             )
         if len(books.waiting) >= limits.queue_max:
             raise LimitReached(f"{limits.queue_max} requests are waiting, which is the limit: try again later")
-        if books.waiting_tokens + len(tokens) > limits.queue_tokens_max:
+        if books.waiting_tokens + new_tokens > limits.queue_tokens_max:
             raise LimitReached(f"{books.waiting_tokens} tokens are waiting, which is the limit: try again later")
         goal = prompt + min(longest - prompt, longest if wanted is None else wanted)
         request = Request(message.key, base, tokens, message.sampling, goal, session)
@@ -313,7 +315,8 @@ class Machine:
         books.enqueue(request)
         return request
 
-    def _check_tokens(self, tokens: Tokens) -> None:
+    def _check_tokens(self, packed: Packed) -> None:
+        tokens = unpack_tokens(packed)
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._facts.vocab_size:
             wrong = int(tokens[np.argmax((tokens < 0) | (tokens >= self._facts.vocab_size))])
             raise InvalidRequest(

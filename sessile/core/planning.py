@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
-from sessile.core.history import Tokens
 from sessile.core.prefix import Match
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column, RowStart
@@ -33,7 +33,7 @@ class Drafter(Protocol):
         """Most drafts worth verifying for this request in the next step; asked early, when pages are set aside."""
         ...
 
-    def draft(self, key: int, context: Tokens, limit: int) -> Sequence[int]:
+    def draft(self, key: int, context: npt.NDArray[np.int32], limit: int) -> Sequence[int]:
         """At most `limit` tokens that may follow. context: the last tokens of the request (at most 64); asked late."""
         ...
 
@@ -324,7 +324,7 @@ class Planner:
         start = match.pages * size
         if start + size > request.known_tokens - 1 or request.share_waits >= books.limits.share_wait_steps:
             return False
-        key = (match.node.serial, request.tokens(start, start + size).tobytes())
+        key = (match.node.serial, request.tokens(start, start + size))
         if key not in books.computing:
             return False
         request.share_waits += 1
@@ -427,6 +427,7 @@ class Planner:
                 last_token=request.last_token,
                 last_step=0,
                 logprobs=request.logprobs,
+                filled=0,
             ),
         )
         request.phase = Phase.RUNNING

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-import numpy as np
-
-from sessile.core.history import Tokens
+from sessile.core.history import TOKEN_BYTES, Packed
 from sessile.core.ledger import TREE, Lease, PageLedger
 from sessile.errors import OwnershipError
 
@@ -23,7 +21,7 @@ class Node:
 
     __slots__ = ("children", "hard", "last_use", "pages", "parent", "serial", "soft", "tokens")
 
-    def __init__(self, parent: "Node | None", tokens: Tokens, pages: "array[int]", serial: int, last_use: int) -> None:
+    def __init__(self, parent: "Node | None", tokens: Packed, pages: "array[int]", serial: int, last_use: int) -> None:
         self.parent = parent
         self.tokens = tokens
         self.pages = pages
@@ -74,7 +72,7 @@ class PrefixTree:
 
     def __init__(self, ledger: PageLedger, page_size: int) -> None:
         self._ledger = ledger
-        self._page_size = page_size
+        self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[str, Node] = {}
         self._evictable: list[tuple[int, int, Node]] = []
         self._offers = 0
@@ -100,22 +98,22 @@ class PrefixTree:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def match(self, namespace: str, tokens: Tokens, pages_max: int) -> Match:
+    def match(self, namespace: str, tokens: Packed, pages_max: int) -> Match:
         """The longest cached prefix of `tokens`, at most `pages_max` pages. Pure: planning may walk away."""
         return self._match_below(self._root(namespace), tokens, pages_max)
 
-    def _match_below(self, node: Node, tokens: Tokens, pages_max: int) -> Match:
+    def _match_below(self, node: Node, tokens: Packed, pages_max: int) -> Match:
         """As `match`, but for what follows a node; `pages` and `node_pages` of the result count from there."""
-        size = self._page_size
+        size = self._page_bytes
         pages = unpinned = 0
         node_pages = len(node.pages)
         while pages < pages_max:
             start = pages * size
-            child = node.children.get(tokens[start : start + size].tobytes())
+            child = node.children.get(tokens[start : start + size])
             if child is None:
                 break
             node = child
-            node_pages = min(self._equal_pages(child, tokens[start:]), pages_max - pages)
+            node_pages = min(self._equal_pages(child, tokens, start), pages_max - pages)
             pages += node_pages
             if not child.hard:
                 unpinned += node_pages
@@ -123,11 +121,19 @@ class PrefixTree:
                 break
         return Match(node, node_pages, pages, unpinned)
 
-    def _equal_pages(self, node: Node, tokens: Tokens) -> int:
-        length = min(len(node.tokens), len(tokens))
-        equal = node.tokens[:length] == tokens[:length]
-        tokens_equal = length if equal.all() else int(np.argmin(equal))
-        return tokens_equal // self._page_size
+    def _equal_pages(self, node: Node, tokens: Packed, start: int) -> int:
+        """How many of a node's pages hold what `tokens` has from byte `start` on."""
+        size = self._page_bytes
+        low, high = 0, min(len(node.pages), (len(tokens) - start) // size)
+        if node.tokens[: high * size] == tokens[start : start + high * size]:
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if node.tokens[low * size : middle * size] == tokens[start + low * size : start + middle * size]:
+                low = middle
+            else:
+                high = middle
+        return low
 
     # -- pins ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +218,7 @@ class PrefixTree:
 
     # -- growing ------------------------------------------------------------------------------------------------
 
-    def publish_live(self, pin: Pin, lease: Lease, tokens: Tokens) -> bool:
+    def publish_live(self, pin: Pin, lease: Lease, tokens: Packed) -> bool:
         """Adopt a running sequence's settled pages behind its pin, and extend the pin over them.
 
         tokens: those that follow the pinned ones, whole pages of them. Returns False if the tree already has the next
@@ -221,30 +227,30 @@ class PrefixTree:
         """
         node = pin.node
         assert node is not None and pin.hard
-        if tokens[: self._page_size].tobytes() in node.children:
+        if tokens[: self._page_bytes] in node.children:
             return False
-        count = len(tokens) // self._page_size
+        count = len(tokens) // self._page_bytes
         pages = self._ledger.publish(lease, 0, count)
         if node.parent is not None and not node.children and node.hard == 1 and node.soft == 0:
             # A leaf that only we read grows in place: one node a prompt, not one a chunk.
-            node.tokens = np.concatenate((node.tokens, tokens))
+            node.tokens += tokens
             node.pages.extend(pages)
         else:
-            node = self._attach(node, tokens.copy(), pages[:])
+            node = self._attach(node, tokens, pages[:])
             node.hard = 1
             pin.node = node
         self.hard_pages += count
         pin.pages.extend(pages)
         return True
 
-    def publish_ended(self, pin: Pin, lease: Lease, tokens: Tokens) -> int:
+    def publish_ended(self, pin: Pin, lease: Lease, tokens: Packed) -> int:
         """Adopt what the tree lacks of an ended sequence; copies of what it has stay in the lease. Returns how many.
 
         pin: the sequence's, not yet given back. tokens: those that follow the pinned ones, whole pages of them; lease:
         their pages, and maybe more. Nothing is pinned by this.
         """
         assert pin.node is not None and pin.hard
-        wanted = len(tokens) // self._page_size
+        wanted = len(tokens) // self._page_bytes
         match = self._match_below(pin.node, tokens, wanted)
         count = wanted - match.pages
         if count <= 0:
@@ -254,21 +260,21 @@ class PrefixTree:
             node = self._split(node, match.node_pages)
         pages = self._ledger.publish(lease, match.pages, count)
         self.clock += 1
-        self._touch(self._attach(node, tokens[match.pages * self._page_size :].copy(), pages))
+        self._touch(self._attach(node, tokens[match.pages * self._page_bytes :], pages))
         return count
 
     def _root(self, namespace: str) -> Node:
         root = self._roots.get(namespace)
         if root is None:
             self._serial += 1
-            root = self._roots[namespace] = Node(None, np.empty(0, np.int32), array("i"), self._serial, 0)
+            root = self._roots[namespace] = Node(None, b"", array("i"), self._serial, 0)
         return root
 
-    def _attach(self, parent: Node, tokens: Tokens, pages: "array[int]") -> Node:
+    def _attach(self, parent: Node, tokens: Packed, pages: "array[int]") -> Node:
         self._serial += 1
         self.nodes += 1
         node = Node(parent, tokens, pages, self._serial, self.clock)
-        key = tokens[: self._page_size].tobytes()
+        key = tokens[: self._page_bytes]
         assert key not in parent.children, "two nodes would begin with the same page"
         parent.children[key] = node
         return node
@@ -276,16 +282,16 @@ class PrefixTree:
     def _split(self, node: Node, pages: int) -> Node:
         """Give the first `pages` pages of a node to a new parent, which is returned; receipts stay right (H20)."""
         assert 0 < pages < len(node.pages) and node.parent is not None
-        size = self._page_size
+        size = self._page_bytes
         self._serial += 1
         self.nodes += 1
-        upper = Node(node.parent, node.tokens[: pages * size].copy(), node.pages[:pages], self._serial, node.last_use)
+        upper = Node(node.parent, node.tokens[: pages * size], node.pages[:pages], self._serial, node.last_use)
         upper.hard, upper.soft = node.hard, node.soft
-        node.parent.children[upper.tokens[:size].tobytes()] = upper
-        node.tokens = node.tokens[pages * size :].copy()
+        node.parent.children[upper.tokens[:size]] = upper
+        node.tokens = node.tokens[pages * size :]
         node.pages = node.pages[pages:]
         node.parent = upper
-        upper.children[node.tokens[:size].tobytes()] = node
+        upper.children[node.tokens[:size]] = node
         return upper
 
     # -- eviction -----------------------------------------------------------------------------------------------
@@ -308,7 +314,7 @@ class PrefixTree:
         pages = node.pages[kept:]
         if kept:
             node.pages = node.pages[:kept]
-            node.tokens = node.tokens[: kept * self._page_size].copy()
+            node.tokens = node.tokens[: kept * self._page_bytes]
         else:
             heappop(self._evictable)
             self._detach(node)
@@ -318,7 +324,7 @@ class PrefixTree:
     def _detach(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None and not node.children
-        del parent.children[node.tokens[: self._page_size].tobytes()]
+        del parent.children[node.tokens[: self._page_bytes]]
         node.parent = None
         node.pages = array("i")
         self.nodes -= 1

@@ -3,10 +3,8 @@
 from array import array
 from enum import Enum, auto
 
-import numpy as np
-
 from sessile.contract.messages import Sampling
-from sessile.core.history import History, Tokens
+from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
 from sessile.core.rows import STOP_COLUMNS
@@ -32,7 +30,7 @@ class Request:
     """Tokens and settings of one request; the counters of a running one are in its row, not here.
 
     Its context is base + delta + output. base: the session's committed history, not to be changed while the turn runs.
-    delta: the turn's own input, int32, read only. output: what was emitted, all of it facts. The history gets delta
+    delta: the turn's own input, packed. output: what was emitted, all of it facts. The history gets delta
     and output only when the turn commits.
     """
 
@@ -44,7 +42,7 @@ class Request:
     )  # fmt: skip
 
     def __init__(
-        self, key: int, base: History, delta: Tokens, sampling: Sampling, goal_tokens: int, session: Session | None
+        self, key: int, base: History, delta: Packed, sampling: Sampling, goal_tokens: int, session: Session | None
     ) -> None:
         self.key = key
         self.session = session
@@ -53,7 +51,7 @@ class Request:
         self.base_tokens = len(base)
         self.delta = delta
         self.output = array("i")
-        self.prompt_tokens = len(base) + len(delta)
+        self.prompt_tokens = len(base) + len(delta) // TOKEN_BYTES
         self.goal_tokens = goal_tokens
         self.bound_pages = 0
         """While running: pages it can come to need by its goal, beside those it shares."""
@@ -96,33 +94,30 @@ class Request:
 
     @property
     def known_tokens(self) -> int:
-        """History, prompt and output so far."""
+        """History, prompt and output so far, without what a running row has not handed over yet."""
         return self.prompt_tokens + len(self.output)
 
     @property
     def output_tokens(self) -> int:
-        """Tokens emitted so far."""
+        """Tokens emitted so far, without what a running row has not handed over yet."""
         return len(self.output)
 
-    def tokens(self, start: int, stop: int) -> Tokens:
-        """int32[stop - start] of the whole context, read only. Costs what it returns, not what lies before."""
+    def tokens(self, start: int, stop: int) -> Packed:
+        """Tokens [start, stop) of the whole context. Costs what it returns, not what lies before."""
         base, prompt = self.base_tokens, self.prompt_tokens
         if base <= start and stop <= prompt:
-            return self.delta[start - base : stop - base]
-        parts = []
-        if start < base:
-            parts.append(self.base.slice(start, min(stop, base)))
+            return self.delta[(start - base) * TOKEN_BYTES : (stop - base) * TOKEN_BYTES]
+        packed = self.base.slice(start, min(stop, base)) if start < base else b""
         if start < prompt and stop > base:
-            parts.append(self.delta[max(start - base, 0) : stop - base])
+            packed += self.delta[max(start - base, 0) * TOKEN_BYTES : (stop - base) * TOKEN_BYTES]
         if stop > prompt:
-            parts.append(np.array(self.output[max(start - prompt, 0) : stop - prompt], np.int32))
-        return np.concatenate(parts) if parts else self.delta[:0]
+            packed += self.output[max(start - prompt, 0) : stop - prompt].tobytes()
+        return packed
 
     @property
     def last_token(self) -> int:
         """The last known token."""
         if self.output:
             return self.output[-1]
-        return (
-            int(self.delta[-1]) if len(self.delta) else int(self.base.slice(self.base_tokens - 1, self.base_tokens)[0])
-        )
+        known = self.prompt_tokens
+        return int.from_bytes(self.tokens(known - 1, known), "little", signed=True)

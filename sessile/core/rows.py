@@ -19,6 +19,10 @@ STOP_COLUMNS = 4
 """Stop tokens that are compared for all rows at once; a request with more pays for a look of its own."""
 
 
+OUTPUT_COLUMNS = 64
+"""Output tokens a row gathers before its request takes them over."""
+
+
 class RowStart(NamedTuple):
     """What a row's columns hold when a request takes it; the columns themselves are described in RowTable."""
 
@@ -38,6 +42,7 @@ class RowStart(NamedTuple):
     last_token: int
     last_step: int
     logprobs: int
+    filled: int
 
 
 class RowTable(Generic[Occupant]):
@@ -75,13 +80,17 @@ class RowTable(Generic[Occupant]):
     """The newest step that reads or writes the row."""
     logprobs: Column
     """-1, or how many of the most likely tokens are wanted beside each output token."""
+    filled: Column
+    """Output tokens in `outputs` that the request has not taken over yet."""
 
     def __init__(self, rows_max: int) -> None:
         self.rows_max = rows_max
         self._columns = np.zeros((len(RowStart._fields), rows_max), np.int64)
         for index, name in enumerate(RowStart._fields):
             setattr(self, name, self._columns[index])
-        self.stops: npt.NDArray[np.int64] = np.full((rows_max, STOP_COLUMNS), -1, np.int64)
+        self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
+        """The newest output tokens of each row: appending to all rows at once costs one array operation."""
+        self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
         """Token ids that end the row's output, -1 where unused."""
         self.occupants: list[Occupant | None] = [None] * rows_max
         self._free = list(range(rows_max - 1, -1, -1))
@@ -108,7 +117,7 @@ class RowTable(Generic[Occupant]):
             raise OwnershipError(f"row {row} was on the free list while it was held")
         self.occupants[row] = occupant
         self._columns[:, row] = start
-        self.stops[row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
+        self.stops[:, row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
         return RowId(row)
 
     def give_back(self, row: RowId, occupant: Occupant) -> None:

@@ -14,7 +14,7 @@ from sessile.core.books import Books
 from sessile.core.ending import end_request
 from sessile.core.planning import PromptPart
 from sessile.core.request import Phase, Request
-from sessile.core.rows import Column
+from sessile.core.rows import OUTPUT_COLUMNS, Column
 from sessile.core.stop import StopFound
 from sessile.errors import PlanError
 
@@ -24,14 +24,13 @@ Flags = npt.NDArray[np.bool_]
 def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
     plan = flight.plan
-    allowed = np.where(plan.flags & SAMPLE, 1 + plan.draft_counts, 0)
+    allowed = (plan.flags & SAMPLE) + plan.draft_counts
     _validate(flight, result, allowed)
     books.settled_step = plan.step
-    rows = plan.rows.astype(np.int64)
-    books.rows.pending[rows] -= allowed
+    books.rows.pending[flight.rows] -= allowed
     ends = np.cumsum(result.emitted, dtype=np.int64)
-    quick = _quick_rows(books, flight, result, rows[: flight.decodes], ends)
-    _append_one(books, flight, result, rows, ends, quick)
+    quick = _quick_rows(books, flight, result, ends)
+    _append_one(books, flight, result, ends, quick)
     _settle_others(books, flight, result, ends.tolist(), np.flatnonzero(~quick).tolist())
     for request in books.victims:
         if request.phase is Phase.RUNNING:
@@ -42,19 +41,20 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
 
 def _settle_others(books: Books, flight: Flight, result: StepResult, ends: list[int], slow_decodes: list[int]) -> None:
     """The long way: prompts, drafts, stops, log-probabilities, faults, and rows that nobody has any more."""
-    plan, decodes = flight.plan, flight.decodes
-    tokens = result.tokens.tolist()
+    plan, decodes, occupants = flight.plan, flight.decodes, books.rows.occupants
     any_faulty = bool(result.faulty.any())
     details = _detail_offsets(plan.logprob_tops, result) if len(result.logprobs) else None
     scores = _score_offsets(flight) if len(result.score_logprobs) else {}
     for index in (*slow_decodes, *range(decodes, len(ends))):
-        request = flight.requests[index]
+        request = occupants[flight.rows[index]]
+        assert request is not None, "a row lost its occupant while a step had it"
         if request.phase is not Phase.RUNNING:
             continue  # It ended while this step was in flight: its tokens were never promised to anybody.
         if any_faulty and result.faulty[index]:
             end_request(books, request, "error", message="the model's output was not finite", status=500)
             continue
-        emitted = tokens[ends[index - 1] if index else 0 : ends[index]]
+        books.collect_output(request)
+        emitted = result.tokens[ends[index - 1] if index else 0 : ends[index]].tolist()
         if index >= decodes:
             _settle_prompt(books, request, flight.parts[index - decodes], result, scores)
         else:
@@ -78,16 +78,16 @@ def _validate(flight: Flight, result: StepResult, allowed: Column) -> None:
         raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
 
 
-def _quick_rows(books: Books, flight: Flight, result: StepResult, active: Column, ends: Column) -> Flags:
+def _quick_rows(books: Books, flight: Flight, result: StepResult, ends: Column) -> Flags:
     """bool[decodes]: rows that only append one token: live, no drafts, nothing that ends or looks at them."""
     rows, plan = books.rows, flight.plan
     decodes = flight.decodes
     if not decodes:
         return np.empty(0, np.bool_)
+    active = flight.rows[:decodes]
     tokens = result.tokens[ends[:decodes] - 1]
-    slow = (rows.stops[active] == tokens[:, None]).any(axis=1)
-    slow |= rows.live[active] != 1
-    slow |= rows.slow[active] != 0
+    slow = (rows.stops[:, active] == tokens).any(axis=0)
+    slow |= rows.live[active] <= rows.slow[active]
     slow |= rows.known[active] + 1 >= rows.goal[active]
     slow |= plan.starts[:decodes] < rows.prompt[active]
     slow |= plan.draft_counts[:decodes] > 0
@@ -95,19 +95,23 @@ def _quick_rows(books: Books, flight: Flight, result: StepResult, active: Column
     return np.asarray(~slow, np.bool_)
 
 
-def _append_one(books: Books, flight: Flight, result: StepResult, all_rows: Column, ends: Column, quick: Flags) -> None:
+def _append_one(books: Books, flight: Flight, result: StepResult, ends: Column, quick: Flags) -> None:
     chosen = np.flatnonzero(quick)
     if not len(chosen):
         return
     rows = books.rows
-    active = all_rows[chosen]
+    active = flight.rows[chosen]
     tokens = result.tokens[ends[chosen] - 1]
+    filled = rows.filled[active]
+    rows.outputs[active, filled] = tokens
+    rows.filled[active] = filled + 1
     rows.settled[active] = flight.plan.starts[chosen] + 1
     rows.known[active] += 1
     rows.last_token[active] = tokens
-    requests = flight.requests
-    for index, token in zip(chosen.tolist(), tokens.tolist(), strict=True):
-        requests[index].output.append(token)
+    for row in active[filled == OUTPUT_COLUMNS - 1].tolist():
+        request = rows.occupants[row]
+        assert request is not None
+        books.collect_output(request)
     books.totals.generated_tokens += len(chosen)
     books.effects.deltas(rows.key[active], np.ones(len(chosen), np.int32), tokens)
 
@@ -253,7 +257,7 @@ def _send_scores(
         Scores(
             request.key,
             first,
-            request.tokens(first, last).astype("<i4").tobytes(),
+            request.tokens(first, last),
             result.score_logprobs[score : score + count].astype("<f4").tobytes(),
             result.score_top_ids[entry : entry + entries].astype("<i4").tobytes(),
             result.score_top_logprobs[entry : entry + entries].astype("<f4").tobytes(),
