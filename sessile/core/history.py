@@ -7,6 +7,8 @@ Runs of tokens are `Packed` throughout the core: int32 little-endian bytes, as t
 compare and hash at the speed of memory, and a slice costs a tenth of what a small numpy array does.
 """
 
+from collections.abc import Sequence
+
 from sessile.units import ceil_div
 
 Packed = bytes
@@ -27,6 +29,11 @@ class History:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def chunks(self) -> Sequence[bytearray]:
+        """The pieces, to be read only; all but the last are full and may be shared with forks."""
+        return self._chunks
 
     def append(self, tokens: Packed) -> None:
         """Commit tokens at the end. Costs what is appended, whatever the length."""

@@ -3,10 +3,9 @@
 from array import array
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
-from sessile.contract.messages import Cancel
+from sessile.contract.messages import Cancel, pack_tokens
 from sessile.core.books import Books
 from sessile.core.ledger import FREE, QUARANTINE, SCRATCH
 from sessile.core.request import Request
@@ -198,7 +197,7 @@ def test_a_lost_lease_is_found(stage: Stage, books: Books) -> None:
 
 
 def a_pin_is_forgotten(books: Books) -> None:
-    books.tree.pin(books.tree.match("", np.full(8, 2, np.int32), 2))
+    books.tree.pin(books.tree.match("", pack_tokens([2] * 8), 2))
 
 
 def a_pin_is_dropped_for_another(books: Books) -> None:
@@ -225,7 +224,7 @@ def a_node_is_not_counted(books: Books) -> None:
 
 def a_node_has_tokens_without_pages(books: Books) -> None:
     node = next(books.tree.walk())
-    node.tokens = np.concatenate((node.tokens, node.tokens))
+    node.tokens = node.tokens * 2
 
 
 PINS: dict[Callable[[Books], None], str] = {
@@ -332,7 +331,7 @@ def parked_kv_covers_every_token(books: Books) -> None:
 
 def parked_kv_is_longer_than_its_pages(books: Books) -> None:
     session = books.sessions[PARKED]
-    session.history.append(np.full(50, 1, np.int32))
+    session.history.append(pack_tokens([1] * 50))
     parked(books).tokens += 20
 
 
@@ -343,7 +342,7 @@ def parked_kv_leaves_a_page_unused(books: Books) -> None:
 def a_session_keeps_its_kv_while_its_turn_runs(books: Books) -> None:
     request: Request = books.requests[4]
     assert request.lease is not None and request.pin is not None
-    pin = books.tree.pin(books.tree.match("", np.full(8, 4, np.int32), 2))
+    pin = books.tree.pin(books.tree.match("", pack_tokens([4] * 8), 2))
     books.tree.soften(pin)
     books.sessions[TURN].parked = ParkedKv(books.ledger.open(), pin, 8, 0)
 

@@ -1,8 +1,8 @@
 """Histories: append-only, shared by forks, cut anywhere; and the counters of a batch row."""
 
-import numpy as np
 import pytest
 
+from sessile.contract.messages import pack_tokens, unpack_tokens
 from sessile.core.history import History
 from sessile.core.rows import STOP_COLUMNS, RowStart, RowTable
 from sessile.errors import OwnershipError
@@ -11,8 +11,12 @@ CHUNK = 4096
 """Tokens that a history keeps in one piece."""
 
 
-def line(count: int, start: int = 0) -> np.ndarray:
-    return np.arange(start, start + count, dtype=np.int32)
+def line(count: int, start: int = 0) -> bytes:
+    return pack_tokens(range(start, start + count))
+
+
+def ids(packed: bytes) -> list[int]:
+    return unpack_tokens(packed).tolist()
 
 
 def history_of(*counts: int) -> History:
@@ -27,7 +31,7 @@ def history_of(*counts: int) -> History:
 def test_a_history_is_its_turns_one_after_the_other(counts: tuple[int, ...]) -> None:
     history = history_of(*counts)
     assert len(history) == sum(counts)
-    assert (history.slice(0, len(history)) == line(sum(counts))).all()
+    assert history.slice(0, len(history)) == line(sum(counts))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_a_history_is_its_turns_one_after_the_other(counts: tuple[int, ...]) -> 
     [(0, 0), (0, 1), (CHUNK - 1, CHUNK), (CHUNK, CHUNK + 1), (CHUNK - 3, CHUNK + 3), (7, 2 * CHUNK + 5), (9999, 9999)],
 )
 def test_a_slice_may_begin_and_end_anywhere(start: int, stop: int) -> None:
-    assert history_of(10_000).slice(start, stop).tolist() == list(range(start, stop))
+    assert ids(history_of(10_000).slice(start, stop)) == list(range(start, stop))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 6), (6, 6)])
@@ -46,30 +50,29 @@ def test_a_slice_of_what_is_not_there_is_refused(start: int, stop: int) -> None:
 
 def test_h28_what_a_slice_shows_cannot_be_written() -> None:
     history = history_of(100)
-    with pytest.raises(ValueError, match="read-only"):
-        history.slice(10, 20)[0] = 1
-    assert history.slice(10, 11).tolist() == [10]
+    assert isinstance(history.slice(10, 20), bytes)
+    assert ids(history.slice(10, 11)) == [10]
 
 
 def test_h28_what_was_committed_does_not_follow_its_source() -> None:
     history = History()
-    tokens = line(5)
+    tokens = bytearray(line(5))
     history.append(tokens)
-    tokens[:] = 99
-    assert history.slice(0, 5).tolist() == [0, 1, 2, 3, 4]
+    tokens[:] = line(5, 99)
+    assert ids(history.slice(0, 5)) == [0, 1, 2, 3, 4]
 
 
 def test_a_slice_stays_right_while_the_history_grows() -> None:
     history = history_of(10)
     view = history.slice(0, 10)
     history.append(line(2 * CHUNK, 10))
-    assert (view == line(10)).all()
+    assert view == line(10)
 
 
 @pytest.mark.parametrize("length", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 10_000])
 def test_a_fork_is_the_first_tokens(length: int) -> None:
     fork = history_of(10_000).fork(length)
-    assert fork.slice(0, len(fork)).tolist() == list(range(length))
+    assert ids(fork.slice(0, len(fork))) == list(range(length))
 
 
 @pytest.mark.parametrize("length", [3, CHUNK, CHUNK + 3])
@@ -78,17 +81,15 @@ def test_a_fork_and_its_parent_grow_apart(length: int) -> None:
     fork = parent.fork(length)
     fork.append(line(20, 7000))
     parent.append(line(20, 8000))
-    assert fork.slice(length, length + 20).tolist() == list(range(7000, 7020))
-    assert parent.slice(0, CHUNK + 10).tolist() == list(range(CHUNK + 10))
-    assert parent.slice(CHUNK + 10, CHUNK + 30).tolist() == list(range(8000, 8020))
+    assert ids(fork.slice(length, length + 20)) == list(range(7000, 7020))
+    assert ids(parent.slice(0, CHUNK + 10)) == list(range(CHUNK + 10))
+    assert ids(parent.slice(CHUNK + 10, CHUNK + 30)) == list(range(8000, 8020))
 
 
 def test_a_fork_shares_every_full_chunk_and_copies_less_than_one() -> None:
     parent = history_of(2 * CHUNK + 100)
     fork = parent.fork(2 * CHUNK + 50)
-    shared = [np.shares_memory(parent.slice(start, start + 1), fork.slice(start, start + 1)) for start in (0, CHUNK)]
-    assert shared == [True, True]
-    assert not np.shares_memory(parent.slice(2 * CHUNK, 2 * CHUNK + 50), fork.slice(2 * CHUNK, 2 * CHUNK + 50))
+    assert [mine is theirs for mine, theirs in zip(fork.chunks, parent.chunks, strict=True)] == [True, True, False]
 
 
 def start_of(value: int) -> RowStart:
@@ -101,7 +102,7 @@ def test_a_row_that_is_taken_has_all_its_counters_set_and_nothing_of_the_last_oc
     rows.give_back(row, "first")
     assert rows.take("second", (9,), start_of(50)) == row
     assert {name: int(getattr(rows, name)[row]) for name in RowStart._fields} == start_of(50)._asdict()
-    assert rows.stops[row].tolist() == [9, -1, -1, -1]
+    assert rows.stops[:, row].tolist() == [9, -1, -1, -1]
     assert rows.occupants == ["second"]
 
 
@@ -132,4 +133,4 @@ def test_a_row_on_the_free_list_that_is_held_is_found_when_it_is_taken() -> None
 def test_more_stop_tokens_than_columns_keep_the_first_ones() -> None:
     rows: RowTable[str] = RowTable(1)
     row = rows.take("holder", tuple(range(STOP_COLUMNS + 3)), start_of(1))
-    assert rows.stops[row].tolist() == list(range(STOP_COLUMNS))
+    assert rows.stops[:, row].tolist() == list(range(STOP_COLUMNS))

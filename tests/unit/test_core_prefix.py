@@ -5,6 +5,7 @@ from array import array
 import numpy as np
 import pytest
 
+from sessile.contract.messages import pack_tokens
 from sessile.core.ledger import LIMBO, TREE, Lease, PageLedger
 from sessile.core.prefix import Pin, PrefixTree
 from sessile.errors import OwnershipError
@@ -12,9 +13,9 @@ from sessile.errors import OwnershipError
 PAGE_SIZE = 4
 
 
-def tokens(*pages: int) -> np.ndarray:
+def tokens(*pages: int) -> bytes:
     """Pages of equal tokens: tokens(7, 8) is 7 7 7 7 8 8 8 8."""
-    return np.repeat(np.array(pages, np.int32), PAGE_SIZE)
+    return pack_tokens(np.repeat(np.array(pages, np.int32), PAGE_SIZE))
 
 
 class Grove:
@@ -67,8 +68,7 @@ def test_a_match_is_the_longest_common_prefix_in_whole_pages(wanted: tuple[int, 
 def test_a_page_that_differs_in_its_last_token_does_not_match() -> None:
     grove = Grove()
     grove.grow(1, 2)
-    line = tokens(1, 2)
-    line[-1] = 7
+    line = tokens(1, 2)[:-4] + pack_tokens([7])
     assert grove.tree.match("", line, 2).pages == 1
 
 

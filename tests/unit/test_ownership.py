@@ -8,6 +8,7 @@ from array import array
 import numpy as np
 import pytest
 
+from sessile.contract.messages import pack_tokens
 from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE, PageLedger
 from sessile.core.prefix import PrefixTree
 from sessile.core.rows import RowStart, RowTable
@@ -16,9 +17,9 @@ from sessile.errors import LeaseError, OwnershipError
 PAGE_SIZE = 4
 
 
-def tokens(*pages: int) -> np.ndarray:
+def tokens(*pages: int) -> bytes:
     """Pages of equal tokens: tokens(7, 8) is 7 7 7 7 8 8 8 8."""
-    return np.repeat(np.array(pages, np.int32), PAGE_SIZE)
+    return pack_tokens(np.repeat(np.array(pages, np.int32), PAGE_SIZE))
 
 
 def balances(ledger: PageLedger) -> dict[str, int]:
@@ -144,10 +145,10 @@ def test_a_lease_that_is_dropped_while_it_owns_pages_is_on_record() -> None:
     assert len(ledger.lost) == 1
 
 
-def published(tree: PrefixTree, ledger: PageLedger, line: np.ndarray) -> None:
+def published(tree: PrefixTree, ledger: PageLedger, line: bytes) -> None:
     """Give the tree the pages of a sequence that has ended."""
     lease = ledger.open()
-    ledger.draw(lease, len(line) // PAGE_SIZE)
+    ledger.draw(lease, len(line) // (4 * PAGE_SIZE))
     pin = tree.pin(tree.match("", line, 0))
     tree.publish_ended(pin, lease, line)
     tree.unpin(pin, used=True)
