@@ -145,15 +145,15 @@ class Planner:
     def _choose_running(self, planned: Planned) -> bool:
         """Share the budget among running rows, decoding first. Returns whether all of them got their pages."""
         rows = self._books.rows
-        active = np.flatnonzero(rows.plannable)
-        if not len(active):
+        # Over whole columns, free rows included: cheaper than gathering the rows that run.
+        ahead = rows.known + rows.pending
+        ready = np.minimum(ahead, rows.goal - 1) > rows.planned
+        ready &= rows.plannable != 0
+        single = rows.planned + 1 == ahead
+        decodes = np.flatnonzero(ready & single)
+        prompts = np.flatnonzero(ready & ~single)
+        if not len(decodes) and not len(prompts):
             return True
-        ahead = rows.known[active] + rows.pending[active]
-        planned_tokens = rows.planned[active]
-        need = np.minimum(ahead, rows.goal[active] - 1) - planned_tokens
-        single = planned_tokens + 1 == ahead
-        decodes = active[(need == 1) & single]
-        prompts = active[(need > 1) | ((need == 1) & ~single)]
         if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
             # Without mixed steps prompts and decoding take turns, so that neither starves.
             if self._decoded_last:
@@ -165,7 +165,7 @@ class Planner:
             decodes = decodes[np.argsort(rows.arrival[decodes], kind="stable")][:budget]
         planned.decodes = decodes
         budget -= len(decodes)
-        for row in prompts[np.argsort(rows.arrival[prompts], kind="stable")].tolist():
+        for row in sorted(prompts.tolist(), key=rows.arrival.__getitem__):
             if budget <= 0:
                 break
             request = rows.occupants[row]
@@ -173,7 +173,7 @@ class Planner:
             start = int(rows.planned[row])
             end = min(int(rows.known[row]), int(rows.goal[row]) - 1)
             count = min(end - start, budget)
-            planned.parts.append(PromptPart(request, row, start, count, False))
+            planned.parts.append(PromptPart(request, RowId(row), start, count, False))
             budget -= count
         planned.tokens = self._budget(len(decodes) > 0) - budget
         return self._draw_for_running(planned)
@@ -192,7 +192,11 @@ class Planner:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
-        if len(lacking) + sum(want[2] for want in wants) <= books.ledger.free_pages:
+        total = len(lacking) + sum(want[2] for want in wants)
+        if total > books.ledger.free_pages:
+            # A full pool is the normal state of a cache: what nobody reads gives way before a row sits out a step.
+            books.reclaim(total - books.ledger.free_pages)
+        if total <= books.ledger.free_pages:
             self._draw_one_each(planned, lacking)
             for _, row, pages in wants:
                 self._draw(planned, row, pages)
@@ -379,7 +383,7 @@ class Planner:
     def _make_room(self, pages: int, request: Request, match: Match | None) -> Match | None:
         """Reclaim what this admission needs without touching what it is about to read; returns the match anew."""
         books = self._books
-        short = pages - books.ledger.free_pages - books.ledger.limbo_pages
+        short = pages - books.ledger.free_pages
         if short <= 0:
             return match
         if match is None:
@@ -476,7 +480,8 @@ class Planner:
             rows.planned[row] = end
             rows.pending[row] += part.samples
             rows.last_step[row] = planned.step
-        assert (rows.planned <= rows.pages * self._books.limits.page_size).all(), "a row is planned beyond its pages"
+        beyond = rows.planned > rows.pages * self._books.limits.page_size
+        assert not beyond.any(), "a row is planned beyond its pages (H22)"
 
 
 class _Outlook:
