@@ -26,6 +26,9 @@ class Flight:
 
     plan: StepPlan
     rows: Column
+    allowed: Ints
+    """Most tokens each row may emit: 0 without SAMPLE, else 1 + drafts."""
+    has_drafts: bool
     decodes: int
     parts: list[PromptPart]
 
@@ -57,11 +60,11 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         plan_starts[decode_count:] = [part.start for part in parts]
         query_counts[decode_count:] = [part.count for part in parts]
         flags[decode_count:] = [SAMPLE * part.samples for part in parts]
+    allowed = (flags & SAMPLE) + plan_drafts
     # The token about to be sampled comes after those that steps in flight sample; `pending` counts it already.
-    known = rows.known[all_rows] - rows.prompt[all_rows] + rows.pending[all_rows]
-    output_indices[:] = np.maximum(known - (flags & SAMPLE) - plan_drafts, 0)
-    tops = rows.logprobs[all_rows]
-    tops[flags & SAMPLE == 0] = -1
+    ahead = rows.known - rows.prompt + rows.pending
+    np.maximum(ahead[all_rows] - allowed, 0, out=output_indices, casting="unsafe")
+    tops = np.where(allowed, rows.logprobs[all_rows], -1)
     flat = array("i", tokens)
     for part in parts:
         flat.frombytes(part.request.tokens(part.start, part.start + part.count))
@@ -80,7 +83,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         np.frombuffer(flat, np.int32),
         *_scores(parts, len(tokens)),
     )
-    return Flight(plan, all_rows, decode_count, parts)
+    return Flight(plan, all_rows, allowed, bool(drafts), decode_count, parts)
 
 
 def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -> list[list[int]]:

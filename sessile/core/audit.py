@@ -18,7 +18,7 @@ from sessile.core.session import Session
 from sessile.errors import AuditError
 from sessile.units import Account
 
-_HOLDERS_A_LOOK = 2
+_HOLDERS_A_LOOK = 1
 
 
 def check(books: Books) -> None:

@@ -114,7 +114,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         assert self.pages_total >= 3, "a pool needs the scratch page, one page of prompt and one of output"
-        assert self.page_size >= 1 and self.rows_max >= 1 and self.chunk_tokens >= 1
+        assert self.page_size >= 1 and 1 <= self.rows_max <= 4096 and self.chunk_tokens >= 1
         assert self.context_tokens >= 2 and 0 <= self.drafts_max < 256
         assert self.chunk_tokens >= 1 and self.mixed_chunk_tokens >= 1
 

@@ -150,8 +150,8 @@ class Planner:
         ready = np.minimum(ahead, rows.goal - 1) > rows.planned
         ready &= rows.plannable != 0
         single = rows.planned + 1 == ahead
-        decodes = np.flatnonzero(ready & single)
-        prompts = np.flatnonzero(ready & ~single)
+        decodes = (ready & single).nonzero()[0]
+        prompts = (ready & ~single).nonzero()[0]
         if not len(decodes) and not len(prompts):
             return True
         if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
@@ -481,7 +481,7 @@ class Planner:
             rows.pending[row] += part.samples
             rows.last_step[row] = planned.step
         beyond = rows.planned > rows.pages * self._books.limits.page_size
-        assert not beyond.any(), "a row is planned beyond its pages (H22)"
+        assert not np.count_nonzero(beyond), "a row is planned beyond its pages (H22)"
 
 
 class _Outlook:

@@ -33,6 +33,7 @@ class RowStart(NamedTuple):
     arrival: int
     known: int
     settled: int
+    filled: int
     planned: int
     pending: int
     goal: int
@@ -42,7 +43,6 @@ class RowStart(NamedTuple):
     last_token: int
     last_step: int
     logprobs: int
-    filled: int
 
 
 class RowTable(Generic[Occupant]):
@@ -91,7 +91,12 @@ class RowTable(Generic[Occupant]):
         self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
         """The newest output tokens of each row: appending to all rows at once costs one array operation."""
         self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
-        """Token ids that end the row's output, -1 where unused."""
+        """Token ids that end a row's output, by column and row; -1 where unused."""
+        self.stop_columns = 0
+        """How many columns of `stops` were ever used."""
+        first = RowStart._fields.index("known")
+        assert RowStart._fields[first : first + 3] == ("known", "settled", "filled")
+        self._growing = self._columns[first : first + 3]
         self.occupants: list[Occupant | None] = [None] * rows_max
         self._free = list(range(rows_max - 1, -1, -1))
 
@@ -117,8 +122,15 @@ class RowTable(Generic[Occupant]):
             raise OwnershipError(f"row {row} was on the free list while it was held")
         self.occupants[row] = occupant
         self._columns[:, row] = start
+        self.stop_columns = max(self.stop_columns, min(len(stops), STOP_COLUMNS))
         self.stops[:, row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
         return RowId(row)
+
+    def grow(self, active: Column) -> None:
+        """Count one more known, settled and gathered token for these rows."""
+        one = np.zeros(self.rows_max, np.int64)
+        one[active] = 1
+        self._growing += one
 
     def give_back(self, row: RowId, occupant: Occupant) -> None:
         """Free a row; raises OwnershipError if the occupant does not hold it."""

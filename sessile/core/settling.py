@@ -8,30 +8,30 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.contract.messages import Scores, TokenDetail
-from sessile.contract.plan import SAMPLE, Ints, StepResult
+from sessile.contract.plan import Ints, StepResult
 from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
 from sessile.core.ending import end_request
 from sessile.core.planning import PromptPart
 from sessile.core.request import Phase, Request
-from sessile.core.rows import OUTPUT_COLUMNS, Column
+from sessile.core.rows import OUTPUT_COLUMNS
 from sessile.core.stop import StopFound
 from sessile.errors import PlanError
 
 Flags = npt.NDArray[np.bool_]
 
+ONES: Ints = np.ones(4096, np.int32)
+"""Counts of deltas that bring one token each; as long as a batch can be."""
+
 
 def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
-    plan = flight.plan
-    allowed = (plan.flags & SAMPLE) + plan.draft_counts
-    _validate(flight, result, allowed)
-    books.settled_step = plan.step
-    books.rows.pending[flight.rows] -= allowed
-    ends = np.cumsum(result.emitted, dtype=np.int64)
-    quick = _quick_rows(books, flight, result, ends)
-    _append_one(books, flight, result, ends, quick)
-    _settle_others(books, flight, result, ends.tolist(), np.flatnonzero(~quick).tolist())
+    _validate(flight, result)
+    books.settled_step = flight.plan.step
+    books.rows.pending[flight.rows] -= flight.allowed
+    quick = _quick_rows(books, flight, result)
+    _append_one(books, flight, result, quick)
+    _settle_others(books, flight, result, (~quick).nonzero()[0].tolist())
     for request in books.victims:
         if request.phase is Phase.RUNNING:
             books.preempt(request)
@@ -39,14 +39,75 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     books.drain()
 
 
-def _settle_others(books: Books, flight: Flight, result: StepResult, ends: list[int], slow_decodes: list[int]) -> None:
+def _validate(flight: Flight, result: StepResult) -> None:
+    plan, allowed, emitted = flight.plan, flight.allowed, result.emitted
+    if result.step != plan.step:
+        raise PlanError(f"step {plan.step} is due but the device settled step {result.step}")
+    if result.rows.tobytes() != plan.rows.tobytes() or result.query_counts.tobytes() != plan.query_counts.tobytes():
+        raise PlanError(f"step {plan.step}: the device ran other rows or token counts than the plan asked for")
+    # Where one token or none is allowed, that many must be emitted; with drafts, from one up.
+    exact = emitted.tobytes() == allowed.tobytes()
+    if not exact and (np.count_nonzero(emitted > allowed) or np.count_nonzero(emitted < np.minimum(allowed, 1))):
+        raise PlanError(f"step {plan.step}: the device emitted token counts that the plan does not allow")
+    if (
+        len(result.tokens) != int(emitted.sum())
+        or len(result.faulty) != len(plan.rows)
+        or len(result.score_logprobs) != len(plan.score_queries)
+    ):
+        raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
+
+
+def _quick_rows(books: Books, flight: Flight, result: StepResult) -> Flags:
+    """bool[decodes]: rows that only append one token: live, no drafts, nothing that ends or looks at them."""
+    decodes = flight.decodes
+    if flight.has_drafts or not decodes or np.count_nonzero(result.faulty):
+        return np.zeros(decodes, np.bool_)
+    rows = books.rows
+    # Over whole columns first, then one gather: cheaper than gathering each column.
+    plain = rows.known + 1 < rows.goal
+    plain &= rows.settled >= rows.prompt
+    plain &= rows.live > rows.slow
+    active = flight.rows[:decodes]
+    quick: Flags = plain[active]
+    tokens = result.tokens[:decodes]
+    for stops in rows.stops[: rows.stop_columns]:
+        quick &= stops[active] != tokens
+    return quick
+
+
+def _append_one(books: Books, flight: Flight, result: StepResult, quick: Flags) -> None:
+    count = int(np.count_nonzero(quick))
+    if not count:
+        return
+    rows = books.rows
+    active, tokens = flight.rows[: flight.decodes], result.tokens[: flight.decodes]
+    if count < flight.decodes:
+        active, tokens = active[quick], tokens[quick]
+    filled = rows.filled[active]
+    rows.outputs[active, filled] = tokens
+    rows.last_token[active] = tokens
+    rows.grow(active)
+    full = filled == OUTPUT_COLUMNS - 1
+    if np.count_nonzero(full):
+        for row in active[full].tolist():
+            request = rows.occupants[row]
+            assert request is not None
+            books.collect_output(request)
+    books.totals.generated_tokens += count
+    books.effects.deltas(rows.key[active], ONES[:count], tokens)
+
+
+def _settle_others(books: Books, flight: Flight, result: StepResult, slow_decodes: list[int]) -> None:
     """The long way: prompts, drafts, stops, log-probabilities, faults, and rows that nobody has any more."""
     plan, decodes, occupants = flight.plan, flight.decodes, books.rows.occupants
-    any_faulty = bool(result.faulty.any())
+    ends = result.emitted.cumsum().tolist()
+    tokens = result.tokens.tolist()
+    any_faulty = np.count_nonzero(result.faulty)
     details = _detail_offsets(plan.logprob_tops, result) if len(result.logprobs) else None
     scores = _score_offsets(flight) if len(result.score_logprobs) else {}
-    for index in (*slow_decodes, *range(decodes, len(ends))):
-        request = occupants[flight.rows[index]]
+    rows = flight.rows.tolist()
+    for index in (*slow_decodes, *range(decodes, len(rows))):
+        request = occupants[rows[index]]
         assert request is not None, "a row lost its occupant while a step had it"
         if request.phase is not Phase.RUNNING:
             continue  # It ended while this step was in flight: its tokens were never promised to anybody.
@@ -54,7 +115,7 @@ def _settle_others(books: Books, flight: Flight, result: StepResult, ends: list[
             end_request(books, request, "error", message="the model's output was not finite", status=500)
             continue
         books.collect_output(request)
-        emitted = result.tokens[ends[index - 1] if index else 0 : ends[index]].tolist()
+        emitted = tokens[ends[index - 1] if index else 0 : ends[index]]
         if index >= decodes:
             _settle_prompt(books, request, flight.parts[index - decodes], result, scores)
         else:
@@ -62,63 +123,6 @@ def _settle_others(books: Books, flight: Flight, result: StepResult, ends: list[
             _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(emitted) - 1)
         if emitted:
             _emit(books, request, emitted, result, details[index] if details else None)
-
-
-def _validate(flight: Flight, result: StepResult, allowed: Column) -> None:
-    plan = flight.plan
-    if result.step != plan.step:
-        raise PlanError(f"step {plan.step} is due but the device settled step {result.step}")
-    if result.rows.tobytes() != plan.rows.tobytes() or result.query_counts.tobytes() != plan.query_counts.tobytes():
-        raise PlanError(f"step {plan.step}: the device ran other rows or token counts than the plan asked for")
-    # Where one token or none is allowed, that many must be emitted; with drafts, from one up.
-    wrong = (result.emitted > allowed) | (result.emitted < np.minimum(allowed, 1))
-    if wrong.any() or len(result.tokens) != int(result.emitted.sum()):
-        raise PlanError(f"step {plan.step}: the device emitted token counts that the plan does not allow")
-    if len(result.score_logprobs) != len(plan.score_queries) or len(result.faulty) != len(plan.rows):
-        raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
-
-
-def _quick_rows(books: Books, flight: Flight, result: StepResult, ends: Column) -> Flags:
-    """bool[decodes]: rows that only append one token: live, no drafts, nothing that ends or looks at them."""
-    rows, plan = books.rows, flight.plan
-    decodes = flight.decodes
-    if not decodes:
-        return np.empty(0, np.bool_)
-    # Over whole columns first, then one gather: cheaper than gathering each column.
-    plain = rows.known + 1 < rows.goal
-    plain &= rows.settled >= rows.prompt
-    plain &= rows.live > rows.slow
-    tokens = result.tokens[ends[:decodes] - 1]
-    active = flight.rows[:decodes]
-    quick: Flags = plain[active]
-    quick &= (rows.stops[:, active] != tokens).all(axis=0)
-    quick &= plan.draft_counts[:decodes] == 0
-    quick &= ~result.faulty[:decodes]
-    return quick
-
-
-def _append_one(books: Books, flight: Flight, result: StepResult, ends: Column, quick: Flags) -> None:
-    chosen = np.flatnonzero(quick)
-    if not len(chosen):
-        return
-    rows = books.rows
-    active = flight.rows[chosen]
-    tokens = result.tokens[ends[chosen] - 1]
-    filled = rows.filled[active]
-    rows.outputs[active, filled] = tokens
-    rows.last_token[active] = tokens
-    one = np.zeros(rows.rows_max, np.int64)
-    one[active] = 1
-    rows.filled += one
-    rows.settled += one
-    rows.known += one
-    if filled.max() == OUTPUT_COLUMNS - 1:
-        for row in active[filled == OUTPUT_COLUMNS - 1].tolist():
-            request = rows.occupants[row]
-            assert request is not None
-            books.collect_output(request)
-    books.totals.generated_tokens += len(chosen)
-    books.effects.deltas(rows.key[active], np.ones(len(chosen), np.int32), tokens)
 
 
 def _settle_prompt(
