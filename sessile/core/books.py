@@ -66,7 +66,6 @@ class Books:
         self.effects = Effects()
         self.totals = Totals()
         self.now_ns = 0
-        self.planned_step = 0
         self.settled_step = 0
         self.arrivals = 0
         self.bound_pages = 0
@@ -83,6 +82,15 @@ class Books:
     def usable_pages(self) -> int:
         """Pages that sequences can ever have: all but scratch and what is in quarantine."""
         return self.limits.pages_total - 1 - self.ledger.balance(QUARANTINE)
+
+    @property
+    def planned_step(self) -> int:
+        """The newest planned step; the tree stamps with it what it lets go."""
+        return self.tree.step
+
+    @planned_step.setter
+    def planned_step(self, step: int) -> None:
+        self.tree.step = step
 
     @property
     def reclaimable_pages(self) -> int:
@@ -103,7 +111,7 @@ class Books:
                 pages = self._shrink_parked(session, pages_wanted - reclaimed)
                 self.totals.demoted_pages += pages
             elif leaf_use is not None:
-                pages = self.tree.evict_oldest(pages_wanted - reclaimed, self.planned_step)
+                pages = self.tree.evict_oldest(pages_wanted - reclaimed)
                 self.totals.evicted_pages += pages
             else:
                 break
@@ -134,7 +142,7 @@ class Books:
         pages = min(pages_wanted, len(parked.lease))
         if pages:
             kept = len(parked.lease) - pages
-            self.ledger.drop_tail(parked.lease, kept, self.planned_step)
+            self.ledger.drop_tail(parked.lease, kept, parked.ready_step)
             self.parked_pages -= pages
             parked.tokens = min(parked.tokens, (len(parked.pin.pages) + kept) * self.limits.page_size)
         if not len(parked.lease):
@@ -173,7 +181,7 @@ class Books:
             return
         session.parked = None
         self.parked_pages -= len(parked.lease)
-        self.ledger.release(parked.lease, self.planned_step)
+        self.ledger.release(parked.lease, parked.ready_step)
         self.tree.unpin(parked.pin, used=False)
 
     def cut_parked(self, session: Session, tokens: int) -> None:

@@ -19,7 +19,7 @@ from sessile.errors import OwnershipError
 class Node:
     """A run of whole pages. `hard` and `soft` count the pins of this node and of all below it."""
 
-    __slots__ = ("children", "hard", "last_use", "pages", "parent", "serial", "soft", "tokens")
+    __slots__ = ("children", "hard", "last_step", "last_use", "pages", "parent", "serial", "soft", "tokens")
 
     def __init__(self, parent: "Node | None", tokens: Packed, pages: "array[int]", serial: int, last_use: int) -> None:
         self.parent = parent
@@ -30,6 +30,8 @@ class Node:
         self.soft = 0
         self.serial = serial
         self.last_use = last_use
+        self.last_step = 0
+        """The newest step that may still touch the pages, once no hard pin is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class PrefixTree:
         self._offers = 0
         self._serial = 0
         self.clock = 0
+        self.step = 0
+        """The newest planned step: what is unlocked or published now, it may still touch."""
         self.nodes = 0
         self.hard_pages = 0
         """Pages under at least one hard pin."""
@@ -213,6 +217,7 @@ class PrefixTree:
 
     def _soften(self, node: Node) -> None:
         node.hard -= 1
+        node.last_step = self.step
         if node.hard == 0:
             self.hard_pages -= len(node.pages)
 
@@ -274,6 +279,7 @@ class PrefixTree:
         self._serial += 1
         self.nodes += 1
         node = Node(parent, tokens, pages, self._serial, self.clock)
+        node.last_step = self.step
         key = tokens[: self._page_bytes]
         assert key not in parent.children, "two nodes would begin with the same page"
         parent.children[key] = node
@@ -286,7 +292,7 @@ class PrefixTree:
         self._serial += 1
         self.nodes += 1
         upper = Node(node.parent, node.tokens[: pages * size], node.pages[:pages], self._serial, node.last_use)
-        upper.hard, upper.soft = node.hard, node.soft
+        upper.hard, upper.soft, upper.last_step = node.hard, node.soft, node.last_step
         node.parent.children[upper.tokens[:size]] = upper
         node.tokens = node.tokens[pages * size :]
         node.pages = node.pages[pages:]
@@ -306,8 +312,11 @@ class PrefixTree:
             heappop(heap)
         return None
 
-    def evict_oldest(self, pages_wanted: int, step: int) -> int:
-        """Evict up to `pages_wanted` pages from the tail of the least recently used free leaf. Returns how many."""
+    def evict_oldest(self, pages_wanted: int) -> int:
+        """Evict up to `pages_wanted` pages from the tail of the least recently used free leaf. Returns how many.
+
+        They are free again when the step that was the newest as the leaf was unlocked has settled: mostly it has.
+        """
         assert self.oldest_use() is not None
         node = self._evictable[0][2]
         kept = max(0, len(node.pages) - pages_wanted)
@@ -318,7 +327,7 @@ class PrefixTree:
         else:
             heappop(self._evictable)
             self._detach(node)
-        self._ledger.evict(pages, step)
+        self._ledger.evict(pages, node.last_step)
         return len(pages)
 
     def _detach(self, node: Node) -> None:

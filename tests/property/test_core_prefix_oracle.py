@@ -134,8 +134,7 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
     @precondition(lambda self: self.tree.oldest_use() is not None)
     @rule(wanted=st.integers(1, 5))
     def evict(self, wanted: int) -> None:
-        self.step += 1
-        count = self.tree.evict_oldest(wanted, self.step)
+        count = self.tree.evict_oldest(wanted)
         gone = [prefix for prefix, page in self.pages.items() if self.ledger.tags[page] != TREE]
         assert 1 <= len(gone) == count <= wanted
         assert not set(gone) & self.covered()

@@ -47,7 +47,7 @@ class Grove:
         return self.tree.match("", tokens(*pages), len(pages)).pages
 
     def evict(self, pages: int = 1) -> int:
-        return self.tree.evict_oldest(pages, step=1)
+        return self.tree.evict_oldest(pages)
 
 
 def test_an_empty_tree_matches_nothing() -> None:
@@ -324,10 +324,11 @@ def test_a_parent_is_evicted_after_all_its_children() -> None:
     assert sizes == [1, 1, 0]
 
 
-def test_an_evicted_page_waits_in_limbo_for_the_newest_step() -> None:
+def test_an_evicted_page_waits_for_the_step_that_was_newest_when_it_was_let_go() -> None:
     grove = Grove(4)
+    grove.tree.step = 6
     grove.grow(1, 2)
-    grove.tree.evict_oldest(1, step=6)
+    grove.tree.evict_oldest(1)
     assert (grove.ledger.balance(TREE), grove.ledger.balance(LIMBO)) == (1, 1)
     grove.ledger.settle(5)
     assert grove.ledger.limbo_pages == 1

@@ -175,11 +175,11 @@ def test_h73_a_page_under_a_hard_pin_is_never_evicted() -> None:
     tree = PrefixTree(ledger, PAGE_SIZE)
     published(tree, ledger, tokens(1, 2, 3))
     pin = tree.pin(tree.match("", tokens(1, 2), 2))
-    assert tree.evict_oldest(3, step=1) == 1
+    assert tree.evict_oldest(3) == 1
     assert tree.oldest_use() is None
     assert set(ledger.tags[np.array(pin.pages)]) == {TREE}
     tree.unpin(pin, used=True)
-    assert tree.evict_oldest(3, step=1) == 2
+    assert tree.evict_oldest(3) == 2
 
 
 def test_h20_a_receipt_survives_a_split_of_the_node_it_names() -> None:
