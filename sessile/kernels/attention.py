@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sessile.kernels import reference
+from sessile.kernels.linear import cpu_multiplies_bfloat16
 
 SHORT_QUERY_TOKENS = 8
 """Rows with at most so many query tokens are attended query by query, in place."""
@@ -60,10 +61,11 @@ class PagedCache:
 
 @cache
 def compiled_attention() -> ModuleType | None:
-    """The numba kernels, or None if numba is missing or broken here; `attention_name` tells the user which."""
+    """The compiled kernels, or None where numba or torch's OpenMP is not usable; `attention_name` tells which."""
     try:
+        importlib.import_module("sessile.kernels.compiled").check_openmp()
         return importlib.import_module("sessile.kernels.attention_cpu")
-    except (ImportError, OSError):
+    except (ImportError, OSError, AttributeError):
         return None
 
 
@@ -124,22 +126,15 @@ class _TorchQueries:
 
 
 class _CompiledQueries:
-    """Short queries through the numba kernels."""
+    """Short queries through the compiled kernels."""
 
     def __init__(self, kernels: ModuleType, cache: PagedCache, rows: Tensor, lengths: Tensor, index: Tensor,
                  is_all: bool) -> None:  # fmt: skip
         self.index, self.is_all = index, is_all
-        self._kernels = kernels
-        self._table, self._page_size = cache.table.numpy(), cache.page_size
-        self._rows = rows.numpy()
-        self._items = kernels.WorkItems(lengths.numpy())
+        self._items = kernels.WorkItems(rows.numpy(), lengths.numpy(), cache.table, cache.page_size)
 
     def run(self, keys: Tensor, values: Tensor, query: Tensor) -> Tensor:
-        out = torch.empty(query.shape, dtype=torch.float32)
-        self._kernels.paged_attention(
-            query.float().contiguous().numpy(), _array(keys), _array(values), self._table, self._rows, self._items,
-            self._page_size, out.numpy(),
-        )  # fmt: skip
+        out: Tensor = self._items.attend(query.float().contiguous(), keys, values)
         return out
 
 
@@ -158,23 +153,17 @@ def _short_queries(
     return _CompiledQueries(kernels, cache, query_rows, lengths, index, bool(short.all()))
 
 
-def _array(pool: Tensor) -> npt.NDArray[np.generic]:
-    """The pool as numba reads it: numpy knows no bfloat16, so that goes as its bits."""
-    return (pool.view(torch.uint16) if pool.dtype == torch.bfloat16 else pool).numpy()
-
-
 def prompt_attention(query: Tensor, key: Tensor, value: Tensor, history_keys: Tensor, history_values: Tensor) -> Tensor:
     """Causal attention of a chunk that follows a history, in the query's dtype; shapes as in `reference`.
 
     Two unmasked-or-causal passes merged by their log-sum-exps: a mask of [t, past + t] would cost more than it hides.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    dtype = query.dtype if cpu_multiplies_bfloat16() else torch.float32
+    parts = (query, key, value, history_keys, history_values)
+    q, k, v, past_k, past_v = (part.to(dtype).transpose(0, 1).unsqueeze(0) for part in parts)
     own, own_sum = flash(q, k, v, 0.0, True)
-    if not history_keys.shape[0]:
-        return own.squeeze(0).transpose(0, 1)
-    past_k, past_v = (part.transpose(0, 1).unsqueeze(0) for part in (history_keys, history_values))
-    past, past_sum = flash(q, past_k, past_v, 0.0, False)
-    share = torch.sigmoid(past_sum - own_sum).unsqueeze(-1)
-    merged = own + share * (past.float() - own)
-    return merged.to(query.dtype).squeeze(0).transpose(0, 1)
+    if past_k.shape[2]:
+        past, past_sum = flash(q, past_k, past_v, 0.0, False)
+        own = own + torch.sigmoid(past_sum - own_sum).unsqueeze(-1) * (past.float() - own)
+    return own.to(query.dtype).squeeze(0).transpose(0, 1)

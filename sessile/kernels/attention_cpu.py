@@ -1,17 +1,25 @@
-"""Paged attention on the CPU, compiled by numba: reads K and V in place through the page table, copies no history.
+"""Paged attention on the CPU, compiled: reads K and V in place through the page table, copies no history.
 
 The work is cut into items of one query and at most SPLIT_TOKENS of its history, so that one long row keeps all
 threads busy; partial results are merged by their running maxima (FlashDecoding, Dao et al., 2023).
 """
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
-from numba.extending import overload
+import torch
+from numba import carray, njit
+from torch import Tensor
 
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
+from sessile.kernels.compiled import (
+    FAST,
+    ParallelKernel,
+    barrier,
+    float_from_bits,
+    pointer,
+    thread_count,
+    thread_number,
+    widen,
+)
 
 SPLIT_TOKENS = 512
 """Most history tokens of one work item."""
@@ -19,23 +27,8 @@ SPLIT_TOKENS = 512
 TILE_TOKENS = 32
 """Tokens whose scores are taken together, so that exponentials and products run in vector registers."""
 
-# Sums may be reordered, which is what lets a dot product use vectors; NaN and infinity keep their meaning.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
 
-
-def _widen(element):  # type: ignore[no-untyped-def]
-    """A pool element as float32: float32 itself, or the bits of a bfloat16 in a uint16."""
-    return element
-
-
-@overload(_widen, inline="always")
-def _widen_typed(element):  # type: ignore[no-untyped-def]
-    if isinstance(element, numba.types.Integer):
-        return lambda element: np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
-    return lambda element: np.float32(element)
-
-
-@njit(inline="always", fastmath=_FAST)
+@njit(inline="always", fastmath=FAST)
 def _exponential(x):  # type: ignore[no-untyped-def]
     """exp(x) for x ≤ 0 to 2 units in the last place, written out so that loops of it vectorise (Cephes)."""
     x = max(x, np.float32(-87.0))
@@ -48,10 +41,10 @@ def _exponential(x):  # type: ignore[no-untyped-def]
     p = p * rest + np.float32(1.6666665459e-1)
     p = p * rest + np.float32(5.0000001201e-1)
     p = p * rest * rest + rest + np.float32(1.0)
-    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return p * float_from_bits(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
 
-@njit(nogil=True, fastmath=_FAST, cache=True)
+@njit(nogil=True, fastmath=FAST)
 def _attend_item(query, keys, values, pages, page_size, first, last, maxima, sums, mixed):  # type: ignore[no-untyped-def]
     """One query [heads, d] over history tokens first … last - 1 of a row with these pages, into the item's partials.
 
@@ -76,7 +69,7 @@ def _attend_item(query, keys, values, pages, page_size, first, last, maxima, sum
                 dot = np.float32(0.0)
                 key = keys[slot, head // group]
                 for d in range(size):
-                    dot += query[head, d] * _widen(key[d])
+                    dot += query[head, d] * widen(key[d])
                 scores[head, i] = dot * scale
         for head in range(heads):
             top = maxima[head]
@@ -97,10 +90,10 @@ def _attend_item(query, keys, values, pages, page_size, first, last, maxima, sum
                 weight = scores[head, i]
                 value = values[slots[i], head // group]
                 for d in range(size):
-                    mixed[head, d] += weight * _widen(value[d])
+                    mixed[head, d] += weight * widen(value[d])
 
 
-@njit(nogil=True, fastmath=_FAST, cache=True)
+@njit(nogil=True, fastmath=FAST)
 def _merge_query(maxima, sums, mixed, out):  # type: ignore[no-untyped-def]
     """Merge the partials [parts, heads], [parts, heads], [parts, heads, d] of one query into out [heads, d]."""
     parts, heads = maxima.shape
@@ -118,59 +111,86 @@ def _merge_query(maxima, sums, mixed, out):  # type: ignore[no-untyped-def]
                 out[head, d] += mixed[part, head, d] * share
 
 
-@njit(nogil=True, parallel=True, fastmath=_FAST, cache=True)
-def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, table, rows, page_size, item_queries, item_starts, item_ends, query_items, out
-):
-    """All items in parallel, then all merges in parallel."""
-    items = item_queries.size
-    heads, size = query.shape[1:]
-    maxima = np.empty((items, heads), np.float32)
-    sums = np.empty((items, heads), np.float32)
-    mixed = np.empty((items, heads, size), np.float32)
-    for item in prange(items):
-        index = item_queries[item]
+@njit(nogil=True, fastmath=FAST)
+def _attend(arguments, dtype):  # type: ignore[no-untyped-def]
+    """Every thread's share of the items, then of the merges; arguments as `WorkItems.attend` packs them."""
+    a = carray(arguments, (19,), np.int64)
+    queries, heads, kv_heads, size, slots, row_pages, table_rows, page_size, items = a[:9]
+    query = carray(pointer(a[9]), (queries, heads, size), np.float32)
+    keys = carray(pointer(a[10]), (slots, kv_heads, size), dtype)
+    values = carray(pointer(a[11]), (slots, kv_heads, size), dtype)
+    table = carray(pointer(a[12]), (table_rows, row_pages), np.int32)
+    item_table = carray(pointer(a[13]), (4, items), np.int32)
+    query_items = carray(pointer(a[14]), (queries + 1,), np.int32)
+    maxima = carray(pointer(a[15]), (items, heads), np.float32)
+    sums = carray(pointer(a[16]), (items, heads), np.float32)
+    mixed = carray(pointer(a[17]), (items, heads, size), np.float32)
+    out = carray(pointer(a[18]), (queries, heads, size), np.float32)
+    thread, threads = thread_number(), thread_count()
+    for item in range(thread, items, threads):
+        index, row, start, end = item_table[:, item]
         _attend_item(
-            query[index], keys, values, table[rows[index]], page_size, item_starts[item], item_ends[item],
-            maxima[item], sums[item], mixed[item],
-        )  # fmt: skip
-    for index in prange(query.shape[0]):
+            query[index], keys, values, table[row], page_size, start, end, maxima[item], sums[item], mixed[item]
+        )
+    barrier()
+    for index in range(thread, queries, threads):
         first, last = query_items[index], query_items[index + 1]
         _merge_query(maxima[first:last], sums[first:last], mixed[first:last], out[index])
+
+
+@ParallelKernel
+def _attend_float32(arguments):  # type: ignore[no-untyped-def]
+    """Paged attention over a float32 pool."""
+    _attend(arguments, np.float32)
+
+
+@ParallelKernel
+def _attend_bfloat16(arguments):  # type: ignore[no-untyped-def]
+    """Paged attention over a bfloat16 pool."""
+    _attend(arguments, np.uint16)
 
 
 class WorkItems:
     """How the queries of a step are cut: made once a step, used by every layer.
 
-    queries, starts, ends int32[items]: query and history range of each item; query_items int32[n + 1]: the items of
-    query i are query_items[i] … query_items[i + 1] - 1.
+    rows, lengths int32[n]: batch row of each query and how many tokens it sees, its own included. table
+    int32[rows_max, pages of a row].
     """
 
-    def __init__(self, lengths: Ints) -> None:
+    def __init__(self, rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], table: Tensor, page_size: int):
+        assert table.is_contiguous() and table.dtype == torch.int32
+        self._table = table
+        self._page_size = page_size
         parts = -(-lengths // SPLIT_TOKENS)
-        self.query_items = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(parts, out=self.query_items[1:])
-        self.queries = np.repeat(np.arange(len(lengths), dtype=np.int32), parts)
-        part = np.arange(len(self.queries), dtype=np.int32) - self.query_items[self.queries]
-        self.starts = (part * SPLIT_TOKENS).astype(np.int32)
-        self.ends = np.minimum(self.starts + SPLIT_TOKENS, lengths[self.queries]).astype(np.int32)
+        self._query_items = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(parts, out=self._query_items[1:])
+        queries = np.repeat(np.arange(len(lengths)), parts)
+        starts = (np.arange(len(queries)) - self._query_items[queries]) * SPLIT_TOKENS
+        ends = np.minimum(starts + SPLIT_TOKENS, lengths[queries])
+        # One row each: query, batch row, first history token, end of history.
+        self._items = np.ascontiguousarray(np.stack((queries, rows[queries], starts, ends)), np.int32)
+        self._partials = np.empty(0, np.float32)
 
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of single queries over paged K and V: float32[n, heads, head_dim]; see `reference`.
 
-def paged_attention(
-    query: Floats,
-    keys: npt.NDArray[np.generic],
-    values: npt.NDArray[np.generic],
-    table: Ints,
-    rows: Ints,
-    items: WorkItems,
-    page_size: int,
-    out: Floats,
-) -> None:
-    """Attention of single queries over paged K and V; writes out float32[n, heads, head_dim] and nothing else.
-
-    query float32[n, heads, head_dim]; keys, values [slots, kv_heads, head_dim] as float32, or bfloat16 bits in uint16;
-    table int32[rows_max, pages]; rows int32[n]: batch row of each query.
-    """
-    _attend(
-        query, keys, values, table, rows, page_size, items.queries, items.starts, items.ends, items.query_items, out
-    )
+        query float32[n, heads, head_dim]; keys, values [slots, kv_heads, head_dim] in float32 or bfloat16.
+        """
+        count, heads, size = query.shape
+        slots, kv_heads, _ = keys.shape
+        assert query.dtype == torch.float32 and query.is_contiguous() and count == len(self._query_items) - 1
+        assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
+        assert keys.dtype == values.dtype and keys.shape[2] == size and heads % kv_heads == 0
+        items = self._items.shape[1]
+        if self._partials.size != items * heads * (size + 2):
+            self._partials = np.empty(items * heads * (size + 2), np.float32)
+        maxima = self._partials.ctypes.data
+        out = torch.empty_like(query)
+        kernel = _attend_bfloat16 if keys.dtype == torch.bfloat16 else _attend_float32
+        kernel(
+            count, heads, kv_heads, size, slots, self._table.shape[1], self._table.shape[0], self._page_size, items,
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), self._table.data_ptr(), self._items.ctypes.data,
+            self._query_items.ctypes.data, maxima, maxima + 4 * items * heads, maxima + 8 * items * heads,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out

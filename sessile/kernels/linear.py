@@ -1,16 +1,22 @@
 """Weights of linear layers in the form that multiplies fastest: plain, or weight-only int8 or int4.
 
-Each form is called as `weight(x, bias)`: x [tokens, in] in the model's dtype → [tokens, out] in that dtype.
+Each form is called as `weight(x, bias)`: x [tokens, in] in the model's dtype → [tokens, out] in that dtype. Few tokens
+go through compiled kernels that read the stored weights as they are; many through torch's matrix product.
 """
 
+import importlib
+from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-INT4_GROUP = 32
-"""Weights of one row that share a scale and a zero."""
+from sessile.kernels import reference
+
+FEW_TOKENS = 16
+"""Up to so many tokens the compiled kernels are used; beyond, widening a whole weight once pays for itself."""
 
 
 class LinearWeight(Protocol):
@@ -22,60 +28,111 @@ class LinearWeight(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
+@cache
+def compiled_linear() -> ModuleType | None:
+    """The compiled kernels, or None where numba or torch's OpenMP is not usable."""
+    try:
+        importlib.import_module("sessile.kernels.compiled").check_openmp()
+        return importlib.import_module("sessile.kernels.linear_cpu")
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16 products; without, torch's are several times slower."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+
+
 class PlainWeight:
     """weight [out, in] in the model's dtype."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+        self.weight = weight.contiguous()
         self.shape = (weight.shape[0], weight.shape[1])
         self.bytes = weight.numel() * weight.element_size()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, self.weight, bias)
+        kernels = _kernels_for(x)
+        if kernels is not None:
+            return _finish(kernels.linear(x.float().contiguous(), self.weight), bias, x.dtype)
+        return _multiply(x, self.weight, bias)
 
 
 class Int8Weight:
-    """int8 [out, in] with one symmetric scale a row."""
+    """int8 [out, in] with one symmetric scale float32 a row."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
-        self.quantised = (weight.float() / scales[:, None]).round_().to(torch.int8)
-        self.scales = scales.to(dtype)
-        self.bytes = self.quantised.numel() + self.scales.numel() * self.scales.element_size()
+        self.scales = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+        self.quantised = (weight.float() / self.scales).round_().to(torch.int8)
+        self.bytes = self.quantised.numel() + self.scales.numel() * 4
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch._weight_int8pack_mm(x, self.quantised, self.scales)
-        return product if bias is None else product + bias
+        kernels = _kernels_for(x)
+        if kernels is not None:
+            product = kernels.linear_int8(x.float().contiguous(), self.quantised, self.scales)
+            return _finish(product, bias, x.dtype)
+        # The scale of a row is that of an output: it may be taken after the sum.
+        product = _multiply(x, self.quantised.to(x.dtype), None)
+        return _finish(product.float().mul_(self.scales[:, 0]), bias, x.dtype)
 
 
 class Int4Weight:
-    """Packed int4 [out, in] with a scale and a zero for each 32 weights of a row; `in` divides by 32, `out` by 16."""
+    """uint8 [out, in / 2], two weights a byte, with a scale and a minimum in bfloat16 for each 32 weights of a row."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        groups = weight.float().unflatten(1, (-1, INT4_GROUP))
-        low, high = groups.amin(dim=2), groups.amax(dim=2)
-        scales = ((high - low) / 15).clamp(min=1e-12)
-        quantised = ((groups - low[..., None]) / scales[..., None]).round_().clamp_(0, 15).flatten(1)
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(quantised.to(torch.int32), 1)
-        # The kernel computes (q - 8) * scale + zero.
-        self.scales_and_zeros = torch.stack([scales, low + 8 * scales], dim=-1).transpose(0, 1).contiguous().to(dtype)
-        extra = self.scales_and_zeros
-        self.bytes = self.packed.numel() * self.packed.element_size() + extra.numel() * extra.element_size()
+        groups = weight.float().unflatten(1, (-1, reference.INT4_GROUP))
+        low, high = groups.aminmax(dim=2)
+        # Rounded first, so that the weights are fitted to the scales that will be used.
+        self.scales = torch.stack([((high - low) / 15).clamp(min=1e-12), low], dim=-1).to(torch.bfloat16)
+        step, start = self.scales.float().unsqueeze(-2).unbind(dim=-1)
+        quarters = ((groups - start) / step).round_().clamp_(0, 15).to(torch.uint8)
+        self.packed = (quarters[..., :16] | quarters[..., 16:] << 4).flatten(1)
+        self.bytes = self.packed.numel() + self.scales.numel() * 2
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch._weight_int4pack_mm_for_cpu(x, self.packed, INT4_GROUP, self.scales_and_zeros)
-        return product if bias is None else product + bias
+        kernels = _kernels_for(x)
+        if kernels is not None:
+            product = kernels.linear_int4(x.float().contiguous(), self.packed, self.scales)
+            return _finish(product, bias, x.dtype)
+        unpack = compiled_linear() if x.device.type == "cpu" else None
+        weight = (unpack or reference).unpack_int4(self.packed, self.scales)
+        return _multiply(x, weight.to(x.dtype), bias)
 
 
 def pack_linear(weight: Tensor, dtype: torch.dtype, quantize: str) -> LinearWeight:
     """The form of weight [out, in] that `--quantize` asks for: "none", "int8" or "int4".
 
-    int4 needs shapes that its kernel accepts; where they do not fit, the layer is int8.
+    int4 needs rows of whole groups; where they are not, the layer is int8.
     """
-    if quantize == "int4" and weight.shape[1] % INT4_GROUP == 0 and weight.shape[0] % 16 == 0:
-        return Int4Weight(weight, dtype)
+    if quantize == "int4" and weight.shape[1] % reference.INT4_GROUP == 0:
+        return Int4Weight(weight)
     if quantize in ("int4", "int8"):
-        return Int8Weight(weight, dtype)
+        return Int8Weight(weight)
     return PlainWeight(weight.to(dtype))
+
+
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    """The compiled kernels if they are the way to go for this input."""
+    if x.shape[0] > FEW_TOKENS or x.device.type != "cpu":
+        return None
+    return compiled_linear()
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weightᵀ + bias through torch; in float32 where bfloat16 products would be emulated."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_multiplies_bfloat16():
+        return _finish(functional.linear(x.float(), weight.float()), bias, x.dtype)
+    return functional.linear(x, weight, bias)
+
+
+def _finish(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Add the bias and round to the model's dtype."""
+    return (product if bias is None else product.add_(bias)).to(dtype)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+INT4_GROUP = 32
+"""Weights of one row that share a scale and a minimum; byte i of a group holds weights i and i + 16."""
+
 
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Tensor, lengths: Tensor, page_size: int
@@ -46,3 +49,10 @@ def prompt_attention(
     visible = torch.ones(tokens, past + tokens, dtype=torch.bool, device=query.device).tril(past)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, all_values)
+
+
+def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
+    """float32[n, k] of packed uint8[n, k / 2] and scales [n, k / 32, 2] (scale, minimum)."""
+    halves = packed.unflatten(1, (-1, INT4_GROUP // 2))
+    numbers = torch.cat((halves & 15, halves >> 4), dim=-1).float()
+    return (numbers * scales[..., :1].float() + scales[..., 1:].float()).flatten(1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sessile.kernels.linear import Int4Weight, Int8Weight, PlainWeight, pack_linear
+from sessile.kernels import linear, reference
+from sessile.kernels.linear import Int4Weight, Int8Weight, PlainWeight, compiled_linear, pack_linear
 
 
 def weight(rows: int, columns: int) -> torch.Tensor:
@@ -32,12 +33,11 @@ def test_weights_on_the_grid_of_int4_are_kept_exactly() -> None:
     quarters = torch.randint(0, 16, (32, 64), generator=generator)
     quarters[:, ::32], quarters[:, 1::32] = 0, 15
     plain = quarters / 4 - 2.0
-    product = Int4Weight(plain, torch.float32)(torch.eye(64), None)
+    product = Int4Weight(plain)(torch.eye(64), None)
     torch.testing.assert_close(product, plain.T.contiguous(), atol=1e-6, rtol=0)
 
 
 def test_what_does_not_fit_int4_becomes_int8() -> None:
-    assert isinstance(pack_linear(weight(20, 64), torch.float32, "int4"), Int8Weight)
     assert isinstance(pack_linear(weight(32, 40), torch.float32, "int4"), Int8Weight)
     assert isinstance(pack_linear(weight(32, 64), torch.float32, "none"), PlainWeight)
 
@@ -53,3 +53,34 @@ def test_a_row_of_zeros_survives_quantisation() -> None:
     for quantize in ("int8", "int4"):
         product = pack_linear(torch.zeros(32, 64), torch.float32, quantize)(torch.ones(2, 64), None)
         assert product.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (33, 64), (96, 160)])
+def test_compiled_products_equal_torchs(tokens: int, rows: int, columns: int) -> None:
+    kernels = compiled_linear()
+    assert kernels is not None, "numba is a dependency and torch's wheels carry OpenMP"
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+    plain = weight(rows, columns)
+    torch.testing.assert_close(kernels.linear(x, plain), x @ plain.T)
+    half = plain.bfloat16()
+    torch.testing.assert_close(kernels.linear(x, half), x @ half.float().T)
+    eight = Int8Weight(plain)
+    product = kernels.linear_int8(x, eight.quantised, eight.scales)
+    torch.testing.assert_close(product, x @ (eight.quantised.float() * eight.scales).T)
+    four = Int4Weight(plain)
+    unpacked = reference.unpack_int4(four.packed, four.scales)
+    torch.testing.assert_close(kernels.unpack_int4(four.packed, four.scales), unpacked)
+    torch.testing.assert_close(kernels.linear_int4(x, four.packed, four.scales), x @ unpacked.T)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_without_compiled_kernels_products_stay_the_same(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, quantize: str
+) -> None:
+    packed = pack_linear(weight(48, 64), torch.float32, quantize)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(2))
+    expected = packed(x, None)
+    monkeypatch.setattr(linear, "compiled_linear", lambda: None)
+    torch.testing.assert_close(packed(x, None), expected, atol=1e-5, rtol=1e-5)

@@ -197,7 +197,7 @@ def test_prompt_scores_do_not_depend_on_chunks(device: Worker) -> None:
         ({"table_pages": ints(1, 2, 100_000)}, "not in the pool"),
         ({"table_pages": ints(1, 0, 2)}, "not in the pool"),
         ({"table_starts": ints(5_000)}, "beyond"),
-        ({"table_counts": ints(1)}, "runs name"),
+        ({"table_counts": ints(1)}, "page"),
         ({"draft_counts": ints(len(PROMPT))}, "drafts"),
         ({"bias_counts": ints(4)}, "do not add up"),
         ({"copies": np.array([[1, 2, 5]], np.int32)}, "out of bounds"),
