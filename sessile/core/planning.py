@@ -97,7 +97,7 @@ class Planner:
             # It was the prompts' turn, but none can run: let the decoding rows go on.
             self._decoded_last = False
             self._choose(planned)
-            if not len(planned.decodes):
+            if not len(planned.decodes) and not planned.parts:
                 return None
         self._offer_drafts(planned)
         self._advance(planned)
