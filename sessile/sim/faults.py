@@ -53,8 +53,8 @@ _LEDGER = (
     ),
     _fault(
         "tag not rewritten", "H01, H06", "pages move in the balances, the last one keeps its old tag",
-        "ledger", "            for page in pages:\n                tags[page] = target",
-        "            for page in pages[: max(1, len(pages) - 1)]:\n                tags[page] = target",
+        "ledger", "                tags[page] = account\n",
+        "                tags[page] = account if page != pages[-1] or len(pages) == 1 else tags[page]\n",
     ),
 )
 
@@ -70,11 +70,11 @@ _TREE = (
     ),
     _fault(
         "publish remaps a live row", "H62", "the tree adopts a page although it has one for these tokens",
-        "prefix", "        if tokens[: self._page_size].tobytes() in node.children:\n            return False\n", "",
+        "prefix", "        if tokens[: self._page_bytes] in node.children:\n            return False\n", "",
     ),
     _fault(
         "match one page too far", "H65, H22", "a partly equal page counts as shared",
-        "prefix", "return tokens_equal // self._page_size", "return -(-tokens_equal // self._page_size)",
+        "prefix", "high = middle\n        return low\n", "high = middle\n        return high\n",
     ),
     _fault(
         "unsettled page published", "H30", "a page is published before all of it is computed",
@@ -163,14 +163,18 @@ _TURNS = (
 _STEPS = (
     _fault(
         "wrong page id", "H08, H22", "a new page overwrites the last entry of the row's page table",
-        "planning", "planned.runs.append((row, slot, ledger.draw(request.lease, 1)))",
-        "planned.runs.append((row, max(0, slot - 1), ledger.draw(request.lease, 1)))",
+        "planning", "planned.grown_slots = rows.pages[lacking]", "planned.grown_slots = rows.pages[lacking] - 1",
     ),
     _fault(
         "table without the shared part", "H31", "a row is bound with its own pages first, the shared ones behind",
         "assembly",
-        "        pages.append(np.array(request.pin.pages, np.int32))\n        pages.append(np.array(own, np.int32))",
-        "        pages.append(np.array(own, np.int32))\n        pages.append(np.array(request.pin.pages, np.int32))",
+        "        pages.extend(request.pin.pages)\n        pages.extend(request.lease.pages)\n",
+        "        pages.extend(request.lease.pages)\n        pages.extend(request.pin.pages)\n",
+    ),
+    _fault(
+        "one page to two rows", "H06, H22", "two rows that need a page in the same step get the same one",
+        "planning", "planned.grown_pages = ledger.draw_each(leases)",
+        "planned.grown_pages = array('i', [ledger.draw_each(leases)[0]] * len(leases))",
     ),
     _fault(
         "row reused before its drain", "H24, H31", "a row is given back while a step in flight still runs it",
@@ -187,13 +191,13 @@ _STEPS = (
     ),
     _fault(
         "noise starts over on resume", "H66, H76", "a resumed request samples with output index 0",
-        "assembly", "        np.maximum(outputs + ahead, 0).astype(np.int32),\n",
-        "        np.concatenate(((outputs + ahead)[: len(decodes)], 0 * part_rows)).astype(np.int32),\n",
+        "assembly", "    tops = rows.logprobs[all_rows]\n",
+        "    output_indices[decode_count:] = 0\n    tops = rows.logprobs[all_rows]\n",
     ),
     _fault(
         "penalties start over on resume", "H76", "a resumed request is bound without its output so far",
         "assembly", "            output_counts.append(request.output_tokens)\n",
-        "            output_counts.append(0)\n            seen[-1] = seen[-1][: request.prompt_tokens]\n",
+        "            output_counts.append(0)\n            seen[-1] = seen[-1][: 4 * request.prompt_tokens]\n",
     ),
     _fault(
         "late positions stale", "H11, H49", "a plan with drafts keeps the positions of its early part",
@@ -206,12 +210,11 @@ _STEPS = (
     ),
     _fault(
         "stop token ignored", "H58", "rows that only append a token never look for a stop token",
-        "settling", "    slow = (rows.stops[active] == tokens[:, None]).any(axis=1)\n",
-        "    slow = np.zeros(decodes, np.bool_)\n",
+        "settling", "    quick &= (rows.stops[:, active] != tokens).all(axis=0)\n", "",
     ),
     _fault(
         "ended row settled", "H24", "tokens of a row whose request was cancelled in flight are emitted",
-        "settling", "    slow |= rows.live[active] != 1\n", "",
+        "settling", "    plain &= rows.live > rows.slow\n", "    plain &= rows.slow == 0\n",
     ),
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sessile.sim.faults import MUTANTS, Mutant
-from sessile.sim.planting import planted
+from sessile.sim.planting import NoPlace, planted
 from sessile.sim.records import Failure
 from sessile.sim.simulation import Simulation
 from sessile.sim.world import make_world
@@ -18,29 +18,33 @@ BALANCED_MIN = 8
 
 @dataclass(frozen=True)
 class Hunt:
-    """A mutant (None: the sound core) and the seeds to look for it with."""
+    """A mutant and the seeds to look for it with."""
 
-    mutant: Mutant | None
+    mutant: Mutant
     seeds: int
     steps: int
 
 
 @dataclass(frozen=True)
 class Catch:
-    """Who caught a mutant, and where; failure None: nobody did."""
+    """Who caught a mutant, and where; failure None: nobody did, or it could not be planted."""
 
     name: str
     failure: Failure | None
+    no_place: str = ""
 
 
 def hunt(task: Hunt) -> Catch:
     """Run seeds until one fails. A top-level function, so that worker processes can be given it."""
-    name = task.mutant.name if task.mutant else "(sound core)"
-    with planted(task.mutant.edits if task.mutant else ()) as simulation:
-        for seed in range(task.seeds):
-            report = simulation.Simulation(make_world(seed)).run(task.steps)
-            if report.failure:
-                return Catch(name, report.failure)
+    name = task.mutant.name
+    try:
+        with planted(task.mutant.edits) as simulation:
+            for seed in range(task.seeds):
+                report = simulation.Simulation(make_world(seed)).run(task.steps)
+                if report.failure:
+                    return Catch(name, report.failure)
+    except NoPlace as error:
+        return Catch(name, None, str(error))
     return Catch(name, None)
 
 
@@ -94,7 +98,7 @@ def _check_sound(catches: Sequence[Catch], options: argparse.Namespace) -> Failu
 
 def _line(mutant: Mutant, catch: Catch) -> str:
     if catch.failure is None:
-        return f"{mutant.name:<38} {'':<9} NOBODY"
+        return f"{mutant.name:<38} {'':<9} {f'NOT PLANTED: {catch.no_place}' if catch.no_place else 'NOBODY'}"
     failure = catch.failure
     sums = "balanced" if failure.balanced else "off"
     words = failure.message.splitlines()[0] if failure.message else ""

@@ -22,6 +22,10 @@ class Edit:
     new: str
 
 
+class NoPlace(LookupError):
+    """The core has changed where a fault was to be planted; its edit has to find the new place."""
+
+
 class _Rewriter(SourceFileLoader):
     def __init__(self, name: str, path: str, edits: Sequence[Edit]) -> None:
         super().__init__(name, path)
@@ -33,7 +37,8 @@ class _Rewriter(SourceFileLoader):
         assert source is not None
         for edit in self._edits:
             count = source.count(edit.old)
-            assert count == 1, f"{edit.module} holds {count} times: {edit.old!r}; the planted fault needs a new place"
+            if count != 1:
+                raise NoPlace(f"{edit.module} holds {count} times: {edit.old!r}")
             source = source.replace(edit.old, edit.new)
         return compile(source, self.path, "exec")
 
@@ -59,7 +64,7 @@ class _Planter(MetaPathFinder):
 def planted(edits: Sequence[Edit]) -> Iterator[ModuleType]:
     """The module `sessile.sim.simulation`, imported over a core with these edits; the real one comes back after.
 
-    Raises AssertionError if an edit does not apply.
+    Raises NoPlace if an edit does not apply.
     """
     set_aside = {name: module for name, module in sys.modules.items() if name.startswith(_PRIVATE)}
     for name in set_aside:

@@ -11,10 +11,13 @@ Event = tuple[int, ToEngine]
 """A turn of the loop, and a message of it."""
 
 
-def shrink(world: World, steps: int, report: Report, *, runs_max: int = 200) -> tuple[Script, Failure]:
+def shrink(
+    world: World, steps: int, report: Report, *, runs_max: int = 200, simulation: type[Simulation] = Simulation
+) -> tuple[Script, Failure]:
     """A part of the report's script that fails in the same checker, by leaving out ever smaller runs of messages.
 
-    Returns the script and its failure; at worst the script that was recorded.
+    Returns the script and its failure; at worst the script that was recorded. simulation: the class to run it with, if
+    the core is not the sound one.
     """
     assert report.failure is not None, "there is nothing to shrink"
     found = report.failure
@@ -23,7 +26,7 @@ def shrink(world: World, steps: int, report: Report, *, runs_max: int = 200) -> 
 
     def fails(candidate: Sequence[Event]) -> bool:
         nonlocal found
-        failure = Simulation(world, script_of(candidate)).run(steps).failure
+        failure = simulation(world, script_of(candidate)).run(steps).failure
         if failure is None or failure.checker != checker:
             return False
         found = failure

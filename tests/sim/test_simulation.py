@@ -1,0 +1,82 @@
+"""The shipped core under hostile schedules: a sample of what `python -m sessile.sim` runs in full."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from sessile.sim.records import Report
+from sessile.sim.run import EXPECTED, missing_totals
+from sessile.sim.shrink import shrink
+from sessile.sim.simulation import Simulation
+from sessile.sim.world import FAULTS, make_world
+
+SEEDS = range(1000, 1040)
+STEPS = 400
+RARE = frozenset({"turns found ahead", "refused 410", "done error"})
+"""Totals that a sample of this size may miss."""
+
+
+@pytest.fixture(scope="module")
+def reports() -> Sequence[Report]:
+    return [Simulation(make_world(seed)).run(STEPS) for seed in SEEDS]
+
+
+def test_no_seed_of_the_sample_finds_anything(reports: Sequence[Report]) -> None:
+    failures = [report.failure for report in reports if report.failure]
+    assert [f"seed {found.seed} step {found.step} ({found.checker}): {found.message}" for found in failures] == []
+
+
+def test_every_seed_runs_its_steps_or_all_that_its_clients_ask_for(reports: Sequence[Report]) -> None:
+    assert all(report.steps > 0 for report in reports)
+    assert sum(report.steps >= STEPS for report in reports) > len(reports) * 0.9
+
+
+def test_the_sample_reaches_what_the_workload_is_for(reports: Sequence[Report]) -> None:
+    totals: Counter[str] = Counter()
+    for report in reports:
+        totals.update(report.totals)
+    assert [name for name in missing_totals(totals, frozenset(FAULTS)) if name not in RARE] == []
+
+
+def test_a_total_that_stays_at_zero_is_named() -> None:
+    assert missing_totals(Counter({"steps": 1}), frozenset()) == [name for name in EXPECTED[""] if name != "steps"]
+
+
+def test_the_same_seed_gives_the_same_trace() -> None:
+    traces = {Simulation(make_world(7)).run(150).trace for _ in range(2)}
+    assert len(traces) == 1
+
+
+def test_other_seeds_give_other_traces(reports: Sequence[Report]) -> None:
+    assert len({report.trace for report in reports}) == len(reports)
+
+
+def test_the_trace_does_not_depend_on_the_order_of_hashes() -> None:
+    traces = set()
+    for hash_seed in ("0", "1"):
+        command = [sys.executable, "-m", "sessile.sim", "--seed", "11", "--steps", "100"]
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        traces.add(finished.stdout.splitlines()[0])
+    assert len(traces) == 1 and "trace" in traces.pop()
+
+
+def test_a_recorded_script_replays_to_the_same_trace() -> None:
+    recorded = Simulation(make_world(7)).run(150)
+    replayed = Simulation(make_world(7), recorded.script).run(150)
+    assert replayed.trace == recorded.trace
+
+
+def test_a_world_without_faults_has_none() -> None:
+    temper = make_world(3, frozenset()).temper
+    assert (temper.cancel_rate, temper.close_rate, temper.faulty_rate, temper.late_rate) == (0, 0, 0, 0)
+
+
+def test_a_run_without_failure_cannot_be_shrunk() -> None:
+    report = Simulation(make_world(3)).run(20)
+    with pytest.raises(AssertionError, match="nothing to shrink"):
+        shrink(make_world(3), 20, report)
