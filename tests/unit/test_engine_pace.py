@@ -50,3 +50,21 @@ def test_the_budget_follows_when_attention_makes_chunks_dearer() -> None:
     paced_steps(pace, ms_per_token=0.1, steps=5)
     times = paced_steps(pace, ms_per_token=1.0, steps=3)
     assert times[0] > 250 and max(times[1:]) <= 250
+
+
+def test_where_no_budget_keeps_to_the_limit_half_of_a_step_still_goes_to_tokens() -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=512)
+    paced_steps(pace, ms_per_token=2.0, steps=30, fixed_ms=400)
+    assert 100 <= pace.chunk_tokens <= 300
+
+
+def test_single_tokens_between_chunks_show_what_is_fixed_without_lowering_the_budget() -> None:
+    pace = Pace(limit_ms=250, chunk_tokens_max=512)
+    for _ in range(20):
+        pace.observe(1, 31)
+        paced_steps(pace, ms_per_token=1.0, steps=1, fixed_ms=30)
+    assert 150 <= pace.chunk_tokens <= 220
+
+
+def test_an_empty_step_teaches_nothing() -> None:
+    assert Pace(limit_ms=250, chunk_tokens_max=512).observe(step_tokens=0, step_ms=1000) == 64
