@@ -169,14 +169,22 @@ class PageLedger:
         lease.pages.extend(pages)
         return pages
 
-    def draw_each(self, leases: Sequence[Lease]) -> "array[int]":
-        """FREE → sequence, one page for each lease: the same as `draw` for many sequences at once."""
-        pages = self._free[: -len(leases) - 1 : -1]
-        assert len(pages) == len(leases), f"drew {len(leases)} pages of {len(self._free)} free ones"
-        self._post(pages, FREE, [lease.account for lease in leases])
-        del self._free[-len(leases) :]
-        for page, lease in zip(pages, leases, strict=True):
-            lease.pages.append(page)
+    def draw_many(self, leases: Sequence[Lease], counts: Sequence[int]) -> "array[int]":
+        """FREE → sequence for many at once: `counts` pages to each lease, in order. Returns all of them."""
+        total = sum(counts)
+        free = self._free
+        assert len(leases) == len(counts) and total <= len(free), f"drew {total} pages of {len(free)} free ones"
+        pages = free[: -total - 1 : -1]
+        accounts: list[Account] = []
+        for lease, count in zip(leases, counts, strict=True):
+            accounts.extend(repeat(lease.account, count))
+        self._post(pages, FREE, accounts)
+        if total:
+            del free[-total:]
+        start = 0
+        for lease, count in zip(leases, counts, strict=True):
+            lease.pages.extend(pages[start : start + count])
+            start += count
         return pages
 
     def publish(self, lease: Lease, start: int, count: int) -> "array[int]":

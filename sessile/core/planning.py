@@ -69,6 +69,9 @@ class Planned:
     grown_slots: Column = field(default_factory=lambda: _NO_ROWS)
     grown_pages: "array[int]" = field(default_factory=lambda: array("i"))
     late: bool = False
+    owed: list[int] = field(default_factory=list)
+    """Pages promised to each of `bound`, drawn together at the end of admission."""
+    owed_pages: int = 0
     tokens: int = 0
 
 
@@ -217,7 +220,7 @@ class Planner:
             leases.append(request.lease)
         planned.grown = lacking
         planned.grown_slots = rows.pages[lacking]
-        planned.grown_pages = ledger.draw_each(leases)
+        planned.grown_pages = ledger.draw_many(leases, [1] * len(leases))
         rows.pages[lacking] += 1
 
     def _draw(self, planned: Planned, row: RowId, pages: int) -> None:
@@ -303,6 +306,17 @@ class Planner:
                     blocked.overtaken += 1
             if blocked is not None and blocked.overtaken >= books.limits.overtakes_max:
                 break
+        self._draw_owed(planned)
+
+    def _draw_owed(self, planned: Planned) -> None:
+        """Draw what the admitted requests were promised, all at once."""
+        leases = []
+        for request, pages in zip(planned.bound, planned.owed, strict=True):
+            assert request.lease is not None and request.row is not None
+            leases.append(request.lease)
+            self._books.rows.pages[request.row] += pages
+        self._books.ledger.draw_many(leases, planned.owed)
+        planned.owed_pages = 0
 
     def _match(self, request: Request) -> Match | None:
         """What the tree has for a request without KV of its own; None if its session kept some."""
@@ -352,8 +366,8 @@ class Planner:
         if not alone and not outlook.admits(request, shared):
             return None
         wanted = ceil_div(start + count, size) - pages
-        match = self._make_room(wanted, request, match)
-        free = books.ledger.free_pages
+        match = self._make_room(wanted + planned.owed_pages, request, match)
+        free = books.ledger.free_pages - planned.owed_pages
         if free < wanted:
             if not alone or free <= 0:
                 return None
@@ -361,10 +375,9 @@ class Planner:
             wanted = free
         outlook.add(request, shared)
         self._start(request, match, start)
-        assert request.lease is not None and request.row is not None
-        if wanted > 0:
-            books.ledger.draw(request.lease, wanted)
-            books.rows.pages[request.row] += wanted
+        assert request.row is not None
+        planned.owed.append(max(wanted, 0))
+        planned.owed_pages += max(wanted, 0)
         part = PromptPart(request, request.row, start, count, False)
         planned.parts.append(part)
         planned.bound.append(request)
@@ -415,23 +428,23 @@ class Planner:
             request,
             request.stop_ids,
             RowStart(
-                key=request.key,
+                request.key,
                 live=1,
                 plannable=1,
                 slow=request.settles_slowly,
                 arrival=request.arrival,
                 known=known,
+                filled=0,
                 settled=start,
                 planned=start,
                 pending=0,
                 goal=request.goal_tokens,
-                pages=pinned + len(request.lease),
+                pages=pinned + len(request.lease.pages),
                 pinned=pinned,
                 prompt=request.prompt_tokens,
                 last_token=request.last_token,
                 last_step=0,
                 logprobs=request.logprobs,
-                filled=0,
             ),
         )
         request.phase = Phase.RUNNING

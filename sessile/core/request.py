@@ -84,7 +84,12 @@ class Request:
     @property
     def settles_slowly(self) -> bool:
         """Whether an output token takes more than being appended and compared with a few stop tokens."""
-        return self.matcher is not None or self.logprobs >= 0 or len(self.stop_ids) > STOP_COLUMNS
+        return (
+            self.matcher is not None
+            or self.logprobs >= 0
+            or self.sampling.min_new_tokens > 0
+            or len(self.stop_ids) > STOP_COLUMNS
+        )
 
     def note_admission(self, start_tokens: int) -> None:
         """Note the KV that was there; what counts as cached is decided at the first admission."""

@@ -32,8 +32,8 @@ class RowStart(NamedTuple):
     slow: int
     arrival: int
     known: int
-    settled: int
     filled: int
+    settled: int
     planned: int
     pending: int
     goal: int
@@ -95,8 +95,8 @@ class RowTable(Generic[Occupant]):
         self.stop_columns = 0
         """How many columns of `stops` were ever used."""
         first = RowStart._fields.index("known")
-        assert RowStart._fields[first : first + 3] == ("known", "settled", "filled")
-        self._growing = self._columns[first : first + 3]
+        assert RowStart._fields[first : first + 2] == ("known", "filled")
+        self._growing = self._columns[first : first + 2]
         self.occupants: list[Occupant | None] = [None] * rows_max
         self._free = list(range(rows_max - 1, -1, -1))
 
@@ -115,6 +115,12 @@ class RowTable(Generic[Occupant]):
         """The free rows; read only, for the audit."""
         return self._free
 
+    def occupant(self, row: int) -> Occupant:
+        """Who holds a row that is held."""
+        occupant = self.occupants[row]
+        assert occupant is not None, f"row {row} is free"
+        return occupant
+
     def take(self, occupant: Occupant, stops: tuple[int, ...], start: RowStart) -> RowId:
         """Give a free row to an occupant and set all its columns."""
         row = self._free.pop()
@@ -123,11 +129,12 @@ class RowTable(Generic[Occupant]):
         self.occupants[row] = occupant
         self._columns[:, row] = start
         self.stop_columns = max(self.stop_columns, min(len(stops), STOP_COLUMNS))
-        self.stops[:, row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
+        if self.stop_columns:
+            self.stops[:, row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
         return RowId(row)
 
     def grow(self, active: Column) -> None:
-        """Count one more known, settled and gathered token for these rows."""
+        """Count one more known and gathered token for these rows."""
         one = np.zeros(self.rows_max, np.int64)
         one[active] = 1
         self._growing += one

@@ -29,9 +29,10 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     _validate(flight, result)
     books.settled_step = flight.plan.step
     books.rows.pending[flight.rows] -= flight.allowed
-    quick = _quick_rows(books, flight, result)
-    _append_one(books, flight, result, quick)
-    _settle_others(books, flight, result, (~quick).nonzero()[0].tolist())
+    plain = _plain_rows(books, flight, result)
+    _settle_prompts(books, flight, result)
+    _append_one(books, flight, result, plain)
+    _settle_others(books, flight, result, (~plain).nonzero()[0].tolist())
     for request in books.victims:
         if request.phase is Phase.RUNNING:
             books.preempt(request)
@@ -57,68 +58,79 @@ def _validate(flight: Flight, result: StepResult) -> None:
         raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
 
 
-def _quick_rows(books: Books, flight: Flight, result: StepResult) -> Flags:
-    """bool[decodes]: rows that only append one token: live, no drafts, nothing that ends or looks at them."""
-    decodes = flight.decodes
-    if flight.has_drafts or not decodes or np.count_nonzero(result.faulty):
-        return np.zeros(decodes, np.bool_)
-    rows = books.rows
-    # Over whole columns first, then one gather: cheaper than gathering each column.
-    plain = rows.known + 1 < rows.goal
-    plain &= rows.settled >= rows.prompt
-    plain &= rows.live > rows.slow
-    active = flight.rows[:decodes]
-    quick: Flags = plain[active]
-    tokens = result.tokens[:decodes]
-    for stops in rows.stops[: rows.stop_columns]:
-        quick &= stops[active] != tokens
-    return quick
+def _plain_rows(books: Books, flight: Flight, result: StepResult) -> Flags:
+    """bool[n]: rows that append one token with nothing to look at but stop tokens and length; others go the long way.
+
+    Not plain: rows with drafts, stop strings, log-probabilities, a least output; rows that emit nothing; a prompt of
+    which one token was left; every row of a step that has a faulty one; rows whose request has ended.
+    """
+    if flight.has_drafts or np.count_nonzero(result.faulty):
+        return np.zeros(len(flight.rows), np.bool_)
+    rows, decodes = books.rows, flight.decodes
+    plain: Flags = (rows.live > rows.slow)[flight.rows]
+    plain &= flight.allowed > 0
+    plain[:decodes] &= (rows.settled >= rows.prompt)[flight.rows[:decodes]]
+    return plain
 
 
-def _append_one(books: Books, flight: Flight, result: StepResult, quick: Flags) -> None:
-    count = int(np.count_nonzero(quick))
+def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
+    scores = _score_offsets(flight) if len(result.score_logprobs) else {}
+    for part in flight.parts:
+        if part.request.phase is Phase.RUNNING:
+            _settle_prompt(books, part.request, part, result, scores)
+
+
+def _append_one(books: Books, flight: Flight, result: StepResult, plain: Flags) -> None:
+    """Append one token to each plain row, send them all as one, and end the requests that are complete."""
+    count = int(np.count_nonzero(plain))
     if not count:
         return
     rows = books.rows
-    active, tokens = flight.rows[: flight.decodes], result.tokens[: flight.decodes]
-    if count < flight.decodes:
-        active, tokens = active[quick], tokens[quick]
+    active, tokens = flight.rows, result.tokens
+    if count < len(active):
+        active, tokens = active[plain], tokens[plain[flight.allowed > 0]]
     filled = rows.filled[active]
     rows.outputs[active, filled] = tokens
     rows.last_token[active] = tokens
+    rows.settled[active] = rows.known[active]
     rows.grow(active)
+    books.totals.generated_tokens += count
+    books.effects.deltas(rows.key[active], ONES[:count], tokens)
     full = filled == OUTPUT_COLUMNS - 1
     if np.count_nonzero(full):
         for row in active[full].tolist():
-            request = rows.occupants[row]
-            assert request is not None
-            books.collect_output(request)
-    books.totals.generated_tokens += count
-    books.effects.deltas(rows.key[active], ONES[:count], tokens)
+            books.collect_output(rows.occupant(row))
+    stopped = np.zeros(count, np.bool_)
+    for stops in rows.stops[: rows.stop_columns]:
+        stopped |= stops[active] == tokens
+    at_goal = (rows.known >= rows.goal)[active]
+    for index in (stopped | at_goal).nonzero()[0].tolist():
+        request = rows.occupant(active[index])
+        if stopped[index]:
+            end_request(books, request, "stop", matched=int(tokens[index]))
+        else:
+            end_request(books, request, "length")
 
 
-def _settle_others(books: Books, flight: Flight, result: StepResult, slow_decodes: list[int]) -> None:
-    """The long way: prompts, drafts, stops, log-probabilities, faults, and rows that nobody has any more."""
-    plan, decodes, occupants = flight.plan, flight.decodes, books.rows.occupants
+def _settle_others(books: Books, flight: Flight, result: StepResult, indices: list[int]) -> None:
+    """The long way, row by row, for what is not plain."""
+    plan, decodes = flight.plan, flight.decodes
     ends = result.emitted.cumsum().tolist()
     tokens = result.tokens.tolist()
-    any_faulty = np.count_nonzero(result.faulty)
     details = _detail_offsets(plan.logprob_tops, result) if len(result.logprobs) else None
-    scores = _score_offsets(flight) if len(result.score_logprobs) else {}
-    rows = flight.rows.tolist()
-    for index in (*slow_decodes, *range(decodes, len(rows))):
-        request = occupants[rows[index]]
-        assert request is not None, "a row lost its occupant while a step had it"
+    for index in indices:
+        if index < decodes:
+            request = books.rows.occupant(flight.rows[index])
+        else:
+            request = flight.parts[index - decodes].request
         if request.phase is not Phase.RUNNING:
             continue  # It ended while this step was in flight: its tokens were never promised to anybody.
-        if any_faulty and result.faulty[index]:
+        if result.faulty[index]:
             end_request(books, request, "error", message="the model's output was not finite", status=500)
             continue
         books.collect_output(request)
         emitted = tokens[ends[index - 1] if index else 0 : ends[index]]
-        if index >= decodes:
-            _settle_prompt(books, request, flight.parts[index - decodes], result, scores)
-        else:
+        if index < decodes:
             drafts = int(plan.draft_counts[index])
             _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(emitted) - 1)
         if emitted:
