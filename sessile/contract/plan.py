@@ -109,7 +109,7 @@ class StepPlan:
     @classmethod
     def empty(cls, step: int, **arrays: Any) -> "StepPlan":
         """A plan whose arrays are empty but for those given: for tests and for plans that only copy."""
-        values: dict[str, Any] = {name: _EMPTY[name] for name in _ARRAYS}
+        values: dict[str, Any] = {name: _EMPTY[name] for name in PLAN_ARRAYS}
         values.update(arrays)
         return cls(step=step, **values)
 
@@ -145,12 +145,15 @@ class StepResult:
     score_top_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
 
 
-_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
+PLAN_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
+"""The arrays of a plan in the order in which `encode_plan` packs them."""
+PLAN_HEADER_WORDS = 2 + len(PLAN_ARRAYS)
+"""Words before the first array: magic, step, and the length of each array."""
 _FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
 _WIDTHS = {"bind_ints": BIND_INTS, "bind_floats": BIND_FLOATS, "copies": 3}
 _EMPTY: dict[str, npt.NDArray[Any]] = {
     name: np.empty((0, _WIDTHS[name]) if name in _WIDTHS else 0, np.float32 if name in _FLOAT_ARRAYS else np.int32)
-    for name in _ARRAYS
+    for name in PLAN_ARRAYS
 }
 _MAGIC = 0x5E551
 
@@ -159,7 +162,7 @@ def encode_plan(plan: StepPlan) -> Ints:
     """Pack a plan into one int32 buffer: magic, step, the length of each array, then the arrays (f32 as bits)."""
     parts = []
     lengths = [_MAGIC, plan.step]
-    for name in _ARRAYS:
+    for name in PLAN_ARRAYS:
         array = getattr(plan, name)
         if name in _WIDTHS:
             array = array.reshape(-1)
@@ -173,7 +176,7 @@ def encode_plan(plan: StepPlan) -> Ints:
 
 def decode_plan(buffer: Ints) -> StepPlan:
     """Unpack what `encode_plan` packed; the arrays are views of the buffer. Raises PlanError if it is not one."""
-    header = 2 + len(_ARRAYS)
+    header = PLAN_HEADER_WORDS
     if buffer.size < header or buffer[0] != _MAGIC:
         raise PlanError("buffer does not hold a step plan")
     lengths = buffer[:header].tolist()
@@ -181,7 +184,7 @@ def decode_plan(buffer: Ints) -> StepPlan:
         raise PlanError(f"plan of step {lengths[1]}: buffer holds {buffer.size} words, its header says otherwise")
     values = []
     start = header
-    for name, length in zip(_ARRAYS, lengths[2:], strict=True):
+    for name, length in zip(PLAN_ARRAYS, lengths[2:], strict=True):
         if not length:
             values.append(_EMPTY[name])
             continue
