@@ -169,6 +169,18 @@ class PageLedger:
         lease.pages.extend(pages)
         return pages
 
+    def draw_each(self, leases: Sequence[Lease]) -> "array[int]":
+        """FREE → sequence: one page to each lease, in order. Returns all of them. The caller checked free_pages."""
+        count = len(leases)
+        free = self._free
+        assert 0 < count <= len(free), f"drew {count} pages of {len(free)} free ones"
+        pages = free[: -count - 1 : -1]
+        self._post(pages, FREE, [lease.account for lease in leases])
+        del free[-count:]
+        for lease, page in zip(leases, pages, strict=True):
+            lease.pages.append(page)
+        return pages
+
     def draw_many(self, leases: Sequence[Lease], counts: Sequence[int]) -> "array[int]":
         """FREE → sequence for many at once: `counts` pages to each lease, in order. Returns all of them."""
         total = sum(counts)
