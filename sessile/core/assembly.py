@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -29,7 +30,7 @@ _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A step on its way. The first `decodes` rows of the plan decode, the others run `parts`, in this order.
 
@@ -198,31 +199,32 @@ def scored_range(part: PromptPart) -> tuple[int, int]:
 
 def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     """Page-table runs: whole tables of the rows bound in this step, then what running rows drew."""
-    table_rows: list[int] = []
-    starts: list[int] = []
-    counts: list[int] = []
-    pages = array("i")
+    table_rows, starts, counts, pages = array("i"), array("i"), array("i"), array("i")
     for request in planned.bound:
         if request.row is None or request.pin is None or request.lease is None:
             continue  # It ended between the early part and now: its row is bound, but nothing of it runs.
+        shared, own = request.pin.pages, request.lease.pages
         table_rows.append(request.row)
         starts.append(0)
-        counts.append(len(request.pin.pages) + len(request.lease.pages))
-        pages.extend(request.pin.pages)
-        pages.extend(request.lease.pages)
+        counts.append(len(shared) + len(own))
+        pages.extend(shared)
+        pages.extend(own)
     for row, start, drawn in planned.runs:
         table_rows.append(row)
         starts.append(start)
         counts.append(len(drawn))
         pages.extend(drawn)
-    grown = len(planned.grown)
-    if not table_rows and not grown:
+    if planned.grown_pages:
+        table_rows.frombytes(planned.grown.astype(np.int32).tobytes())
+        starts.frombytes(planned.grown_slots.astype(np.int32).tobytes())
+        counts.extend(repeat(1, len(planned.grown_pages)))
+        pages.extend(planned.grown_pages)
+    if not table_rows:
         return NO_INTS, NO_INTS, NO_INTS, NO_INTS
-    pages.extend(planned.grown_pages)
     return (
-        np.array([*table_rows, *planned.grown.tolist()], np.int32),
-        np.array([*starts, *planned.grown_slots.tolist()], np.int32),
-        np.array([*counts, *(1,) * grown], np.int32),
+        np.frombuffer(table_rows, np.int32),
+        np.frombuffer(starts, np.int32),
+        np.frombuffer(counts, np.int32),
         np.frombuffer(pages, np.int32),
     )
 

@@ -181,24 +181,6 @@ class PageLedger:
             lease.pages.append(page)
         return pages
 
-    def draw_many(self, leases: Sequence[Lease], counts: Sequence[int]) -> "array[int]":
-        """FREE → sequence for many at once: `counts` pages to each lease, in order. Returns all of them."""
-        total = sum(counts)
-        free = self._free
-        assert len(leases) == len(counts) and total <= len(free), f"drew {total} pages of {len(free)} free ones"
-        pages = free[: -total - 1 : -1]
-        accounts: list[Account] = []
-        for lease, count in zip(leases, counts, strict=True):
-            accounts.extend(repeat(lease.account, count))
-        self._post(pages, FREE, accounts)
-        if total:
-            del free[-total:]
-        start = 0
-        for lease, count in zip(leases, counts, strict=True):
-            lease.pages.extend(pages[start : start + count])
-            start += count
-        return pages
-
     def publish(self, lease: Lease, start: int, count: int) -> "array[int]":
         """sequence → TREE: take pages [start, start + count) out of the lease; the tree must adopt them."""
         pages = lease.pages[start : start + count]

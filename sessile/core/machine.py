@@ -307,6 +307,7 @@ class Machine:
         eos = () if message.sampling.ignore_eos else self._facts.eos_ids
         stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
         request = Request(message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session)
+        books.rows.provide_for(stop_ids, message.logprobs)
         books.arrivals += 1
         request.arrival = books.arrivals
         books.requests[request.key] = request

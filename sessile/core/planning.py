@@ -340,7 +340,9 @@ class Planner:
     def _seat(self, planned: Planned) -> None:
         """Draw what the admitted requests were promised and set their rows' columns, all at once."""
         books = self._books
-        books.ledger.draw_many(planned.leases, planned.owed)
+        for lease, pages in zip(planned.leases, planned.owed, strict=True):
+            if pages:
+                books.ledger.draw(lease, pages)
         planned.owed_pages = 0
         parts = planned.parts[-len(planned.bound) :]
         books.rows.seat(

@@ -8,7 +8,7 @@ from sessile.contract.messages import Sampling, Submit
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
-from sessile.core.rows import STOP_COLUMNS, RowStart
+from sessile.core.rows import STOP_COLUMNS, pack_row
 from sessile.core.session import Session
 from sessile.core.stop import StopMatcher
 from sessile.units import RowId
@@ -106,11 +106,11 @@ class Request:
         )
         """Whether an output token takes more than being appended and compared with a few stop tokens."""
 
-    def row_start(self, start_tokens: int, planned_tokens: int, samples: bool, step: int) -> RowStart:
+    def row_start(self, start_tokens: int, planned_tokens: int, samples: bool, step: int) -> bytes:
         """The columns of the row in which this request starts, its first part being planned already."""
         assert self.pin is not None and self.lease is not None
         pinned = len(self.pin.pages)
-        return RowStart(
+        return pack_row(
             self.key,
             1,  # live
             self.slow,
@@ -163,7 +163,8 @@ class Request:
         if self.output:
             return self.output[-1]
         known = self.prompt_tokens
-        return int.from_bytes(self.tokens(known - 1, known), "little", signed=True)
+        last = self.delta[-TOKEN_BYTES:] or self.base.slice(known - 1, known)
+        return int.from_bytes(last, "little", signed=True)
 
 
 def packed_sampling(sampling: Sampling) -> tuple[bytes, bytes]:

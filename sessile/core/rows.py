@@ -5,7 +5,8 @@ that reads its page table has settled, so it outlives its request by at most one
 """
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from struct import Struct
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,25 +26,13 @@ OUTPUT_COLUMNS = 64
 """Output tokens a row gathers before its request takes them over."""
 
 
-class RowStart(NamedTuple):
-    """What a row's columns hold when a request takes it; the columns themselves are described in RowTable."""
-
-    key: int
-    live: int
-    slow: int
-    arrival: int
-    known: int
-    filled: int
-    settled: int
-    planned: int
-    pending: int
-    kv_goal: int
-    pages: int
-    pinned: int
-    prompt: int
-    last_token: int
-    last_step: int
-    logprobs: int
+COLUMNS = (
+    "key", "live", "slow", "arrival", "known", "filled", "settled", "planned",
+    "pending", "kv_goal", "pages", "pinned", "prompt", "last_token", "last_step", "logprobs",
+)  # fmt: skip
+"""The columns that a request sets when it takes a row, in the order of `pack_row`; RowTable describes them."""
+pack_row = Struct(f"<{len(COLUMNS)}q").pack
+"""A number for each of COLUMNS, as the bytes that `RowTable.seat` takes."""
 
 
 class RowTable(Generic[Occupant]):
@@ -86,8 +75,8 @@ class RowTable(Generic[Occupant]):
 
     def __init__(self, rows_max: int) -> None:
         self.rows_max = rows_max
-        self._columns = np.zeros((len(RowStart._fields), rows_max), np.int64)
-        for index, name in enumerate(RowStart._fields):
+        self._columns = np.zeros((len(COLUMNS), rows_max), np.int64)
+        for index, name in enumerate(COLUMNS):
             setattr(self, name, self._columns[index])
         self.plannable = np.zeros(rows_max, np.bool_)
         self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
@@ -95,9 +84,9 @@ class RowTable(Generic[Occupant]):
         self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
         """Token ids that end a row's output, by column and row; -1 where unused."""
         self.stop_columns = 0
-        """How many columns of `stops` were ever used."""
+        """How many columns of `stops` any request ever needed."""
         self.logprobs_wanted = False
-        """Whether any row ever had `logprobs`."""
+        """Whether any request ever had `logprobs`."""
         self._known_and_filled = self._block("known", "filled")
         self._planned_and_pending = self._block("planned", "pending")
         self.occupants: list[Occupant | None] = [None] * rows_max
@@ -105,8 +94,8 @@ class RowTable(Generic[Occupant]):
 
     def _block(self, first: str, second: str) -> Column:
         """Two neighbouring columns as one array, for what changes both."""
-        start = RowStart._fields.index(first)
-        assert RowStart._fields[start + 1] == second
+        start = COLUMNS.index(first)
+        assert COLUMNS[start + 1] == second
         return self._columns[start : start + 2]
 
     @property
@@ -138,13 +127,15 @@ class RowTable(Generic[Occupant]):
         self.occupants[row] = occupant
         return RowId(row)
 
-    def seat(self, rows: Sequence[RowId], starts: Sequence[RowStart], stops: Sequence[tuple[int, ...]]) -> None:
-        """Set all columns of rows that were taken: one array operation, however many they are."""
-        self._columns[:, rows] = np.array(starts, np.int64).T
+    def provide_for(self, stops: tuple[int, ...], logprobs: int) -> None:
+        """Look at what a request will need, before it has a row: columns that nobody needs are not looked at."""
+        self.stop_columns = max(self.stop_columns, min(len(stops), STOP_COLUMNS))
+        self.logprobs_wanted = self.logprobs_wanted or logprobs >= 0
+
+    def seat(self, rows: Sequence[RowId], starts: Sequence[bytes], stops: Sequence[tuple[int, ...]]) -> None:
+        """Set all columns of rows that were taken, from `pack_row`: one array operation, however many they are."""
+        self._columns[:, rows] = np.frombuffer(b"".join(starts), np.int64).reshape(len(rows), -1).T
         self.plannable[rows] = True
-        if not self.logprobs_wanted:
-            self.logprobs_wanted = any([start.logprobs >= 0 for start in starts])
-        self.stop_columns = max(self.stop_columns, min(max(map(len, stops)), STOP_COLUMNS))
         if self.stop_columns:
             padded = [(*ids[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(ids))) for ids in stops]
             self.stops[:, rows] = np.array(padded, np.int64).T

@@ -4,7 +4,7 @@ import pytest
 
 from sessile.contract.messages import pack_tokens, unpack_tokens
 from sessile.core.history import History
-from sessile.core.rows import STOP_COLUMNS, RowStart, RowTable
+from sessile.core.rows import COLUMNS, STOP_COLUMNS, RowTable, pack_row
 from sessile.errors import OwnershipError
 from sessile.units import RowId
 
@@ -93,13 +93,14 @@ def test_a_fork_shares_every_full_chunk_and_copies_less_than_one() -> None:
     assert [mine is theirs for mine, theirs in zip(fork.chunks, parent.chunks, strict=True)] == [True, True, False]
 
 
-def start_of(value: int) -> RowStart:
-    return RowStart(*range(value, value + len(RowStart._fields)))
+def start_of(value: int) -> dict[str, int]:
+    return dict(zip(COLUMNS, range(value, value + len(COLUMNS)), strict=True))
 
 
 def take(rows: "RowTable[str]", occupant: str, stops: tuple[int, ...], value: int) -> RowId:
     row = rows.take(occupant)
-    rows.seat([row], [start_of(value)], [stops])
+    rows.provide_for(stops, -1)
+    rows.seat([row], [pack_row(*start_of(value).values())], [stops])
     return row
 
 
@@ -108,7 +109,7 @@ def test_a_row_that_is_taken_has_all_its_counters_set_and_nothing_of_the_last_oc
     row = take(rows, "first", (1, 2, 3, 4), 1000)
     rows.give_back(row, "first")
     assert take(rows, "second", (9,), 50) == row
-    assert {name: int(getattr(rows, name)[row]) for name in RowStart._fields} == start_of(50)._asdict()
+    assert {name: int(getattr(rows, name)[row]) for name in COLUMNS} == start_of(50)
     assert rows.stops[:, row].tolist() == [9, -1, -1, -1]
     assert rows.occupants == ["second"]
 
