@@ -14,7 +14,7 @@ ARGS ?=
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 
-.PHONY: help chat serve doctor bench test check sim mutants parity clean
+.PHONY: help chat serve doctor compile bench test check sim mutants parity clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -29,7 +29,10 @@ serve: $(RUNTIME) ## serve the embedded model over HTTP on 127.0.0.1:30000
 doctor: $(RUNTIME) ## say what this machine has and what is wrong with it
 	@$(PYTHON_VENV) -m sessile doctor $(ARGS)
 
-bench: $(RUNTIME) ## measure the scheduler: host time of a step, and of a turn on a long history
+compile: $(DEVELOPMENT) ## compile the scheduler, which runs without it too, for shorter steps
+	@PYTHONPATH=. $(PYTHON_VENV) scripts/compile_core.py
+
+bench: compile ## measure the scheduler: host time of a step, and of a turn on a long history
 	@$(PYTHON_VENV) -m sessile bench step $(ARGS)
 	@$(PYTHON_VENV) -m sessile bench history
 
