@@ -63,8 +63,9 @@ def _validate(flight: Flight, result: StepResult) -> None:
 
 def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
     scores = _score_offsets(flight) if len(result.score_logprobs) else {}
-    for part in flight.parts:
-        if part.request.phase is Phase.RUNNING:
+    for index, part in enumerate(flight.parts, flight.decodes):
+        # A faulty row's KV is worth nothing: it may be neither kept nor published. Its request ends further down.
+        if part.request.phase is Phase.RUNNING and not result.faulty[index]:
             _settle_prompt(books, part.request, part, result, scores)
 
 
