@@ -3,10 +3,11 @@
 from array import array
 from dataclasses import dataclass
 from itertools import repeat
+from struct import Struct
 
 import numpy as np
 
-from sessile.contract.messages import unpack_tokens
+from sessile.contract.messages import pack_tokens, unpack_tokens
 from sessile.contract.plan import (
     BIND_FLOATS,
     BIND_INTS,
@@ -19,6 +20,7 @@ from sessile.contract.plan import (
     StepPlan,
 )
 from sessile.core.books import Books
+from sessile.core.history import TOKEN_BYTES, Packed
 from sessile.core.planning import Drafter, Planned, PromptPart
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column, Flags
@@ -26,6 +28,8 @@ from sessile.core.rows import Column, Flags
 _NO_COPIES: Ints = np.empty((0, 3), np.int32)
 _ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
 """Rows to logprob_tops of StepPlan, in its order: built as one array."""
+_PART = Struct("<7i")
+_ON_DEVICE = pack_tokens([-1])
 _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
 
@@ -72,16 +76,15 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         tokens = _decode_columns(books, decodes, decoding)
     else:
         tokens = _draft_columns(books, decodes, drafts, decoding)
-    scores = _scores(parts, len(tokens))
+    scores = _scores(parts, len(tokens) // TOKEN_BYTES)
     if parts:
         table = [
-            (part.row, part.start, part.count, 0, part.samples, part.request.output_tokens, part.top) for part in parts
+            _PART.pack(part.row, part.start, part.count, 0, part.samples, part.request.output_tokens, part.top)
+            for part in parts
         ]
-        columns[:, decode_count:] = np.array(table, np.int32).T
+        columns[:, decode_count:] = np.frombuffer(b"".join(table), np.int32).reshape(-1, 7).T
         rows[decode_count:] = columns[_ROW, decode_count:]
-        tokens = np.concatenate(
-            (tokens, unpack_tokens(b"".join([part.request.tokens(part.start, part.end) for part in parts])))
-        )
+        tokens = b"".join([tokens, *[part.request.tokens(part.start, part.end) for part in parts]])
     allowed = columns[_FLAGS] & SAMPLE
     if drafts:
         allowed += columns[_DRAFTS]
@@ -97,7 +100,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         columns[_FLAGS],
         columns[_OUTPUT],
         columns[_TOP],
-        tokens,
+        unpack_tokens(tokens),
         *scores,
     )
     sampling = planned.sampling if drafts is None else None
@@ -124,8 +127,8 @@ def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -
     return drafts
 
 
-def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Ints:
-    """Fill the columns [7, d] of rows that decode without drafts; returns their tokens [d].
+def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
+    """Fill the columns [7, d] of rows that decode without drafts; returns their tokens.
 
     The token of a row is -1 where it is still on the device.
     """
@@ -142,13 +145,13 @@ def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Ints:
     on_device = rows.pending[decodes] > 1
     if np.count_nonzero(on_device) == len(decodes):
         columns[_FLAGS] = SAMPLE | FROM_DEVICE
-        return np.full(len(decodes), -1, np.int32)
+        return _ON_DEVICE * len(decodes)
     columns[_FLAGS] = SAMPLE + on_device * FROM_DEVICE
-    return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32)
+    return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32).tobytes()
 
 
-def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], columns: Ints) -> Ints:
-    """Fill the columns [7, d] of rows that decode with drafts; returns their tokens [sum 1 + drafts].
+def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], columns: Ints) -> Packed:
+    """Fill the columns [7, d] of rows that decode with drafts; returns their tokens, drafts included.
 
     Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
     """
@@ -168,7 +171,7 @@ def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], colum
     for token, draft in zip(rows.last_token[decodes].tolist(), drafts, strict=True):
         flat.append(token)
         flat.extend(draft)
-    return np.array(flat, np.int32)
+    return pack_tokens(flat)
 
 
 def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints]:
