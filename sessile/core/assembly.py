@@ -2,7 +2,6 @@
 
 from array import array
 from dataclasses import dataclass
-from itertools import repeat
 from struct import Struct
 
 import numpy as np
@@ -29,6 +28,7 @@ _NO_COPIES: Ints = np.empty((0, 3), np.int32)
 _ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
 """Rows to logprob_tops of StepPlan, in its order: built as one array."""
 _PART = Struct("<7i")
+_ONE = array("i", [1])
 _ON_DEVICE = pack_tokens([-1])
 _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
@@ -220,7 +220,7 @@ def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     if planned.grown_pages:
         table_rows.frombytes(planned.grown.astype(np.int32).tobytes())
         starts.frombytes(planned.grown_slots.astype(np.int32).tobytes())
-        counts.extend(repeat(1, len(planned.grown_pages)))
+        counts.extend(_ONE * len(planned.grown_pages))
         pages.extend(planned.grown_pages)
     if not table_rows:
         return NO_INTS, NO_INTS, NO_INTS, NO_INTS
@@ -236,6 +236,7 @@ _NO_BINDINGS = (
     NO_INTS, np.empty((0, 4), np.int32), np.empty((0, 6), np.float32), NO_INTS, NO_INTS, NO_FLOATS, NO_INTS, NO_INTS,
     NO_INTS, NO_INTS, NO_INTS,
 )  # fmt: skip
+_Shapes = tuple[Ints, Ints, Floats, Ints, Ints, Ints, Ints, Ints]
 _Bindings = tuple[Ints, Ints, Floats, Ints, Ints, Floats, Ints, Ints, Ints, Ints, Ints]
 
 
@@ -248,16 +249,22 @@ def _bindings(books: Books, planned: Planned) -> _Bindings:
         np.array([request.row for request in bound], np.int32),
         np.frombuffer(b"".join([request.bind_ints for request in bound]), np.int32).reshape(-1, BIND_INTS),
         np.frombuffer(b"".join([request.bind_floats for request in bound]), np.float32).reshape(-1, BIND_FLOATS),
-        *_biases(bound),
-        *_bans(bound),
-        *_seen(bound),
+        *(_shapes(bound) if any([request.shaped for request in bound]) else _no_shapes(len(bound))),
     )
+
+
+def _shapes(bound: list[Request]) -> _Shapes:
+    """Biases, bans and what penalties look at: the last eight arrays."""
+    return (*_biases(bound), *_bans(bound), *_seen(bound))
+
+
+def _no_shapes(count: int) -> _Shapes:
+    none = np.zeros(count, np.int32)
+    return none, NO_INTS, NO_FLOATS, none, NO_INTS, none, none, NO_INTS
 
 
 def _biases(bound: list[Request]) -> tuple[Ints, Ints, Floats]:
     biases = [bias for request in bound for bias in request.sampling.logit_bias]
-    if not biases:
-        return np.zeros(len(bound), np.int32), NO_INTS, NO_FLOATS
     return (
         np.array([len(request.sampling.logit_bias) for request in bound], np.int32),
         np.array([token for token, _ in biases], np.int32),
@@ -267,16 +274,11 @@ def _biases(bound: list[Request]) -> tuple[Ints, Ints, Floats]:
 
 def _bans(bound: list[Request]) -> tuple[Ints, Ints]:
     bans = [token for request in bound for token in request.ban_ids]
-    if not bans:
-        return np.zeros(len(bound), np.int32), NO_INTS
     return np.array([len(request.ban_ids) for request in bound], np.int32), np.array(bans, np.int32)
 
 
 def _seen(bound: list[Request]) -> tuple[Ints, Ints, Ints]:
     """Prompt counts, output counts and the tokens counted, of requests with a penalty."""
-    if not any([request.penalised for request in bound]):
-        none = np.zeros(len(bound), np.int32)
-        return none, none, NO_INTS
     prompt_counts, output_counts, seen = [], [], []
     for request in bound:
         prompt_counts.append(request.prompt_tokens if request.penalised else 0)

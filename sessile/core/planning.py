@@ -180,8 +180,9 @@ class Planner:
         single = ahead == 1
         single &= ready
         decodes = single.nonzero()[0]
+        single_count = len(decodes)
         prompts = _NO_ROWS
-        if np.count_nonzero(ready) > len(decodes):
+        if np.count_nonzero(ready) > single_count:
             prompts = (ready & ~single).nonzero()[0]
         elif not len(decodes):
             planned.sampling = single
@@ -195,7 +196,7 @@ class Planner:
         budget = self._budget(len(decodes) > 0)
         if len(decodes) > budget:
             decodes = decodes[np.argsort(rows.arrival[decodes], kind="stable")][:budget]
-        if len(decodes) < np.count_nonzero(single):
+        if len(decodes) < single_count:
             single[:] = False
             single[decodes] = True
         planned.decodes, planned.sampling = decodes, single

@@ -78,7 +78,7 @@ _TREE = (
     ),
     _fault(
         "unsettled page published", "H30", "a page is published before all of it is computed",
-        "settling", "full = min(end, request.prompt_tokens) // size",
+        "settling", "full = min(end, prompt_tokens) // size",
         "full = min(len(request.pin.pages) + len(request.lease), (end + size - 1) // size)",
     ),
     _fault(
