@@ -28,7 +28,7 @@ _NO_COPIES: Ints = np.empty((0, 3), np.int32)
 _ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
 """Rows to logprob_tops of StepPlan, in its order: built as one array."""
 _PART = Struct("<7i")
-_ONE = array("i", [1])
+_ZERO, _ONE = array("i", [0]), array("i", [1])
 _ON_DEVICE = pack_tokens([-1])
 _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
@@ -202,16 +202,18 @@ def scored_range(part: PromptPart) -> tuple[int, int]:
 
 def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     """Page-table runs: whole tables of the rows bound in this step, then what running rows drew."""
-    table_rows, starts, counts, pages = array("i"), array("i"), array("i"), array("i")
+    pages = array("i")
+    bound_rows: list[int] = []
+    bound_counts: list[int] = []
     for request in planned.bound:
         if request.row is None or request.pin is None or request.lease is None:
             continue  # It ended between the early part and now: its row is bound, but nothing of it runs.
         shared, own = request.pin.pages, request.lease.pages
-        table_rows.append(request.row)
-        starts.append(0)
-        counts.append(len(shared) + len(own))
+        bound_rows.append(request.row)
+        bound_counts.append(len(shared) + len(own))
         pages.extend(shared)
         pages.extend(own)
+    table_rows, starts, counts = array("i", bound_rows), _ZERO * len(bound_rows), array("i", bound_counts)
     for row, start, drawn in planned.runs:
         table_rows.append(row)
         starts.append(start)
