@@ -15,7 +15,7 @@ from sessile.engine.compiled import FOLDER, PACKAGE, STAMP, available_core, core
 
 COMPILERS = ("cc", "gcc", "clang")
 OPTIMIZATION = {"MYPYC_OPT_LEVEL": "1", "MYPYC_DEBUG_LEVEL": "0"}
-"""Level 3 takes three times as long to compile and makes steps no shorter: the time is in calls of the interpreter."""
+"""Level 3 takes half as long again to compile and makes steps no shorter: their time is in calls of the interpreter."""
 
 
 def main() -> int:
