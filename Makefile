@@ -38,8 +38,10 @@ bench: compile ## measure the scheduler: host time of a step, and of a turn on a
 	@$(PYTHON_VENV) -m sessile bench step $(ARGS)
 	@$(PYTHON_VENV) -m sessile bench history
 
+# What measures time runs first and by itself, the rest in two processes; with ARGS, just what they say.
 test: $(DEVELOPMENT) ## run the tests
-	@$(PYTHON_VENV) -m pytest $(ARGS)
+	@$(PYTHON_VENV) -m pytest $(or $(ARGS),-q tests/perf)
+	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=2 --dist=loadfile)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	@failed=; \
@@ -64,7 +66,7 @@ gpu-check: $(if $(GPU_PYTHON),,$(DEVELOPMENT)) ## test kernels, models and sessi
 	@$(or $(GPU_PYTHON),$(PYTHON_VENV)) -m pytest -q $(or $(TEST),$(GPU_TESTS)) $(ARGS)
 
 gpu-bench: $(if $(GPU_PYTHON),,$(RUNTIME)) ## measure decode steps, throughput and turns on this machine's GPU
-	@PYTHONPATH=. $(or $(GPU_PYTHON),$(PYTHON_VENV)) scripts/gpu_bench.py $(ARGS)
+	@PYTHONPATH=.:$$PYTHONPATH $(or $(GPU_PYTHON),$(PYTHON_VENV)) scripts/gpu_bench.py $(ARGS)
 
 clean: ## remove .venv and everything that is made from the sources
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .numba_cache
