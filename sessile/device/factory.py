@@ -12,7 +12,7 @@ from sessile.device.kv_pool import KvPool, auto_kv_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts, StepRunner, Worker
 from sessile.errors import StartupError
-from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name
+from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name, prepare_attention
 from sessile.kernels.linear import cpu_multiplies_bfloat16
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
@@ -59,6 +59,7 @@ def open_device(
     row_pages = ceil_div(context + drafts_max + 1, page_size)
     runner = StepRunner(loaded.decoder, pool, rows_max, row_pages)
     progress("compiling kernels", 0.0)
+    prepare_attention(form.dtype)
     warm_up(runner, page_size)
     progress("compiling kernels", 1.0)
     facts = DeviceFacts(

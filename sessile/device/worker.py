@@ -16,6 +16,7 @@ from sessile.device.row_parameters import RowParameters
 from sessile.device.sampler import Sampled, Sampler
 from sessile.errors import NotReady
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
+from sessile.model.fused_cpu import fuse_for_cpu, is_few_tokens, query_items
 from sessile.model.layers import Decoder, StepInputs
 
 
@@ -82,6 +83,7 @@ class StepRunner:
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
         self._cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
+        self._fused = fuse_for_cpu(decoder, self._cache)
         self._row_tokens_max = row_pages * pool.page_size
 
     @property
@@ -101,8 +103,7 @@ class StepRunner:
             return _nothing_ran(plan)
         flat = flatten_step(plan, self._table.pages, self._pool.page_size, self._parameters.last_tokens)
         rows = StepRows(plan.rows, plan.starts, plan.query_counts)
-        inputs = StepInputs(flat.tokens, flat.positions, CpuAttentionStep(self._cache, rows, flat.slots))
-        hidden = self._decoder(inputs)
+        hidden = self._forward(flat, rows)
         scores = self._score(plan, hidden)
         places = sample_positions(plan)
         if not places.flat.size:
@@ -110,6 +111,12 @@ class StepRunner:
         logits = self._decoder.logits(hidden[torch.from_numpy(places.flat).to(hidden.device)])
         sampled = self._sampler.run(plan, places, logits, flat.tokens)
         return _result(plan, flat, places, sampled, _emitted_logprobs(plan, places, logits, sampled), scores)
+
+    def _forward(self, flat: FlatStep, rows: StepRows) -> torch.Tensor:
+        """Residual stream after the last layer [t, hidden]: compiled as a whole if tokens are few, else by layers."""
+        if self._fused is not None and is_few_tokens(rows):
+            return self._fused.forward(flat.tokens, flat.positions, flat.slots, query_items(rows))
+        return self._decoder(StepInputs(flat.tokens, flat.positions, CpuAttentionStep(self._cache, rows, flat.slots)))
 
     def _score(self, plan: StepPlan, hidden: torch.Tensor) -> Logprobs:
         if not plan.score_queries.size:

@@ -74,6 +74,13 @@ def attention_name() -> str:
     return "numba" if compiled_attention() else "torch (numba is not usable)"
 
 
+def prepare_attention(dtype: torch.dtype) -> None:
+    """Compile the kernels that a step may need for a pool of this dtype, so that no step waits for it."""
+    kernels = compiled_attention()
+    if kernels is not None:
+        kernels.prepare(dtype)
+
+
 class CpuAttentionStep:
     """Attention of one step on the CPU. slots int64[t]: where each token's K and V go."""
 
@@ -131,10 +138,12 @@ class _CompiledQueries:
     def __init__(self, kernels: ModuleType, cache: PagedCache, rows: Tensor, lengths: Tensor, index: Tensor,
                  is_all: bool) -> None:  # fmt: skip
         self.index, self.is_all = index, is_all
-        self._items = kernels.WorkItems(rows.numpy(), lengths.numpy(), cache.table, cache.page_size)
+        self._kernels, self._cache = kernels, cache
+        self._items = kernels.WorkItems(rows.numpy(), lengths.numpy())
 
     def run(self, keys: Tensor, values: Tensor, query: Tensor) -> Tensor:
-        out: Tensor = self._items.attend(query.float().contiguous(), keys, values)
+        cache, query = self._cache, query.float().contiguous()
+        out: Tensor = self._kernels.paged_attention(query, keys, values, cache.table, self._items, cache.page_size)
         return out
 
 

@@ -15,11 +15,19 @@ import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be reordered, which is what lets a dot product use vectors; NaN and infinity keep their meaning."""
+
+
+def piece(function: Callable[..., Any]) -> Any:
+    """A function for other compiled code to call, not for Python: without wrappers it compiles in half the time.
+
+    Division by zero is not checked for; nothing here divides by what may be zero.
+    """
+    return njit(fastmath=FAST, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 @cache
@@ -65,6 +73,16 @@ def float_from_bits(typing_context, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def bits_from_float(typing_context, value):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
 def widen(typing_context, element):  # type: ignore[no-untyped-def]
     """A stored element as float32: float32 itself, an int8 as a number, or the bits of a bfloat16 in a uint16."""
 
@@ -75,6 +93,49 @@ def widen(typing_context, element):  # type: ignore[no-untyped-def]
         return context.cast(builder, arguments[0], element, types.float32)
 
     return types.float32(element), generate
+
+
+@intrinsic
+def unpack_nibbles(typing_context, source, target, scale, minimum):  # type: ignore[no-untyped-def]
+    """Read 16 bytes at an address and write 32 float32 at another: low nibbles, then high, each × scale + minimum.
+
+    Spelled out in vectors because the compiler does not find them: it cannot know that the two do not overlap.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source, target, scale, minimum = arguments
+        lanes = 16
+        floats = ir.VectorType(ir.FloatType(), lanes)
+        packed_type = ir.VectorType(ir.IntType(8), lanes)
+
+        def splat(value):  # type: ignore[no-untyped-def]
+            vector = builder.insert_element(ir.Constant(floats, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+            return builder.shuffle_vector(vector, ir.Constant(floats, ir.Undefined), zeros)
+
+        packed = builder.load(builder.inttoptr(source, packed_type.as_pointer()), align=1)
+        low = builder.and_(packed, ir.Constant(packed_type, [15] * lanes))
+        high = builder.lshr(packed, ir.Constant(packed_type, [4] * lanes))
+        for half, quarters in enumerate((low, high)):
+            numbers = builder.uitofp(builder.zext(quarters, ir.VectorType(ir.IntType(32), lanes)), floats)
+            weights = builder.fadd(builder.fmul(numbers, splat(scale)), splat(minimum))
+            address = builder.add(target, ir.Constant(ir.IntType(64), 64 * half))
+            builder.store(weights, builder.inttoptr(address, floats.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.float32, types.float32), generate
+
+
+@intrinsic
+def two_to_the(typing_context, whole):  # type: ignore[no-untyped-def]
+    """2 ** whole for a float32 that holds a whole number from -126 to 127."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = ir.IntType(32)
+        exponent = builder.add(builder.fptosi(arguments[0], word), ir.Constant(word, 127))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(word, 23)), ir.FloatType())
+
+    return types.float32(types.float32), generate
 
 
 class ParallelKernel:
@@ -92,6 +153,10 @@ class ParallelKernel:
     def _address(self) -> int:
         _openmp()
         return int(cfunc(types.void(types.voidptr), nopython=True, cache=True, fastmath=FAST)(self._body).address)
+
+    def prepare(self) -> None:
+        """Compile, or load from the cache of an earlier run, if that has not happened yet."""
+        assert self._address
 
     def __call__(self, *arguments: int) -> None:
         packed = np.array(arguments, np.int64)

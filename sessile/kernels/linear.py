@@ -7,7 +7,7 @@ go through compiled kernels that read the stored weights as they are; many throu
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +15,17 @@ from torch.nn import functional
 
 from sessile.kernels import reference
 
-FEW_TOKENS = 16
-"""Up to so many tokens the compiled kernels are used; beyond, widening a whole weight once pays for itself."""
-
 
 class LinearWeight(Protocol):
     """What multiplies in a linear layer; `shape` is (out, in), `bytes` what it holds in memory."""
 
     shape: tuple[int, int]
     bytes: int
+
+    @property
+    def stored(self) -> Any:
+        """The weights as the compiled kernels read them, a `linear_cpu.StoredWeight`; on the CPU only."""
+        ...
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
@@ -49,6 +51,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
 
 
+@cache
+def few_tokens() -> int:
+    """Up to so many tokens the compiled kernels are used; beyond, widening a whole weight once pays for itself."""
+    return 8 if cpu_multiplies_bfloat16() else 32
+
+
 class PlainWeight:
     """weight [out, in] in the model's dtype."""
 
@@ -57,11 +65,15 @@ class PlainWeight:
         self.shape = (weight.shape[0], weight.shape[1])
         self.bytes = weight.numel() * weight.element_size()
 
+    @property
+    def stored(self) -> Any:
+        kernels = _kernels()
+        kind = kernels.BFLOAT16 if self.weight.dtype == torch.bfloat16 else kernels.FLOAT32
+        return kernels.StoredWeight(kind, *self.shape, self.weight)
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        kernels = _kernels_for(x)
-        if kernels is not None:
-            return _finish(kernels.linear(x.float().contiguous(), self.weight), bias, x.dtype)
-        return _multiply(x, self.weight, bias)
+        product = _few_token_product(self, x)
+        return _multiply(x, self.weight, bias) if product is None else _finish(product, bias, x.dtype)
 
 
 class Int8Weight:
@@ -69,18 +81,21 @@ class Int8Weight:
 
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        self.scales = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
-        self.quantised = (weight.float() / self.scales).round_().to(torch.int8)
+        self.scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
+        self.quantised = (weight.float() / self.scales[:, None]).round_().to(torch.int8)
         self.bytes = self.quantised.numel() + self.scales.numel() * 4
 
+    @property
+    def stored(self) -> Any:
+        kernels = _kernels()
+        return kernels.StoredWeight(kernels.INT8, *self.shape, self.quantised, self.scales)
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        kernels = _kernels_for(x)
-        if kernels is not None:
-            product = kernels.linear_int8(x.float().contiguous(), self.quantised, self.scales)
-            return _finish(product, bias, x.dtype)
-        # The scale of a row is that of an output: it may be taken after the sum.
-        product = _multiply(x, self.quantised.to(x.dtype), None)
-        return _finish(product.float().mul_(self.scales[:, 0]), bias, x.dtype)
+        product = _few_token_product(self, x)
+        if product is None:
+            # The scale of a row is that of an output: it may be taken after the sum.
+            product = _multiply(x, self.quantised.to(x.dtype), None).float().mul_(self.scales)
+        return _finish(product, bias, x.dtype)
 
 
 class Int4Weight:
@@ -97,13 +112,17 @@ class Int4Weight:
         self.packed = (quarters[..., :16] | quarters[..., 16:] << 4).flatten(1)
         self.bytes = self.packed.numel() + self.scales.numel() * 2
 
+    @property
+    def stored(self) -> Any:
+        kernels = _kernels()
+        return kernels.StoredWeight(kernels.INT4, *self.shape, self.packed, self.scales)
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        kernels = _kernels_for(x)
-        if kernels is not None:
-            product = kernels.linear_int4(x.float().contiguous(), self.packed, self.scales)
+        product = _few_token_product(self, x)
+        if product is not None:
             return _finish(product, bias, x.dtype)
-        unpack = compiled_linear() if x.device.type == "cpu" else None
-        weight = (unpack or reference).unpack_int4(self.packed, self.scales)
+        kernels = compiled_linear() if x.device.type == "cpu" else None
+        weight = kernels.unpack_int4(self.stored) if kernels else reference.unpack_int4(self.packed, self.scales)
         return _multiply(x, weight.to(x.dtype), bias)
 
 
@@ -119,11 +138,18 @@ def pack_linear(weight: Tensor, dtype: torch.dtype, quantize: str) -> LinearWeig
     return PlainWeight(weight.to(dtype))
 
 
-def _kernels_for(x: Tensor) -> ModuleType | None:
-    """The compiled kernels if they are the way to go for this input."""
-    if x.shape[0] > FEW_TOKENS or x.device.type != "cpu":
+def _kernels() -> ModuleType:
+    kernels = compiled_linear()
+    assert kernels is not None, "stored weights are for the compiled kernels"
+    return kernels
+
+
+def _few_token_product(weight: LinearWeight, x: Tensor) -> Tensor | None:
+    """x @ weightᵀ in float32 through the compiled kernels; None if they are not the way to go for this input."""
+    if x.device.type != "cpu" or x.shape[0] > few_tokens():
         return None
-    return compiled_linear()
+    kernels = compiled_linear()
+    return kernels.linear(x.float().contiguous(), weight.stored) if kernels else None
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

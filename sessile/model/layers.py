@@ -211,8 +211,8 @@ class Decoder(nn.Module, ABC):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Raw logits float32[m, vocab] of residual streams [m, hidden]."""
-        return self.head(self.norm(hidden)).float()
+        """Raw logits float32[m, vocab] of residual streams [m, hidden], in the model's dtype or in float32."""
+        return self.head(self.norm(hidden.to(self.norm.weight.dtype))).float()
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

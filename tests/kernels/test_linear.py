@@ -62,16 +62,15 @@ def test_compiled_products_equal_torchs(tokens: int, rows: int, columns: int) ->
     assert kernels is not None, "numba is a dependency and torch's wheels carry OpenMP"
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
     plain = weight(rows, columns)
-    torch.testing.assert_close(kernels.linear(x, plain), x @ plain.T)
-    half = plain.bfloat16()
-    torch.testing.assert_close(kernels.linear(x, half), x @ half.float().T)
-    eight = Int8Weight(plain)
-    product = kernels.linear_int8(x, eight.quantised, eight.scales)
-    torch.testing.assert_close(product, x @ (eight.quantised.float() * eight.scales).T)
-    four = Int4Weight(plain)
-    unpacked = reference.unpack_int4(four.packed, four.scales)
-    torch.testing.assert_close(kernels.unpack_int4(four.packed, four.scales), unpacked)
-    torch.testing.assert_close(kernels.linear_int4(x, four.packed, four.scales), x @ unpacked.T)
+    four, eight = Int4Weight(plain), Int8Weight(plain)
+    twins = {
+        PlainWeight(plain): plain, PlainWeight(plain.bfloat16()): plain.bfloat16().float(),
+        eight: eight.quantised.float() * eight.scales[:, None],
+        four: reference.unpack_int4(four.packed, four.scales),
+    }  # fmt: skip
+    for packed, twin in twins.items():
+        torch.testing.assert_close(kernels.linear(x, packed.stored), x @ twin.T)
+    torch.testing.assert_close(kernels.unpack_int4(four.stored), twins[four])
 
 
 @pytest.mark.parametrize("tokens", [2, 40])
