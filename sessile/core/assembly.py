@@ -43,7 +43,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         decodes, caps = decodes[alive], caps[alive]
         parts = [part for part in parts if part.request.phase is Phase.RUNNING]
         drafts = _ask(books, drafter, decodes, caps)
-    if not len(decodes) and not parts:
+    if not len(decodes) and not parts and not books.copies:
         return None
     starts, draft_counts, tokens, from_device = _decode_columns(books, planned, decodes, drafts)
     decode_count, part_count = len(decodes), len(parts)
@@ -72,7 +72,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         planned.step,
         *_bindings(books, planned),
         *_table(planned),
-        _NO_COPIES,
+        np.array(books.take_copies(planned.step), np.int32) if books.copies else _NO_COPIES,
         all_rows.astype(np.int32),
         plan_starts,
         query_counts,

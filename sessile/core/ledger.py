@@ -93,6 +93,8 @@ class PageLedger:
         self.pages_total = pages_total
         self.lost: list[str] = []
         """Leases that were dropped while they owned pages; the audit fails on any."""
+        self.floor_step = 0
+        """What goes to LIMBO waits for this step at least: set while copies wait for the plan that will carry them."""
         self._tags = array("I", bytes(4 * pages_total))
         self._tags_view: npt.NDArray[np.uint32] = np.frombuffer(self._tags, np.uint32)
         self._balances = [pages_total, 0, 0, 0, 0]
@@ -241,6 +243,7 @@ class PageLedger:
 
     def _to_limbo(self, pages: "array[int]", source: Account, step: int) -> None:
         self._post(pages, source, LIMBO)
+        step = max(step, self.floor_step)
         waiting = self._limbo.get(step)
         if waiting is None:
             self._limbo[step] = pages

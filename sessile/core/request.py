@@ -46,7 +46,7 @@ class Request:
     ) -> None:
         self.key = key
         self.session = session
-        self.namespace = ""
+        self.namespace = session.namespace if session is not None else ""
         self.base = base
         self.base_tokens = len(base)
         self.delta = delta
