@@ -32,8 +32,8 @@ class Session:
     """One conversation. `turn` names the request that has the right to be in flight, queued or preempted included."""
 
     __slots__ = (
-        "closing", "history", "id", "idle_timeout_ns", "last_use", "last_used_ns", "metadata", "namespace", "opened_ns", "parked",
-        "serial", "tokens_max", "turn", "turn_ends",
+        "closing", "history", "id", "idle_timeout_ns", "last_use", "last_used_ns", "metadata", "namespace",
+        "opened_ns", "parked", "serial", "tokens_max", "turn", "turn_ends",
     )  # fmt: skip
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Fork and rewind: what is shared, what is copied, what is refused; and outputs as if the tokens had been sent afresh."""
+"""Fork and rewind: what is shared, copied and refused; and outputs as if the tokens had been sent afresh."""
 
 from random import Random
 
