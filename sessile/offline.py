@@ -221,7 +221,7 @@ def open_configured_engine(
     # Here, because importing torch takes longer than finding out that there is no such model.
     tokenizer = tokenizer or load_tokenizer(model.model)
     report("importing torch")
-    from sessile.device.factory import open_device
+    from sessile.device.factory import chosen_kind, open_device
 
     def open_for(request: DeviceRequest) -> Device:
         return open_device(
@@ -234,7 +234,7 @@ def open_configured_engine(
             progress=lambda stage, share: report(f"{stage}, {share:.0%}"),
         )
 
-    on_cpu = device.device in ("auto", "cpu")
+    on_cpu = chosen_kind(device) == "cpu"
     return open_engine(scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock)
 
 

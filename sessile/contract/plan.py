@@ -10,6 +10,7 @@ for penalties, and the last token it sampled.
 """
 
 from dataclasses import dataclass, field, fields
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ NO_INTS: Ints = np.empty(0, np.int32)
 NO_FLOATS: Floats = np.empty(0, np.float32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # Not frozen, for speed only: nobody changes a plan.
 class StepPlan:
     """One step. All arrays int32 unless said otherwise; n rows run, b rows are bound, first to last as listed.
 
@@ -109,7 +110,7 @@ class StepPlan:
     @classmethod
     def empty(cls, step: int, **arrays: Any) -> "StepPlan":
         """A plan whose arrays are empty but for those given: for tests and for plans that only copy."""
-        values: dict[str, Any] = {name: _EMPTY[name] for name in _ARRAYS}
+        values: dict[str, Any] = {name: _EMPTY[name] for name in PLAN_ARRAYS}
         values.update(arrays)
         return cls(step=step, **values)
 
@@ -145,35 +146,35 @@ class StepResult:
     score_top_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
 
 
-_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
+PLAN_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
+"""The arrays of a plan in the order in which `encode_plan` packs them."""
+PLAN_HEADER_WORDS = 2 + len(PLAN_ARRAYS)
+"""Words before the first array: magic, step, and the length of each array."""
 _FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
 _WIDTHS = {"bind_ints": BIND_INTS, "bind_floats": BIND_FLOATS, "copies": 3}
 _EMPTY: dict[str, npt.NDArray[Any]] = {
     name: np.empty((0, _WIDTHS[name]) if name in _WIDTHS else 0, np.float32 if name in _FLOAT_ARRAYS else np.int32)
-    for name in _ARRAYS
+    for name in PLAN_ARRAYS
 }
+_SHAPES = [(_EMPTY[name], _EMPTY[name].dtype.type, _WIDTHS.get(name, 1)) for name in PLAN_ARRAYS]
+"""Of each array: one without entries, the type of its entries, and the width of a row."""
+_HEADER = Struct(f"<{PLAN_HEADER_WORDS}i")
 _MAGIC = 0x5E551
 
 
 def encode_plan(plan: StepPlan) -> Ints:
     """Pack a plan into one int32 buffer: magic, step, the length of each array, then the arrays (f32 as bits)."""
-    parts = []
-    lengths = [_MAGIC, plan.step]
-    for name in _ARRAYS:
-        array = getattr(plan, name)
-        if name in _WIDTHS:
-            array = array.reshape(-1)
-        if name in _FLOAT_ARRAYS:
-            array = array.view(np.int32)
-        lengths.append(array.size)
-        if array.size:
-            parts.append(array)
-    return np.concatenate([np.array(lengths, np.int32), *parts])
+    arrays = [getattr(plan, name) for name in PLAN_ARRAYS]
+    lengths = [array.size for array in arrays]
+    words = bytearray().join([_HEADER.pack(_MAGIC, plan.step, *lengths), *[array for array in arrays if array.size]])
+    buffer = np.frombuffer(words, np.int32)
+    assert buffer.size == PLAN_HEADER_WORDS + sum(lengths), "an array of a plan is not of 32-bit words"
+    return buffer
 
 
 def decode_plan(buffer: Ints) -> StepPlan:
     """Unpack what `encode_plan` packed; the arrays are views of the buffer. Raises PlanError if it is not one."""
-    header = 2 + len(_ARRAYS)
+    header = PLAN_HEADER_WORDS
     if buffer.size < header or buffer[0] != _MAGIC:
         raise PlanError("buffer does not hold a step plan")
     lengths = buffer[:header].tolist()
@@ -181,15 +182,15 @@ def decode_plan(buffer: Ints) -> StepPlan:
         raise PlanError(f"plan of step {lengths[1]}: buffer holds {buffer.size} words, its header says otherwise")
     values = []
     start = header
-    for name, length in zip(_ARRAYS, lengths[2:], strict=True):
+    for length, (empty, dtype, width) in zip(lengths[2:], _SHAPES, strict=True):
         if not length:
-            values.append(_EMPTY[name])
+            values.append(empty)
             continue
         array: npt.NDArray[Any] = buffer[start : start + length]
-        if name in _FLOAT_ARRAYS:
-            array = array.view(np.float32)
-        if name in _WIDTHS:
-            array = array.reshape(-1, _WIDTHS[name])
+        if dtype is not np.int32:
+            array = array.view(dtype)
+        if width > 1:
+            array = array.reshape(-1, width)
         values.append(array)
         start += length
     return StepPlan(lengths[1], *values)

@@ -2,22 +2,35 @@
 
 from array import array
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
-from sessile.contract.messages import Sampling, unpack_tokens
-from sessile.contract.plan import FROM_DEVICE, NO_FLOATS, NO_INTS, SAMPLE, Floats, Ints, StepPlan
+from sessile.contract.messages import unpack_tokens
+from sessile.contract.plan import (
+    BIND_FLOATS,
+    BIND_INTS,
+    FROM_DEVICE,
+    NO_FLOATS,
+    NO_INTS,
+    SAMPLE,
+    Floats,
+    Ints,
+    StepPlan,
+)
 from sessile.core.books import Books
 from sessile.core.planning import Drafter, Planned, PromptPart
-from sessile.core.request import Phase
-from sessile.core.rows import Column
+from sessile.core.request import Phase, Request
+from sessile.core.rows import Column, Flags
 
 _NO_COPIES: Ints = np.empty((0, 3), np.int32)
+_ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
+"""Rows to logprob_tops of StepPlan, in its order: built as one array."""
 _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Flight:
     """A step on its way. The first `decodes` rows of the plan decode, the others run `parts`, in this order.
 
@@ -28,62 +41,68 @@ class Flight:
     rows: Column
     allowed: Ints
     """Most tokens each row may emit: 0 without SAMPLE, else 1 + drafts."""
-    has_drafts: bool
+    sampling: Flags | None
+    """bool[rows_max]: the rows with SAMPLE, each of which emits one token. None with drafts: then one or more."""
+    samples: int
+    """How many they are."""
     decodes: int
     parts: list[PromptPart]
 
 
 def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight | None:
     """Fill in the drafts and build the arrays. Drops rows that ended since the early part; None if none is left."""
-    rows = books.rows
-    decodes, caps, parts = planned.decodes, planned.draft_caps, planned.parts
+    decodes, parts = planned.decodes, planned.parts
     drafts: list[list[int]] | None = None
     if planned.late:
-        alive = rows.live[decodes] == 1
-        decodes, caps = decodes[alive], caps[alive]
+        caps = planned.draft_caps
+        assert caps is not None
+        alive = books.rows.live[decodes] == 1
+        decodes = decodes[alive]
         parts = [part for part in parts if part.request.phase is Phase.RUNNING]
-        drafts = _ask(books, drafter, decodes, caps)
-    if not len(decodes) and not parts and not books.copies:
+        drafts = _ask(books, drafter, decodes, caps[alive])
+    decode_count = len(decodes)
+    total = decode_count + len(parts)
+    if not total and not books.copies:
         return None
-    starts, draft_counts, tokens, from_device = _decode_columns(books, planned, decodes, drafts)
-    decode_count, part_count = len(decodes), len(parts)
-    all_rows = np.empty(decode_count + part_count, np.int64)
-    all_rows[:decode_count] = decodes
-    all_rows[decode_count:] = [part.row for part in parts]
-    fields = np.zeros((5, len(all_rows)), np.int32)
-    plan_starts, query_counts, plan_drafts, flags, output_indices = fields
-    plan_starts[:decode_count] = starts
-    query_counts[:decode_count] = 1 + draft_counts
-    plan_drafts[:decode_count] = draft_counts
-    flags[:decode_count] = SAMPLE | from_device * FROM_DEVICE
+    rows = np.empty(total, np.int64)
+    columns = np.zeros((7, total), np.int32)
+    decoding = columns[:, :decode_count]
+    rows[:decode_count] = decoding[_ROW] = decodes
+    if drafts is None:
+        tokens = _decode_columns(books, decodes, decoding)
+    else:
+        tokens = _draft_columns(books, decodes, drafts, decoding)
+    scores = _scores(parts, len(tokens))
     if parts:
-        plan_starts[decode_count:] = [part.start for part in parts]
-        query_counts[decode_count:] = [part.count for part in parts]
-        flags[decode_count:] = [SAMPLE * part.samples for part in parts]
-    allowed = (flags & SAMPLE) + plan_drafts
-    # The token about to be sampled comes after those that steps in flight sample; `pending` counts it already.
-    ahead = rows.known - rows.prompt + rows.pending
-    np.maximum(ahead[all_rows] - allowed, 0, out=output_indices, casting="unsafe")
-    tops = np.where(allowed, rows.logprobs[all_rows], -1)
-    flat = array("i", tokens)
-    for part in parts:
-        flat.frombytes(part.request.tokens(part.start, part.start + part.count))
+        table = [
+            (part.row, part.start, part.count, 0, part.samples, part.request.output_tokens, part.top) for part in parts
+        ]
+        columns[:, decode_count:] = np.array(table, np.int32).T
+        rows[decode_count:] = columns[_ROW, decode_count:]
+        tokens = np.concatenate(
+            (tokens, unpack_tokens(b"".join([part.request.tokens(part.start, part.end) for part in parts])))
+        )
+    allowed = columns[_FLAGS] & SAMPLE
+    if drafts:
+        allowed += columns[_DRAFTS]
     plan = StepPlan(
         planned.step,
         *_bindings(books, planned),
         *_table(planned),
         np.array(books.take_copies(planned.step), np.int32) if books.copies else _NO_COPIES,
-        all_rows.astype(np.int32),
-        plan_starts,
-        query_counts,
-        plan_drafts,
-        flags,
-        output_indices,
-        tops.astype(np.int32),
-        np.frombuffer(flat, np.int32),
-        *_scores(parts, len(tokens)),
+        columns[_ROW],
+        columns[_START],
+        columns[_COUNT],
+        columns[_DRAFTS],
+        columns[_FLAGS],
+        columns[_OUTPUT],
+        columns[_TOP],
+        tokens,
+        *scores,
     )
-    return Flight(plan, all_rows, allowed, bool(drafts), decode_count, parts)
+    sampling = planned.sampling if drafts is None else None
+    samples = decode_count + sum([part.samples for part in parts])
+    return Flight(plan, rows, allowed, sampling, samples, decode_count, parts)
 
 
 def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -> list[list[int]]:
@@ -105,27 +124,51 @@ def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -
     return drafts
 
 
-def _decode_columns(
-    books: Books, planned: Planned, decodes: Column, drafts: list[list[int]] | None
-) -> tuple[Column, Column, list[int], Column]:
-    """Of the decoding rows: starts [d], draft counts [d], tokens [sum 1 + drafts], and whether the first of a row's
-    tokens is still on the device (its token is -1 then)."""
+def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Ints:
+    """Fill the columns [7, d] of rows that decode without drafts; returns their tokens [d].
+
+    The token of a row is -1 where it is still on the device.
+    """
     rows = books.rows
-    if drafts is None:
-        on_device = rows.pending[decodes] > 1
-        tokens = np.where(on_device, -1, rows.last_token[decodes])
-        return rows.planned[decodes] - 1, np.zeros(len(decodes), np.int64), tokens.tolist(), on_device.astype(np.int64)
-    # Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
+    starts = rows.planned[decodes]
+    starts -= 1
+    columns[_START] = starts
+    columns[_COUNT] = 1
+    # A row's first output token is sampled by the query before it, at the prompt's last position.
+    starts -= rows.prompt[decodes]
+    starts += 1
+    columns[_OUTPUT] = starts
+    columns[_TOP] = rows.logprobs[decodes] if rows.logprobs_wanted else -1
+    on_device = rows.pending[decodes] > 1
+    if np.count_nonzero(on_device) == len(decodes):
+        columns[_FLAGS] = SAMPLE | FROM_DEVICE
+        return np.full(len(decodes), -1, np.int32)
+    columns[_FLAGS] = SAMPLE + on_device * FROM_DEVICE
+    return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32)
+
+
+def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], columns: Ints) -> Ints:
+    """Fill the columns [7, d] of rows that decode with drafts; returns their tokens [sum 1 + drafts].
+
+    Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
+    """
+    rows = books.rows
     counts = np.array([len(draft) for draft in drafts], np.int64)
     starts = rows.settled[decodes].copy()
     rows.planned[decodes] = starts + 1 + counts
     rows.pending[decodes] = 1 + counts
     books.totals.drafts_offered += int(counts.sum())
+    columns[_START] = starts
+    columns[_COUNT] = 1 + counts
+    columns[_DRAFTS] = counts
+    columns[_FLAGS] = SAMPLE
+    columns[_OUTPUT] = rows.known[decodes] - rows.prompt[decodes]
+    columns[_TOP] = rows.logprobs[decodes]
     flat: list[int] = []
     for token, draft in zip(rows.last_token[decodes].tolist(), drafts, strict=True):
         flat.append(token)
         flat.extend(draft)
-    return starts, counts, flat, np.zeros(len(decodes), np.int64)
+    return np.array(flat, np.int32)
 
 
 def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints]:
@@ -156,31 +199,32 @@ def scored_range(part: PromptPart) -> tuple[int, int]:
 
 def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     """Page-table runs: whole tables of the rows bound in this step, then what running rows drew."""
-    table_rows: list[int] = []
-    starts: list[int] = []
-    counts: list[int] = []
-    pages = array("i")
+    table_rows, starts, counts, pages = array("i"), array("i"), array("i"), array("i")
     for request in planned.bound:
         if request.row is None or request.pin is None or request.lease is None:
             continue  # It ended between the early part and now: its row is bound, but nothing of it runs.
+        shared, own = request.pin.pages, request.lease.pages
         table_rows.append(request.row)
         starts.append(0)
-        counts.append(len(request.pin.pages) + len(request.lease.pages))
-        pages.extend(request.pin.pages)
-        pages.extend(request.lease.pages)
+        counts.append(len(shared) + len(own))
+        pages.extend(shared)
+        pages.extend(own)
     for row, start, drawn in planned.runs:
         table_rows.append(row)
         starts.append(start)
         counts.append(len(drawn))
         pages.extend(drawn)
-    grown = len(planned.grown)
-    if not table_rows and not grown:
+    if planned.grown_pages:
+        table_rows.frombytes(planned.grown.astype(np.int32).tobytes())
+        starts.frombytes(planned.grown_slots.astype(np.int32).tobytes())
+        counts.extend(repeat(1, len(planned.grown_pages)))
+        pages.extend(planned.grown_pages)
+    if not table_rows:
         return NO_INTS, NO_INTS, NO_INTS, NO_INTS
-    pages.extend(planned.grown_pages)
     return (
-        np.array([*table_rows, *planned.grown.tolist()], np.int32),
-        np.array([*starts, *planned.grown_slots.tolist()], np.int32),
-        np.array([*counts, *(1,) * grown], np.int32),
+        np.frombuffer(table_rows, np.int32),
+        np.frombuffer(starts, np.int32),
+        np.frombuffer(counts, np.int32),
         np.frombuffer(pages, np.int32),
     )
 
@@ -197,53 +241,43 @@ def _bindings(books: Books, planned: Planned) -> _Bindings:
     bound = [request for request in planned.bound if request.row is not None]
     if not bound:
         return _NO_BINDINGS
-    ints, floats = [], []
-    biases: list[tuple[int, float]] = []
-    bans: list[int] = []
-    seen = []
-    bias_counts, ban_counts, prompt_counts, output_counts = [], [], [], []
-    for request in bound:
-        sampling = request.sampling
-        ints.append(
-            (sampling.top_k, sampling.min_new_tokens, sampling.seed & 0xFFFFFFFF, sampling.seed >> 32 & 0xFFFFFFFF)
-        )
-        floats.append(
-            (
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.repetition_penalty,
-                sampling.frequency_penalty,
-                sampling.presence_penalty,
-            )
-        )
-        biases.extend(sampling.logit_bias)
-        bias_counts.append(len(sampling.logit_bias))
-        banned = request.stop_ids if sampling.min_new_tokens else ()
-        bans.extend(banned)
-        ban_counts.append(len(banned))
-        if penalised(sampling):
-            seen.append(request.tokens(0, request.known_tokens))
-            prompt_counts.append(request.prompt_tokens)
-            output_counts.append(request.output_tokens)
-        else:
-            prompt_counts.append(0)
-            output_counts.append(0)
     return (
         np.array([request.row for request in bound], np.int32),
-        np.array(ints, np.uint32).view(np.int32),
-        np.array(floats, np.float32),
-        np.array(bias_counts, np.int32),
-        np.array([token for token, _ in biases], np.int32),
-        np.array([bias for _, bias in biases], np.float32),
-        np.array(ban_counts, np.int32),
-        np.array(bans, np.int32),
-        np.array(prompt_counts, np.int32),
-        np.array(output_counts, np.int32),
-        unpack_tokens(b"".join(seen)),
+        np.frombuffer(b"".join([request.bind_ints for request in bound]), np.int32).reshape(-1, BIND_INTS),
+        np.frombuffer(b"".join([request.bind_floats for request in bound]), np.float32).reshape(-1, BIND_FLOATS),
+        *_biases(bound),
+        *_bans(bound),
+        *_seen(bound),
     )
 
 
-def penalised(sampling: Sampling) -> bool:
-    """Whether the device needs the counts of the tokens so far."""
-    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
+def _biases(bound: list[Request]) -> tuple[Ints, Ints, Floats]:
+    biases = [bias for request in bound for bias in request.sampling.logit_bias]
+    if not biases:
+        return np.zeros(len(bound), np.int32), NO_INTS, NO_FLOATS
+    return (
+        np.array([len(request.sampling.logit_bias) for request in bound], np.int32),
+        np.array([token for token, _ in biases], np.int32),
+        np.array([value for _, value in biases], np.float32),
+    )
+
+
+def _bans(bound: list[Request]) -> tuple[Ints, Ints]:
+    bans = [token for request in bound for token in request.ban_ids]
+    if not bans:
+        return np.zeros(len(bound), np.int32), NO_INTS
+    return np.array([len(request.ban_ids) for request in bound], np.int32), np.array(bans, np.int32)
+
+
+def _seen(bound: list[Request]) -> tuple[Ints, Ints, Ints]:
+    """Prompt counts, output counts and the tokens counted, of requests with a penalty."""
+    if not any([request.penalised for request in bound]):
+        none = np.zeros(len(bound), np.int32)
+        return none, none, NO_INTS
+    prompt_counts, output_counts, seen = [], [], []
+    for request in bound:
+        prompt_counts.append(request.prompt_tokens if request.penalised else 0)
+        output_counts.append(request.output_tokens if request.penalised else 0)
+        if request.penalised:
+            seen.append(request.tokens(0, request.known_tokens))
+    return np.array(prompt_counts, np.int32), np.array(output_counts, np.int32), unpack_tokens(b"".join(seen))

@@ -305,7 +305,8 @@ class Books:
             request.row = None
             request.phase = Phase.ENDED
         else:
-            self.rows.live[row] = self.rows.plannable[row] = 0
+            self.rows.live[row] = 0
+            self.rows.plannable[row] = False
             request.phase = Phase.DRAINING
             self.draining.append(request)
 

@@ -171,22 +171,16 @@ class PageLedger:
         lease.pages.extend(pages)
         return pages
 
-    def draw_many(self, leases: Sequence[Lease], counts: Sequence[int]) -> "array[int]":
-        """FREE → sequence for many at once: `counts` pages to each lease, in order. Returns all of them."""
-        total = sum(counts)
+    def draw_each(self, leases: Sequence[Lease]) -> "array[int]":
+        """FREE → sequence: one page to each lease, in order. Returns all of them. The caller checked free_pages."""
+        count = len(leases)
         free = self._free
-        assert len(leases) == len(counts) and total <= len(free), f"drew {total} pages of {len(free)} free ones"
-        pages = free[: -total - 1 : -1]
-        accounts: list[Account] = []
-        for lease, count in zip(leases, counts, strict=True):
-            accounts.extend(repeat(lease.account, count))
-        self._post(pages, FREE, accounts)
-        if total:
-            del free[-total:]
-        start = 0
-        for lease, count in zip(leases, counts, strict=True):
-            lease.pages.extend(pages[start : start + count])
-            start += count
+        assert 0 < count <= len(free), f"drew {count} pages of {len(free)} free ones"
+        pages = free[: -count - 1 : -1]
+        self._post(pages, FREE, [lease.account for lease in leases])
+        del free[-count:]
+        for lease, page in zip(leases, pages, strict=True):
+            lease.pages.append(page)
         return pages
 
     def publish(self, lease: Lease, start: int, count: int) -> "array[int]":

@@ -373,11 +373,10 @@ class Machine:
         if books.waiting_tokens + new_tokens > limits.queue_tokens_max:
             raise LimitReached(f"{books.waiting_tokens} tokens are waiting, which is the limit: try again later")
         goal = prompt + min(longest - prompt, longest if wanted is None else wanted)
-        request = Request(message.key, base, tokens, message.sampling, goal, session)
         eos = () if message.sampling.ignore_eos else self._facts.eos_ids
-        request.stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
-        request.logprobs = message.logprobs
-        request.scores_from = message.prompt_logprobs_from
+        stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
+        request = Request(message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session)
+        books.rows.provide_for(stop_ids, message.logprobs)
         books.arrivals += 1
         request.arrival = books.arrivals
         books.requests[request.key] = request

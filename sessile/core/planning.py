@@ -15,15 +15,17 @@ import numpy.typing as npt
 
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
+from sessile.core.ledger import Lease
 from sessile.core.prefix import Match
 from sessile.core.request import Phase, Request
-from sessile.core.rows import Column, RowStart
+from sessile.core.rows import Column, Flags
 from sessile.units import RowId, ceil_div
 
 _LOOKS_MAX = 4
 """Requests that do not fit, looked at in one step: each costs a match, and a long line must not slow the step."""
 
 _NO_ROWS: Column = np.empty(0, np.int64)
+_NO_FLAGS: Flags = np.empty(0, np.bool_)
 
 
 class Drafter(Protocol):
@@ -48,6 +50,16 @@ class PromptPart:
     count: int
     samples: bool
 
+    @property
+    def end(self) -> int:
+        """Where the run ends."""
+        return self.start + self.count
+
+    @property
+    def top(self) -> int:
+        """The part's entry in StepPlan.logprob_tops."""
+        return self.request.logprobs if self.samples else -1
+
 
 @dataclass(slots=True)
 class Planned:
@@ -59,7 +71,10 @@ class Planned:
 
     step: int
     decodes: Column = field(default_factory=lambda: _NO_ROWS)
-    draft_caps: Column = field(default_factory=lambda: _NO_ROWS)
+    sampling: Flags = field(default_factory=lambda: _NO_FLAGS)
+    """bool[rows_max]: which rows sample in this step, without regard to drafts."""
+    draft_caps: Column | None = None
+    """None: no drafts."""
     parts: list[PromptPart] = field(default_factory=list)
     bound: list[Request] = field(default_factory=list)
     runs: list[tuple[int, int, "array[int]"]] = field(default_factory=list)
@@ -69,6 +84,8 @@ class Planned:
     grown_slots: Column = field(default_factory=lambda: _NO_ROWS)
     grown_pages: "array[int]" = field(default_factory=lambda: array("i"))
     late: bool = False
+    leases: list[Lease] = field(default_factory=list)
+    """Those of `bound`. The parts of `bound` are the last ones of `parts`."""
     owed: list[int] = field(default_factory=list)
     """Pages promised to each of `bound`, drawn together at the end of admission."""
     owed_pages: int = 0
@@ -140,7 +157,7 @@ class Planner:
         books = self._books
         row = victim.row
         assert row is not None
-        books.rows.plannable[row] = 0
+        books.rows.plannable[row] = False
         if books.rows.last_step[row] <= books.settled_step:
             books.preempt(victim)
         else:
@@ -153,12 +170,17 @@ class Planner:
         rows = self._books.rows
         # Over whole columns, free rows included: cheaper than gathering the rows that run.
         ahead = rows.known + rows.pending
-        ready = np.minimum(ahead, rows.goal - 1) > rows.planned
-        ready &= rows.plannable != 0
-        single = rows.planned + 1 == ahead
-        decodes = (ready & single).nonzero()[0]
-        prompts = (ready & ~single).nonzero()[0]
-        if not len(decodes) and not len(prompts):
+        ahead -= rows.planned
+        ready = rows.planned < rows.kv_goal
+        ready &= rows.plannable
+        single = ahead == 1
+        single &= ready
+        decodes = single.nonzero()[0]
+        prompts = _NO_ROWS
+        if np.count_nonzero(ready) > len(decodes):
+            prompts = (ready & ~single).nonzero()[0]
+        elif not len(decodes):
+            planned.sampling = single
             return True
         if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
             # Without mixed steps prompts and decoding take turns, so that neither starves.
@@ -169,7 +191,10 @@ class Planner:
         budget = self._budget(len(decodes) > 0)
         if len(decodes) > budget:
             decodes = decodes[np.argsort(rows.arrival[decodes], kind="stable")][:budget]
-        planned.decodes = decodes
+        if len(decodes) < np.count_nonzero(single):
+            single[:] = False
+            single[decodes] = True
+        planned.decodes, planned.sampling = decodes, single
         budget -= len(decodes)
         for row in sorted(prompts.tolist(), key=rows.arrival.__getitem__):
             if budget <= 0:
@@ -177,7 +202,7 @@ class Planner:
             request = rows.occupants[row]
             assert request is not None
             start = int(rows.planned[row])
-            end = min(int(rows.known[row]), int(rows.goal[row]) - 1)
+            end = min(int(rows.known[row]), int(rows.kv_goal[row]))
             count = min(end - start, budget)
             planned.parts.append(PromptPart(request, RowId(row), start, count, False))
             budget -= count
@@ -191,14 +216,15 @@ class Planner:
         """Draw the pages that running rows need in this step; rows that get none are taken out of the plan."""
         books, rows = self._books, self._books.rows
         size = books.limits.page_size
-        decodes = planned.decodes
-        lacking = decodes[rows.planned[decodes] >= rows.pages[decodes] * size]
-        wants = []
+        full = rows.planned >= rows.pages * size
+        full &= planned.sampling
+        lacking = full.nonzero()[0]
+        wants: list[tuple[int, RowId, int]] = []
         for part in planned.parts:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
-        total = len(lacking) + sum(want[2] for want in wants)
+        total = len(lacking) + sum([pages for _, _, pages in wants])
         if total > books.ledger.free_pages:
             # A full pool is the normal state of a cache: what nobody reads gives way before a row sits out a step.
             books.reclaim(total - books.ledger.free_pages)
@@ -207,7 +233,7 @@ class Planner:
             for _, row, pages in wants:
                 self._draw(planned, row, pages)
             return True
-        wants.extend((int(rows.arrival[row]), row, 1) for row in lacking.tolist())
+        wants.extend((int(rows.arrival[row]), RowId(row), 1) for row in lacking.tolist())
         self._draw_what_there_is(planned, sorted(wants))
         return False
 
@@ -223,7 +249,7 @@ class Planner:
             leases.append(request.lease)
         planned.grown = lacking
         planned.grown_slots = rows.pages[lacking]
-        planned.grown_pages = ledger.draw_many(leases, [1] * len(leases))
+        planned.grown_pages = ledger.draw_each(leases)
         rows.pages[lacking] += 1
 
     def _draw(self, planned: Planned, row: RowId, pages: int) -> None:
@@ -261,6 +287,8 @@ class Planner:
         size = books.limits.page_size
         kept = [row for row in planned.decodes.tolist() if rows.plannable[row] and row not in short]
         planned.decodes = np.array(kept, np.int64)
+        planned.sampling[:] = False
+        planned.sampling[planned.decodes] = True
         parts = []
         for part in planned.parts:
             part.count = min(part.count, int(rows.pages[part.row]) * size - part.start)
@@ -272,7 +300,7 @@ class Planner:
     def _pages_of_victims(self) -> int:
         """Pages that requests to be preempted at the next settle will give up."""
         rows = self._books.rows
-        leaving = np.flatnonzero(rows.live & (1 - rows.plannable))
+        leaving = np.flatnonzero((rows.live == 1) & ~rows.plannable)
         return int((rows.pages[leaving] - rows.pinned[leaving]).sum())
 
     # -- admission ----------------------------------------------------------------------------------------------
@@ -309,17 +337,22 @@ class Planner:
                     blocked.overtaken += 1
             if blocked is not None and blocked.overtaken >= books.limits.overtakes_max:
                 break
-        self._draw_owed(planned)
+        if planned.bound:
+            self._seat(planned)
 
-    def _draw_owed(self, planned: Planned) -> None:
-        """Draw what the admitted requests were promised, all at once."""
-        leases = []
-        for request, pages in zip(planned.bound, planned.owed, strict=True):
-            assert request.lease is not None and request.row is not None
-            leases.append(request.lease)
-            self._books.rows.pages[request.row] += pages
-        self._books.ledger.draw_many(leases, planned.owed)
+    def _seat(self, planned: Planned) -> None:
+        """Draw what the admitted requests were promised and set their rows' columns, all at once."""
+        books = self._books
+        for lease, pages in zip(planned.leases, planned.owed, strict=True):
+            if pages:
+                books.ledger.draw(lease, pages)
         planned.owed_pages = 0
+        parts = planned.parts[-len(planned.bound) :]
+        books.rows.seat(
+            [part.row for part in parts],
+            [part.request.row_start(part.start, part.end, part.samples, planned.step) for part in parts],
+            [request.stop_ids for request in planned.bound],
+        )
 
     def _match(self, request: Request) -> Match | None:
         """What the tree has for a request without KV of its own; None if its session kept some."""
@@ -358,7 +391,8 @@ class Planner:
         books = self._books
         size = books.limits.page_size
         start, pages, shared = self._standing(request, match)
-        count = min(min(request.known_tokens, request.goal_tokens - 1) - start, budget)
+        known = request.known_tokens
+        count = min(min(known, request.goal_tokens - 1) - start, budget)
         if count <= 0:
             # Nothing to compute (max_new_tokens = 0 on what is there already): it ends without a row.
             request.note_admission(start)
@@ -377,13 +411,15 @@ class Planner:
             count = min(count, (pages + free) * size - start)
             wanted = free
         outlook.add(request, shared)
-        self._start(request, match, start)
+        lease = self._start(request, match, start)
         assert request.row is not None
-        planned.owed.append(max(wanted, 0))
-        planned.owed_pages += max(wanted, 0)
-        part = PromptPart(request, request.row, start, count, False)
+        wanted = max(wanted, 0)
+        part = PromptPart(request, request.row, start, count, start + count == known)
         planned.parts.append(part)
         planned.bound.append(request)
+        planned.leases.append(lease)
+        planned.owed.append(wanted)
+        planned.owed_pages += wanted
         return part
 
     def _standing(self, request: Request, match: Match | None) -> tuple[int, int, int]:
@@ -410,8 +446,8 @@ class Planner:
         books.tree.unpin(guard, used=True)
         return self._match(request)
 
-    def _start(self, request: Request, match: Match | None, start: int) -> None:
-        """Give a request its row, its lease and its pin."""
+    def _start(self, request: Request, match: Match | None, start: int) -> Lease:
+        """Give a request its row, its lease and its pin; `_seat` sets the row's columns."""
         books, session = self._books, request.session
         books.dequeue(request)
         if match is not None:
@@ -423,51 +459,30 @@ class Planner:
             request.pin, request.lease = parked.pin, parked.lease.hand_over()
         request.publishing = session is None or session.turns == 0
         request.note_admission(start)
-        known = request.known_tokens
         pinned = len(request.pin.pages)
         request.bound_pages = ceil_div(request.goal_tokens, books.limits.page_size) - pinned
         books.bound_pages += request.bound_pages
-        request.row = books.rows.take(
-            request,
-            request.stop_ids,
-            RowStart(
-                request.key,
-                live=1,
-                plannable=1,
-                slow=request.settles_slowly,
-                arrival=request.arrival,
-                known=known,
-                filled=0,
-                settled=start,
-                planned=start,
-                pending=0,
-                goal=request.goal_tokens,
-                pages=pinned + len(request.lease.pages),
-                pinned=pinned,
-                prompt=request.prompt_tokens,
-                last_token=request.last_token,
-                last_step=0,
-                logprobs=request.logprobs,
-            ),
-        )
+        request.row = books.rows.take(request)
         request.phase = Phase.RUNNING
-        books.share(request)
+        if request.publishing:
+            books.share(request)
+        return request.lease
 
     # -- drafts and counters ------------------------------------------------------------------------------------
 
     def _offer_drafts(self, planned: Planned) -> None:
         """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
         decodes = planned.decodes
-        planned.draft_caps = np.zeros(len(decodes), np.int64)
         drafter, books = self._drafter, self._books
         if drafter is None or not books.limits.drafts_max or not len(decodes):
             return
         rows = books.rows
         size = books.limits.page_size
         budget = self._budget(True) - planned.tokens
+        caps = np.zeros(len(decodes), np.int64)
         for index, row in enumerate(decodes.tolist()):
             after = int(rows.planned[row]) + 1
-            cap = min(books.limits.drafts_max, budget, int(rows.goal[row]) - 1 - after)
+            cap = min(books.limits.drafts_max, budget, int(rows.kv_goal[row]) - after)
             if cap <= 0:
                 continue
             cap = min(cap, drafter.limit(int(rows.key[row])))
@@ -476,26 +491,31 @@ class Planner:
             if granted > 0:
                 self._draw(planned, row, granted)
             cap = min(cap, int(rows.pages[row]) * size - after)
-            planned.draft_caps[index] = cap
+            caps[index] = cap
             planned.tokens += cap
             budget -= cap
+        planned.draft_caps = caps
         # Behind drafts in flight, a row's position is known only when they have settled.
-        planned.late = bool(planned.draft_caps.any() or (rows.pending[decodes] > 1).any())
+        planned.late = bool(caps.any() or (rows.pending[decodes] > 1).any())
 
     def _advance(self, planned: Planned) -> None:
-        """Count what is planned: from here on the step exists."""
-        rows = self._books.rows
-        decodes = planned.decodes
-        rows.planned[decodes] += 1 + planned.draft_caps
-        rows.pending[decodes] += 1 + planned.draft_caps
-        rows.last_step[decodes] = planned.step
-        for part in planned.parts:
+        """Count what is planned: from here on the step exists. Rows that were seated in it count it already."""
+        rows, sampling = self._books.rows, planned.sampling
+        rows.plan_one(sampling)
+        np.putmask(rows.last_step, sampling, planned.step)
+        if planned.draft_caps is not None:
+            rows.planned[planned.decodes] += planned.draft_caps
+            rows.pending[planned.decodes] += planned.draft_caps
+        seated = len(planned.parts) - len(planned.bound)
+        for part in planned.parts[:seated]:
             row = part.row
-            end = part.start + part.count
-            part.samples = end == int(rows.known[row])
-            rows.planned[row] = end
+            part.samples = part.end == int(rows.known[row])
+            rows.planned[row] = part.end
             rows.pending[row] += part.samples
             rows.last_step[row] = planned.step
+        for part in planned.parts:
+            if part.samples:
+                sampling[part.row] = True
         beyond = rows.planned > rows.pages * self._books.limits.page_size
         assert not np.count_nonzero(beyond), "a row is planned beyond its pages (H22)"
 
@@ -512,7 +532,8 @@ class _Outlook:
         self._capacity = books.usable_pages - books.tree.hard_pages
         self._held: Column | None = None
         self._growth: Column = _NO_ROWS
-        self._added: list[tuple[int, int]] = []
+        self._added: list[tuple[Request, int]] = []
+        """Who was admitted in this step, with what it shares: not among the rows yet."""
 
     def admits(self, request: Request, shared: int) -> bool:
         """Whether the pool will do for this request beside all others. shared: pages that others read already."""
@@ -523,20 +544,19 @@ class _Outlook:
         if self._held is None:
             self._look_at_rows()
         assert self._held is not None
-        added = np.array([*self._added, self._figures(request, shared)], np.int64)
+        added = np.array([self._figures(*each) for each in (*self._added, (request, shared))], np.int64)
         held = np.concatenate((self._held, added[:, 0]))
         return peak_pages(held, np.concatenate((self._growth, added[:, 1])), self._capacity) <= self._capacity
 
     def add(self, request: Request, shared: int) -> None:
         """Count a request that is about to be admitted."""
-        if self._held is not None:
-            self._added.append(self._figures(request, shared))
+        self._added.append((request, shared))
 
     def _look_at_rows(self) -> None:
         rows, size = self._books.rows, self._books.limits.page_size
         live = np.flatnonzero(rows.plannable)
         known = rows.known[live] + rows.pending[live]
-        remaining = self._books.forecast.remaining_tokens(rows.goal[live] - known)
+        remaining = self._books.forecast.remaining_tokens(rows.kv_goal[live] + 1 - known)
         held = np.maximum(rows.pages[live], -(-known // size))
         self._held = held - rows.pinned[live]
         self._growth = np.maximum(-(-(known + remaining) // size) - held, 0)

@@ -34,7 +34,7 @@ class Node:
         """The newest step that may still touch the pages, once no hard pin is left."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Match:
     """The longest prefix found: all pages above `node` and its first `node_pages`. Changes nothing."""
 

@@ -2,15 +2,19 @@
 
 from array import array
 from enum import Enum, auto
+from struct import Struct
 
-from sessile.contract.messages import Sampling
+from sessile.contract.messages import Sampling, Submit
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
-from sessile.core.rows import STOP_COLUMNS
+from sessile.core.rows import STOP_COLUMNS, pack_row
 from sessile.core.session import Session
 from sessile.core.stop import StopMatcher
 from sessile.units import RowId
+
+_BIND_INTS = Struct("<IIQ")
+_BIND_FLOATS = Struct("<6f")
 
 
 class Phase(Enum):
@@ -35,16 +39,25 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "base", "base_tokens", "bound_pages", "cached_tokens", "computed_tokens", "delta", "goal_tokens",
-        "key", "lease", "logprobs", "matcher", "namespace", "output", "overtaken", "phase", "pin", "preempted_tokens",
-        "preemptions", "prompt_tokens", "publishing", "reached_tokens", "row", "sampling",
-        "scored_tokens", "scores_from", "session", "share_key", "share_waits", "stop_ids",
+        "arrival", "ban_ids", "base", "base_tokens", "bind_floats", "bind_ints", "bound_pages", "cached_tokens",
+        "computed_tokens", "delta", "goal_tokens", "key", "lease", "logprobs", "matcher", "namespace", "output",
+        "overtaken", "penalised", "phase", "pin", "preempted_tokens", "preemptions", "prompt_tokens", "publishing",
+        "reached_tokens", "row", "sampling", "scored_tokens", "scores_from", "session", "share_key", "share_waits",
+        "slow", "stop_ids",
     )  # fmt: skip
 
     def __init__(
-        self, key: int, base: History, delta: Packed, sampling: Sampling, goal_tokens: int, session: Session | None
+        self,
+        message: Submit,
+        base: History,
+        delta: Packed,
+        *,
+        goal_tokens: int,
+        stop_ids: tuple[int, ...],
+        session: Session | None,
     ) -> None:
-        self.key = key
+        sampling = message.sampling
+        self.key = message.key
         self.session = session
         self.namespace = session.namespace if session is not None else ""
         self.base = base
@@ -56,10 +69,15 @@ class Request:
         self.bound_pages = 0
         """While running: pages it can come to need by its goal, beside those it shares."""
         self.sampling = sampling
-        self.stop_ids: tuple[int, ...] = ()
+        self.bind_ints, self.bind_floats = packed_sampling(sampling)
+        """What a row is bound with, made at submission: a step has no time for it."""
+        self.penalised = penalised(sampling)
+        self.ban_ids = stop_ids if sampling.min_new_tokens else ()
+        """Never sampled below min_new_tokens."""
+        self.stop_ids = stop_ids
         self.matcher: StopMatcher | None = StopMatcher(sampling.stop) if sampling.stop else None
-        self.logprobs = -1
-        self.scores_from = -1
+        self.logprobs = message.logprobs
+        self.scores_from = message.prompt_logprobs_from
         self.scored_tokens = 0
         """Prompt positions below this were scored already: a preempted request does not score them again."""
         self.arrival = 0
@@ -80,15 +98,35 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
-
-    @property
-    def settles_slowly(self) -> bool:
-        """Whether an output token takes more than being appended and compared with a few stop tokens."""
-        return (
+        self.slow = (
             self.matcher is not None
             or self.logprobs >= 0
-            or self.sampling.min_new_tokens > 0
-            or len(self.stop_ids) > STOP_COLUMNS
+            or sampling.min_new_tokens > 0
+            or len(stop_ids) > STOP_COLUMNS
+        )
+        """Whether an output token takes more than being appended and compared with a few stop tokens."""
+
+    def row_start(self, start_tokens: int, planned_tokens: int, samples: bool, step: int) -> bytes:
+        """The columns of the row in which this request starts, its first part being planned already."""
+        assert self.pin is not None and self.lease is not None
+        pinned = len(self.pin.pages)
+        return pack_row(
+            self.key,
+            1,  # live
+            self.slow,
+            self.arrival,
+            self.prompt_tokens + len(self.output),  # known
+            0,  # filled
+            start_tokens,  # settled
+            planned_tokens,
+            samples,  # pending
+            self.goal_tokens - 1,
+            pinned + len(self.lease.pages),
+            pinned,
+            self.prompt_tokens,
+            self.last_token,
+            step,
+            self.logprobs,
         )
 
     def note_admission(self, start_tokens: int) -> None:
@@ -125,4 +163,24 @@ class Request:
         if self.output:
             return self.output[-1]
         known = self.prompt_tokens
-        return int.from_bytes(self.tokens(known - 1, known), "little", signed=True)
+        last = self.delta[-TOKEN_BYTES:] or self.base.slice(known - 1, known)
+        return int.from_bytes(last, "little", signed=True)
+
+
+def packed_sampling(sampling: Sampling) -> tuple[bytes, bytes]:
+    """A row of StepPlan.bind_ints and one of bind_floats, as bytes; the two halves of the seed are one number here."""
+    ints = _BIND_INTS.pack(sampling.top_k, sampling.min_new_tokens, sampling.seed & 0xFFFF_FFFF_FFFF_FFFF)
+    floats = _BIND_FLOATS.pack(
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+    )
+    return ints, floats
+
+
+def penalised(sampling: Sampling) -> bool:
+    """Whether the device needs the counts of the tokens so far."""
+    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0

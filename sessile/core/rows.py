@@ -4,7 +4,9 @@ Rows are accounted like pages: one owner each, free + held = total. A row is hel
 that reads its page table has settled, so it outlives its request by at most one step (draining).
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from struct import Struct
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from sessile.errors import OwnershipError
 from sessile.units import RowId
 
 Column = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 Occupant = TypeVar("Occupant")
 
 STOP_COLUMNS = 4
@@ -23,26 +26,13 @@ OUTPUT_COLUMNS = 64
 """Output tokens a row gathers before its request takes them over."""
 
 
-class RowStart(NamedTuple):
-    """What a row's columns hold when a request takes it; the columns themselves are described in RowTable."""
-
-    key: int
-    live: int
-    plannable: int
-    slow: int
-    arrival: int
-    known: int
-    filled: int
-    settled: int
-    planned: int
-    pending: int
-    goal: int
-    pages: int
-    pinned: int
-    prompt: int
-    last_token: int
-    last_step: int
-    logprobs: int
+COLUMNS = (
+    "key", "live", "slow", "arrival", "known", "filled", "settled", "planned",
+    "pending", "kv_goal", "pages", "pinned", "prompt", "last_token", "last_step", "logprobs",
+)  # fmt: skip
+"""The columns that a request sets when it takes a row, in the order of `pack_row`; RowTable describes them."""
+pack_row = Struct(f"<{len(COLUMNS)}q").pack
+"""A number for each of COLUMNS, as the bytes that `RowTable.seat` takes."""
 
 
 class RowTable(Generic[Occupant]):
@@ -52,8 +42,8 @@ class RowTable(Generic[Occupant]):
     """Request key."""
     live: Column
     """1 while results count; 0 for a draining row, whose results are dropped."""
-    plannable: Column
-    """1 while the row may be planned: live and not about to be preempted."""
+    plannable: Flags
+    """Whether the row may be planned: live and not about to be preempted."""
     slow: Column
     """1 if settling the row takes more than appending one token: stop strings, logprobs, many stop tokens."""
     arrival: Column
@@ -66,8 +56,8 @@ class RowTable(Generic[Occupant]):
     """settled, and what the steps in flight or being planned add, drafts included."""
     pending: Column
     """Tokens that steps in flight may sample, at most."""
-    goal: Column
-    """The length at which the request ends: prompt + max_new_tokens."""
+    kv_goal: Column
+    """prompt + max_new_tokens - 1: with this many KV tokens nothing is left to compute; it ends when known is above."""
     pages: Column
     """Pages in the row's table: pinned and own."""
     pinned: Column
@@ -85,20 +75,28 @@ class RowTable(Generic[Occupant]):
 
     def __init__(self, rows_max: int) -> None:
         self.rows_max = rows_max
-        self._columns = np.zeros((len(RowStart._fields), rows_max), np.int64)
-        for index, name in enumerate(RowStart._fields):
+        self._columns = np.zeros((len(COLUMNS), rows_max), np.int64)
+        for index, name in enumerate(COLUMNS):
             setattr(self, name, self._columns[index])
+        self.plannable = np.zeros(rows_max, np.bool_)
         self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
         """The newest output tokens of each row: appending to all rows at once costs one array operation."""
         self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
         """Token ids that end a row's output, by column and row; -1 where unused."""
         self.stop_columns = 0
-        """How many columns of `stops` were ever used."""
-        first = RowStart._fields.index("known")
-        assert RowStart._fields[first : first + 2] == ("known", "filled")
-        self._growing = self._columns[first : first + 2]
+        """How many columns of `stops` any request ever needed."""
+        self.logprobs_wanted = False
+        """Whether any request ever had `logprobs`."""
+        self._known_and_filled = self._block("known", "filled")
+        self._planned_and_pending = self._block("planned", "pending")
         self.occupants: list[Occupant | None] = [None] * rows_max
         self._free = list(range(rows_max - 1, -1, -1))
+
+    def _block(self, first: str, second: str) -> Column:
+        """Two neighbouring columns as one array, for what changes both."""
+        start = COLUMNS.index(first)
+        assert COLUMNS[start + 1] == second
+        return self._columns[start : start + 2]
 
     @property
     def free_rows(self) -> int:
@@ -121,28 +119,41 @@ class RowTable(Generic[Occupant]):
         assert occupant is not None, f"row {row} is free"
         return occupant
 
-    def take(self, occupant: Occupant, stops: tuple[int, ...], start: RowStart) -> RowId:
-        """Give a free row to an occupant and set all its columns."""
+    def take(self, occupant: Occupant) -> RowId:
+        """Give a free row to an occupant. It is not live until `seat` has set its columns."""
         row = self._free.pop()
         if self.occupants[row] is not None:
             raise OwnershipError(f"row {row} was on the free list while it was held")
         self.occupants[row] = occupant
-        self._columns[:, row] = start
-        self.stop_columns = max(self.stop_columns, min(len(stops), STOP_COLUMNS))
-        if self.stop_columns:
-            self.stops[:, row] = (*stops[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(stops)))
         return RowId(row)
 
-    def grow(self, active: Column) -> None:
-        """Count one more known and gathered token for these rows."""
-        one = np.zeros(self.rows_max, np.int64)
-        one[active] = 1
-        self._growing += one
+    def provide_for(self, stops: tuple[int, ...], logprobs: int) -> None:
+        """Look at what a request will need, before it has a row: columns that nobody needs are not looked at."""
+        self.stop_columns = max(self.stop_columns, min(len(stops), STOP_COLUMNS))
+        self.logprobs_wanted = self.logprobs_wanted or logprobs >= 0
+
+    def seat(self, rows: Sequence[RowId], starts: Sequence[bytes], stops: Sequence[tuple[int, ...]]) -> None:
+        """Set all columns of rows that were taken, from `pack_row`: one array operation, however many they are."""
+        self._columns[:, rows] = np.frombuffer(b"".join(starts), np.int64).reshape(len(rows), -1).T
+        self.plannable[rows] = True
+        if self.stop_columns:
+            padded = [(*ids[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(ids))) for ids in stops]
+            self.stops[:, rows] = np.array(padded, np.int64).T
+
+    def plan_one(self, chosen: Flags) -> None:
+        """Count one more planned and pending token for the rows that bool[rows_max] names."""
+        self._planned_and_pending += chosen
+
+    def grow(self, chosen: Flags) -> None:
+        """Count one more known and gathered token for the rows that bool[rows_max] names; their KV is settled."""
+        np.copyto(self.settled, self.known, where=chosen)
+        self._known_and_filled += chosen
 
     def give_back(self, row: RowId, occupant: Occupant) -> None:
         """Free a row; raises OwnershipError if the occupant does not hold it."""
         if self.occupants[row] is not occupant:
             raise OwnershipError(f"row {row} was given back by somebody who does not hold it")
         self.occupants[row] = None
-        self.live[row] = self.plannable[row] = 0
+        self.live[row] = 0
+        self.plannable[row] = False
         self._free.append(row)

@@ -4,8 +4,9 @@ A result is validated whole before anything changes; then rows are applied one b
 only append one token are applied together, as array operations; all others take the long way.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
-import numpy.typing as npt
 
 from sessile.contract.messages import Scores, TokenDetail
 from sessile.contract.plan import Ints, StepResult
@@ -14,11 +15,9 @@ from sessile.core.books import Books
 from sessile.core.ending import end_request
 from sessile.core.planning import PromptPart
 from sessile.core.request import Phase, Request
-from sessile.core.rows import OUTPUT_COLUMNS
+from sessile.core.rows import OUTPUT_COLUMNS, Column, Flags
 from sessile.core.stop import StopFound
 from sessile.errors import PlanError
-
-Flags = npt.NDArray[np.bool_]
 
 ONES: Ints = np.ones(4096, np.int32)
 """Counts of deltas that bring one token each; as long as a batch can be."""
@@ -28,11 +27,15 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
     _validate(flight, result)
     books.settled_step = flight.plan.step
-    books.rows.pending[flight.rows] -= flight.allowed
-    plain = _plain_rows(books, flight, result)
+    if flight.sampling is not None:
+        books.rows.pending -= flight.sampling
+    else:
+        books.rows.pending[flight.rows] -= flight.allowed
     _settle_prompts(books, flight, result)
-    _append_one(books, flight, result, plain)
-    _settle_others(books, flight, result, (~plain).nonzero()[0].tolist())
+    if flight.sampling is None or np.count_nonzero(result.faulty):
+        _settle_others(books, flight, result, range(len(flight.rows)))
+    else:
+        _settle_plain(books, flight, flight.sampling, result)
     for request in books.victims:
         if request.phase is Phase.RUNNING:
             books.preempt(request)
@@ -51,26 +54,11 @@ def _validate(flight: Flight, result: StepResult) -> None:
     if not exact and (np.count_nonzero(emitted > allowed) or np.count_nonzero(emitted < np.minimum(allowed, 1))):
         raise PlanError(f"step {plan.step}: the device emitted token counts that the plan does not allow")
     if (
-        len(result.tokens) != int(emitted.sum())
+        len(result.tokens) != (flight.samples if exact and flight.sampling is not None else int(emitted.sum()))
         or len(result.faulty) != len(plan.rows)
         or len(result.score_logprobs) != len(plan.score_queries)
     ):
         raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
-
-
-def _plain_rows(books: Books, flight: Flight, result: StepResult) -> Flags:
-    """bool[n]: rows that append one token with nothing to look at but stop tokens and length; others go the long way.
-
-    Not plain: rows with drafts, stop strings, log-probabilities, a least output; rows that emit nothing; a prompt of
-    which one token was left; every row of a step that has a faulty one; rows whose request has ended.
-    """
-    if flight.has_drafts or np.count_nonzero(result.faulty):
-        return np.zeros(len(flight.rows), np.bool_)
-    rows, decodes = books.rows, flight.decodes
-    plain: Flags = (rows.live > rows.slow)[flight.rows]
-    plain &= flight.allowed > 0
-    plain[:decodes] &= (rows.settled >= rows.prompt)[flight.rows[:decodes]]
-    return plain
 
 
 def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
@@ -80,39 +68,63 @@ def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
             _settle_prompt(books, part.request, part, result, scores)
 
 
-def _append_one(books: Books, flight: Flight, result: StepResult, plain: Flags) -> None:
-    """Append one token to each plain row, send them all as one, and end the requests that are complete."""
-    count = int(np.count_nonzero(plain))
-    if not count:
-        return
+def _settle_plain(books: Books, flight: Flight, sampling: Flags, result: StepResult) -> None:
+    """Rows that append one token with nothing to look at but stop tokens and length go together, others one by one.
+
+    Not plain: rows with stop strings, log-probabilities, a least output; a prompt of which one token was left; rows
+    whose request has ended. The rows of a step with drafts, or with a faulty row, all go the long way.
+    """
     rows = books.rows
-    active, tokens = flight.rows, result.tokens
-    if count < len(active):
-        active, tokens = active[plain], tokens[plain[flight.allowed > 0]]
+    plain = rows.live > rows.slow
+    plain &= sampling
+    plain &= rows.settled >= rows.prompt
+    count = int(np.count_nonzero(plain))
+    if count == len(flight.rows):
+        _append_one(books, flight.rows, plain, result.tokens)
+        return
+    chosen = plain[flight.rows]
+    if count:
+        emitted = (flight.allowed > 0).nonzero()[0]
+        tokens = result.tokens if count == flight.samples else result.tokens[chosen[emitted]]
+        _append_one(books, flight.rows[chosen], plain, tokens)
+    if count < flight.samples:
+        _settle_others(books, flight, result, (~chosen).nonzero()[0].tolist())
+
+
+def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> None:
+    """Append one token to each plain row, send them all as one, and end the requests that are complete.
+
+    active [d]: the plain rows in the order of their tokens [d]. plain: the same as bool[rows_max].
+    """
+    rows = books.rows
     filled = rows.filled[active]
     rows.outputs[active, filled] = tokens
     rows.last_token[active] = tokens
-    rows.settled[active] = rows.known[active]
-    rows.grow(active)
-    books.totals.generated_tokens += count
-    books.effects.deltas(rows.key[active], ONES[:count], tokens)
+    rows.grow(plain)
+    books.totals.generated_tokens += len(active)
+    books.effects.deltas(rows.key[active], ONES[: len(active)], tokens)
     full = filled == OUTPUT_COLUMNS - 1
     if np.count_nonzero(full):
         for row in active[full].tolist():
             books.collect_output(rows.occupant(row))
-    stopped = np.zeros(count, np.bool_)
-    for stops in rows.stops[: rows.stop_columns]:
-        stopped |= stops[active] == tokens
-    at_goal = (rows.known >= rows.goal)[active]
-    for index in (stopped | at_goal).nonzero()[0].tolist():
-        request = rows.occupant(active[index])
-        if stopped[index]:
-            end_request(books, request, "stop", matched=int(tokens[index]))
+    ended = rows.known > rows.kv_goal
+    ended &= plain
+    stopped: dict[int, int] = {}
+    if rows.stop_columns:
+        hit = np.zeros(len(active), np.bool_)
+        for stops in rows.stops[: rows.stop_columns]:
+            hit |= stops[active] == tokens
+        stopped = dict(zip(active[hit].tolist(), tokens[hit].tolist(), strict=True))
+        ended[active[hit]] = True
+    for row in ended.nonzero()[0].tolist():
+        request = rows.occupant(row)
+        if row in stopped:
+            end_request(books, request, "stop", matched=stopped[row])
         else:
             end_request(books, request, "length")
 
 
-def _settle_others(books: Books, flight: Flight, result: StepResult, indices: list[int]) -> None:
+def _settle_others(books: Books, flight: Flight, result: StepResult, indices: Iterable[int]) -> None:
     """The long way, row by row, for what is not plain."""
     plan, decodes = flight.plan, flight.decodes
     ends = result.emitted.cumsum().tolist()
@@ -120,7 +132,7 @@ def _settle_others(books: Books, flight: Flight, result: StepResult, indices: li
     details = _detail_offsets(plan.logprob_tops, result) if len(result.logprobs) else None
     for index in indices:
         if index < decodes:
-            request = books.rows.occupant(flight.rows[index])
+            request = books.rows.occupant(int(flight.rows[index]))
         else:
             request = flight.parts[index - decodes].request
         if request.phase is not Phase.RUNNING:

@@ -9,11 +9,16 @@ from sessile.options import option
 class DeviceOptions:
     """Settings of the device that a user may change."""
 
-    device: str = option("auto", "Where the model runs. This version runs on the CPU.", choices=("auto", "cpu"))
+    device: str = option(
+        "auto",
+        "Where the model runs. auto: on the first CUDA GPU, or on the CPU where there is none.",
+        choices=("auto", "cpu", "cuda"),
+    )
     kv_memory: str = option(
         "auto",
-        "Memory for KV, as bytes or with a suffix (512M, 4G). More keeps more sessions and prefixes warm. auto: a "
-        "quarter of what is free, at most 8G and at most a full context for every row.",
+        "Memory for KV, as bytes or with a suffix (512M, 4G). More keeps more sessions and prefixes warm. auto: at "
+        "most a full context for every row, and on a CPU a quarter of what is free but no more than 8G, on a GPU nine "
+        "tenths of what the weights leave, less 2G to compute in.",
     )
     threads: int | None = option(
         None, "Threads that compute; default: the cores this process may use.", unit="threads", low=1, high=1024

@@ -1,6 +1,7 @@
 """Open a device: choose formats, load the model, size the pool, compile the kernels."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ from sessile.device.memory import available_bytes, available_cores, parse_bytes,
 from sessile.device.worker import DeviceFacts, StepRunner, Worker
 from sessile.errors import StartupError
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name
+from sessile.kernels.linear import cpu_multiplies_bfloat16
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
 from sessile.model.weights import LoadedModel, load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
+
+if TYPE_CHECKING:
+    from sessile.device.gpu_device import GpuDevice
 
 Progress = Callable[[str, float], None]
 """Gets a stage ("loading weights") and how far it is, 0 … 1."""
@@ -32,11 +37,16 @@ def open_device(
     rows_max: int,
     drafts_max: int = 0,
     progress: Progress,
-) -> Worker:
+) -> "Worker | GpuDevice":
     """Load the model and return a device ready to run steps. Raises StartupError with a remedy.
 
     context_tokens: longest sequence to serve, None for the model's own limit. The caller owns the device and closes it.
     """
+    if chosen_kind(device_options) == "cuda":
+        return _gpu_opener()(
+            model_options, device_options, page_size=page_size, context_tokens=context_tokens, rows_max=rows_max,
+            drafts_max=drafts_max, progress=progress, device=torch.device("cuda"),
+        )  # fmt: skip
     threads = device_options.threads or available_cores()
     torch.set_num_threads(threads)
     config = read_config(resolve_model_path(model_options.model))
@@ -70,21 +80,32 @@ def open_device(
     return Worker(runner, facts)
 
 
+def chosen_kind(options: DeviceOptions) -> str:
+    """"cpu" or "cuda": what `--device` means on this machine. Raises StartupError for a GPU that cannot be used."""
+    if options.device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if options.device == "cuda":
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
+        raise StartupError(f"--device cuda: {why}. Install a CUDA build of torch and its driver, or use --device cpu.")
+    return "cpu"
+
+
+def _gpu_opener() -> "Callable[..., GpuDevice]":
+    """`open_gpu`, imported late: its kernels need Triton, which CPU-only machines do without."""
+    try:
+        from sessile.device.gpu_factory import open_gpu
+    except ImportError as error:
+        raise StartupError(f"a GPU needs Triton ({error}). pip install triton, or use --device cpu.") from error
+    return open_gpu
+
+
 def choose_dtype(dtype: str) -> torch.dtype:
     """The dtype that "auto", "float32" or "bfloat16" means on this machine."""
     if dtype == "auto":
         return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16 products; without, they are several times slower."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-            flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
 
 
 def warm_up(runner: StepRunner, page_size: int) -> None:

@@ -18,8 +18,10 @@ from sessile.contract.plan import (
     BIND_TEMPERATURE,
     BIND_TOP_K,
     BIND_TOP_P,
+    Ints,
     StepPlan,
 )
+from sessile.device.staging import to_device
 from sessile.errors import PlanError
 
 
@@ -56,7 +58,7 @@ class RowParameters:
         self.bans: dict[int, Tensor] = {}
 
     def apply(self, plan: StepPlan) -> None:
-        """Give each row that the plan binds to its new occupant."""
+        """Give each row that the plan binds to its new occupant, but for its last token: see `clear_last_tokens`."""
         ends = {
             "bias": np.cumsum(plan.bias_counts),
             "ban": np.cumsum(plan.ban_counts),
@@ -81,8 +83,11 @@ class RowParameters:
                 self.seen[row] = self._count(prompt, plan.seen_tokens[output_start:seen_end])
             self.adjusted[row] = row in self.biases or row in self.bans or row in self.penalties
 
+    def clear_last_tokens(self, rows: Ints) -> None:
+        """Forget what was sampled last for rows that get a new occupant."""
+        self.last_tokens[torch.from_numpy(rows.astype(np.int64))] = 0
+
     def _bind(self, row: int, ints: npt.NDArray[np.int32], floats: npt.NDArray[np.float32]) -> None:
-        self.last_tokens[row] = 0
         for kept in (self.penalties, self.seen, self.biases, self.bans):
             kept.pop(row, None)
         self.temperatures[row] = floats[BIND_TEMPERATURE]
@@ -104,7 +109,7 @@ class RowParameters:
         return SeenTokens(occurs, counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32)))
 
     def _ids(self, tokens: npt.NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        return to_device(tokens.astype(np.int64), self._device)
 
     def _floats(self, values: npt.NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(values.copy()).to(self._device)
+        return to_device(values, self._device)

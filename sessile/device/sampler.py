@@ -37,7 +37,7 @@ class Sampler:
         logits float32[m, vocab], raw, unchanged; flat_tokens int64[t]: the step's input tokens.
         """
         finite = torch.isfinite(logits.sum(dim=-1))
-        adjusted = self._adjust(plan, places, logits, flat_tokens)
+        adjusted = self.adjust(plan, places, logits, flat_tokens)
         tokens = self._draw(plan, places, adjusted)
         tokens = torch.where(finite, tokens, 0)
         emitted = accepted_counts(places, tokens, flat_tokens) + 1
@@ -61,7 +61,7 @@ class Sampler:
         tokens[index] = sample(logits[index], *chosen)
         return tokens
 
-    def _adjust(self, plan: StepPlan, places: SamplePositions, logits: Tensor, flat_tokens: Tensor) -> Tensor:
+    def adjust(self, plan: StepPlan, places: SamplePositions, logits: Tensor, flat_tokens: Tensor) -> Tensor:
         """Logits with penalties, then bias, then bans, copied only if a row has any."""
         rows = plan.rows[places.row_indices]
         touched = np.flatnonzero(self._parameters.adjusted[rows]).tolist()

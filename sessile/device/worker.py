@@ -95,6 +95,7 @@ class StepRunner:
         check_plan(plan, self._rows_max, self._decoder.config.vocab_size, self._row_tokens_max)
         self._table.apply(plan)
         self._parameters.apply(plan)
+        self._parameters.clear_last_tokens(plan.bind_rows)
         self._pool.copy(plan.copies)
         if not plan.rows.size:
             return _nothing_ran(plan)

@@ -60,9 +60,9 @@ def load_model(options: ModelOptions, form: WeightFormat, progress: Callable[[st
         checkpoint = GgufCheckpoint(file, config)
     else:
         config = config_from_folder(path)
-        checkpoint = DummyCheckpoint() if options.load_format == "dummy" else SafetensorsCheckpoint(path)
+        checkpoint = DummyCheckpoint(form.device) if options.load_format == "dummy" else SafetensorsCheckpoint(path)
     if options.load_format == "dummy":
-        checkpoint = DummyCheckpoint()
+        checkpoint = DummyCheckpoint(form.device)
     decoder = FAMILIES[config.architecture](config).eval()
     held = decoder.load(checkpoint.read, form, lambda done: progress("loading weights", done))
     return LoadedModel(decoder, path, held)
@@ -149,14 +149,18 @@ class GgufCheckpoint:
 
 
 class DummyCheckpoint:
-    """Seeded random weights of any shape: norms are one, the rest normal with a small deviation."""
+    """Seeded random weights of any shape, made on the device: norms are one, the rest normal, of small deviation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.ones(shape, device=self._device)
         # The seed hangs on the name alone, so that a layer's weights do not depend on the order of reading.
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.empty(math.prod(shape)).normal_(0, _DUMMY_DEVIATION, generator=generator).reshape(shape)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        weights = torch.empty(math.prod(shape), device=self._device)
+        return weights.normal_(0, _DUMMY_DEVIATION, generator=generator).reshape(shape)
 
 
 _GGUF_NAMES = {

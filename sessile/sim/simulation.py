@@ -53,6 +53,8 @@ class Simulation:
         self._timing = Random(f"timing {world.seed}")
         self._in_flight: ToyTicket | None = None
         self._chunk_tokens = limits.chunk_tokens
+        self._audited = False
+        """Whether the machine audited itself after all that this turn did."""
         self._turn = 0
         self._steps = 0
         self._now_ns = 0
@@ -89,13 +91,15 @@ class Simulation:
             self._settle()
         plan = self._machine.complete(planned) if planned else None
         launched = self._launch(plan) if plan else None
+        self._audited = False
         self._settle()
         self._in_flight = launched
         if not self._world.overlap:
             self._settle()
         self._collect()
         if moved or messages:
-            self._machine.audit()
+            if not self._audited:
+                self._machine.audit()
             check_stats(self._machine.stats(), self._world, self._books, self._books.totals)
         return moved
 
@@ -143,6 +147,7 @@ class Simulation:
         self._events.append((self._turn, "settled", result))
         self._books.totals["drafts accepted"] += int((result.emitted[result.emitted > 0] - 1).sum())
         self._machine.settle(result)
+        self._audited = self._world.limits.audit_level >= 2
 
     def _collect(self) -> None:
         """Take all effects and check them; after that nobody may wait for what is decided at once."""

@@ -21,6 +21,10 @@ class Workload:
         self._sessions_wanted = min(world.temper.sessions_wanted, world.limits.sessions_max)
         self._intended: dict[str, list[int]] = {}
         """What a session's next turn will likely say: its client tries again, or said it elsewhere first."""
+        self._echoed: str | None = None
+        """A session whose next turn a plain request, `_ahead`, says first; `_doomed` is that turn."""
+        self._ahead = 0
+        self._doomed = 0
         self._keys = 0
         self._ops = 0
 
@@ -40,7 +44,9 @@ class Workload:
             sent.append(wire.CancelAll(self._op()))
         if self._chance(temper.flush_rate):
             sent.append(wire.Flush(self._op()))
-        if self._chance(temper.echo_rate):
+        if self._echoed or self._doomed in self._books.live:
+            sent += self._follow_up()
+        elif self._chance(temper.echo_rate):
             sent += self._echo()
         if self._chance(temper.nonsense_rate):
             sent.append(self._nonsense())
@@ -98,7 +104,7 @@ class Workload:
         return wire.Submit(
             key=self._keys,
             tokens=wire.pack_tokens(tokens),
-            sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, None]) if session else self._allowance()),
+            sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance()),
             session=session_id,
             logprobs=draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
             prompt_logprobs_from=draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
@@ -127,12 +133,23 @@ class Workload:
 
     def _echo(self) -> list[wire.ToEngine]:
         """Make a session cold if that is possible now, and let a plain prompt run ahead of its next turn."""
-        idle = [s for s in self._books.sessions.values() if s.turn is None and len(s.history) > 1]
+        idle = [s.id for s in self._books.sessions.values() if s.turn is None and len(s.history) > 1]
         if not idle:
             return []
-        session = self._draw.choice(idle)
-        ahead = self._submit(None, self._resent(session))
-        return [wire.Flush(self._op()), ahead, self._submit(session.id, self._intended[session.id])]
+        self._echoed = self._draw.choice(idle)
+        ahead = self._submit(None, self._resent(self._books.sessions[self._echoed]))
+        self._ahead = ahead.key
+        return [wire.Flush(self._op()), ahead]
+
+    def _follow_up(self) -> list[wire.ToEngine]:
+        """Send the turn that an echo ran ahead of, and cancel it before it ends."""
+        if self._echoed and self._ahead not in self._books.live:
+            turn = self._submit(self._echoed, self._intended.get(self._echoed))
+            self._echoed, self._doomed = None, turn.key
+            return [turn]
+        if self._doomed in self._books.live and self._chance(0.4):
+            return [wire.Cancel(self._doomed)]
+        return []
 
     def _turn_tokens(self, session: SessionBook) -> list[int]:
         """New tokens of a turn: often few, sometimes none, a lone BOS, or just as many as still fit."""

@@ -143,7 +143,7 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         close_rate=rate("close", 0.0, 0.002, 0.01, 0.1),
         cancel_all_rate=rate("cancel", 0.0, 0.0, 0.005),
         flush_rate=rate("flush", 0.0, 0.0, 0.005, 0.03),
-        echo_rate=rate("", 0.0, 0.0, 0.05),
+        echo_rate=rate("", 0.0, 0.1, 0.3),
         nonsense_rate=rate("", 0.0, 0.02, 0.1),
         look_rate=rate("", 0.02, 0.1),
         chatty=rate("", 0.0, 0.5, 1.0),

@@ -1,9 +1,14 @@
-"""Drive a real device by the real core, with a step of overlap, and keep what clients would see."""
+"""Drive a real device by the real core, with a step of overlap, and compare what clients would see with a twin.
+
+The two ways of the parity grid, as plain prompts and as sessions of turns, are `check_prompts` and `check_sessions`.
+"""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from sessile.contract.messages import Batch, CloseSession, Done, OpenSession, Sampling, Submit, ToEngine, pack_tokens
 from sessile.contract.model import ModelFacts
@@ -16,6 +21,7 @@ class Core:
 
     def __init__(self, device: Any, *, chunk_tokens: int, **limits: Any) -> None:
         facts = device.facts
+        self.page_size = facts.page_size
         self._device = device
         self._machine = Machine(
             Limits(
@@ -60,6 +66,7 @@ class Core:
             ticket = self._device.launch(plan) if plan else None
             if in_flight is not None:
                 self._settle(in_flight.result())
+            self._gather(self._machine.take_effects())
             in_flight = ticket
         assert in_flight is None, "a step was in flight that nobody waited for"
 
@@ -67,11 +74,10 @@ class Core:
         for row, count in zip(result.rows.tolist(), result.query_counts.tolist(), strict=True):
             self.queries[row] += count
         self._machine.settle(result)
-        batch = self._machine.take_effects()
-        if batch is not None:
-            self._gather(batch)
 
-    def _gather(self, batch: Batch) -> None:
+    def _gather(self, batch: Batch | None) -> None:
+        if batch is None:
+            return
         tokens, first = np.frombuffer(batch.delta_tokens, "<i4").tolist(), 0
         counts = np.frombuffer(batch.delta_counts, "<i4").tolist()
         for key, count in zip(np.frombuffer(batch.delta_keys, "<i8").tolist(), counts, strict=True):
@@ -93,3 +99,81 @@ class Core:
         self._machine.receive(message)
         batch = self._machine.take_effects()
         assert batch is None or not (batch.done or any(reply.error for reply in batch.replies)), "refused"
+
+
+class Twin:
+    """What transformers says of a context; each context and output is computed once."""
+
+    def __init__(self, logits: Callable[[list[int]], torch.Tensor]) -> None:
+        self._logits = logits
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def says(self, context: list[int], output: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the context's tokens, f32[context - 1], and at each output, f32[outputs, vocabulary]."""
+        key = (len(context), (*context, *output))
+        if key not in self._known:
+            logprobs = self._logits(context + output)[:-1].log_softmax(dim=-1)
+            scores = logprobs[: len(context) - 1].gather(-1, torch.tensor(context[1:], dtype=torch.long)[:, None])[:, 0]
+            self._known[key] = scores, logprobs[len(context) - 1 :].clone()
+        return self._known[key]
+
+    def assert_followed(self, core: Core, key: int, context: list[int]) -> None:
+        """Each output token is the most likely one; all log-probabilities that were told are within a thousandth."""
+        output = core.output[key]
+        scores, expected = self.says(context, output)
+        assert output == expected.argmax(dim=-1).tolist()
+        assert len(core.tops[key]) == len(output) == core.done[key].completion_tokens
+        for (ids, logprobs), wanted in zip(core.tops[key], expected, strict=True):
+            torch.testing.assert_close(torch.tensor(logprobs), wanted[torch.tensor(ids).long()], atol=1e-3, rtol=0)
+        if core.scores[key]:
+            torch.testing.assert_close(torch.tensor(core.scores[key]), scores, atol=1e-3, rtol=0)
+
+
+def check_prompts(core: Core, twin: Twin, prompts: list[list[int]], new_tokens: int, *, hit: bool, top: int) -> None:
+    """Run prompts side by side, after a request that left their prefixes in the tree (hit), else scored throughout."""
+    if hit:
+        _leave_prefixes(core, prompts)
+    for key, prompt in enumerate(prompts):
+        core.submit(key, prompt, new_tokens, top=top, scored=not hit)
+    core.run()
+    for key, prompt in enumerate(prompts):
+        twin.assert_followed(core, key, prompt)
+        assert core.done[key].cached_tokens == (_left(core, prompt) if hit else 0)
+        assert hit or len(core.scores[key]) == len(prompt) - 1
+
+
+def check_sessions(
+    core: Core, twin: Twin, conversations: list[list[list[int]]], outputs: tuple[int, ...], *, hit: bool, top: int
+) -> None:
+    """Run conversations side by side, turn by turn. Every warm turn reuses its history but the last token, and what
+    the device counted as computed is the rest."""
+    if hit:
+        _leave_prefixes(core, [conversation[0] for conversation in conversations])
+    for session in range(len(conversations)):
+        core.open(str(session))
+    histories: list[list[int]] = [[] for _ in conversations]
+    for turn, new_tokens in enumerate(outputs):
+        keys = [1000 * (1 + turn) + session for session in range(len(conversations))]
+        for session, key in enumerate(keys):
+            core.submit(key, conversations[session][turn], new_tokens, session=str(session), top=top)
+        before = sum(core.queries.values())
+        core.run()
+        for session, key in enumerate(keys):
+            done, context = core.done[key], histories[session] + conversations[session][turn]
+            twin.assert_followed(core, key, context)
+            assert done.cached_tokens == (len(histories[session]) - 1 if turn else _left(core, context) * hit)
+            assert done.prompt_tokens - done.cached_tokens == done.computed_tokens
+            histories[session] = context + core.output[key]
+        counted = sum(core.done[key].computed_tokens + core.done[key].completion_tokens - 1 for key in keys)
+        assert sum(core.queries.values()) - before == counted
+
+
+def _leave_prefixes(core: Core, prompts: list[list[int]]) -> None:
+    for index, prompt in enumerate(prompts):
+        core.submit(1_000_000 + index, prompt[:-1], 0)
+    core.run()
+
+
+def _left(core: Core, prompt: list[int]) -> int:
+    """Tokens of whole pages that `_leave_prefixes` left: of the prompt but the last token, all have KV but the last."""
+    return (len(prompt) - 2) // core.page_size * core.page_size

@@ -4,8 +4,9 @@ import pytest
 
 from sessile.contract.messages import pack_tokens, unpack_tokens
 from sessile.core.history import History
-from sessile.core.rows import STOP_COLUMNS, RowStart, RowTable
+from sessile.core.rows import COLUMNS, STOP_COLUMNS, RowTable, pack_row
 from sessile.errors import OwnershipError
+from sessile.units import RowId
 
 CHUNK = 4096
 """Tokens that a history keeps in one piece."""
@@ -92,30 +93,37 @@ def test_a_fork_shares_every_full_chunk_and_copies_less_than_one() -> None:
     assert [mine is theirs for mine, theirs in zip(fork.chunks, parent.chunks, strict=True)] == [True, True, False]
 
 
-def start_of(value: int) -> RowStart:
-    return RowStart(*range(value, value + len(RowStart._fields)))
+def start_of(value: int) -> dict[str, int]:
+    return dict(zip(COLUMNS, range(value, value + len(COLUMNS)), strict=True))
+
+
+def take(rows: "RowTable[str]", occupant: str, stops: tuple[int, ...], value: int) -> RowId:
+    row = rows.take(occupant)
+    rows.provide_for(stops, -1)
+    rows.seat([row], [pack_row(*start_of(value).values())], [stops])
+    return row
 
 
 def test_a_row_that_is_taken_has_all_its_counters_set_and_nothing_of_the_last_occupant() -> None:
     rows: RowTable[str] = RowTable(1)
-    row = rows.take("first", (1, 2, 3, 4), start_of(1000))
+    row = take(rows, "first", (1, 2, 3, 4), 1000)
     rows.give_back(row, "first")
-    assert rows.take("second", (9,), start_of(50)) == row
-    assert {name: int(getattr(rows, name)[row]) for name in RowStart._fields} == start_of(50)._asdict()
+    assert take(rows, "second", (9,), 50) == row
+    assert {name: int(getattr(rows, name)[row]) for name in COLUMNS} == start_of(50)
     assert rows.stops[:, row].tolist() == [9, -1, -1, -1]
     assert rows.occupants == ["second"]
 
 
 def test_a_row_given_back_is_neither_live_nor_plannable() -> None:
     rows: RowTable[str] = RowTable(2)
-    row = rows.take("holder", (), start_of(1))
+    row = take(rows, "holder", (), 1)
     rows.give_back(row, "holder")
     assert (rows.live[row], rows.plannable[row]) == (0, 0)
 
 
 def test_a_row_is_given_back_once() -> None:
     rows: RowTable[str] = RowTable(2)
-    row = rows.take("holder", (), start_of(1))
+    row = take(rows, "holder", (), 1)
     rows.give_back(row, "holder")
     with pytest.raises(OwnershipError, match="does not hold it"):
         rows.give_back(row, "holder")
@@ -124,13 +132,13 @@ def test_a_row_is_given_back_once() -> None:
 
 def test_a_row_on_the_free_list_that_is_held_is_found_when_it_is_taken() -> None:
     rows: RowTable[str] = RowTable(2)
-    row = rows.take("holder", (), start_of(1))
+    row = take(rows, "holder", (), 1)
     rows.free_list.append(row)
     with pytest.raises(OwnershipError, match=f"row {row} was on the free list while it was held"):
-        rows.take("thief", (), start_of(1))
+        take(rows, "thief", (), 1)
 
 
 def test_more_stop_tokens_than_columns_keep_the_first_ones() -> None:
     rows: RowTable[str] = RowTable(1)
-    row = rows.take("holder", tuple(range(STOP_COLUMNS + 3)), start_of(1))
+    row = take(rows, "holder", tuple(range(STOP_COLUMNS + 3)), 1)
     assert rows.stops[:, row].tolist() == list(range(STOP_COLUMNS))

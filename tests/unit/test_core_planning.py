@@ -216,6 +216,20 @@ def test_h66_a_preempted_prompt_goes_on_behind_what_the_tree_kept() -> None:
     assert torn.output == calm.output
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.8}, {"frequency_penalty": 0.5}, {"min_new_tokens": 8, "stop_token_ids": tuple(range(25))}],
+    ids=["noise", "penalty", "bans"],
+)
+def test_h76_noise_penalties_and_bans_go_on_where_a_preempted_request_was(settings: dict[str, Any]) -> None:
+    calm, torn = Stage(), Stage(retract_every=3)
+    for stage in (calm, torn):
+        stage.submit(1, prompt(1, 9), max_new_tokens=10, **settings)
+        stage.run()
+    assert torn.done[1].preemptions > 0
+    assert torn.output == calm.output
+
+
 # -- drafts -------------------------------------------------------------------------------------------------------
 
 

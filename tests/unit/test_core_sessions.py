@@ -448,3 +448,37 @@ def test_the_tokens_of_a_session_are_its_committed_ones() -> None:
     stage.step(2)
     assert stage.history("s") == history
     assert np.array_equal(history, PROMPT + stage.output[1])
+
+
+# -- KV that is cut -----------------------------------------------------------------------------------------------
+
+
+def test_a_parked_session_shrinks_page_by_page_and_computes_again_only_what_is_gone() -> None:
+    stage = open_stage(Stage(pages=13))
+    turn(stage, 1, prompt(3, 2), max_new_tokens=1)
+    turn(stage, 2, prompt(4, 24), max_new_tokens=2)  # 29 tokens, all of them private
+    history = stage.history("s")
+    stage.submit(3, prompt(5, 22), max_new_tokens=1)  # needs two pages more than are free
+    stage.run()
+    assert stage.view("s").kv_tokens == 24
+    turn(stage, 4, [7])
+    assert stage.done[4].cached_tokens == 24
+    assert stage.output[4] == expected([*history, 7])
+
+
+def test_h64_a_turn_rolled_back_into_a_shared_page_gives_that_page_up() -> None:
+    stage = open_stage(Stage())
+    turn(stage, 1, PROMPT, max_new_tokens=1)
+    history = stage.history("s")  # 10 tokens: the next turn would write into the third page
+    stage.ask(Flush)
+    stage.submit(2, [*history, *prompt(8, 12)])  # a plain request leaves that page, and more, in the tree
+    stage.run()
+    stage.submit(3, prompt(8, 12), session="s")
+    stage.step()
+    stage.send(Cancel(3))
+    assert (stage.view("s").kv_tokens, stage.view("s").shared_pages) == (8, 2)
+    turn(stage, 4, [7, 7, 7])
+    assert stage.output[4] == expected([*history, 7, 7, 7])
+    stage.submit(5, [*history, *prompt(8, 12)])
+    stage.run()
+    assert stage.output[5] == stage.output[2]

@@ -11,7 +11,7 @@ import pytest
 from sessile.contract.messages import pack_tokens
 from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE, PageLedger
 from sessile.core.prefix import PrefixTree
-from sessile.core.rows import RowStart, RowTable
+from sessile.core.rows import RowTable
 from sessile.errors import LeaseError, OwnershipError
 
 PAGE_SIZE = 4
@@ -225,7 +225,7 @@ def test_h14_matching_changes_nothing() -> None:
 
 
 def taken(rows: "RowTable[str]", occupant: str) -> int:
-    return rows.take(occupant, (), RowStart(*(0 for _ in RowStart._fields)))
+    return rows.take(occupant)
 
 
 def test_rows_have_one_owner_each_and_free_and_held_make_all() -> None:

@@ -1,0 +1,32 @@
+"""Print the tables of docs/BENCHMARKS.md for a GPU: gpu_bench.py [--shapes 8B 1.5B] [--groups steps throughput …]"""
+
+import argparse
+
+import torch
+
+from sessile.bench.gpu_kernels import CASES, measure_attention
+from sessile.bench.gpu_speed import BATCHES, machine_line, measure_shape
+
+GROUPS = ("kernels", "steps", "throughput", "turns")
+
+
+def main() -> None:
+    """Measure what the command line asks for, one line a figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=("8B", "1.5B"), default=["1.5B", "8B"])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES))
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "gpu-bench needs a CUDA GPU; none was found.\n")
+    print(machine_line())
+    if "kernels" in asked.groups:
+        for case in CASES:
+            print(measure_attention(case))
+    groups = set(asked.groups) - {"kernels"}
+    for shape in asked.shapes if groups else []:
+        measure_shape(shape, groups, tuple(asked.batches))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Models of known shape without weights, and an engine in process that runs them: what GPU benchmarks measure."""
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sessile.contract.messages import CloseSession, Done, OpenSession, Sampling, Submit, pack_tokens
+from sessile.contract.model import ModelFacts
+from sessile.core.limits import SchedulerOptions
+from sessile.device.config import DeviceOptions
+from sessile.device.factory import chosen_kind, open_device
+from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
+from sessile.engine.clock import MonotonicClock
+from sessile.engine.config import EngineOptions
+from sessile.engine.inbox import LocalInbox
+from sessile.engine.outbox import LocalOutbox
+from sessile.model.config import ModelOptions
+
+_COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "8B": _COMMON
+    | {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336, "vocab_size": 128256,
+        "rope_theta": 500000.0, "max_position_embeddings": 131072,
+    },
+    "1.5B": _COMMON
+    | {
+        "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936, "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""config.json of the shapes that docs/BENCHMARKS.md names: Llama-3.1-8B and Qwen2.5-1.5B."""
+
+
+@dataclass
+class Turns:
+    """What a run of the loop did: when each turn ended (ns), its new tokens, and when each request began to answer."""
+
+    ends_ns: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    first_ns: dict[int, int] = field(default_factory=dict)
+    done: dict[int, Done] = field(default_factory=dict)
+
+
+class ShapeEngine:
+    """An engine in process on seeded random weights of a shape; prompts are random token ids, all different."""
+
+    def __init__(self, shape: str, folder: Path, **scheduler: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
+        model = ModelOptions(model=str(folder), load_format="dummy")
+        started_ns = time.monotonic_ns()
+        self.engine = self._open(model, DeviceOptions(), SchedulerOptions(**scheduler))
+        self.start_s = (time.monotonic_ns() - started_ns) / 1e9
+        self.vocab_size = self.engine.device.facts.vocab_size
+        self._inbox, self._outbox = LocalInbox(), LocalOutbox()
+        self._loop = self.engine.loop(self._inbox, self._outbox, MonotonicClock())
+        self._numbers = itertools.count(1)
+        self._random = np.random.default_rng(0)
+
+    def prompt(self, tokens: int) -> np.ndarray:
+        """Random token ids int32[tokens]."""
+        return self._random.integers(10, self.vocab_size, tokens).astype(np.int32)
+
+    def submit(self, prompt: np.ndarray, new_tokens: int, session: str | None = None) -> int:
+        """Hand a greedy request to the engine; its key."""
+        key = next(self._numbers)
+        sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
+        self._inbox.put(Submit(key=key, tokens=pack_tokens(prompt), sampling=sampling, session=session))
+        return key
+
+    def open_session(self, session: str) -> None:
+        """Open a streaming session."""
+        self._inbox.put(OpenSession(op=next(self._numbers), session=session))
+
+    def close_session(self, session: str) -> None:
+        """Close it."""
+        self._inbox.put(CloseSession(next(self._numbers), session))
+
+    def run(self, requests: int, on_done: Callable[[int], None] = lambda key: None) -> Turns:
+        """Turn the loop until so many requests have ended; on_done may submit more."""
+        turns = Turns()
+        while len(turns.done) < requests:
+            self._loop.turn()
+            now_ns = time.perf_counter_ns()
+            count = 0
+            for batch in self._outbox.take():
+                count += len(batch.delta_tokens) // 4
+                for key in memoryview(batch.delta_keys).cast("q"):
+                    turns.first_ns.setdefault(key, now_ns)
+                for done in batch.done:
+                    assert done.reason == "length", f"request {done.key} ended with {done.reason}: {done.message}"
+                    turns.done[done.key] = done
+                    on_done(done.key)
+            turns.ends_ns.append(now_ns)
+            turns.tokens.append(count)
+        return turns
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.engine.device.close()
+
+    def _open(self, model: ModelOptions, device: DeviceOptions, scheduler: SchedulerOptions) -> Engine:
+        def open_for(request: DeviceRequest) -> Device:
+            return open_device(
+                model, device, page_size=request.page_size, context_tokens=request.context_tokens,
+                rows_max=request.rows_max, progress=lambda stage, share: None,
+            )  # fmt: skip
+
+        def describe(*, vocab_size: int, context_tokens: int) -> ModelFacts:
+            return ModelFacts(vocab_size=vocab_size, context_tokens=context_tokens, eos_ids=())
+
+        return open_engine(
+            scheduler, EngineOptions(), open_for, describe, on_cpu=chosen_kind(device) == "cpu", clock=MonotonicClock()
+        )

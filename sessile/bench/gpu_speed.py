@@ -1,0 +1,107 @@
+"""Speed of the whole engine on a GPU, in process: decode steps, throughput, and turns on long histories."""
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from sessile.bench.gpu_shapes import ShapeEngine
+
+BATCHES = (1, 8, 64, 256)
+PROMPT_TOKENS, STEP_TOKENS = 1024, 132
+STEP_TARGETS_MS = {"8B": (5.9, 6.3, 9.3, 20.0), "1.5B": (1.6, 1.7, 2.4, 4.9)}
+TURNS = ((4, 40, 16, 16, 8), (8, 20, 16, 16, 8), (8, 6, 32000, 128, 64), (1, 10, 32000, 16, 8))
+"""Conversations, turns, and tokens of the first prompt, of each later one, and of each answer."""
+
+
+def machine_line() -> str:
+    """What the figures were taken on."""
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def measure_shape(shape: str, groups: set[str], batches: tuple[int, ...] = BATCHES) -> None:
+    """Print the figures of one shape: any of the groups "steps", "throughput" and "turns"."""
+    with TemporaryDirectory() as folder:
+        engine = ShapeEngine(shape, Path(folder), context_tokens=32768, mixed_chunk_tokens=8192)
+        facts = engine.engine.device.facts
+        print(
+            f"{shape}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
+            f"KV {facts.kv_bytes / 1e9:.1f} GB"
+        )
+        if "steps" in groups:
+            for batch in batches:
+                print_steps(engine, shape, batch)
+        if "throughput" in groups:
+            print_throughput(engine, shape)
+        if "turns" in groups:
+            for turns in TURNS:
+                print_turns(engine, shape, *turns)
+        engine.close()
+
+
+def print_steps(engine: ShapeEngine, shape: str, batch: int) -> None:
+    """Time between decode steps with all rows of a batch running, at about 1,090 tokens of context."""
+    for _ in range(batch):
+        engine.submit(engine.prompt(PROMPT_TOKENS), STEP_TOKENS)
+    turns = engine.run(batch)
+    full = np.array(turns.tokens[1:]) == batch
+    steps_ms = np.diff(turns.ends_ns)[full] / 1e6
+    # The first steps of a size run without a graph, then capture it.
+    steady = steps_ms[8:-2]
+    target = STEP_TARGETS_MS[shape][BATCHES.index(batch)]
+    print(
+        f"{shape} decode step, batch {batch:3d}: median {np.median(steady):6.3f} ms, p99 "
+        f"{np.percentile(steady, 99):6.3f}, of {steady.size} (target {target})"
+    )
+
+
+def print_throughput(engine: ShapeEngine, shape: str, requests: int = 256) -> None:
+    """Output tokens a second of 256 requests of 1024 tokens in, 256 out; the second of two runs."""
+    for run in range(2):
+        started_ns = time.perf_counter_ns()
+        for _ in range(requests):
+            engine.submit(engine.prompt(1024), 256)
+        turns = engine.run(requests)
+        wall_s = (time.perf_counter_ns() - started_ns) / 1e9
+        prefill_s = (max(turns.first_ns.values()) - started_ns) / 1e9
+        print(
+            f"{shape} throughput run {run}: {requests * 256 / wall_s:8.0f} output tokens/s in {wall_s:.2f} s, all "
+            f"answering after {prefill_s:.2f} s, {len(turns.ends_ns)} steps"
+        )
+
+
+def print_turns(engine: ShapeEngine, shape: str, conversations: int, turns: int, first: int, added: int,
+                generated: int) -> None:  # fmt: skip
+    """Latency of the later turns of conversations side by side, each a streaming session."""
+    names = [f"{shape}-{first}-{conversations}-{index}" for index in range(conversations)]
+    sessions: dict[int, str] = {}
+    begun_ns: dict[int, int] = {}
+    left = {name: turns - 1 for name in names}
+
+    def submit(name: str, tokens: int) -> None:
+        key = engine.submit(engine.prompt(tokens), generated, name)
+        sessions[key], begun_ns[key] = name, time.perf_counter_ns()
+
+    def next_turn(key: int) -> None:
+        ends_ns[key] = time.perf_counter_ns()
+        if left[sessions[key]]:
+            left[sessions[key]] -= 1
+            submit(sessions[key], added)
+
+    ends_ns: dict[int, int] = {}
+    for name in names:
+        engine.open_session(name)
+        submit(name, first)
+    done = engine.run(conversations * turns, next_turn)
+    for name in names:
+        engine.close_session(name)
+    later = [key for key in sessions if key not in list(sessions)[:conversations]]
+    walls_ms = [(ends_ns[key] - begun_ns[key]) / 1e6 for key in later]
+    firsts_ms = [(done.first_ns[key] - begun_ns[key]) / 1e6 for key in later]
+    print(
+        f"{shape} turns, {conversations} × {turns}, {first}/{added}/{generated}: turn mean {np.mean(walls_ms):7.2f} ms "
+        f"median {np.median(walls_ms):7.2f}, first token mean {np.mean(firsts_ms):6.2f} median "
+        f"{np.median(firsts_ms):6.2f}"
+    )

@@ -1,0 +1,46 @@
+"""A GPU as the engine sees it: `launch` queues a step on the caller's thread and returns at once."""
+
+import torch
+
+from sessile.contract.plan import StepPlan
+from sessile.device.gpu_runner import GpuRunner
+from sessile.device.pending import GpuTicket
+from sessile.device.worker import DeviceFacts
+from sessile.errors import NotReady
+
+
+class GpuDevice:
+    """Runs steps in the order of their launch. Owns the runner, its pool and the model's weights until `close`.
+
+    After a step that raised, the state of the device is unknown: that ticket and all later ones raise.
+    """
+
+    def __init__(self, runner: GpuRunner, facts: DeviceFacts) -> None:
+        self.facts = facts
+        self._runner: GpuRunner | None = runner
+        self._broken: BaseException | None = None
+
+    @property
+    def graphs_captured(self) -> int:
+        """How many sizes of step are kept as a graph by now."""
+        return len(self._runner.graphs) if self._runner else 0
+
+    def launch(self, plan: StepPlan) -> GpuTicket:
+        """Queue a step; its arrays must not change until its result is taken. Raises NotReady after `close`."""
+        if self._runner is None:
+            raise NotReady("the device is closed")
+        if self._broken is None:
+            try:
+                return GpuTicket(self._runner.start(plan))
+            except BaseException as error:
+                self._broken = error
+        return GpuTicket(None, self._broken)
+
+    def close(self) -> None:
+        """Finish what was launched and give the memory back. May be called again."""
+        if self._runner is None:
+            return
+        self._runner = None
+        if self.facts.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()

@@ -1,0 +1,143 @@
+"""Open a GPU: choose formats, load the model, size the pool by what the weights leave, compile the kernels."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sessile.contract.plan import SAMPLE, StepPlan
+from sessile.device.config import DeviceOptions
+from sessile.device.gpu_device import GpuDevice
+from sessile.device.gpu_runner import GpuRunner
+from sessile.device.kv_pool import KvPool, pool_pages
+from sessile.device.memory import available_bytes, parse_bytes, readable
+from sessile.device.worker import DeviceFacts
+from sessile.errors import StartupError
+from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.layers import WeightFormat
+from sessile.model.weights import load_model, read_config, weight_bytes_estimate
+from sessile.units import ceil_div
+
+_AUTO_SHARE = 0.9
+_COMPUTE_BYTES = 2 << 30
+"""Left free for what steps compute in."""
+_HEAD_DIM_MAX = 256
+WARM_PROMPT_TOKENS = (64, 8192)
+
+
+def open_gpu(
+    model_options: ModelOptions,
+    device_options: DeviceOptions,
+    *,
+    page_size: int,
+    context_tokens: int | None,
+    rows_max: int,
+    drafts_max: int,
+    progress: Callable[[str, float], None],
+    device: torch.device,
+) -> GpuDevice:
+    """Load the model to the device and return it ready to run steps. Raises StartupError with a remedy.
+
+    Arguments as those of `open_device`. device: a CUDA GPU; tests give the CPU and Triton's interpreter.
+    """
+    config = read_config(resolve_model_path(model_options.model))
+    _check_model(config, model_options)
+    context = config.serving_context_tokens(context_tokens)
+    form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device)
+    _check_memory(config, form)
+    try:
+        loaded = load_model(model_options, form, progress)
+        token_bytes = config.kv_token_bytes(form.dtype.itemsize)
+        available = _free_bytes(device)
+        kv_bytes = _kv_bytes(device_options, available, token_bytes, page_size, context, rows_max)
+        pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)
+        pool = KvPool(config, pages, page_size, form.dtype, device)
+        # A step in flight may write one token beyond the sequence's end, and its drafts.
+        runner = GpuRunner(loaded.decoder, pool, rows_max, ceil_div(context + drafts_max + 1, page_size))
+        progress("compiling kernels", 0.0)
+        warm_up(runner, rows_max, context)
+        progress("compiling kernels", 1.0)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            "too little memory on the GPU: it ran out while starting. Free some, or lower --kv-memory or "
+            "--context-tokens, or use a smaller model."
+        ) from error
+    facts = DeviceFacts(
+        model_path=str(loaded.path),
+        architecture=config.architecture,
+        dtype=str(form.dtype).removeprefix("torch."),
+        quantize=form.quantize,
+        device=device.type,
+        attention="triton",
+        threads=1,
+        vocab_size=config.vocab_size,
+        context_tokens=context,
+        page_size=page_size,
+        pages_total=pool.pages,
+        rows_max=rows_max,
+        kv_bytes=pool.bytes,
+        weight_bytes=loaded.weight_bytes,
+    )
+    return GpuDevice(runner, facts)
+
+
+def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that "auto", "float32" or "bfloat16" means on this GPU."""
+    if dtype == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
+    """Run one step of each kind, so that kernels are compiled (or read from Triton's cache) before use.
+
+    No row is bound: all read and write the scratch page.
+    """
+    for rows, tokens in ((1, 1), (rows_max, 1), *((1, tokens) for tokens in WARM_PROMPT_TOKENS)):
+        tokens = min(tokens, context_tokens)
+        none, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
+        plan = StepPlan.empty(
+            0, rows=np.arange(rows, dtype=np.int32), starts=none, query_counts=ones * tokens, draft_counts=none,
+            flags=ones * SAMPLE, output_indices=none, logprob_tops=-ones, tokens=np.zeros(rows * tokens, np.int32),
+        )  # fmt: skip
+        runner.start(plan).wait()
+
+
+def _check_model(config: ModelConfig, options: ModelOptions) -> None:
+    if options.quantize != "none":
+        raise StartupError(f"--quantize {options.quantize} works on the CPU only in this version; leave it out.")
+    if config.head_dim > _HEAD_DIM_MAX:
+        raise StartupError(
+            f"heads of {config.head_dim} dimensions are not supported on a GPU, only up to {_HEAD_DIM_MAX}. "
+            "Use --device cpu."
+        )
+
+
+def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
+    """Refuse early what would fail half-way: weights alone must fit."""
+    needed, free = weight_bytes_estimate(config, form.dtype.itemsize), _free_bytes(form.device)
+    if needed > free:
+        raise StartupError(
+            f"too little memory on the GPU: the weights need about {readable(needed)} but only {readable(free)} is "
+            "free. Use a smaller model or --dtype bfloat16, or free memory."
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken, in bytes."""
+    if device.type == "cpu":
+        return available_bytes()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _kv_bytes(
+    options: DeviceOptions, available: int, token_bytes: int, page_size: int, context_tokens: int, rows_max: int
+) -> int:
+    """Bytes for the pool: what the user says, else most of what is free, at least one context."""
+    if options.kv_memory != "auto":
+        return parse_bytes(options.kv_memory, "--kv-memory")
+    context_bytes = (ceil_div(context_tokens, page_size) + 1) * page_size * token_bytes
+    share = max(int(available * _AUTO_SHARE) - _COMPUTE_BYTES, 0)
+    return max(min(share, context_bytes * (rows_max + 1)), context_bytes)

@@ -1,0 +1,198 @@
+"""Runs plans on a GPU: state, forward pass and sampling all stay there, and the host waits for nothing.
+
+Everything is queued on one stream in the order of the plans. A step of a common size is one CUDA graph: run eagerly
+the first time (which compiles its kernels), captured the second time, replayed from then on.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sessile.contract.plan import NO_FLOATS, NO_INTS, Ints, StepPlan, encode_plan
+from sessile.device.buckets import Bucket, bucket_of
+from sessile.device.inputs import SamplePositions, check_plan, sample_positions
+from sessile.device.kv_pool import KvPool
+from sessile.device.page_table import check_runs
+from sessile.device.pending import PendingLogprobs, PendingStep
+from sessile.device.row_parameters import RowParameters
+from sessile.device.sampler import Sampler
+from sessile.device.staging import Moment, UploadRing, to_device, to_host
+from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out, query_blocks
+from sessile.kernels.triton_sampling import Chosen, choose_tokens, settle_rows
+from sessile.model.fused import BlockKinds, FusedDecoder, GpuCache
+from sessile.model.layers import Decoder
+from sessile.units import ceil_div
+
+_UPLOAD_WORDS = 1 << 20
+_SCORES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a step's forward pass left on the device: its layout and the residual stream [t, hidden]."""
+
+    layout: StepLayout
+    residual: Tensor
+
+
+class GpuRunner:
+    """The state of one GPU and how a plan changes it. `start` queues a step and returns what its result will be."""
+
+    def __init__(
+        self, decoder: Decoder, pool: KvPool, rows_max: int, row_pages: int, *, captures: bool = True
+    ) -> None:
+        device = pool.keys.device
+        self.graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._device = device
+        self._pool = pool
+        self._rows_max = rows_max
+        self._row_pages = row_pages
+        self._vocab_size = decoder.config.vocab_size
+        self._captures = captures and device.type == "cuda"
+        self._seen_buckets: dict[Bucket, bool] = {}
+        self._graph_pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._state = RowState.empty(rows_max, row_pages, device)
+        cache = GpuCache(pool.keys, pool.values, self._state.table, pool.page_size)
+        self._decoder = FusedDecoder(decoder, cache)
+        self._parameters = RowParameters(rows_max, self._vocab_size, device)
+        self._sampler = Sampler(self._parameters)
+        self._upload = UploadRing(_UPLOAD_WORDS, device)
+        self._results = torch.zeros(3 * rows_max + rows_max * 256, dtype=torch.int32, device=device)
+
+    @torch.inference_mode()
+    def start(self, plan: StepPlan) -> PendingStep:
+        """Queue a plan's changes of state, its rows and its sampling."""
+        check_plan(plan, self._rows_max, self._vocab_size, self._row_pages * self._pool.page_size)
+        check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
+        self._parameters.apply(plan)
+        self._send(plan)
+        self._pool.copy(plan.copies)
+        if not plan.rows.size:
+            apply_state(self._upload.target, self._state)
+            return PendingStep(plan, None, Moment(self._device), self._rows_max)
+        bucket = bucket_of(plan, self._decoder.shape.narrow_row_tokens)
+        scores: list[PendingLogprobs] = []
+        logprobs = None
+        if self._parameters.adjusted[plan.rows].any() or plan.score_queries.size or (plan.logprob_tops >= 0).any():
+            scores, logprobs = self._run_with_extras(plan, bucket)
+        elif not bucket.is_captured or not self._captures:
+            self._run(bucket)
+        else:
+            self._run_captured(bucket)
+        results = to_host(self._results[: 3 * self._rows_max + bucket.places])
+        return PendingStep(plan, results, Moment(self._device), self._rows_max, logprobs, scores)
+
+    def _send(self, plan: StepPlan) -> None:
+        """Queue the copy of what the device reads of a plan."""
+        # Penalties, bias, bans and scores are applied by other means, and only where a row has them.
+        plan = replace(
+            plan, bias_tokens=NO_INTS, bias_values=NO_FLOATS, ban_tokens=NO_INTS, seen_tokens=NO_INTS,
+            copies=NO_INTS, score_queries=NO_INTS, score_targets=NO_INTS, score_tops=NO_INTS,
+        )  # fmt: skip
+        packed = encode_plan(plan)
+        if packed.size > self._upload.words:
+            # Binding very many pages at once is rare: change the state by itself, then send the rest.
+            apply_state(to_device(packed, self._device), self._state)
+            plan = replace(
+                plan, bind_rows=NO_INTS, table_rows=NO_INTS, table_starts=NO_INTS, table_counts=NO_INTS,
+                table_pages=NO_INTS,
+            )  # fmt: skip
+            packed = encode_plan(plan)
+        self._upload.send(packed)
+
+    def _run_captured(self, bucket: Bucket) -> None:
+        graph = self.graphs.get(bucket)
+        if graph is None and bucket not in self._seen_buckets:
+            self._seen_buckets[bucket] = True
+            self._run(bucket)
+            return
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                self._run(bucket)
+            self.graphs[bucket] = graph
+        graph.replay()
+
+    def _run(self, bucket: Bucket) -> None:
+        """A whole step, as far as most steps go: what a graph holds."""
+        forward = self._forward(bucket)
+        if not bucket.places:
+            self._settle(self._nothing_chosen(), forward.layout)
+            return
+        logits = self._decoder.logits(forward.residual, forward.layout.place_tokens)
+        self._settle(choose_tokens(logits, self._state, forward.layout), forward.layout)
+
+    def _forward(self, bucket: Bucket) -> Forward:
+        """Apply the plan in the upload's target, lay it out, and run the layers."""
+        decoder, device = self._decoder, self._device
+        per_row = ceil_div(decoder.shape.narrow_row_tokens, decoder.narrow_tokens)
+        narrows = bucket.rows if bucket.tokens == bucket.rows else min(per_row * bucket.rows, bucket.tokens)
+        wides = bucket.rows + bucket.tokens // decoder.wide_tokens
+        layout = StepLayout.empty(
+            bucket.tokens, bucket.rows, bucket.places,
+            query_blocks(narrows if bucket.has_narrow else 0, decoder.narrow_tokens, device),
+            query_blocks(min(wides, bucket.tokens) if bucket.has_wide else 0, decoder.wide_tokens, device),
+            decoder.shape.narrow_row_tokens,
+        )  # fmt: skip
+        apply_state(self._upload.target, self._state)
+        lay_out(self._upload.target, self._state, layout, self._pool.page_size)
+        return Forward(layout, decoder.forward(layout, BlockKinds(bucket.has_narrow, bucket.has_wide)))
+
+    def _run_with_extras(self, plan: StepPlan, bucket: Bucket) -> tuple[list[PendingLogprobs], PendingLogprobs | None]:
+        """A step with prompt scores, log-probabilities, or rows whose logits are adjusted, without a graph."""
+        forward = self._forward(bucket)
+        scores = self._score(plan, forward)
+        places = sample_positions(plan)
+        if not places.flat.size:
+            self._settle(self._nothing_chosen(), forward.layout)
+            return scores, None
+        logits = self._decoder.logits(forward.residual, forward.layout.place_tokens).float()
+        flat_tokens = forward.layout.tokens.to(torch.int64)
+        adjusted = self._sampler.adjust(plan, places, logits, flat_tokens)
+        chosen = choose_tokens(adjusted, self._state, forward.layout)
+        self._settle(chosen, forward.layout)
+        self._count_emitted(plan, places, chosen.tokens)
+        return scores, self._emitted_logprobs(plan, places, logits, chosen.tokens)
+
+    def _settle(self, chosen: Chosen, layout: StepLayout) -> None:
+        settle_rows(chosen, self._state, layout, self._results, self._rows_max)
+
+    def _nothing_chosen(self) -> Chosen:
+        nothing = torch.empty(0, dtype=torch.int32, device=self._device)
+        return Chosen(nothing, nothing)
+
+    def _score(self, plan: StepPlan, forward: Forward) -> list[PendingLogprobs]:
+        """Log-probabilities of prompt tokens, a few positions at a time to bound memory."""
+        pending = []
+        for start in range(0, plan.score_queries.size, _SCORES_AT_ONCE):
+            part = slice(start, start + _SCORES_AT_ONCE)
+            queries = to_device(plan.score_queries[part], self._device)
+            logits = self._decoder.logits(forward.residual, queries).float()
+            targets = to_device(plan.score_targets[part].astype(np.int64), self._device)
+            pending.append(PendingLogprobs.of(logits, targets, plan.score_tops[part]))
+        return pending
+
+    def _emitted_logprobs(
+        self, plan: StepPlan, places: SamplePositions, logits: Tensor, tokens: Tensor
+    ) -> PendingLogprobs | None:
+        """Log-probabilities at the places of rows that want them; which are emitted is known only with the result."""
+        tops: Ints = plan.logprob_tops[places.row_indices]
+        wanted = np.flatnonzero(tops >= 0)
+        if not wanted.size:
+            return None
+        index = to_device(wanted, self._device)
+        return PendingLogprobs.of(logits[index], tokens[index].to(torch.int64), tops[wanted], wanted)
+
+    def _count_emitted(self, plan: StepPlan, places: SamplePositions, tokens: Tensor) -> None:
+        """Count what rows with a penalty emitted, without asking how much that was."""
+        counts = np.diff(places.firsts, append=places.flat.size)
+        for first, count in zip(places.firsts.tolist(), counts.tolist(), strict=True):
+            plan_row = int(places.row_indices[first])
+            row = int(plan.rows[plan_row])
+            if row in self._parameters.seen:
+                own = tokens[first : first + count].to(torch.int64)
+                emitted = self._results[self._rows_max + plan_row]
+                weights = (torch.arange(count, device=self._device) < emitted).float()
+                self._parameters.seen[row].output.index_add_(0, own, weights)

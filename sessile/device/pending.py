@@ -1,0 +1,114 @@
+"""A step that was queued on a GPU: what will be its result once the device has passed it."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sessile.contract.plan import Floats, Ints, StepPlan, StepResult
+from sessile.device.inputs import sample_positions
+from sessile.device.logprobs import NO_LOGPROBS, Logprobs
+from sessile.device.staging import Moment, to_host
+from sessile.kernels.sampling import top_candidates
+
+
+@dataclass(frozen=True)
+class PendingLogprobs:
+    """Log-probabilities on their way to the host.
+
+    chosen float32[n]; ids int64[n, most] and tops float32[n, most] of the most likely; counts: how many of them each
+    of the n wants. places: which sampling places they belong to, None for prompt scores.
+    """
+
+    chosen: Tensor
+    ids: Tensor
+    tops: Tensor
+    counts: Ints
+    places: npt.NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, tokens: Tensor, counts: Ints, places: npt.NDArray[np.int64] | None = None
+    ) -> "PendingLogprobs":
+        """Queue the log-probabilities of tokens int64[n] under raw logits float32[n, vocab]."""
+        logprobs = logits.log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        most = int(counts.max())
+        if most:
+            tops, ids = top_candidates(logprobs, most)
+        else:
+            tops, ids = logprobs[:, :0], tokens[:, None][:, :0]
+        return cls(to_host(chosen), to_host(ids), to_host(tops), counts, places)
+
+    def select(self, is_wanted: npt.NDArray[np.bool_]) -> Logprobs:
+        """What has arrived, of those of the n that are wanted."""
+        counts = self.counts[is_wanted]
+        is_top = np.arange(self.ids.shape[1]) < counts[:, None]
+        ids: Ints = self.ids.numpy()[is_wanted][is_top].astype(np.int32)
+        tops: Floats = self.tops.numpy()[is_wanted][is_top]
+        return Logprobs(self.chosen.numpy()[is_wanted], ids, tops)
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """Everything that a result is made of. results int32 on the host, as `settle_rows` documents; None: no rows ran."""
+
+    plan: StepPlan
+    results: Tensor | None
+    moment: Moment
+    rows_max: int
+    logprobs: PendingLogprobs | None = None
+    scores: list[PendingLogprobs] = field(default_factory=list)
+
+    def wait(self) -> StepResult:
+        """Wait for the device and make the result. Raises what the device raised."""
+        self.moment.wait()
+        plan, count = self.plan, self.plan.rows.size
+        if self.results is None:
+            nothing = np.empty(0, np.int32)
+            return StepResult(plan.step, plan.rows, nothing, nothing, nothing, np.empty(0, np.bool_))
+        results, rows_max = self.results.numpy(), self.rows_max
+        emitted = results[rows_max : rows_max + count].copy()
+        places = sample_positions(plan)
+        is_emitted = places.depths < emitted[places.row_indices]
+        logprobs = NO_LOGPROBS
+        if self.logprobs is not None:
+            assert self.logprobs.places is not None, "log-probabilities of sampled tokens have places"
+            logprobs = self.logprobs.select(is_emitted[self.logprobs.places])
+        scores = [part.select(np.ones(part.counts.size, np.bool_)) for part in self.scores] or [NO_LOGPROBS]
+        return StepResult(
+            step=plan.step,
+            rows=plan.rows,
+            query_counts=results[:count].copy(),
+            emitted=emitted,
+            tokens=results[3 * rows_max : 3 * rows_max + places.flat.size][is_emitted],
+            faulty=results[2 * rows_max : 2 * rows_max + count] != 0,
+            logprobs=logprobs.chosen,
+            top_ids=logprobs.top_ids,
+            top_logprobs=logprobs.tops,
+            score_logprobs=np.concatenate([part.chosen for part in scores]),
+            score_top_ids=np.concatenate([part.top_ids for part in scores]),
+            score_top_logprobs=np.concatenate([part.tops for part in scores]),
+        )
+
+
+class GpuTicket:
+    """The promise of one queued step; keeps the result, or the error, once it is there."""
+
+    def __init__(self, pending: PendingStep | None, error: BaseException | None = None) -> None:
+        self._pending = pending
+        self._error = error
+        self._result: StepResult | None = None
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """Wait for the step and return its result, or raise what the device raised."""
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            assert self._pending is not None, "a ticket without an error has a step"
+            self._result = self._pending.wait()
+            self._pending = None
+        return self._result

@@ -1,0 +1,113 @@
+"""Linear layers of one token on the GPU, with what comes before and after fused into them.
+
+One token's product is as fast as its weights are read, and everything else is launches. So the norm before a product,
+the gating after it and the sum with the residual stream happen in the kernel that reads the weights, which needs no
+matrix units. More tokens are multiplied by cuBLAS.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Rows and columns of the weight that one program reads at a time, and its warps."""
+
+    outs: int
+    ins: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weight [in] and epsilon of a root-mean-square norm."""
+
+    weight: Tensor
+    epsilon: float
+
+
+def linear_tile(outs: int, ins: int) -> LinearTile:
+    """The tile for a weight [outs, ins]: enough programs to keep all of the chip reading."""
+    return LinearTile(4 if outs * ins < 1 << 24 else 8, min(triton.next_power_of_2(ins), 1024), 4)
+
+
+def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> Tensor:
+    """Linear layer of the norm of x [1, in]: [1, out]. weight [out, in]."""
+    return _launch(x, weight, x.new_empty(1, weight.shape[0]), bias=bias, norm=norm, tile=tile)
+
+
+def norm_gated_linear(x: Tensor, norm: Norm, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
+    """silu(gate) * up of the norm of x [1, in]: [1, out]. weight [2 × out, in], gate first."""
+    return _launch(x, weight, x.new_empty(1, weight.shape[0] // 2), norm=norm, is_gated=True, tile=tile)
+
+
+def add_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, tile: LinearTile | None = None
+) -> None:
+    """Add the linear layer of x [1, in] to the residual stream [1, out] in place."""
+    _launch(x, weight, residual, bias=bias, adds=True, tile=tile)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, norm: Norm | None = None,
+    is_gated: bool = False, adds: bool = False, tile: LinearTile | None = None,
+) -> Tensor:  # fmt: skip
+    assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
+    outs, ins = out.shape[1], x.shape[1]
+    tile = tile or linear_tile(weight.shape[0], ins)
+    _one_token[(triton.cdiv(outs, tile.outs),)](
+        x, weight, bias if bias is not None else weight, norm.weight if norm else weight, out,
+        outs, ins, norm.epsilon if norm else 0.0,
+        HAS_BIAS=bias is not None, HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds,
+        IS_EVEN=outs % tile.outs == 0 and ins % tile.ins == 0, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _one_token(  # type: ignore[no-untyped-def]
+    x, weight, bias, gain, out, outs, ins, epsilon,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr, ADDS: tl.constexpr,
+    IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+):  # fmt: skip
+    """A few elements of the output. The norm's scale is one factor, so it is applied to the sums."""
+    column = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    is_column = column < outs
+    lane = tl.arange(0, INS)
+    product = tl.zeros((OUTS, INS), tl.float32)
+    second = tl.zeros((OUTS, INS), tl.float32)
+    squares = tl.zeros((INS,), tl.float32)
+    rows = weight + column[:, None].to(tl.int64) * ins + lane[None, :]
+    for first in range(0, ins, INS):
+        inside = first + lane < ins
+        if IS_EVEN:
+            w = tl.load(rows + first)
+        else:
+            w = tl.load(rows + first, mask=inside[None, :] & is_column[:, None], other=0.0)
+        if IS_GATED:
+            up_rows = rows + first + outs.to(tl.int64) * ins
+            if IS_EVEN:
+                u = tl.load(up_rows)
+            else:
+                u = tl.load(up_rows, mask=inside[None, :] & is_column[:, None], other=0.0)
+        a = tl.load(x + first + lane, mask=inside, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += a * a
+            a *= tl.load(gain + first + lane, mask=inside, other=0.0).to(tl.float32)
+        product += w.to(tl.float32) * a[None, :]
+        if IS_GATED:
+            second += u.to(tl.float32) * a[None, :]
+    total = tl.sum(product, 1)
+    if HAS_NORM:
+        total *= tl.rsqrt(tl.sum(squares, 0) / ins + epsilon)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)
+    if IS_GATED:
+        up = tl.sum(second, 1) * tl.rsqrt(tl.sum(squares, 0) / ins + epsilon)
+        total = total / (1.0 + tl.exp(-total)) * up
+    if ADDS:
+        total += tl.load(out + column, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=is_column)

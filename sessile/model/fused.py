@@ -1,0 +1,139 @@
+"""The forward pass of a decoder on a GPU: its own weights, with norms, rotation, KV writes and gating fused.
+
+`Decoder.forward` is the twin that says what is computed; tests hold this to it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sessile.kernels.linear import PlainWeight
+from sessile.kernels.triton_attention import HeadShape, Tile, narrow_tile, paged_attention, wide_tile
+from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store, silu_mul
+from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear
+from sessile.kernels.triton_plan import StepLayout
+from sessile.model.config import ModelConfig
+from sessile.model.layers import Attention, Block, Decoder, Linear, RMSNorm
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class GpuCache:
+    """What attention reads and writes; owned by the device.
+
+    keys, values [layers, slots, kv_heads, head_dim]. table int32[rows_max, pages of a row].
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    page_size: int
+
+
+@dataclass(frozen=True)
+class BlockKinds:
+    """Which lists of query blocks a step may fill; the others are not launched."""
+
+    narrow: bool
+    wide: bool
+
+
+class FusedDecoder:
+    """Runs a decoder's weights on steps that are laid out on the device. Owns nothing."""
+
+    def __init__(self, decoder: Decoder, cache: GpuCache) -> None:
+        self.config: ModelConfig = decoder.config
+        self.shape = HeadShape(decoder.config.heads, decoder.config.kv_heads, decoder.config.head_dim)
+        self._decoder = decoder
+        self._cache = cache
+        self._narrow: Tile = narrow_tile(self.shape, cache.keys.dtype)
+        self._wide: Tile = wide_tile(self.shape, cache.keys.dtype)
+        self._frequencies = decoder.rope.frequencies.to(cache.keys.device)
+
+    @property
+    def narrow_tokens(self) -> int:
+        """Query tokens of a narrow block."""
+        return self.shape.block_tokens(self._narrow.queries)
+
+    @property
+    def wide_tokens(self) -> int:
+        """Query tokens of a wide block."""
+        return self.shape.block_tokens(self._wide.queries)
+
+    def forward(self, layout: StepLayout, kinds: BlockKinds) -> Tensor:
+        """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then."""
+        residual = functional.embedding(layout.tokens, self._decoder.embedding)
+        turns = layout.positions[:, None] * self._frequencies
+        angles = turns.cos(), turns.sin()
+        if residual.shape[0] == 1 and not self.config.mlp_bias:
+            for layer in self._decoder.layers:
+                self._one_token_layer(layer, residual, angles, layout, kinds)
+            return residual
+        x = torch.zeros_like(residual)
+        for layer in self._decoder.layers:
+            x = self._layer(layer, x, residual, angles, layout, kinds)
+        return residual.add_(x)
+
+    def logits(self, residual: Tensor, tokens: Tensor) -> Tensor:
+        """Raw logits [m, vocab] in the model's dtype, of the tokens int32[m] of what `forward` returned."""
+        norm, head = self._decoder.norm, self._decoder.head
+        chosen = residual.index_select(0, tokens)
+        if chosen.shape[0] == 1:
+            return norm_linear(chosen, norm_of(norm), plain(head), head.bias)
+        return head(rms_norm(chosen, norm.weight, norm.epsilon))
+
+    def _layer(
+        self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout, kinds: BlockKinds
+    ) -> Tensor:
+        """Add the last layer's output x to the residual stream, and return this one's."""
+        norm = layer.input_layernorm
+        x = add_rms_norm(x, residual, norm.weight, norm.epsilon)
+        attended = self._attend(layer.self_attn, layer.self_attn.qkv_proj(x), angles, layout, kinds)
+        norm = layer.post_attention_layernorm
+        x = add_rms_norm(layer.self_attn.o_proj(attended), residual, norm.weight, norm.epsilon)
+        return layer.mlp.down_proj(silu_mul(layer.mlp.gate_up_proj(x)))
+
+    def _one_token_layer(
+        self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout, kinds: BlockKinds
+    ) -> None:
+        """Run a layer on the residual stream in place, with norms, gating and sums inside the products."""
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = norm_linear(
+            residual, norm_of(layer.input_layernorm), plain(attention.qkv_proj), attention.qkv_proj.bias
+        )  # fmt: skip
+        attended = self._attend(attention, qkv, angles, layout, kinds)
+        add_linear(attended, plain(attention.o_proj), attention.o_proj.bias, residual)
+        gated = norm_gated_linear(residual, norm_of(layer.post_attention_layernorm), plain(mlp.gate_up_proj))
+        add_linear(gated, plain(mlp.down_proj), mlp.down_proj.bias, residual)
+
+    def _attend(
+        self, module: Attention, qkv: Tensor, angles: Angles, layout: StepLayout, kinds: BlockKinds
+    ) -> Tensor:
+        """Rotate, store and attend; [t, heads × head_dim]."""
+        cache = self._cache
+        keys, values = cache.keys[module.layer], cache.values[module.layer]
+        norms = (module.q_norm.weight, module.k_norm.weight, module.q_norm.epsilon) if module.head_norm else None
+        query = rotate_and_store(qkv, angles, layout.slots, keys, values, norms)
+        # Nothing writes the rows of padding tokens, and no other token reads them.
+        out = torch.empty_like(query)
+        if kinds.narrow:
+            paged_attention(
+                query, keys, values, cache.table, layout, layout.narrow, self._narrow, cache.page_size, out
+            )  # fmt: skip
+        if kinds.wide:
+            paged_attention(query, keys, values, cache.table, layout, layout.wide, self._wide, cache.page_size, out)
+        return out.flatten(1)
+
+
+def norm_of(module: RMSNorm) -> Norm:
+    """The norm as the kernels take it."""
+    return Norm(module.weight, module.epsilon)
+
+
+def plain(module: Linear) -> Tensor:
+    """The weight [out, in] of a layer that is not quantised."""
+    assert isinstance(module.weight, PlainWeight), "quantised weights do not run on a GPU"
+    return module.weight.weight

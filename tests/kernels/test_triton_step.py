@@ -1,0 +1,108 @@
+"""The GPU's step, whole, in the interpreter: what transformers and the CPU's sampler say, it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from sessile.device import gpu_factory
+from sessile.device.config import DeviceOptions
+from sessile.device.factory import open_device
+from sessile.device.gpu_factory import open_gpu
+from sessile.kernels import triton_attention, triton_plan, triton_sampling
+from sessile.model.config import ModelOptions
+from tests.kernels.layouts import DEVICE
+from tests.parity.driver import Driver, Run
+from tests.parity.tiny_models import MODELS, Tiny, make_tiny
+
+NEW_TOKENS = 4
+PROMPTS = [[5], [17, 9, 33, 8, 120, 64], [*range(30, 64)]]
+SMALL = Qwen3Config(
+    vocab_size=160, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, attention_bias=True, tie_word_embeddings=True, initializer_range=0.3,
+)  # fmt: skip
+COMMON: dict[str, Any] = {
+    "page_size": 16, "context_tokens": 128, "rows_max": 3, "drafts_max": 4, "progress": lambda stage, done: None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """One layer of the model that has everything: grouped heads, their norms, biases and a tied head."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "small", lambda: Qwen3ForCausalLM(SMALL))
+        return make_tiny("small", tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """The interpreter runs programs one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setattr(triton_attention, "PROGRAMS_WANTED", 8)
+            patch.setattr(triton_sampling, "PROGRAMS_WANTED", 4)
+            patch.setattr(triton_plan, "STATE_PROGRAMS", 2)
+            patch.setattr(gpu_factory, "WARM_PROMPT_TOKENS", ())
+        yield
+
+
+def opened(folder: Path) -> Any:
+    options = ModelOptions(model=str(folder), dtype="float32")
+    return open_gpu(options, DeviceOptions(kv_memory="2M"), **COMMON, device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def device(tiny: Tiny) -> Iterator[Any]:
+    device = opened(tiny.folder)
+    yield device
+    device.close()
+
+
+@pytest.fixture(scope="module")
+def cpu(tiny: Tiny) -> Iterator[Any]:
+    options = DeviceOptions(device="cpu", kv_memory="2M", threads=1)
+    device = open_device(ModelOptions(model=str(tiny.folder), dtype="float32"), options, **COMMON)
+    yield device
+    device.close()
+
+
+def test_mixed_steps_give_the_tokens_of_transformers(device: Any, tiny: Tiny) -> None:
+    runs = [Run(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    Driver(device, chunk_tokens=24).run_all(runs)
+    assert [run.output for run in runs] == [tiny.greedy(prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+SAMPLED = {
+    "temperature": {"temperature": 0.8},
+    "top-k": {"temperature": 1.5, "top_k": 5},
+    "top-p": {"temperature": 1.0, "top_p": 0.7},
+    "min-p": {"temperature": 2.0, "min_p": 0.2},
+    "all filters": {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    "penalties": {"repetition": 1.3, "frequency": 0.5, "presence": 0.2},
+    "bias and bans": {"biases": {7: 3.0, 9: -50.0}, "bans": [7], "min_new_tokens": 3},
+    "log-probabilities": {"logprobs": 3, "score_top": 2},
+    "drafts": {"drafts": [5] * 9, "drafts_max": 3},
+}
+
+
+def test_rows_sample_as_on_the_cpu(device: Any, cpu: Any) -> None:
+    for name, asked in SAMPLED.items():
+        runs = [[Run(PROMPTS[1], NEW_TOKENS, seed=seed, **asked) for seed in (3, 2**63 + 5)] for _ in range(2)]
+        Driver(device, chunk_tokens=24).run_all(runs[0])
+        Driver(cpu, chunk_tokens=24).run_all(runs[1])
+        for ours, theirs in zip(*runs, strict=True):
+            assert ours.output == theirs.output, name
+            assert ours.output_logprobs == pytest.approx(theirs.output_logprobs, abs=1e-4), name
+            assert (ours.top_ids, ours.score_top_ids) == (theirs.top_ids, theirs.score_top_ids), name
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-4), name
+
+
+def test_accepted_drafts_are_emitted_together(device: Any, cpu: Any) -> None:
+    plain = Run(PROMPTS[1], 6)
+    Driver(cpu, chunk_tokens=24).run_all([plain])
+    drafted = Run(PROMPTS[1], 6, drafts=[*plain.output[:3], 0, *plain.output[4:]], drafts_max=4)
+    Driver(device, chunk_tokens=24).run_all([drafted])
+    assert drafted.output == plain.output
+    assert drafted.steps < plain.steps
