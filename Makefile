@@ -9,15 +9,17 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
 ARGS ?=
+GPU_TESTS := tests/kernels tests/parity/test_tiny_models.py tests/parity/test_core_tiny_models.py \
+	tests/parity/test_torn_sessions.py
 
 # Stamps of a finished set-up; the second call of any target installs nothing.
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 
-.PHONY: help chat serve doctor bench test check sim mutants parity clean
+.PHONY: help chat serve doctor compile bench test check sim mutants parity gpu-check gpu-bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 	@echo '  ARGS="…" passes flags on, for example: make serve ARGS="--port 8000"'
 
 chat: $(RUNTIME) ## talk to the embedded model in this terminal
@@ -29,12 +31,17 @@ serve: $(RUNTIME) ## serve the embedded model over HTTP on 127.0.0.1:30000
 doctor: $(RUNTIME) ## say what this machine has and what is wrong with it
 	@$(PYTHON_VENV) -m sessile doctor $(ARGS)
 
-bench: $(RUNTIME) ## measure the scheduler: host time of a step, and of a turn on a long history
+compile: $(DEVELOPMENT) ## compile the scheduler, which runs without it too, for shorter steps
+	@PYTHONPATH=. $(PYTHON_VENV) scripts/compile_core.py
+
+bench: compile ## measure the scheduler: host time of a step, and of a turn on a long history
 	@$(PYTHON_VENV) -m sessile bench step $(ARGS)
 	@$(PYTHON_VENV) -m sessile bench history
 
+# What measures time runs first and by itself, the rest in two processes; with ARGS, just what they say.
 test: $(DEVELOPMENT) ## run the tests
-	@$(PYTHON_VENV) -m pytest $(ARGS)
+	@$(PYTHON_VENV) -m pytest $(or $(ARGS),-q tests/perf)
+	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=2 --dist=loadfile)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	@failed=; \
@@ -53,6 +60,13 @@ mutants: $(RUNTIME) ## plant faults in the scheduler; the simulator must catch e
 
 parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)
 	@$(PYTHON_VENV) -m pytest tests/parity --whole-grid --timeout=2400 $(ARGS)
+
+# On a machine with a GPU and no network, name a Python that has torch and Triton: make gpu-check GPU_PYTHON=python3
+gpu-check: $(if $(GPU_PYTHON),,$(DEVELOPMENT)) ## test kernels, models and sessions on this machine's GPU; TEST=… runs one file
+	@$(or $(GPU_PYTHON),$(PYTHON_VENV)) -m pytest -q $(or $(TEST),$(GPU_TESTS)) $(ARGS)
+
+gpu-bench: $(if $(GPU_PYTHON),,$(RUNTIME)) ## measure decode steps, throughput and turns on this machine's GPU
+	@PYTHONPATH=.:$$PYTHONPATH $(or $(GPU_PYTHON),$(PYTHON_VENV)) scripts/gpu_bench.py $(ARGS)
 
 clean: ## remove .venv and everything that is made from the sources
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .numba_cache

@@ -48,6 +48,9 @@ def engine(address: str) -> int:
     """Be the engine process of a server that listens at address and holds our standard input."""
     # Ctrl-C reaches every process of the terminal; what it means is the server's to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from sessile.engine.compiled import use_compiled_core
+
+    use_compiled_core()
     from sessile.engine.process import die_with_parent, run_engine
     from sessile.offline import open_configured_engine
     from sessile.server.logs import configure_logs
@@ -73,6 +76,9 @@ def doctor(config: Config) -> int:
 
 def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
     """The options of a bench (a dataclass) and the function that runs it with them."""
+    from sessile.engine.compiled import use_compiled_core
+
+    use_compiled_core()
     if name == "step":
         from sessile.bench.step import StepBenchOptions, measure_steps
 

@@ -76,6 +76,7 @@ def examine(config: Config) -> list[Finding]:
         ("accelerator", examine_accelerator),
         ("numba", examine_numba),
         ("processor", examine_processor),
+        ("core", examine_core),
         ("model", lambda: examine_model(config)),
         ("tokenizer", lambda: examine_tokenizer(config)),
         ("memory", lambda: examine_memory(config)),
@@ -168,6 +169,14 @@ def examine_processor() -> Finding:
     if flags and not fast:
         return Finding("processor", Level.WARNING, f"{found}: no AVX2", "Use a newer machine: this one is slow.")
     return Finding("processor", Level.OK, found)
+
+
+def examine_core() -> Finding:
+    """Whether the scheduler runs compiled; it serves either way."""
+    from sessile.engine.compiled import available_core
+
+    build = available_core()
+    return Finding("core", Level.OK, build.found, build.remedy)
 
 
 def examine_model(config: Config) -> Finding:

@@ -3,8 +3,10 @@
 import os
 
 # Before torch or numba is imported anywhere: two cores are what CI has, and oversubscription only slows them.
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(variable, "2")
+threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, threads)
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that a test may ask for
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -12,7 +12,7 @@ from sessile.bench.gpu_shapes import ShapeEngine
 BATCHES = (1, 8, 64, 256)
 PROMPT_TOKENS, STEP_TOKENS = 1024, 132
 STEP_TARGETS_MS = {"8B": (5.9, 6.3, 9.3, 20.0), "1.5B": (1.6, 1.7, 2.4, 4.9)}
-TURNS = ((4, 40, 16, 16, 8), (8, 20, 16, 16, 8), (8, 6, 32000, 128, 64), (1, 10, 32000, 16, 8))
+TURNS = ((4, 300, 16, 16, 8), (8, 150, 16, 16, 8), (8, 6, 32000, 128, 64), (1, 20, 100000, 16, 8))
 """Conversations, turns, and tokens of the first prompt, of each later one, and of each answer."""
 
 
@@ -24,7 +24,7 @@ def machine_line() -> str:
 def measure_shape(shape: str, groups: set[str], batches: tuple[int, ...] = BATCHES) -> None:
     """Print the figures of one shape: any of the groups "steps", "throughput" and "turns"."""
     with TemporaryDirectory() as folder:
-        engine = ShapeEngine(shape, Path(folder), context_tokens=32768, mixed_chunk_tokens=8192)
+        engine = ShapeEngine(shape, Path(folder), mixed_chunk_tokens=8192)
         facts = engine.engine.device.facts
         print(
             f"{shape}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "

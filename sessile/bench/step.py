@@ -18,6 +18,7 @@ from sessile.contract.model import ModelFacts
 from sessile.contract.plan import Ints
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
+from sessile.engine.compiled import use_compiled_core
 from sessile.engine.garbage import IdleCollector
 from sessile.options import option
 
@@ -166,6 +167,8 @@ def measured_steps(rows: int, steps: int) -> list[HostTimes]:
 def measure_steps(options: StepBenchOptions) -> int:
     """Measure and print; 0 if every target is met, else 1."""
     console = Console()
+    build = use_compiled_core()
+    console.print(f"core: {build.found}. {build.remedy}".rstrip())
     console.print(f"Host time of a step in ms, {options.steps} steps. code: encoding and decoding the plan.")
     table = Table(box=None, pad_edge=False)
     for column in ("rows", "plan", "code", "settle", "p50", "target", "p99", "target", ""):

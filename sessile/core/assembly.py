@@ -2,11 +2,11 @@
 
 from array import array
 from dataclasses import dataclass
-from itertools import repeat
+from struct import Struct
 
 import numpy as np
 
-from sessile.contract.messages import unpack_tokens
+from sessile.contract.messages import pack_tokens, unpack_tokens
 from sessile.contract.plan import (
     BIND_FLOATS,
     BIND_INTS,
@@ -19,6 +19,7 @@ from sessile.contract.plan import (
     StepPlan,
 )
 from sessile.core.books import Books
+from sessile.core.history import TOKEN_BYTES, Packed
 from sessile.core.planning import Drafter, Planned, PromptPart
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column, Flags
@@ -26,6 +27,9 @@ from sessile.core.rows import Column, Flags
 _NO_COPIES: Ints = np.empty((0, 3), np.int32)
 _ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
 """Rows to logprob_tops of StepPlan, in its order: built as one array."""
+_PART = Struct("<7i")
+_ZERO, _ONE = array("i", [0]), array("i", [1])
+_ON_DEVICE = pack_tokens([-1])
 _CONTEXT_TOKENS = 64
 """What a drafter is shown of the end of a request's tokens."""
 
@@ -72,16 +76,15 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         tokens = _decode_columns(books, decodes, decoding)
     else:
         tokens = _draft_columns(books, decodes, drafts, decoding)
-    scores = _scores(parts, len(tokens))
+    scores = _scores(parts, len(tokens) // TOKEN_BYTES)
     if parts:
         table = [
-            (part.row, part.start, part.count, 0, part.samples, part.request.output_tokens, part.top) for part in parts
+            _PART.pack(part.row, part.start, part.count, 0, part.samples, part.request.output_tokens, part.top)
+            for part in parts
         ]
-        columns[:, decode_count:] = np.array(table, np.int32).T
+        columns[:, decode_count:] = np.frombuffer(b"".join(table), np.int32).reshape(-1, 7).T
         rows[decode_count:] = columns[_ROW, decode_count:]
-        tokens = np.concatenate(
-            (tokens, unpack_tokens(b"".join([part.request.tokens(part.start, part.end) for part in parts])))
-        )
+        tokens = b"".join([tokens, *[part.request.tokens(part.start, part.end) for part in parts]])
     allowed = columns[_FLAGS] & SAMPLE
     if drafts:
         allowed += columns[_DRAFTS]
@@ -97,7 +100,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         columns[_FLAGS],
         columns[_OUTPUT],
         columns[_TOP],
-        tokens,
+        unpack_tokens(tokens),
         *scores,
     )
     sampling = planned.sampling if drafts is None else None
@@ -124,8 +127,8 @@ def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -
     return drafts
 
 
-def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Ints:
-    """Fill the columns [7, d] of rows that decode without drafts; returns their tokens [d].
+def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
+    """Fill the columns [7, d] of rows that decode without drafts; returns their tokens.
 
     The token of a row is -1 where it is still on the device.
     """
@@ -142,13 +145,13 @@ def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Ints:
     on_device = rows.pending[decodes] > 1
     if np.count_nonzero(on_device) == len(decodes):
         columns[_FLAGS] = SAMPLE | FROM_DEVICE
-        return np.full(len(decodes), -1, np.int32)
+        return _ON_DEVICE * len(decodes)
     columns[_FLAGS] = SAMPLE + on_device * FROM_DEVICE
-    return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32)
+    return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32).tobytes()
 
 
-def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], columns: Ints) -> Ints:
-    """Fill the columns [7, d] of rows that decode with drafts; returns their tokens [sum 1 + drafts].
+def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], columns: Ints) -> Packed:
+    """Fill the columns [7, d] of rows that decode with drafts; returns their tokens, drafts included.
 
     Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
     """
@@ -168,7 +171,7 @@ def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], colum
     for token, draft in zip(rows.last_token[decodes].tolist(), drafts, strict=True):
         flat.append(token)
         flat.extend(draft)
-    return np.array(flat, np.int32)
+    return pack_tokens(flat)
 
 
 def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints]:
@@ -199,16 +202,18 @@ def scored_range(part: PromptPart) -> tuple[int, int]:
 
 def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     """Page-table runs: whole tables of the rows bound in this step, then what running rows drew."""
-    table_rows, starts, counts, pages = array("i"), array("i"), array("i"), array("i")
+    pages = array("i")
+    bound_rows: list[int] = []
+    bound_counts: list[int] = []
     for request in planned.bound:
         if request.row is None or request.pin is None or request.lease is None:
             continue  # It ended between the early part and now: its row is bound, but nothing of it runs.
         shared, own = request.pin.pages, request.lease.pages
-        table_rows.append(request.row)
-        starts.append(0)
-        counts.append(len(shared) + len(own))
+        bound_rows.append(request.row)
+        bound_counts.append(len(shared) + len(own))
         pages.extend(shared)
         pages.extend(own)
+    table_rows, starts, counts = array("i", bound_rows), _ZERO * len(bound_rows), array("i", bound_counts)
     for row, start, drawn in planned.runs:
         table_rows.append(row)
         starts.append(start)
@@ -217,7 +222,7 @@ def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
     if planned.grown_pages:
         table_rows.frombytes(planned.grown.astype(np.int32).tobytes())
         starts.frombytes(planned.grown_slots.astype(np.int32).tobytes())
-        counts.extend(repeat(1, len(planned.grown_pages)))
+        counts.extend(_ONE * len(planned.grown_pages))
         pages.extend(planned.grown_pages)
     if not table_rows:
         return NO_INTS, NO_INTS, NO_INTS, NO_INTS
@@ -233,6 +238,7 @@ _NO_BINDINGS = (
     NO_INTS, np.empty((0, 4), np.int32), np.empty((0, 6), np.float32), NO_INTS, NO_INTS, NO_FLOATS, NO_INTS, NO_INTS,
     NO_INTS, NO_INTS, NO_INTS,
 )  # fmt: skip
+_Shapes = tuple[Ints, Ints, Floats, Ints, Ints, Ints, Ints, Ints]
 _Bindings = tuple[Ints, Ints, Floats, Ints, Ints, Floats, Ints, Ints, Ints, Ints, Ints]
 
 
@@ -245,16 +251,22 @@ def _bindings(books: Books, planned: Planned) -> _Bindings:
         np.array([request.row for request in bound], np.int32),
         np.frombuffer(b"".join([request.bind_ints for request in bound]), np.int32).reshape(-1, BIND_INTS),
         np.frombuffer(b"".join([request.bind_floats for request in bound]), np.float32).reshape(-1, BIND_FLOATS),
-        *_biases(bound),
-        *_bans(bound),
-        *_seen(bound),
+        *(_shapes(bound) if any([request.shaped for request in bound]) else _no_shapes(len(bound))),
     )
+
+
+def _shapes(bound: list[Request]) -> _Shapes:
+    """Biases, bans and what penalties look at: the last eight arrays."""
+    return (*_biases(bound), *_bans(bound), *_seen(bound))
+
+
+def _no_shapes(count: int) -> _Shapes:
+    none = np.zeros(count, np.int32)
+    return none, NO_INTS, NO_FLOATS, none, NO_INTS, none, none, NO_INTS
 
 
 def _biases(bound: list[Request]) -> tuple[Ints, Ints, Floats]:
     biases = [bias for request in bound for bias in request.sampling.logit_bias]
-    if not biases:
-        return np.zeros(len(bound), np.int32), NO_INTS, NO_FLOATS
     return (
         np.array([len(request.sampling.logit_bias) for request in bound], np.int32),
         np.array([token for token, _ in biases], np.int32),
@@ -264,16 +276,11 @@ def _biases(bound: list[Request]) -> tuple[Ints, Ints, Floats]:
 
 def _bans(bound: list[Request]) -> tuple[Ints, Ints]:
     bans = [token for request in bound for token in request.ban_ids]
-    if not bans:
-        return np.zeros(len(bound), np.int32), NO_INTS
     return np.array([len(request.ban_ids) for request in bound], np.int32), np.array(bans, np.int32)
 
 
 def _seen(bound: list[Request]) -> tuple[Ints, Ints, Ints]:
     """Prompt counts, output counts and the tokens counted, of requests with a penalty."""
-    if not any([request.penalised for request in bound]):
-        none = np.zeros(len(bound), np.int32)
-        return none, none, NO_INTS
     prompt_counts, output_counts, seen = [], [], []
     for request in bound:
         prompt_counts.append(request.prompt_tokens if request.penalised else 0)

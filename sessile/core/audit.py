@@ -218,7 +218,6 @@ class RollingAudit:
             lease = _lease(holder)
             if lease is None or not len(lease):
                 continue
-            tags = books.ledger.tags[np.array(lease.pages, np.int32)]
-            if (tags != lease.account).any() or books.ledger.balance(lease.account) != len(tags):
+            if not books.ledger.owns_all(lease):
                 books.totals.audit_failures += 1
                 raise AuditError(f"{books.ledger.name(lease.account)} holds pages that are tagged otherwise")

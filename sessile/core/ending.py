@@ -30,8 +30,7 @@ def end_request(
         books.collect_output(request)
     if session is not None and commits:
         # History and KV length change together, here and nowhere else (H18, H26).
-        session.history.append(request.delta)
-        session.history.append(request.output.tobytes())
+        session.history.append(request.delta + request.output.tobytes())
         session.turn_ends.append(len(session.history))
         books.totals.turns_committed += 1
     elif session is not None:

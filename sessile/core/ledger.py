@@ -14,7 +14,6 @@ value. Whoever holds it owns the pages; handing it over is O(1) and rewrites no 
 
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import NoReturn
 
 import numpy as np
@@ -30,8 +29,6 @@ _FIXED_NAMES = ("FREE", "TREE", "LIMBO", "SCRATCH", "QUARANTINE")
 _SLOT_BITS = 20
 _SLOT_MASK = (1 << _SLOT_BITS) - 1
 _GENERATION_MASK = (1 << (32 - _SLOT_BITS)) - 1
-# Below this many pages a plain loop beats numpy's fixed cost of some microseconds.
-_FEW_PAGES = 64
 
 
 class Lease:
@@ -95,8 +92,8 @@ class PageLedger:
         """Leases that were dropped while they owned pages; the audit fails on any."""
         self.floor_step = 0
         """What goes to LIMBO waits for this step at least: set while copies wait for the plan that will carry them."""
-        self._tags = array("I", bytes(4 * pages_total))
-        self._tags_view: npt.NDArray[np.uint32] = np.frombuffer(self._tags, np.uint32)
+        # A list: most moves are of a few pages, and a loop over those beats numpy's fixed cost.
+        self._tags: list[Account] = [FREE] * pages_total
         self._balances = [pages_total, 0, 0, 0, 0]
         self._generations = [0, 0, 0, 0, 0]
         self._vacant_slots: list[int] = []
@@ -126,8 +123,13 @@ class PageLedger:
 
     @property
     def tags(self) -> npt.NDArray[np.uint32]:
-        """uint32[pages_total]: the account of each page. A view; read only."""
-        return self._tags_view
+        """uint32[pages_total]: the account of each page. A copy, for the audit."""
+        return np.array(self._tags, np.uint32)
+
+    def owns_all(self, lease: Lease) -> bool:
+        """Whether the tags of a lease's pages, and the balance, say that its account owns them."""
+        tags, account = self._tags, lease.account
+        return self.balance(account) == len(lease) and all([tags[page] == account for page in lease.pages])
 
     @property
     def free_stack(self) -> "array[int]":
@@ -250,25 +252,19 @@ class PageLedger:
         pages: each owned by source. target: one account for all, or one for each page. Raises OwnershipError naming
         the first page that is not source's, with its owner; nothing has moved then.
         """
-        balances = self._balances
-        if len(pages) > _FEW_PAGES:
-            found = self._tags_view[pages] == source
-            if not found.all():
-                raise self._foreign(pages[int(np.argmin(found))], source)
-            self._tags_view[pages] = target
-        else:
-            tags = self._tags
-            for page in pages:
-                if tags[page] != source:
-                    raise self._foreign(page, source)
-            for page, account in zip(pages, target if isinstance(target, list) else repeat(target), strict=False):
-                tags[page] = account
-        balances[source & _SLOT_MASK] -= len(pages)
+        tags, balances = self._tags, self._balances
+        for page in pages:
+            if tags[page] != source:
+                raise self._foreign(page, source)
         if isinstance(target, list):
-            for account in target:
+            for page, account in zip(pages, target, strict=True):
+                tags[page] = account
                 balances[account & _SLOT_MASK] += 1
         else:
+            for page in pages:
+                tags[page] = target
             balances[target & _SLOT_MASK] += len(pages)
+        balances[source & _SLOT_MASK] -= len(pages)
 
     def _foreign(self, page: int, expected: Account) -> OwnershipError:
         return OwnershipError.foreign_page(page, expected=self.name(expected), found=self.name(self._tags[page]))

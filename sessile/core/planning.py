@@ -7,7 +7,7 @@ step; only what nothing covers preempts, and then the newest arrival, for the sa
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ _LOOKS_MAX = 4
 
 _NO_ROWS: Column = np.empty(0, np.int64)
 _NO_FLAGS: Flags = np.empty(0, np.bool_)
+_NO_PAGES = array("i")
 
 
 class Drafter(Protocol):
@@ -61,7 +62,6 @@ class PromptPart:
         return self.request.logprobs if self.samples else -1
 
 
-@dataclass(slots=True)
 class Planned:
     """The early part of a plan: rows, counts and pages are fixed, drafts are not.
 
@@ -69,27 +69,34 @@ class Planned:
     token each, with `draft_caps` drafts at most.
     """
 
-    step: int
-    decodes: Column = field(default_factory=lambda: _NO_ROWS)
-    sampling: Flags = field(default_factory=lambda: _NO_FLAGS)
-    """bool[rows_max]: which rows sample in this step, without regard to drafts."""
-    draft_caps: Column | None = None
-    """None: no drafts."""
-    parts: list[PromptPart] = field(default_factory=list)
-    bound: list[Request] = field(default_factory=list)
-    runs: list[tuple[int, int, "array[int]"]] = field(default_factory=list)
-    """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
-    grown: Column = field(default_factory=lambda: _NO_ROWS)
-    """Running rows that drew one page each: their table gets `grown_pages` at `grown_slots`."""
-    grown_slots: Column = field(default_factory=lambda: _NO_ROWS)
-    grown_pages: "array[int]" = field(default_factory=lambda: array("i"))
-    late: bool = False
-    leases: list[Lease] = field(default_factory=list)
-    """Those of `bound`. The parts of `bound` are the last ones of `parts`."""
-    owed: list[int] = field(default_factory=list)
-    """Pages promised to each of `bound`, drawn together at the end of admission."""
-    owed_pages: int = 0
-    tokens: int = 0
+    __slots__ = (
+        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "late", "leases", "owed", "owed_pages",
+        "parts", "runs", "sampling", "step", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.decodes = _NO_ROWS
+        self.sampling = _NO_FLAGS
+        """bool[rows_max]: which rows sample in this step, without regard to drafts."""
+        self.draft_caps: Column | None = None
+        """None: no drafts."""
+        self.parts: list[PromptPart] = []
+        self.bound: list[Request] = []
+        """Who is admitted. Their parts are the last ones of `parts`."""
+        self.leases: list[Lease] = []
+        """Those of `bound`."""
+        self.owed: list[int] = []
+        """Pages promised to each of `bound`, drawn together at the end of admission."""
+        self.owed_pages = 0
+        self.runs: list[tuple[int, int, array[int]]] = []
+        """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
+        self.grown = _NO_ROWS
+        """Running rows that drew one page each: their table gets `grown_pages` at `grown_slots`."""
+        self.grown_slots = _NO_ROWS
+        self.grown_pages = _NO_PAGES
+        self.late = False
+        self.tokens = 0
 
     @property
     def is_empty(self) -> bool:
@@ -176,8 +183,9 @@ class Planner:
         single = ahead == 1
         single &= ready
         decodes = single.nonzero()[0]
+        single_count = len(decodes)
         prompts = _NO_ROWS
-        if np.count_nonzero(ready) > len(decodes):
+        if np.count_nonzero(ready) > single_count:
             prompts = (ready & ~single).nonzero()[0]
         elif not len(decodes):
             planned.sampling = single
@@ -191,7 +199,7 @@ class Planner:
         budget = self._budget(len(decodes) > 0)
         if len(decodes) > budget:
             decodes = decodes[np.argsort(rows.arrival[decodes], kind="stable")][:budget]
-        if len(decodes) < np.count_nonzero(single):
+        if len(decodes) < single_count:
             single[:] = False
             single[decodes] = True
         planned.decodes, planned.sampling = decodes, single

@@ -39,11 +39,42 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "ban_ids", "base", "base_tokens", "bind_floats", "bind_ints", "bound_pages", "cached_tokens",
-        "computed_tokens", "delta", "goal_tokens", "key", "lease", "logprobs", "matcher", "namespace", "output",
-        "overtaken", "penalised", "phase", "pin", "preempted_tokens", "preemptions", "prompt_tokens", "publishing",
-        "reached_tokens", "row", "sampling", "scored_tokens", "scores_from", "session", "share_key", "share_waits",
-        "slow", "stop_ids",
+        "arrival",
+        "ban_ids",
+        "base",
+        "base_tokens",
+        "bind_floats",
+        "bind_ints",
+        "bound_pages",
+        "cached_tokens",
+        "computed_tokens",
+        "delta",
+        "goal_tokens",
+        "key",
+        "lease",
+        "logprobs",
+        "matcher",
+        "namespace",
+        "output",
+        "overtaken",
+        "penalised",
+        "phase",
+        "pin",
+        "preempted_tokens",
+        "preemptions",
+        "prompt_tokens",
+        "publishing",
+        "reached_tokens",
+        "row",
+        "sampling",
+        "scored_tokens",
+        "scores_from",
+        "session",
+        "shaped",
+        "share_key",
+        "share_waits",
+        "slow",
+        "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +105,8 @@ class Request:
         self.penalised = penalised(sampling)
         self.ban_ids = stop_ids if sampling.min_new_tokens else ()
         """Never sampled below min_new_tokens."""
+        self.shaped = bool(sampling.logit_bias or self.ban_ids or self.penalised)
+        """Whether the device changes logits for it."""
         self.stop_ids = stop_ids
         self.matcher: StopMatcher | None = StopMatcher(sampling.stop) if sampling.stop else None
         self.logprobs = message.logprobs

@@ -63,8 +63,9 @@ def _validate(flight: Flight, result: StepResult) -> None:
 
 def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
     scores = _score_offsets(flight) if len(result.score_logprobs) else {}
-    for part in flight.parts:
-        if part.request.phase is Phase.RUNNING:
+    for index, part in enumerate(flight.parts, flight.decodes):
+        # A faulty row's KV is worth nothing: it may be neither kept nor published. Its request ends further down.
+        if part.request.phase is Phase.RUNNING and not result.faulty[index]:
             _settle_prompt(books, part.request, part, result, scores)
 
 
@@ -157,17 +158,19 @@ def _settle_prompt(
     row = part.row
     end = part.start + part.count
     rows.settled[row] = end
-    fresh = max(0, min(end, request.prompt_tokens) - max(part.start, request.reached_tokens))
-    request.computed_tokens += fresh
+    reached, prompt_tokens = request.reached_tokens, request.prompt_tokens
+    request.computed_tokens += max(0, min(end, prompt_tokens) - max(part.start, reached))
     books.totals.computed_tokens += part.count
-    books.totals.recomputed_tokens += max(0, min(end, request.reached_tokens) - part.start)
-    request.reached_tokens = max(request.reached_tokens, end)
+    if reached > part.start:
+        books.totals.recomputed_tokens += min(end, reached) - part.start
+    if end > reached:
+        request.reached_tokens = end
     if request.scores_from >= 0:
         _send_scores(books, request, part, result, score_offsets)
     if request.publishing:
         assert request.pin is not None and request.lease is not None
         size = books.limits.page_size
-        full = min(end, request.prompt_tokens) // size
+        full = min(end, prompt_tokens) // size
         if full > len(request.pin.pages):
             tokens = request.tokens(len(request.pin.pages) * size, full * size)
             request.publishing = books.tree.publish_live(request.pin, request.lease, tokens)

@@ -30,8 +30,10 @@ class Norm:
 
 
 def linear_tile(outs: int, ins: int) -> LinearTile:
-    """The tile for a weight [outs, ins]: enough programs to keep all of the chip reading."""
-    return LinearTile(4 if outs * ins < 1 << 24 else 8, min(triton.next_power_of_2(ins), 1024), 4)
+    """The tile for a weight [outs, ins] that reads it fastest, by measurement on an H100."""
+    if outs <= 2048 and ins >= 4096:
+        return LinearTile(2, 1024, 4)  # few and long rows: more programs
+    return LinearTile(8 if outs >= 16384 and ins < 4096 else 4, 512, 4)
 
 
 def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""POST /generate: the native surface, as SGLang has it (http-contract.md §1)."""
+"""POST /generate: the native surface, as SGLang has it (docs/HTTP.md)."""
 
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Literal, Self

@@ -1,4 +1,4 @@
-"""/v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients expect them (http-contract.md §2)."""
+"""/v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients expect them (docs/HTTP.md)."""
 
 import asyncio
 import uuid

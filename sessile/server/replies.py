@@ -31,7 +31,7 @@ class Surface(Enum):
     OPENAI = "openai"
     """{"error": {"message", "type", "param", "code"}}; the same statuses, but an unknown model is 404."""
     RESOURCES = "resources"
-    """Sessions as a resource: the same shape with the statuses of §3 of the contract, malformed input is 422."""
+    """Sessions as a resource: the same shape with statuses of its own (docs/HTTP.md), malformed input is 422."""
 
     @classmethod
     def of(cls, path: str) -> "Surface":

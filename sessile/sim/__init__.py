@@ -10,6 +10,7 @@ Nothing here waits, reads a clock or depends on hash order: a seed is a world, a
     books        what clients may expect, kept from messages alone
     checkers     the claims of device and machine against both
     simulation   the loop of one seed
+    narrate      what happened, in words
     run          many seeds, totals, replay, shrinking
-    mutants      planted faults that must be caught
+    mutants      planted faults (faults, planting) that must be caught
 """

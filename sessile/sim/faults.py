@@ -78,7 +78,7 @@ _TREE = (
     ),
     _fault(
         "unsettled page published", "H30", "a page is published before all of it is computed",
-        "settling", "full = min(end, request.prompt_tokens) // size",
+        "settling", "full = min(end, prompt_tokens) // size",
         "full = min(len(request.pin.pages) + len(request.lease), (end + size - 1) // size)",
     ),
     _fault(
@@ -168,8 +168,8 @@ _STEPS = (
     _fault(
         "table without the shared part", "H31", "a row is bound with its own pages first, the shared ones behind",
         "assembly",
-        "        pages.extend(request.pin.pages)\n        pages.extend(request.lease.pages)\n",
-        "        pages.extend(request.lease.pages)\n        pages.extend(request.pin.pages)\n",
+        "        pages.extend(shared)\n        pages.extend(own)\n",
+        "        pages.extend(own)\n        pages.extend(shared)\n",
     ),
     _fault(
         "one page to two rows", "H06, H22", "two rows that need a page in the same step get the same one",
@@ -191,13 +191,15 @@ _STEPS = (
     ),
     _fault(
         "noise starts over on resume", "H66, H76", "a resumed request samples with output index 0",
-        "assembly", "    tops = rows.logprobs[all_rows]\n",
-        "    output_indices[decode_count:] = 0\n    tops = rows.logprobs[all_rows]\n",
+        "assembly", "part.samples, part.request.output_tokens, part.top)", "part.samples, 0, part.top)",
     ),
     _fault(
-        "penalties start over on resume", "H76", "a resumed request is bound without its output so far",
-        "assembly", "            output_counts.append(request.output_tokens)\n",
-        "            output_counts.append(0)\n            seen[-1] = seen[-1][: 4 * request.prompt_tokens]\n",
+        "penalties start over on resume", "H76", "a resumed request's output counts as prompt",
+        "assembly",
+        "        prompt_counts.append(request.prompt_tokens if request.penalised else 0)\n"
+        "        output_counts.append(request.output_tokens if request.penalised else 0)\n",
+        "        prompt_counts.append(request.known_tokens if request.penalised else 0)\n"
+        "        output_counts.append(0)\n",
     ),
     _fault(
         "late positions stale", "H11, H49", "a plan with drafts keeps the positions of its early part",
@@ -210,11 +212,11 @@ _STEPS = (
     ),
     _fault(
         "stop token ignored", "H58", "rows that only append a token never look for a stop token",
-        "settling", "    quick &= (rows.stops[:, active] != tokens).all(axis=0)\n", "",
+        "settling", "            hit |= stops[active] == tokens\n", "            hit |= stops[active] == -2\n",
     ),
     _fault(
         "ended row settled", "H24", "tokens of a row whose request was cancelled in flight are emitted",
-        "settling", "    plain &= rows.live > rows.slow\n", "    plain &= rows.slow == 0\n",
+        "settling", "    plain = rows.live > rows.slow\n", "    plain = rows.slow == 0\n",
     ),
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
@@ -226,8 +228,13 @@ _STEPS = (
         "planning", "np.argmax(rows.arrival[running])", "np.argmin(rows.arrival[running])",
     ),
     _fault(
+        "faulty KV published", "H74", "prompt pages of a row whose logits were not finite go to the tree",
+        "settling", "part.request.phase is Phase.RUNNING and not result.faulty[index]",
+        "part.request.phase is Phase.RUNNING",
+    ),
+    _fault(
         "faulty row served", "H74", "tokens of a row whose logits were not finite are delivered",
-        "settling", "        if any_faulty and result.faulty[index]:", "        if False:",
+        "settling", "        if result.faulty[index]:", "        if False:",
     ),
 )
 

@@ -10,11 +10,12 @@ from random import Random
 import msgspec
 
 from sessile.contract import messages as wire
-from sessile.contract.plan import SAMPLE, StepPlan, StepResult, decode_plan, encode_plan
+from sessile.contract.plan import StepPlan, decode_plan, encode_plan
 from sessile.core import machine as core
 from sessile.sim.books import Books
 from sessile.sim.checkers import check_empty, check_plan, check_stats, check_sums
 from sessile.sim.drafter import ToyDrafter
+from sessile.sim.narrate import Event, narrate
 from sessile.sim.records import CheckFailed, Failure, Report, Script, check
 from sessile.sim.toy import ToyDevice, ToyTicket
 from sessile.sim.workload import Workload
@@ -59,7 +60,7 @@ class Simulation:
         self._steps = 0
         self._now_ns = 0
         self._trace = hashlib.sha256()
-        self._events: deque[tuple[int, str, object]] = deque(maxlen=EVENTS_KEPT)
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
 
     def run(self, steps: int) -> Report:
         """Simulate until `steps` steps were launched and everything has ended; never raises for what it finds."""
@@ -170,7 +171,7 @@ class Simulation:
             place = traceback.extract_tb(error.__traceback__)[-1]
             checker = type(error).__name__
             message = f"{error or place.line} ({Path(place.filename).name}:{place.lineno})"
-        events = tuple(map(_shown, self._events))
+        events = tuple(map(narrate, self._events))
         return Failure(self._world.seed, self._steps, checker, message, self._is_balanced(), events)
 
     def _is_balanced(self) -> bool:
@@ -197,24 +198,3 @@ class Simulation:
         closes = [wire.CloseSession(next(ops), session) for session in self._books.sessions]
         self._loop_once([*closes, wire.Flush(next(ops)), wire.GetStats(next(ops))])
         check_empty(self._machine.stats())
-
-
-def _shown(event: "tuple[int, str, object]") -> str:
-    turn, verb, subject = event
-    if isinstance(subject, StepPlan):
-        return f"turn {turn}: {verb} {_shown_plan(subject)}"
-    if isinstance(subject, StepResult):
-        return f"turn {turn}: {verb} {subject.step}: {subject.tokens.tolist()} emitted as {subject.emitted.tolist()}"
-    return f"turn {turn}: {verb} {subject}"
-
-
-def _shown_plan(plan: StepPlan) -> str:
-    parts = []
-    for row, start, count, drafts, flags in zip(
-        plan.rows, plan.starts, plan.query_counts, plan.draft_counts, plan.flags, strict=True
-    ):
-        kind = ("samples" if flags & SAMPLE else "fills") + (f" with {drafts} drafts" if drafts else "")
-        parts.append(f"row {row} {kind} {count} at {start}")
-    runs = list(zip(plan.table_rows.tolist(), plan.table_starts.tolist(), plan.table_counts.tolist(), strict=True))
-    pages = plan.table_pages.tolist()
-    return f"{plan.step}: {'; '.join(parts)}; binds {plan.bind_rows.tolist()}; {runs} get {pages}"

@@ -157,6 +157,7 @@ class ToyDevice:
         for row_writes in writes.values():
             self._land(row_writes)
         result = self._sample(plan, [len(writes[row]) for row in plan.rows.tolist()])
+        self._spoil([write for row in plan.rows[result.faulty].tolist() for write in writes[row]])
         if not self._strict and self._is_late():
             self._hold_back(flight, writes)
         self._flights.append(flight)
@@ -368,6 +369,12 @@ class ToyDevice:
             tops += hashing.top_of(flat_digests[query], top, self._vocab_size)
         scores = [hashing.logprob_of(flat_digests[q], t) for q, t in zip(queries, targets, strict=True)]
         return np.array(scores, np.float32), *_split_tops(tops)
+
+    def _spoil(self, writes: list[_Write]) -> None:
+        """What a row without finite logits wrote is worth nothing either: whoever reads it later shall stumble."""
+        for write in writes:
+            write.cell = POISON
+            self._cells[write.page, write.offset] = POISON
 
     # Writes that arrive when they please.
 

@@ -149,7 +149,7 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         chatty=rate("", 0.0, 0.5, 1.0),
         delay_rate=rate("late", 0.0, 0.2, 0.6),
         late_rate=rate("late", 0.0, 0.5, 1.0),
-        faulty_rate=rate("faulty", 0.0, 0.0, 0.0, 0.01),
+        faulty_rate=rate("faulty", 0.0, 0.0, 0.003, 0.03),
         draft_rate=rate("", 0.0, 0.5, 0.8, 1.0),
         pace_rate=rate("", 0.0, 0.0, 0.05),
         logprob_rate=rate("", 0.0, 0.0, 0.3),

@@ -42,3 +42,12 @@ def test_a_failing_workload_shrinks_to_few_messages() -> None:
         script, failure = shrink(world, 200, report, runs_max=40, simulation=simulation.Simulation)
     assert sum(map(len, script.values())) < sum(map(len, report.script.values()))
     assert failure.checker == report.failure.checker
+
+
+def test_a_failure_is_told_in_words() -> None:
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "emitted twice on resume")
+    with planted(mutant.edits) as simulation:
+        reports = (simulation.Simulation(make_world(seed)).run(200) for seed in range(20))
+        failure = next(report.failure for report in reports if report.failure)
+    story = "\n".join(failure.events)
+    assert "sent Submit key=" in story and "launched" in story and "says [" in story and "settled" in story

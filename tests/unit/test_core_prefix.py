@@ -149,6 +149,16 @@ def test_h20_both_halves_of_a_split_node_stay_locked() -> None:
     assert grove.evict(9) + grove.evict(9) == 2
 
 
+def test_h20_both_halves_of_a_split_node_stay_marked_by_a_parked_reader() -> None:
+    grove = Grove()
+    grove.grow(1, 2)
+    parked = grove.start(1, 2)
+    grove.tree.soften(parked)
+    grove.tree.unpin(grove.start(1), used=True)
+    assert [(node.hard, node.soft) for node in parked.path()] == [(0, 1), (0, 1)]
+    grove.tree.unpin(parked, used=True)
+
+
 def test_h21_a_receipt_cannot_be_used_after_it_was_given_back() -> None:
     grove = Grove()
     grove.grow(1, 2)

@@ -1,0 +1,78 @@
+"""A GPU refuses in one line what it cannot serve, before or while it opens."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sessile.bench.gpu_shapes import SHAPES
+from sessile.contract.plan import StepPlan
+from sessile.device import gpu_factory
+from sessile.device.config import DeviceOptions
+from sessile.device.gpu_factory import open_gpu
+from sessile.errors import NotReady, PlanError, StartupError
+from sessile.model.config import ModelOptions
+from tests.kernels.layouts import DEVICE
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "intermediate_size": 32, "vocab_size": 64, "max_position_embeddings": 64}  # fmt: skip
+
+
+def opened(folder: Path, *, kv_memory: str = "1M", options: dict[str, Any] | None = None, **config: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps(SHAPES["8B"] | TINY | config), encoding="utf-8")
+    model = replace(ModelOptions(model=str(folder), load_format="dummy", dtype="float32"), **(options or {}))
+    return open_gpu(
+        model, DeviceOptions(kv_memory=kv_memory), page_size=16, context_tokens=None, rows_max=2, drafts_max=0,
+        progress=lambda stage, done: None, device=DEVICE,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_factory, "warm_up", lambda runner, rows_max, context_tokens: None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"head_dim": 512}, "up to 256. Use --device cpu"),
+        ({"options": {"quantize": "int8"}}, "--quantize int8 works on the CPU only"),
+        ({"kv_memory": "1K"}, "--kv-memory of 1.0 KiB holds"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(asked: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=message) as refusal:
+        opened(tmp_path, **asked)
+    assert "\n" not in str(refusal.value)
+
+
+def test_running_out_of_memory_while_starting_names_the_remedies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_factory, "warm_up", runs_out)
+    with pytest.raises(StartupError, match="lower --kv-memory or --context-tokens"):
+        opened(tmp_path)
+
+
+def test_a_closed_gpu_takes_no_steps(tmp_path: Path) -> None:
+    device = opened(tmp_path)
+    device.close()
+    device.close()
+    with pytest.raises(NotReady, match="closed"):
+        device.launch(None)
+
+
+def test_a_plan_that_reaches_out_of_bounds_fails_its_ticket_and_all_later_ones(tmp_path: Path) -> None:
+    device = opened(tmp_path)
+    plan = StepPlan.empty(1, bind_rows=np.array([9], np.int32))
+    for ticket in (device.launch(plan), device.launch(StepPlan.empty(2))):
+        with pytest.raises(PlanError, match="batch row 9 does not exist"):
+            ticket.result()
+    device.close()

@@ -1,0 +1,51 @@
+"""Steps run at few sizes, each at least as large as its plan."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sessile.contract.plan import SAMPLE, StepPlan
+from sessile.device.buckets import CAPTURED_TOKENS_MAX, bucket_of, round_up
+
+
+def plan_of(counts: list[int], drafts: list[int], samples: list[bool]) -> StepPlan:
+    rows = np.arange(len(counts), dtype=np.int32)
+    return StepPlan.empty(
+        1, rows=rows, query_counts=np.array(counts, np.int32), draft_counts=np.array(drafts, np.int32),
+        flags=np.array(samples, np.int32) * SAMPLE, tokens=np.zeros(sum(counts), np.int32),
+    )  # fmt: skip
+
+
+row = st.tuples(st.integers(1, 300), st.booleans())
+
+
+@given(st.lists(row, min_size=1, max_size=40), st.integers(0, 3))
+def test_a_bucket_holds_its_plan(rows: list[tuple[int, bool]], drafts: int) -> None:
+    drafted = [min(drafts, count - 1) if samples else 0 for count, samples in rows]
+    plan = plan_of([count for count, _ in rows], drafted, [samples for _, samples in rows])
+    bucket = bucket_of(plan, 4)
+    places = sum(count + 1 for count, (_, samples) in zip(drafted, rows, strict=True) if samples)
+    assert bucket.tokens >= plan.tokens.size and bucket.rows >= len(rows) and bucket.places >= places
+    assert bucket.has_wide or all(count <= 4 for count, _ in rows)
+    assert bucket.has_narrow or all(count > 4 for count, _ in rows)
+
+
+def test_decoding_rows_share_a_bucket_with_batches_of_nearly_their_size() -> None:
+    buckets = {bucket_of(plan_of([1] * rows, [0] * rows, [True] * rows), 4) for rows in range(1, 257)}
+    assert len(buckets) == 19
+    assert all(bucket.is_captured and not bucket.has_wide for bucket in buckets)
+
+
+def test_long_steps_run_at_their_own_size_without_a_graph() -> None:
+    bucket = bucket_of(plan_of([CAPTURED_TOKENS_MAX + 1], [0], [True]), 4)
+    assert (bucket.tokens, bucket.rows, bucket.is_captured) == (CAPTURED_TOKENS_MAX + 1, 1, False)
+
+
+def test_a_step_that_samples_nothing_has_no_places() -> None:
+    assert bucket_of(plan_of([1, 1], [0, 0], [False, False]), 4).places == 0
+    assert bucket_of(plan_of([7, 9], [0, 0], [False, False]), 4).places == 0
+
+
+def test_rounding_up_wastes_at_most_a_half_of_small_sizes_and_a_fifth_of_large_ones() -> None:
+    assert all(round_up(count) <= 2 * count for count in range(1, 17))
+    assert all(count <= round_up(count) <= 1.25 * count + 8 for count in range(16, 2000))
