@@ -59,6 +59,13 @@ class SessionBusy(UserError):
     code = "session_busy"
 
 
+class HistoryMismatch(UserError):
+    """The session's history is longer or shorter than the client says it is."""
+
+    status = 409
+    code = "history_mismatch"
+
+
 class SessionClosed(UserError):
     """Close was requested for this session."""
 

@@ -55,6 +55,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     tokens: bytes
     sampling: Sampling
     session: str | None = None
+    expect_tokens: int = -1
+    """-1, or the length that the client believes the session's history has: another length is 409."""
     logprobs: int = -1
     """-1: none; k ≥ 0: of each output token, with the k most likely beside it."""
     prompt_logprobs_from: int = -1
@@ -95,6 +97,29 @@ class CloseSession(msgspec.Struct, frozen=True, tag=True):
 
     op: int
     session: str
+
+
+class ForkSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Open a session that begins with the first tokens of an idle one. Reply: SessionView of the child.
+
+    at_tokens or at_turn: where to fork, the end if both are None. The child has the parent's idle time-out and cap.
+    404, 409 while a turn is in flight, 410; 400 beyond the history; 400 duplicate_session; 429 too many.
+    """
+
+    op: int
+    session: str
+    child: str
+    at_tokens: int | None = None
+    at_turn: int | None = None
+
+
+class RewindSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Cut an idle session's history. Reply: SessionView. Exactly one of to_tokens and to_turn; errors as for forks."""
+
+    op: int
+    session: str
+    to_tokens: int | None = None
+    to_turn: int | None = None
 
 
 class GetSession(msgspec.Struct, frozen=True, tag=True):
@@ -143,6 +168,8 @@ ToEngine = (
     | CancelAll
     | OpenSession
     | CloseSession
+    | ForkSession
+    | RewindSession
     | GetSession
     | ListSessions
     | SessionTokens

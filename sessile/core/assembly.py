@@ -66,7 +66,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         drafts = _ask(books, drafter, decodes, caps[alive])
     decode_count = len(decodes)
     total = decode_count + len(parts)
-    if not total:
+    if not total and not books.copies:
         return None
     rows = np.empty(total, np.int64)
     columns = np.zeros((7, total), np.int32)
@@ -92,7 +92,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         planned.step,
         *_bindings(books, planned),
         *_table(planned),
-        _NO_COPIES,
+        np.array(books.take_copies(planned.step), np.int32) if books.copies else _NO_COPIES,
         columns[_ROW],
         columns[_START],
         columns[_COUNT],

@@ -6,6 +6,7 @@ still touch them.
 """
 
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -62,6 +63,10 @@ class Books:
         """Running requests that leave at the next settle, because a step in flight has them."""
         self.computing: dict[tuple[int, bytes], Request] = {}
         """Which running request is about to publish the page that a share key names."""
+        self.copies: list[tuple[int, int, int]] = []
+        """(source page, target page, tokens) to be copied by the next plan, before its writes: see `queue_copy`."""
+        self.copying: list[Session] = []
+        """The sessions at either end of these copies."""
         self.forecast = Forecast(limits.output_estimate_tokens)
         self.effects = Effects()
         self.totals = Totals()
@@ -220,6 +225,25 @@ class Books:
         self.ledger.drop_tail(lease, 0, self.planned_step)
         self.tree.shorten(pin, tokens // size)
         return tokens // size * size
+
+    def queue_copy(self, source: int, target: int, tokens: int, sessions: Sequence[Session]) -> None:
+        """Have the next plan copy the first tokens of a page. Either page may be given up before: it waits in LIMBO.
+
+        sessions: whose parked KV the pages belong to.
+        """
+        self.copies.append((source, target, tokens))
+        self.copying.extend(sessions)
+        self.ledger.floor_step = self.planned_step + 1
+
+    def take_copies(self, step: int) -> list[tuple[int, int, int]]:
+        """The copies that this step carries; parked KV at either end is not written before it has settled."""
+        copies, self.copies = self.copies, []
+        for session in self.copying:
+            if session.parked is not None:
+                session.parked.ready_step = max(session.parked.ready_step, step)
+        self.copying.clear()
+        self.ledger.floor_step = 0
+        return copies
 
     # -- the waiting line ---------------------------------------------------------------------------------------
 

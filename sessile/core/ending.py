@@ -31,7 +31,7 @@ def end_request(
     if session is not None and commits:
         # History and KV length change together, here and nowhere else (H18, H26).
         session.history.append(request.delta + request.output.tobytes())
-        session.turns += 1
+        session.turn_ends.append(len(session.history))
         books.totals.turns_committed += 1
     elif session is not None:
         books.totals.turns_rolled_back += 1

@@ -90,6 +90,8 @@ class PageLedger:
         self.pages_total = pages_total
         self.lost: list[str] = []
         """Leases that were dropped while they owned pages; the audit fails on any."""
+        self.floor_step = 0
+        """What goes to LIMBO waits for this step at least: set while copies wait for the plan that will carry them."""
         # A list: most moves are of a few pages, and a loop over those beats numpy's fixed cost.
         self._tags: list[Account] = [FREE] * pages_total
         self._balances = [pages_total, 0, 0, 0, 0]
@@ -237,6 +239,7 @@ class PageLedger:
 
     def _to_limbo(self, pages: "array[int]", source: Account, step: int) -> None:
         self._post(pages, source, LIMBO)
+        step = max(step, self.floor_step)
         waiting = self._limbo.get(step)
         if waiting is None:
             self._limbo[step] = pages

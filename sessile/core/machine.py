@@ -15,6 +15,7 @@ from sessile.contract.messages import (
     CloseSession,
     Done,
     Flush,
+    ForkSession,
     GetSession,
     GetStats,
     ListSessions,
@@ -22,6 +23,7 @@ from sessile.contract.messages import (
     Outcome,
     Refusal,
     Reply,
+    RewindSession,
     SessionPage,
     SessionTokens,
     SessionView,
@@ -38,6 +40,7 @@ from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
 from sessile.core.ending import close_session, end_request
+from sessile.core.forking import fork_session, rewind_session
 from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.limits import Limits
 from sessile.core.planning import Drafter, Planned, Planner
@@ -46,6 +49,7 @@ from sessile.core.session import Session
 from sessile.core.settling import settle_step
 from sessile.errors import (
     DuplicateSession,
+    HistoryMismatch,
     InvalidRequest,
     LimitReached,
     NotFound,
@@ -90,6 +94,10 @@ class Machine:
                     self._reply(message.op, self.open(message))
                 case CloseSession():
                     self._reply(message.op, self.close(message.session))
+                case ForkSession():
+                    self._reply(message.op, self.fork(message))
+                case RewindSession():
+                    self._reply(message.op, self.rewind(message))
                 case GetSession():
                     self._reply(message.op, views.session_view(self._books, self._session(message.session)))
                 case ListSessions():
@@ -125,6 +133,11 @@ class Machine:
                 f"session {session.id!r} already has an active request. Wait for it, or abort it.",
                 param="session_params.id",
             )
+        if message.expect_tokens not in (-1, len(session.history)):
+            raise HistoryMismatch(
+                f"session {session.id!r} has {len(session.history)} tokens, not {message.expect_tokens}",
+                param="session_params.expect_tokens",
+            )
         tokens = message.tokens
         if len(session.history) and self._facts.bos_id is not None and tokens.startswith(self._bos):
             tokens = tokens[TOKEN_BYTES:]
@@ -150,31 +163,87 @@ class Machine:
 
     def open(self, message: OpenSession) -> SessionView:
         """Open a streaming session. Raises UserError, with nothing changed."""
-        books = self._books
-        if message.session in books.sessions:
-            raise DuplicateSession(f"session {message.session!r} already exists", param="session_id")
-        if len(books.sessions) >= self._limits.sessions_max:
-            raise LimitReached(f"{self._limits.sessions_max} sessions are open, which is the limit: close some first")
         timeout_s = message.idle_timeout_s
         if timeout_s is not None and not 0 < timeout_s <= 1e9:
             raise InvalidRequest("idle_timeout_s must be above 0 and at most 1e9 seconds", param="timeout")
+        context = self._limits.context_tokens
+        if message.tokens_max is not None and not 2 <= message.tokens_max <= context:
+            raise InvalidRequest(f"max_tokens must be from 2 to {context}, the context length", param="max_tokens")
         longest = self._limits.sequence_tokens_max
-        if message.tokens_max is not None and not 2 <= message.tokens_max <= self._limits.context_tokens:
-            raise InvalidRequest(
-                f"max_tokens must be from 2 to {self._limits.context_tokens}, the context length", param="max_tokens"
-            )
-        books.session_serials += 1
-        session = Session(
+        session = self._open(
             message.session,
-            books.session_serials,
-            now_ns=books.now_ns,
             idle_timeout_ns=None if timeout_s is None else int(timeout_s * _NS),
             tokens_max=min(message.tokens_max or longest, longest),
             metadata=dict(message.metadata),
         )
+        return views.session_view(self._books, session)
+
+    def _open(
+        self, session_id: str, *, idle_timeout_ns: int | None, tokens_max: int, metadata: dict[str, str]
+    ) -> Session:
+        books = self._books
+        if session_id in books.sessions:
+            raise DuplicateSession(f"session {session_id!r} already exists", param="session_id")
+        if len(books.sessions) >= self._limits.sessions_max:
+            raise LimitReached(f"{self._limits.sessions_max} sessions are open, which is the limit: close some first")
+        books.session_serials += 1
+        session = Session(
+            session_id,
+            books.session_serials,
+            now_ns=books.now_ns,
+            idle_timeout_ns=idle_timeout_ns,
+            tokens_max=tokens_max,
+            metadata=metadata,
+        )
         books.sessions[session.id] = session
         books.start_idle_timer(session)
-        return views.session_view(books, session)
+        return session
+
+    def fork(self, message: ForkSession) -> SessionView:
+        """Open a session that begins as an idle one does, sharing its KV. Raises UserError, with nothing changed."""
+        parent = self._idle_session(message.session)
+        tokens = self._place(parent, message.at_tokens, message.at_turn, "at")
+        child = self._open(
+            message.child,
+            idle_timeout_ns=parent.idle_timeout_ns,
+            tokens_max=parent.tokens_max,
+            metadata=dict(parent.metadata),
+        )
+        fork_session(self._books, parent, child, tokens)
+        return views.session_view(self._books, child)
+
+    def rewind(self, message: RewindSession) -> SessionView:
+        """Cut an idle session's history and KV. Raises UserError, with nothing changed."""
+        session = self._idle_session(message.session)
+        if message.to_tokens is None and message.to_turn is None:
+            raise InvalidRequest("give to_tokens or to_turn", param="to_tokens")
+        rewind_session(self._books, session, self._place(session, message.to_tokens, message.to_turn, "to"))
+        return views.session_view(self._books, session)
+
+    def _idle_session(self, session_id: str) -> Session:
+        session = self._session(session_id)
+        if session.closing:
+            raise SessionClosed(f"session {session.id!r}: close was requested")
+        if session.turn is not None:
+            raise SessionBusy(f"session {session.id!r} has an active request. Wait for it, or abort it.")
+        return session
+
+    def _place(self, session: Session, tokens: int | None, turn: int | None, prefix: str) -> int:
+        """The length of history that a fork or rewind means."""
+        if tokens is not None and turn is not None:
+            raise InvalidRequest(f"give {prefix}_tokens or {prefix}_turn, not both", param=f"{prefix}_turn")
+        if turn is not None:
+            if not 0 <= turn <= session.turns:
+                raise InvalidRequest(
+                    f"{prefix}_turn must be from 0 to {session.turns}, the turns of the session", param=f"{prefix}_turn"
+                )
+            return session.turn_ends[turn - 1] if turn else 0
+        length = len(session.history)
+        if tokens is not None and not 0 <= tokens <= length:
+            raise InvalidRequest(
+                f"{prefix}_tokens must be from 0 to {length}, the tokens of the session", param=f"{prefix}_tokens"
+            )
+        return length if tokens is None else tokens
 
     def close(self, session_id: str) -> Outcome:
         """Close a session, at the end of its turn if one is in flight (H23). Raises NotFound."""

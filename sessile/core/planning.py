@@ -98,6 +98,11 @@ class Planned:
         self.late = False
         self.tokens = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row runs."""
+        return not len(self.decodes) and not self.parts
+
 
 class Planner:
     """Chooses rows, token counts and pages. Holds no state of its own but the step of the last forced retraction."""
@@ -118,14 +123,12 @@ class Planner:
         self._retract_by_force()
         planned = Planned(books.planned_step + 1)
         self._choose(planned)
-        if not len(planned.decodes) and not planned.parts:
-            if books.limits.mixed_chunk or not self._decoded_last:
-                return None
+        if planned.is_empty and not books.limits.mixed_chunk and self._decoded_last:
             # It was the prompts' turn, but none can run: let the decoding rows go on.
             self._decoded_last = False
             self._choose(planned)
-            if not len(planned.decodes) and not planned.parts:
-                return None
+        if planned.is_empty and not books.copies:
+            return None  # A plan may hold copies alone: what was given up for them is free only behind it.
         self._offer_drafts(planned)
         self._advance(planned)
         assert planned.tokens <= self.budget_tokens, "the parts of a step exceed its budget (H15)"

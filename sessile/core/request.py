@@ -90,7 +90,7 @@ class Request:
         sampling = message.sampling
         self.key = message.key
         self.session = session
-        self.namespace = ""
+        self.namespace = session.namespace if session is not None else ""
         self.base = base
         self.base_tokens = len(base)
         self.delta = delta

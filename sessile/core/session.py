@@ -5,6 +5,8 @@ then history and KV length change together. The KV of a session is with exactly 
 turn runs, else parked here. Parked KV is reclaimable page by page from its tail; the session is whole without it.
 """
 
+from array import array
+
 from sessile.core.history import History
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
@@ -30,8 +32,8 @@ class Session:
     """One conversation. `turn` names the request that has the right to be in flight, queued or preempted included."""
 
     __slots__ = (
-        "closing", "history", "id", "idle_timeout_ns", "last_use", "last_used_ns", "metadata", "opened_ns", "parked",
-        "serial", "tokens_max", "turn", "turns",
+        "closing", "history", "id", "idle_timeout_ns", "last_use", "last_used_ns", "metadata", "namespace",
+        "opened_ns", "parked", "serial", "tokens_max", "turn", "turn_ends",
     )  # fmt: skip
 
     def __init__(
@@ -47,8 +49,11 @@ class Session:
         self.id = session_id
         self.serial = serial
         """Never used again, so that a late timer cannot name a new session of the same id (H75)."""
+        self.namespace = ""
+        """Key of the tree's root: sequences of different namespaces never share a page."""
         self.history = History()
-        self.turns = 0
+        self.turn_ends = array("q")
+        """Length of the history after each committed turn."""
         self.turn: RequestKey | None = None
         """The mark belongs to a request: only the end of that very request clears it (H25, H33)."""
         self.parked: ParkedKv | None = None
@@ -61,3 +66,13 @@ class Session:
         self.idle_timeout_ns = idle_timeout_ns
         self.tokens_max = tokens_max
         self.metadata = metadata
+
+    @property
+    def turns(self) -> int:
+        """Committed turns."""
+        return len(self.turn_ends)
+
+    def cut_history(self, history: History, turn_ends: "array[int]") -> None:
+        """Take over a history and the ends of those turns that lie in it."""
+        self.history = history
+        self.turn_ends = array("q", (end for end in turn_ends if end <= len(history)))

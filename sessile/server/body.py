@@ -113,9 +113,7 @@ def says(message: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=1 << 31)]], says("must be a list of token ids, integers ≥ 0")
-]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], says("must be a list of token ids, integers ≥ 0")]
 
 
 async def read_body(request: Request, model: type[AnyBody]) -> AnyBody:

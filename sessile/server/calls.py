@@ -76,6 +76,7 @@ class Order:
     rid: str | None = None
     """Names the call while it is in flight; None: a fresh one."""
     session: str | None = None
+    expect_tokens: int = -1
     logprobs: int = -1
     prompt_logprobs_from: int = -1
 
@@ -110,6 +111,7 @@ class Call:
             tokens=pack_tokens(order.tokens),
             sampling=order.sampling,
             session=order.session,
+            expect_tokens=order.expect_tokens,
             logprobs=order.logprobs,
             prompt_logprobs_from=order.prompt_logprobs_from,
         )

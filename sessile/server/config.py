@@ -22,30 +22,47 @@ class ServerOptions:
         aliases=("served-model-name",),
     )
     log_format: str = option(
-        "text", "Format of the log on standard error: lines for people or one JSON object a line.",
+        "text",
+        "Format of the log on standard error: lines for people or one JSON object a line.",
         choices=("text", "json"),
     )
     log_level: str = option(
-        "info", "Least level that is logged; every finished request is one line at level info.",
+        "info",
+        "Least level that is logged; every finished request is one line at level info.",
         choices=("debug", "info", "warning", "error"),
     )
     body_bytes_max: int = option(
-        33_554_432, "Largest request body; a larger one is refused with 413 while it is read.",
-        unit="bytes", low=1024, high=1 << 30,
+        33_554_432,
+        "Largest request body; a larger one is refused with 413 while it is read.",
+        unit="bytes",
+        low=1024,
+        high=1 << 30,
     )
     stream_lag_tokens_max: int = option(
-        4096, "Tokens that may wait for a client that reads its stream slowly; beyond, its request is ended.",
-        unit="tokens", low=1, high=1 << 24,
+        4096,
+        "Tokens that may wait for a client that reads its stream slowly; beyond, its request is ended.",
+        unit="tokens",
+        low=1,
+        high=1 << 24,
     )
     health_timeout_s: float = option(
-        10.0, "How long /health and the figures of /metrics wait for the step loop to answer.",
-        unit="seconds", low=0.1, high=600,
+        10.0,
+        "How long /health and the figures of /metrics wait for the step loop to answer.",
+        unit="seconds",
+        low=0.1,
+        high=600,
     )
     drain_timeout_s: float = option(
-        30.0, "How long running requests may go on after SIGTERM or Ctrl-C before they are aborted.",
-        unit="seconds", low=0, high=86_400,
+        30.0,
+        "How long running requests may go on after SIGTERM or Ctrl-C before they are aborted.",
+        unit="seconds",
+        low=0,
+        high=86_400,
     )
     engine_start_timeout_s: float = option(
-        600.0, "How long the engine may take to load its model before the server gives up.",
-        unit="seconds", low=1, high=86_400,
+        600.0,
+        "How long the engine may take to load its model before the server gives up.",
+        unit="seconds",
+        low=1,
+        high=86_400,
     )

@@ -45,13 +45,14 @@ class SessionParams(Body):
     """session_params of /generate: the streaming session whose next turn this is."""
 
     id: str = Field(min_length=1, max_length=ID_CHARS_MAX)
+    expect_tokens: Count | None = None
+    """What the client believes the history's length to be; the turn is refused with 409 if it is another."""
 
     tolerated: ClassVar[Tolerated] = {
         "rid": ANYTHING,  # names a parent turn in a branching session; in a streaming one there is no choice
         "offset": (0,),
         "replace": (False,),
         "drop_previous_output": (False,),
-        "expect_tokens": (),
     }
 
 
@@ -156,9 +157,14 @@ async def _order(service: Service, body: GenerateBody) -> Order:
         sampling=sampling,
         rid=body.rid,
         session=body.session_params.id if body.session_params else None,
+        expect_tokens=_expected(body.session_params),
         logprobs=(body.top_logprobs_num or 0) if body.return_logprob else -1,
         prompt_logprobs_from=start if body.return_logprob else -1,
     )
+
+
+def _expected(session: SessionParams | None) -> int:
+    return -1 if session is None or session.expect_tokens is None else session.expect_tokens
 
 
 class _Reply:

@@ -13,17 +13,43 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from sessile.contract.messages import Stats
 
 SECONDS = (
-    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
-    1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    5.0,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    320.0,
 )
 
 # Field of Stats → its names, ours first, and help. Counters' names lose _total: the exposition adds it.
 GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "requests_running": (
-        ("sessile_requests_running", "sglang:num_running_reqs", "vllm:num_requests_running"), "Requests with a row.",
+        ("sessile_requests_running", "sglang:num_running_reqs", "vllm:num_requests_running"),
+        "Requests with a row.",
     ),
     "requests_waiting": (
-        ("sessile_requests_waiting", "sglang:num_queue_reqs", "vllm:num_requests_waiting"), "Requests without a row.",
+        ("sessile_requests_waiting", "sglang:num_queue_reqs", "vllm:num_requests_waiting"),
+        "Requests without a row.",
     ),
     "requests_draining": (("sessile_requests_draining",), "Ended requests whose last step has not settled."),
     "rows_total": (("sessile_rows",), "Batch rows."),
@@ -49,7 +75,8 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "computed_tokens_total": (("sessile_computed_tokens",), "Prompt tokens computed."),
     "generated_tokens_total": (
-        ("sessile_generated_tokens", "sglang:generation_tokens", "vllm:generation_tokens"), "Tokens sampled and kept.",
+        ("sessile_generated_tokens", "sglang:generation_tokens", "vllm:generation_tokens"),
+        "Tokens sampled and kept.",
     ),
     "preemptions_total": (("sessile_preemptions", "vllm:num_preemptions"), "Requests that lost their row for a while."),
     "recomputed_tokens_total": (("sessile_recomputed_tokens",), "Tokens computed again after a preemption."),
@@ -57,7 +84,8 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "demoted_pages_total": (("sessile_demoted_pages",), "Pages of idle sessions given up."),
     "drafts_offered_total": (("sessile_drafts_offered", "vllm:spec_decode_num_draft_tokens"), "Draft tokens verified."),
     "drafts_accepted_total": (
-        ("sessile_drafts_accepted", "vllm:spec_decode_num_accepted_tokens"), "Draft tokens accepted.",
+        ("sessile_drafts_accepted", "vllm:spec_decode_num_accepted_tokens"),
+        "Draft tokens accepted.",
     ),
     "audit_checks_total": (("sessile_audit_checks",), "Audits of page and row ownership."),
     "audit_failures_total": (("sessile_audit_failures",), "Audits that found a difference."),
@@ -98,13 +126,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self.first_token_s = Histogram(
-            ("sessile_time_to_first_token_seconds", "sglang:time_to_first_token_seconds",
-             "vllm:time_to_first_token_seconds"),
+            (
+                "sessile_time_to_first_token_seconds",
+                "sglang:time_to_first_token_seconds",
+                "vllm:time_to_first_token_seconds",
+            ),
             "From the request's arrival to its first token.",
         )
         self.inter_token_s = Histogram(
-            ("sessile_inter_token_latency_seconds", "sglang:inter_token_latency_seconds",
-             "vllm:inter_token_latency_seconds"),
+            (
+                "sessile_inter_token_latency_seconds",
+                "sglang:inter_token_latency_seconds",
+                "vllm:inter_token_latency_seconds",
+            ),
             "Between two tokens of one request.",
         )
         self.request_s = Histogram(
@@ -129,7 +163,8 @@ class Metrics:
             yield from histogram.families(model)
         yield _gauge("sessile_http_requests_in_flight", "Requests whose client waits.", in_flight, model)
         for name, label in (
-            ("sessile_http_requests", "reason"), ("vllm:request_success", "finished_reason"),
+            ("sessile_http_requests", "reason"),
+            ("vllm:request_success", "finished_reason"),
         ):
             ended = CounterMetricFamily(name, "Requests that ended, by reason.", labels=["model_name", label])
             for reason, count in sorted(self.ended.items()):

@@ -127,9 +127,7 @@ async def _chat_choice(service: Service, body: ChatBody) -> Choice:
     return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim)
 
 
-async def _reply(
-    service: Service, request: Request, body: OpenAIBody, choices: list[Choice], shape: Shape
-) -> Response:
+async def _reply(service: Service, request: Request, body: OpenAIBody, choices: list[Choice], shape: Shape) -> Response:
     """The answer to checked choices, whole or as a stream."""
     calls = [choice.call for choice in choices]
     reply_id = calls[0].rid if len(calls) == 1 else calls[0].rid.removesuffix("-0")

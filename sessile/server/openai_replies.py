@@ -49,7 +49,7 @@ class Choice:
 
     @property
     def finish_reason(self) -> str | None:
-        """"stop", "length" or "abort"; None before the end."""
+        """ "stop", "length" or "abort"; None before the end."""
         return self.done.reason if self.done else None
 
     @property
@@ -110,7 +110,8 @@ class CompletionShape:
             offset += len(piece)
         self._offsets[index] = offset
         tops = [
-            {piece_text(self._tokenizer, token): finite(value) for token, value in pairs} if value_of_token is not None
+            {piece_text(self._tokenizer, token): finite(value) for token, value in pairs}
+            if value_of_token is not None
             else None
             for pairs, value_of_token in zip(logprobs.tops, logprobs.logprobs, strict=True)
         ]

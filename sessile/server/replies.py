@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sessile.errors import InvalidRequest, UserError
+from sessile.errors import HistoryMismatch, InvalidRequest, UserError
 from sessile.server.link import refusal_error
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,12 @@ class JsonReply(Response):
 
 
 def engine_refusal(status: int, code: str, message: str, param: str | None = None) -> UserError:
-    """A refusal by the engine as native and OpenAI clients know it: what the client did wrong is 400."""
-    return refusal_error(400 if status in (404, 409, 410, 413) else status, code, message, param)
+    """A refusal by the engine as native and OpenAI clients know it: what the client did wrong is 400.
+
+    But for a history that differs from what the client expects: 409, so that a lost reply can be told from a mistake.
+    """
+    is_mistake = status in (404, 409, 410, 413) and code != HistoryMismatch.code
+    return refusal_error(400 if is_mistake else status, code, message, param)
 
 
 def error_content(surface: Surface, error: UserError) -> dict[str, Any]:

@@ -72,8 +72,13 @@ def to_sampling(
     given: dict[str, Any] = {
         name: value
         for name in (
-            "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-            "ignore_eos", "skip_special_tokens",
+            "top_p",
+            "min_p",
+            "frequency_penalty",
+            "presence_penalty",
+            "repetition_penalty",
+            "ignore_eos",
+            "skip_special_tokens",
         )
         if (value := getattr(fields, name)) is not None
     }
@@ -98,9 +103,7 @@ def check_vocabulary(tokens: "list[int] | tuple[int, ...]", vocab_size: int, par
     """Raise InvalidRequest naming the first id that the model does not have."""
     if tokens and not (0 <= min(tokens) and max(tokens) < vocab_size):
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise InvalidRequest(
-            f"{param}: {wrong} is not in the vocabulary; ids are 0 to {vocab_size - 1}", param=param
-        )
+        raise InvalidRequest(f"{param}: {wrong} is not in the vocabulary; ids are 0 to {vocab_size - 1}", param=param)
 
 
 def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:

@@ -2,28 +2,33 @@
 
 import logging
 import secrets
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from sessile.contract.messages import (
     CloseSession,
+    ForkSession,
     GetSession,
     ListSessions,
     OpenSession,
+    RewindSession,
+    Sampling,
     SessionTokens,
     SessionView,
     unpack_tokens,
 )
 from sessile.errors import InvalidRequest, NotFound, UserError
-from sessile.server.body import Body, Tolerated, read_body, takes
-from sessile.server.calls import Service
+from sessile.server.body import Body, TokenIds, Tolerated, field_fault, read_body, takes
+from sessile.server.calls import Call, Order, Service, attended
+from sessile.server.encoding import encode_text
+from sessile.server.link import refusal_error
 from sessile.server.replies import JsonReply, engine_refusal
-from sessile.server.sampling import COUNT_MAX
+from sessile.server.sampling import COUNT_MAX, Count, check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,36 @@ class CreateBody(Body):
     metadata: Metadata | None = None
 
     tolerated: ClassVar[Tolerated] = {"reserve_tokens": (0,)}
+
+
+class AppendBody(Body):
+    """The body of POST /v1/sessions/{id}/append."""
+
+    text: str | None = Field(default=None, min_length=1)
+    input_ids: TokenIds | None = Field(default=None, min_length=1)
+    expect_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _check_input(self) -> Self:
+        if (self.text is None) == (self.input_ids is None):
+            raise field_fault("text", "give either text or input_ids")
+        return self
+
+
+class ForkBody(Body):
+    """The body of POST /v1/sessions/{id}/fork: at the end unless it says where."""
+
+    id: SessionId | None = None
+    """Of the fork; None: one that cannot be guessed."""
+    at_tokens: Count | None = None
+    at_turn: Count | None = None
+
+
+class RewindBody(Body):
+    """The body of POST /v1/sessions/{id}/rewind."""
+
+    to_tokens: Count | None = None
+    to_turn: Count | None = None
 
 
 def routes(service: Service) -> APIRouter:
@@ -125,9 +160,58 @@ def _add_resources(router: APIRouter, service: Service) -> None:
         outcome = await link.ask(lambda op: SessionTokens(op, session))
         return JsonReply({"id": session, "tokens": unpack_tokens(outcome.values["tokens"])})
 
+    @router.post("/v1/sessions/{session}/append", openapi_extra=takes(AppendBody))
+    async def append(session: str, request: Request) -> Response:
+        body = await read_body(request, AppendBody)
+        service.check_open()
+        call = Call(service, await _append_order(service, session, body), whole=True)
+        async with attended(request.receive, call):
+            done = (await call.next()).done
+        assert done is not None
+        if done.reason not in ("length", "stop"):
+            status = done.status if done.status != 200 else 409
+            raise refusal_error(status, done.code or "aborted", done.message, done.param)
+        computed = {"appended_tokens": len(call.order.tokens), "computed_tokens": done.computed_tokens}
+        return JsonReply({"id": session, "object": "session", "tokens": done.session_tokens, **computed})
+
+    @router.post("/v1/sessions/{session}/fork", openapi_extra=takes(ForkBody))
+    async def fork(session: str, request: Request) -> Response:
+        body = await read_body(request, ForkBody)
+        service.check_open()
+        child = body.id or new_session_id()
+        place = {"at_tokens": body.at_tokens, "at_turn": body.at_turn}
+        view = await link.ask(lambda op: ForkSession(op=op, session=session, child=child, **place))
+        log.info("session forked", extra={"session": session, "child": child, "tokens": view.tokens})
+        return JsonReply(session_content(view))
+
+    @router.post("/v1/sessions/{session}/rewind", openapi_extra=takes(RewindBody))
+    async def rewind(session: str, request: Request) -> Response:
+        body = await read_body(request, RewindBody)
+        service.check_open()
+        place = {"to_tokens": body.to_tokens, "to_turn": body.to_turn}
+        view = await link.ask(lambda op: RewindSession(op=op, session=session, **place))
+        log.info("session rewound", extra={"session": session, "tokens": view.tokens})
+        return JsonReply(session_content(view))
+
     @router.delete("/v1/sessions/{session}")
     async def delete(session: str) -> Response:
         return JsonReply({"id": session, "object": "session", **await _close(service, session)})
+
+
+async def _append_order(service: Service, session: str, body: AppendBody) -> Order:
+    """A turn that computes its input and generates nothing."""
+    if body.input_ids is None:
+        assert body.text is not None
+        tokens = await encode_text(service.tokenizer, body.text)
+    else:
+        check_vocabulary(body.input_ids, service.link.ready.vocab_size, "input_ids")
+        tokens = body.input_ids
+    return Order(
+        tokens=tokens,
+        sampling=Sampling(seed=0, max_new_tokens=0),
+        session=session,
+        expect_tokens=-1 if body.expect_tokens is None else body.expect_tokens,
+    )
 
 
 async def _open(service: Service, body: CreateBody) -> SessionView:

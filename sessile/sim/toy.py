@@ -259,12 +259,13 @@ class ToyDevice:
                 others = flight.writes.setdefault(page, set())
                 _require(not (self._strict and others), f"step {plan.step}: two rows write page {page}")
                 others.add(row)
-        for source, target, _ in plan.copies.tolist():
-            flight.reads.setdefault(source, set()).add(NO_TOKEN)
-            flight.writes.setdefault(target, set())
         if not self._strict:
             return
         for earlier in self._flights:
+            # A copy is done when its step begins, so it only has to wait for what was launched before.
+            for source, target, _ in plan.copies.tolist():
+                _require(source not in earlier.writes and target not in earlier.writes and target not in earlier.reads,
+                         f"step {plan.step} copies page {source} to {target}, which step {earlier.step} still uses")
             for page, rows in flight.writes.items():
                 users = earlier.reads.get(page, set()) | earlier.writes.get(page, set())
                 _require(users <= rows, f"step {plan.step} writes page {page}, which step {earlier.step} still uses")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -57,13 +58,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running_server(**options: object) -> Iterator[Running]:
-    """Start a server in a thread, wait until it is ready, stop it on leaving."""
+def running_server(make_engine: Callable[[str], Any] = FakeEngine, **options: object) -> Iterator[Running]:
+    """Start a server in a thread, wait until it is ready, stop it on leaving. make_engine: takes the link's address."""
     bound = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{Path(folder) / 'link'}"
-        engine = FakeEngine(address)
+        engine = make_engine(address)
         started = threading.Event()
         shared: dict[str, object] = {}
 

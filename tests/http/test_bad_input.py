@@ -134,7 +134,7 @@ def test_other_fields_that_are_unknown_or_not_built_are_refused_by_name(server: 
         ({"text": "a", "session_params": {}}, "session_params.id"),
         ({"text": "a", "session_params": {"id": 3}}, "session_params.id"),
         ({"text": "a", "session_params": {"id": "x", "parent": 1}}, "session_params.parent"),
-        ({"text": "a", "session_params": {"id": "x", "expect_tokens": 3}}, "session_params.expect_tokens"),
+        ({"text": "a", "session_params": {"id": "x", "expect_tokens": -3}}, "session_params.expect_tokens"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_by_field(server: Running, body: dict, named: str) -> None:

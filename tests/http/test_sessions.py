@@ -153,8 +153,12 @@ def test_the_list_of_sessions_comes_in_pages(server: Running) -> None:
         ("POST", "/v1/sessions", {"reserve_tokens": 10}, 422, "invalid_request", "reserve_tokens"),
         ("POST", "/v1/sessions", {"colour": "red"}, 422, "invalid_request", "colour"),
         ("GET", "/v1/sessions?limit=0", None, 422, "invalid_request", "limit"),
-        ("POST", "/v1/sessions/x/append", {}, 404, "not_found", None),
+        ("POST", "/v1/sessions/x/append", {}, 422, "invalid_request", "text"),
+        ("POST", "/v1/sessions/x/append", {"text": "a", "input_ids": [1]}, 422, "invalid_request", "text"),
+        ("POST", "/v1/sessions/x/append", {"text": "a"}, 404, "not_found", None),
         ("POST", "/v1/sessions/x/fork", {}, 404, "not_found", None),
+        ("POST", "/v1/sessions/x/fork", {"at_tokens": -1}, 422, "invalid_request", "at_tokens"),
+        ("POST", "/v1/sessions/x/rewind", {"to_turn": "first"}, 422, "invalid_request", "to_turn"),
     ],
 )
 def test_errors_of_resources_have_one_shape(

@@ -1,0 +1,86 @@
+"""Fork and rewind: a session's history, and as much of its KV as can be shared, at an earlier place.
+
+Full pages are shared through the tree: the parent's are published and pinned for both. What is left is less than a
+page, and a page has one owner, so its tokens are copied: the copy travels with the next plan and runs before that
+plan's writes. Pages that are given up before then wait in LIMBO for that plan, so neither end of the copy can be
+drawn by anybody else. Without a free page for the copy, or while the parent still drains, the child recomputes less
+than a page.
+"""
+
+from sessile.core.books import Books
+from sessile.core.session import ParkedKv, Session
+
+
+def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> None:
+    """Give a new session the first `tokens` tokens of an idle one, 0 ≤ tokens ≤ its history, and their KV."""
+    assert parent.turn is None and not len(child.history) and child.parked is None
+    child.cut_history(parent.history.fork(tokens), parent.turn_ends)
+    parked = parent.parked
+    kv_tokens = min(parked.tokens, tokens - 1) if parked is not None else 0
+    if parked is None or kv_tokens <= 0:
+        return
+    size = books.limits.page_size
+    full = kv_tokens // size
+    _publish_parked(books, parent, parked, full)
+    match = books.tree.match(parent.namespace, parent.history.slice(0, full * size), full)
+    lease, pin = books.ledger.open(), books.tree.pin(match)
+    shared_tokens = match.pages * size
+    drains = parked.ready_step > books.settled_step  # A step in flight still writes to the page to be copied.
+    if shared_tokens < full * size or not kv_tokens % size or drains or not books.ledger.free_pages:
+        books.park(child, lease, pin, shared_tokens)
+        return
+    target = books.ledger.draw(lease, 1)[0]
+    books.queue_copy(page_at(parked, full), target, kv_tokens % size, (parent, child))
+    books.park(child, lease, pin, kv_tokens)
+
+
+def rewind_session(books: Books, session: Session, tokens: int) -> None:
+    """Cut an idle session's history to its first `tokens` tokens, 0 ≤ tokens ≤ its length, and its KV with it."""
+    assert session.turn is None
+    session.cut_history(session.history.fork(tokens), session.turn_ends)
+    kv_tokens = max(0, tokens - 1)
+    parked = session.parked
+    if parked is None or parked.tokens <= kv_tokens:
+        return
+    size = books.limits.page_size
+    inside_shared = kv_tokens < len(parked.pin.pages) * size and kv_tokens % size > 0
+    source = page_at(parked, kv_tokens // size)
+    books.cut_parked(session, kv_tokens)
+    if inside_shared and books.ledger.free_pages:
+        # The cut gave up the shared page it fell into: a TREE page is never written (H64). Copy what is still wanted.
+        _copy_behind(books, session, source, kv_tokens % size)
+
+
+def page_at(parked: ParkedKv, index: int) -> int:
+    """The page with this index in a parked sequence, shared or own."""
+    shared = len(parked.pin.pages)
+    return parked.pin.pages[index] if index < shared else parked.lease.pages[index - shared]
+
+
+def _publish_parked(books: Books, session: Session, parked: ParkedKv, full: int) -> None:
+    """Move a parked session's own full pages to the tree, as far as the tree lacks them, and pin them for it."""
+    books.tree.harden(parked.pin)
+    shared, size = len(parked.pin.pages), books.limits.page_size
+    if full > shared:
+        before = len(parked.lease.pages)
+        books.tree.publish_live(parked.pin, parked.lease, session.history.slice(shared * size, full * size))
+        books.parked_pages -= before - len(parked.lease.pages)
+    books.tree.soften(parked.pin)
+    session.last_use = books.tree.clock
+    books.rank_parked(session)
+
+
+def _copy_behind(books: Books, session: Session, source: int, tokens: int) -> None:
+    """Draw a page behind a session's parked KV, which ends with a page, and copy the first tokens of source to it."""
+    parked = session.parked
+    if parked is None:
+        start = books.tree.pin(books.tree.match(session.namespace, b"", 0))
+        lease = books.ledger.open()
+        held = 0
+    else:
+        start, lease, held = parked.pin, parked.lease, parked.tokens
+        books.parked_pages -= len(lease)
+        session.parked = None
+        books.tree.harden(start)
+    books.queue_copy(source, books.ledger.draw(lease, 1)[0], tokens, (session,))
+    books.park(session, lease, start, held + tokens)

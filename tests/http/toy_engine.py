@@ -1,0 +1,67 @@
+"""The real core behind the link, on the simulator's toy device: every token depends on all KV that was read for it."""
+
+import threading
+
+import msgspec
+import zmq
+
+from sessile.contract.messages import EngineReady
+from sessile.contract.model import ModelFacts
+from sessile.core.limits import Limits
+from sessile.core.machine import Machine
+from sessile.engine.clock import MonotonicClock
+from sessile.engine.inbox import SocketInbox
+from sessile.engine.loop import EngineLoop
+from sessile.engine.outbox import SocketOutbox
+from sessile.sim.toy import ToyDevice
+
+VOCAB_SIZE = 256
+"""Every byte is a token; no token ends an output."""
+CONTEXT_TOKENS = 512
+
+
+class ToyEngine:
+    """An engine in a thread: connects to a server's link on start(), and is audited after every step."""
+
+    def __init__(self, address: str, *, pages: int = 400, overlap: bool = True, **limits: object) -> None:
+        self._address = address
+        self._overlap = overlap
+        settings = {"page_size": 4, "rows_max": 8, "chunk_tokens": 32, "audit_level": 2} | limits
+        self.limits = Limits(pages_total=pages, context_tokens=CONTEXT_TOKENS, **settings)  # type: ignore[arg-type]
+        facts = ModelFacts(
+            VOCAB_SIZE, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([byte]) for byte in range(VOCAB_SIZE))
+        )
+        self.machine = Machine(self.limits, facts)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._loop: EngineLoop | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        assert self._loop is not None, "the engine did not start, or what it ran raised"
+        self._loop.begin_shutdown(0)
+        self._thread.join(10)
+        assert not self._thread.is_alive(), "the engine did not stop"
+
+    def _run(self) -> None:
+        limits = self.limits
+        context = zmq.Context()
+        socket = context.socket(zmq.PAIR)
+        socket.connect(self._address)
+        ready = EngineReady(
+            model_name="toy", model_path="toy", architecture="toy", dtype="none", device="toy", vocab_size=VOCAB_SIZE,
+            context_tokens=CONTEXT_TOKENS, page_size=limits.page_size, pages_total=limits.pages_total,
+            rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens, kv_bytes=0, weight_bytes=0, start_s=0.0,
+        )  # fmt: skip
+        socket.send(msgspec.msgpack.encode(ready))
+        device = ToyDevice(
+            pages_total=limits.pages_total, page_size=limits.page_size, rows_max=limits.rows_max,
+            context_tokens=CONTEXT_TOKENS, drafts_max=0, vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+        self._loop = EngineLoop(
+            self.machine, device, SocketInbox(socket), SocketOutbox(socket), MonotonicClock(), overlap=self._overlap
+        )
+        self._loop.run()
+        socket.close(linger=200)
+        context.term()
