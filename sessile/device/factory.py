@@ -14,6 +14,7 @@ from sessile.device.worker import DeviceFacts, StepRunner, Worker
 from sessile.errors import StartupError
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name, prepare_attention
 from sessile.kernels.linear import cpu_multiplies_bfloat16
+from sessile.kernels.sampling import prepare_sampling
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
 from sessile.model.weights import LoadedModel, load_model, read_config, weight_bytes_estimate
@@ -60,6 +61,7 @@ def open_device(
     runner = StepRunner(loaded.decoder, pool, rows_max, row_pages)
     progress("compiling kernels", 0.0)
     prepare_attention(form.dtype)
+    prepare_sampling()
     warm_up(runner, page_size)
     progress("compiling kernels", 1.0)
     facts = DeviceFacts(

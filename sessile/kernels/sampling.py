@@ -3,6 +3,10 @@
 Noise is a function of (seed, output index, token id) and of nothing else: not of the batch, the row, or the filters.
 """
 
+import importlib
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -20,12 +24,47 @@ def gumbel_noise(seeds: Tensor, output_indices: Tensor, token_ids: Tensor) -> Te
     Adding it to log-probabilities and taking the maximum draws from them (Gumbel-max). The uniform numbers beneath
     come from a counter: two rounds of MurmurHash3's finaliser on the token id, keyed by a hash of the other two.
     """
-    key = _mix_64(_mix_64(seeds + _ODD_64) + output_indices * _ODD_64)
-    low, high = (key & _MASK_32).unsqueeze(-1), (_shifted(key, 32)).unsqueeze(-1)
-    hashed = _mix_32((_mix_32(token_ids ^ low) + high) & _MASK_32)
+    low, high = noise_keys(seeds, output_indices)
+    hashed = _mix_32((_mix_32(token_ids ^ low.unsqueeze(-1)) + high.unsqueeze(-1)) & _MASK_32)
     # Small numbers are exact in float32 and give the large noise that decides; 1 would give minus infinity.
     uniform = ((hashed.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=_LARGEST_BELOW_ONE)
     return -(-torch.log1p(-uniform)).log_()
+
+
+def noise_keys(seeds: Tensor, output_indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high half, int64[m] each, of the key under which token ids are hashed."""
+    key = _mix_64(_mix_64(seeds + _ODD_64) + output_indices * _ODD_64)
+    return key & _MASK_32, _shifted(key, 32)
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """The compiled kernel of the CPU, or None where numba or torch's OpenMP is not usable."""
+    try:
+        importlib.import_module("sessile.kernels.compiled").check_openmp()
+        return importlib.import_module("sessile.kernels.sampling_cpu")
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
+def prepare_sampling() -> None:
+    """Compile the kernel that a step may need, so that no step waits for it."""
+    kernels = _compiled()
+    if kernels is not None:
+        kernels.prepare()
+
+
+def free_draw(scaled: Tensor, seeds: Tensor, output_indices: Tensor) -> Tensor:
+    """Draw from the softmax of whole rows, int64[m]; scaled float32[m, vocab], seeds and output_indices int64[m]."""
+    kernels = _compiled() if scaled.device.type == "cpu" else None
+    if kernels is None:
+        ids = torch.arange(scaled.shape[-1], device=scaled.device)
+        return (scaled + gumbel_noise(seeds, output_indices, ids)).argmax(dim=-1)
+    ids = kernels.finalists(scaled.contiguous(), *noise_keys(seeds, output_indices)).T
+    # A part of the vocabulary a thread: which of their winners is first must not hang on how many there were.
+    ids = ids.sort(dim=-1).values
+    finals = scaled.gather(-1, ids) + gumbel_noise(seeds, output_indices, ids)
+    return ids.gather(-1, finals.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 def sample(
@@ -49,8 +88,7 @@ def sample(
     tokens = logits.argmax(dim=-1)
     free = (~filtered & ~greedy).nonzero().flatten()
     if free.numel():
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        tokens[free] = (scaled[free] + gumbel_noise(seeds[free], output_indices[free], ids)).argmax(dim=-1)
+        tokens[free] = free_draw(scaled[free], seeds[free], output_indices[free])
     rows = filtered.nonzero().flatten()
     if rows.numel():
         parts = (scaled, top_ks, top_ps, min_ps, seeds, output_indices)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sessile.kernels import sampling
 from sessile.kernels.sampling import CANDIDATES, gumbel_noise, sample, top_candidates
 
 
@@ -107,3 +108,18 @@ def test_candidates_descend_and_ties_go_by_id() -> None:
     tops, ids = top_candidates(values, 6)
     assert ids.tolist() == [[0, 2, 3, 4, 1, 5]]
     assert tops.tolist() == [[1.0, 1.0, 0.0, -0.5, -2.0, float("-inf")]]
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 5000])
+def test_the_compiled_draw_is_the_one_of_plain_torch(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    logits = torch.randn(400, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    seeds, indices = torch.arange(400) * 977, torch.arange(400)
+    compiled = sampling.free_draw(logits, seeds, indices)
+    monkeypatch.setattr(sampling, "_compiled", lambda: None)
+    assert compiled.tolist() == sampling.free_draw(logits, seeds, indices).tolist()
+
+
+def test_the_compiled_draw_takes_no_token_that_is_banned() -> None:
+    logits = torch.full((50, 40), float("-inf"))
+    logits[:, 17] = -3.0
+    assert (sampling.free_draw(logits, torch.arange(50), torch.arange(50)) == 17).all()
