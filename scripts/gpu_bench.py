@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=("8B", "1.5B"), default=["1.5B", "8B"])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--mixed-chunk-tokens", type=int, default=8192, help="as for `sessile serve`, whose is 1024")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "gpu-bench needs a CUDA GPU; none was found.\n")
@@ -25,7 +26,7 @@ def main() -> None:
             print(measure_attention(case))
     groups = set(asked.groups) - {"kernels"}
     for shape in asked.shapes if groups else []:
-        measure_shape(shape, groups, tuple(asked.batches))
+        measure_shape(shape, groups, tuple(asked.batches), asked.mixed_chunk_tokens)
 
 
 if __name__ == "__main__":

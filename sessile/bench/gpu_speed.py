@@ -12,7 +12,8 @@ from sessile.bench.gpu_shapes import ShapeEngine
 BATCHES = (1, 8, 64, 256)
 PROMPT_TOKENS, STEP_TOKENS = 1024, 132
 STEP_TARGETS_MS = {"8B": (5.9, 6.3, 9.3, 20.0), "1.5B": (1.6, 1.7, 2.4, 4.9)}
-TURNS = ((4, 300, 16, 16, 8), (8, 150, 16, 16, 8), (8, 6, 32000, 128, 64), (1, 20, 100000, 16, 8))
+TURNS = ((4, 300, 16, 16, 8), (8, 150, 16, 16, 8), (8, 6, 32000, 128, 64), (2, 6, 100000, 128, 64),
+         (1, 20, 100000, 16, 8), (64, 8, 2048, 128, 64))  # fmt: skip
 """Conversations, turns, and tokens of the first prompt, of each later one, and of each answer."""
 
 
@@ -21,10 +22,13 @@ def machine_line() -> str:
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
-def measure_shape(shape: str, groups: set[str], batches: tuple[int, ...] = BATCHES) -> None:
-    """Print the figures of one shape: any of the groups "steps", "throughput" and "turns"."""
+def measure_shape(shape: str, groups: set[str], batches: tuple[int, ...], mixed_chunk_tokens: int) -> None:
+    """Print the figures of one shape: any of the groups "steps", "throughput" and "turns".
+
+    mixed_chunk_tokens: bound of steps in which rows decode; a low one delays the time when all rows of a batch run.
+    """
     with TemporaryDirectory() as folder:
-        engine = ShapeEngine(shape, Path(folder), mixed_chunk_tokens=8192)
+        engine = ShapeEngine(shape, Path(folder), mixed_chunk_tokens=mixed_chunk_tokens)
         facts = engine.engine.device.facts
         print(
             f"{shape}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
@@ -91,6 +95,7 @@ def print_turns(engine: ShapeEngine, shape: str, conversations: int, turns: int,
             submit(sessions[key], added)
 
     ends_ns: dict[int, int] = {}
+    started_ns = time.perf_counter_ns()
     for name in names:
         engine.open_session(name)
         submit(name, first)
@@ -101,7 +106,8 @@ def print_turns(engine: ShapeEngine, shape: str, conversations: int, turns: int,
     walls_ms = [(ends_ns[key] - begun_ns[key]) / 1e6 for key in later]
     firsts_ms = [(done.first_ns[key] - begun_ns[key]) / 1e6 for key in later]
     print(
-        f"{shape} turns, {conversations} × {turns}, {first}/{added}/{generated}: turn mean {np.mean(walls_ms):7.2f} ms "
+        f"{shape} turns, {conversations} × {turns}, {first}/{added}/{generated}: total "
+        f"{(max(ends_ns.values()) - started_ns) / 1e9:5.2f} s, turn mean {np.mean(walls_ms):7.2f} ms "
         f"median {np.median(walls_ms):7.2f}, first token mean {np.mean(firsts_ms):6.2f} median "
         f"{np.median(firsts_ms):6.2f}"
     )

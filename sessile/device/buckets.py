@@ -3,14 +3,15 @@
 from bisect import bisect_left
 from dataclasses import dataclass
 
-import numpy as np
-
 from sessile.contract.plan import SAMPLE, StepPlan
 
 CAPTURED_TOKENS_MAX = 1024
 """Steps with more tokens keep the device busy for longer than their launches take, so they are run without a graph."""
-_SIZES = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64),
-          *range(640, 1025, 128)]  # fmt: skip
+DECODE_SIZES = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), *range(160, 257, 32), 384, 512, 768, 1024]
+"""Rows of a step in which every row runs one token: close together, as most steps are such."""
+TOKEN_SIZES = [16, 32, 64, 128, 256, 384, 512, 768, 1024]
+ROW_SIZES = [8, 64, 256, 1024]
+"""Of the other steps: few, as each pair of them is a graph of its own, and padding rows end at once."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,14 @@ def bucket_of(plan: StepPlan, narrow_row_tokens: int) -> Bucket:
         is_wide = plan.query_counts > narrow_row_tokens
         return Bucket(tokens, rows, places, bool((~is_wide).any()), bool(is_wide.any()), False)
     if tokens == rows:
-        size = round_up(rows)
+        size = round_up(rows, DECODE_SIZES)
         return Bucket(size, size, size if places else 0, True, False, True)
-    token_bucket, row_bucket = round_up(tokens), round_up(rows)
-    place_bucket = 0 if not places else row_bucket if places <= row_bucket else round_up(places)
-    is_all_narrow = bool(np.max(plan.query_counts) <= narrow_row_tokens)
-    return Bucket(token_bucket, row_bucket, place_bucket, True, not is_all_narrow, True)
+    token_bucket, row_bucket = round_up(tokens, TOKEN_SIZES), round_up(rows, ROW_SIZES)
+    place_bucket = 0 if not places else row_bucket if places <= row_bucket else round_up(places, TOKEN_SIZES)
+    return Bucket(token_bucket, row_bucket, place_bucket, True, True, True)
 
 
-def round_up(count: int) -> int:
-    """The next bucket size; beyond the largest, the count itself."""
-    index = bisect_left(_SIZES, count)
-    return _SIZES[index] if index < len(_SIZES) else count
+def round_up(count: int, sizes: list[int]) -> int:
+    """The next of the sizes; beyond the largest, the count itself."""
+    index = bisect_left(sizes, count)
+    return sizes[index] if index < len(sizes) else count

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sessile.contract.plan import SAMPLE, StepPlan
-from sessile.device.buckets import CAPTURED_TOKENS_MAX, bucket_of, round_up
+from sessile.device.buckets import CAPTURED_TOKENS_MAX, DECODE_SIZES, bucket_of, round_up
 
 
 def plan_of(counts: list[int], drafts: list[int], samples: list[bool]) -> StepPlan:
@@ -46,6 +46,12 @@ def test_a_step_that_samples_nothing_has_no_places() -> None:
     assert bucket_of(plan_of([7, 9], [0, 0], [False, False]), 4).places == 0
 
 
-def test_rounding_up_wastes_at_most_a_half_of_small_sizes_and_a_fifth_of_large_ones() -> None:
-    assert all(round_up(count) <= 2 * count for count in range(1, 17))
-    assert all(count <= round_up(count) <= 1.25 * count + 8 for count in range(16, 2000))
+def test_mixed_steps_of_any_make_up_need_few_graphs() -> None:
+    plans = [plan_of([tokens, *[1] * rows], [0] * (rows + 1), [True] * (rows + 1)) for tokens in range(2, 600, 7)
+             for rows in (0, 3, 30, 200)]  # fmt: skip
+    assert len({bucket_of(plan, 4) for plan in plans}) <= 27
+
+
+def test_decoding_pads_batches_by_a_quarter_at_most() -> None:
+    assert all(count <= round_up(count, DECODE_SIZES) <= 1.25 * count + 8 for count in range(1, 257))
+    assert round_up(5000, DECODE_SIZES) == 5000
