@@ -9,13 +9,17 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _MASK_32 = 0xFFFFFFFF
 _ODD_64 = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio in 64 bits, as a signed number
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24
 
-CANDIDATES = 1024
-"""How many of the most likely tokens are looked at first; rows that keep more are sorted whole."""
+CANDIDATES = (128, 2048)
+"""How many of the most likely tokens are looked at first, and next; rows that may keep more are sorted whole."""
+
+_BLOCK = 32
+"""Tokens whose largest value stands for them when a few are sought among many."""
 
 
 def gumbel_noise(seeds: Tensor, output_indices: Tensor, token_ids: Tensor) -> Tensor:
@@ -102,18 +106,17 @@ def _sample_filtered(
     """Draw among the most likely few; rows whose few do not reach far enough are done again over the vocabulary."""
     vocab = scaled.shape[-1]
     log_total = scaled.logsumexp(dim=-1, keepdim=True)
-    count = min(CANDIDATES, vocab)
-    values, ids = top_candidates(scaled, count)
-    keep, short = _kept((values - log_total).exp(), top_ks, top_ps, min_ps, vocab)
-    noisy = (values + gumbel_noise(seeds, output_indices, ids)).masked_fill_(~keep, float("-inf"))
-    tokens = ids.gather(-1, noisy.argmax(dim=-1, keepdim=True)).squeeze(-1)
-    if count < vocab and short.any():
-        rows = short.nonzero().flatten()
-        values, ids = top_candidates(scaled[rows], vocab)
+    tokens = torch.empty(scaled.shape[0], dtype=torch.int64, device=scaled.device)
+    rows = torch.arange(scaled.shape[0], device=scaled.device)
+    for count in (*(count for count in CANDIDATES if count < vocab), vocab):
+        values, ids = top_candidates(scaled[rows], count)
         probabilities = (values - log_total[rows]).exp()
-        keep, _ = _kept(probabilities, top_ks[rows], top_ps[rows], min_ps[rows], vocab)
+        keep, short = _kept(probabilities, top_ks[rows], top_ps[rows], min_ps[rows], vocab)
         noisy = (values + gumbel_noise(seeds[rows], output_indices[rows], ids)).masked_fill_(~keep, float("-inf"))
         tokens[rows] = ids.gather(-1, noisy.argmax(dim=-1, keepdim=True)).squeeze(-1)
+        rows = rows[short]
+        if not rows.numel():
+            break
     return tokens
 
 
@@ -140,15 +143,30 @@ def _kept(
 def top_candidates(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values and their ids, descending, lowest id first on ties: float32[m, count], int64[m, count].
 
+    A few among many are sought in the blocks with the largest maxima: each of the count largest lies in one of the
+    count first blocks, as every block before its own holds a value that comes before it.
+    """
+    size = values.shape[-1]
+    if count * _BLOCK * 4 > size:
+        ids = torch.arange(size, device=values.device).expand(values.shape)
+        return _ordered(values, ids, count)
+    padded = functional.pad(values, (0, -size % _BLOCK), value=float("-inf")).unflatten(-1, (-1, _BLOCK))
+    blocks = top_candidates(padded.amax(dim=-1), count)[1]
+    within = torch.arange(_BLOCK, device=values.device)
+    ids = (blocks.unsqueeze(-1) * _BLOCK + within).flatten(-2)
+    return _ordered(padded.flatten(-2).gather(-1, ids), ids, count)
+
+
+def _ordered(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first of values float32[m, k] with ids int64[m, k], by value descending, then by id ascending.
+
     torch.topk leaves the order of ties open, so value and id go into one integer whose order is total.
     """
     bits = values.contiguous().view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    last = values.shape[-1] - 1
-    ids = torch.arange(last, -1, -1, device=values.device)
-    keys = torch.topk((ordered << 32) | ids, count, dim=-1).values
-    chosen = last - (keys & _MASK_32)
-    return values.gather(-1, chosen), chosen
+    keys = (ordered << 32) | (_MASK_32 - ids)
+    places = torch.topk(keys, count, dim=-1).indices
+    return values.gather(-1, places), ids.gather(-1, places)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
