@@ -9,7 +9,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
 ARGS ?=
-GPU_TESTS := tests/kernels tests/parity/test_tiny_models.py tests/parity/test_core_tiny_models.py \
+GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_models.py tests/parity/test_core_tiny_models.py \
 	tests/parity/test_torn_sessions.py
 
 # Stamps of a finished set-up; the second call of any target installs nothing.

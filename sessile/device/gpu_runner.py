@@ -21,7 +21,7 @@ from sessile.device.sampler import Sampler
 from sessile.device.staging import Moment, UploadRing, to_device, to_host
 from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out, query_blocks
 from sessile.kernels.triton_sampling import Chosen, choose_tokens, settle_rows
-from sessile.model.fused import BlockKinds, FusedDecoder, GpuCache
+from sessile.model.fused_gpu import BlockKinds, FusedDecoder, GpuCache
 from sessile.model.layers import Decoder
 from sessile.units import ceil_div
 
