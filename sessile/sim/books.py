@@ -18,6 +18,8 @@ Operation = (
     wire.CancelAll
     | wire.OpenSession
     | wire.CloseSession
+    | wire.ForkSession
+    | wire.RewindSession
     | wire.GetSession
     | wire.ListSessions
     | wire.SessionTokens
@@ -82,6 +84,10 @@ class Books:
         session = self.sessions.get(message.session)
         if session is None:
             return self._refused(404)
+        if isinstance(message, wire.ForkSession):
+            return self._note_fork(message, session)
+        if isinstance(message, wire.RewindSession):
+            return self._note_rewind(message, session)
         if isinstance(message, wire.GetSession):
             return replies.view_of(session)
         if isinstance(message, wire.SessionTokens):
@@ -130,7 +136,7 @@ class Books:
             refusals.add(404)
         if session and session.closing:
             refusals.add(410)
-        if session and session.turn:
+        if session and (session.turn or submit.expect_tokens not in (-1, len(session.history))):
             refusals.add(409)
         if not prompt:
             refusals.add(400)
@@ -157,9 +163,9 @@ class Books:
             del self.sessions[session.id]
             self._due_gone[session.id] = self._due_gone.get(session.id, 0) + 1
 
-    def _refused(self, status: int) -> replies.Verdict:
-        self.totals[f"refused op {status}"] += 1
-        return replies.refused(status)
+    def _refused(self, *statuses: int) -> replies.Verdict:
+        self.totals[f"refused op {statuses[0]}"] += 1
+        return replies.refused(*statuses)
 
     def _note_open(self, message: wire.OpenSession) -> replies.Verdict:
         if message.session in self.sessions:
@@ -184,6 +190,45 @@ class Books:
             return replies.outcome(closed=True, deferred=False)
         session.closing = True
         return replies.outcome(closed=False, deferred=True)
+
+    def _note_fork(self, message: wire.ForkSession, parent: SessionBook) -> replies.Verdict:
+        tokens = place_of(parent, message.at_tokens, message.at_turn)
+        refusals = self._refusals_of_busy(parent)
+        if tokens is None or message.child in self.sessions:
+            refusals.append(400)
+        if len(self.sessions) >= self._world.limits.sessions_max:
+            refusals.append(429)
+        if tokens is None or refusals:
+            return self._refused(*refusals)
+        child = SessionBook(
+            id=message.child,
+            opened_ns=self.now_ns,
+            idle_since_ns=self.now_ns,
+            idle_timeout_ns=parent.idle_timeout_ns,
+            tokens_max=parent.tokens_max,
+            metadata=parent.metadata,
+            history=parent.history[:tokens],
+            turn_ends=[end for end in parent.turn_ends if end <= tokens],
+        )
+        self.sessions[child.id] = child
+        self.totals["forks"] += 1
+        return replies.view_of(child)
+
+    def _note_rewind(self, message: wire.RewindSession, session: SessionBook) -> replies.Verdict:
+        tokens = place_of(session, message.to_tokens, message.to_turn)
+        refusals = self._refusals_of_busy(session)
+        if tokens is None or (message.to_tokens is None and message.to_turn is None):
+            refusals.append(400)
+        if tokens is None or refusals:
+            return self._refused(*refusals)
+        session.history = session.history[:tokens]
+        session.turn_ends = [end for end in session.turn_ends if end <= tokens]
+        session.lost_part = True
+        self.totals["rewinds"] += 1
+        return replies.view_of(session)
+
+    def _refusals_of_busy(self, session: SessionBook) -> list[int]:
+        return [410] * session.closing + [409] * (session.turn is not None)
 
     def _note_flush(self) -> replies.Verdict:
         if any(not request.is_over for request in self.live.values()):
@@ -344,7 +389,8 @@ class Books:
         if finished:
             self._check_warmth(request, session, done, reclaims)
             session.history = [*request.prompt, *request.output]
-            session.turns += 1
+            session.turn_ends.append(len(session.history))
+            session.lost_part = False
             session.reclaim_mark = reclaims
             self.totals["turns"] += 1
         else:
@@ -367,8 +413,10 @@ class Books:
             self.totals["warm turns"] += 1
             # The tree may have more of it than the session itself would keep.
             page_size = self._world.limits.page_size
-            shared = done.cached_tokens >= len(session.history) and done.cached_tokens % page_size == 0
-            check(done.cached_tokens == len(session.history) - 1 or shared, "warm",
+            kept = len(session.history) - 1
+            shared = done.cached_tokens > kept and done.cached_tokens % page_size == 0
+            lost = session.lost_part and kept > done.cached_tokens >= kept // page_size * page_size
+            check(done.cached_tokens == kept or shared or lost, "warm",
                   f"history of {len(session.history)} was not reclaimed: {done}")
         elif done.cached_tokens >= len(session.history):
             self.totals["turns found ahead"] += 1
@@ -394,6 +442,16 @@ class Books:
         check(reply.op in self._awaited, "reply", f"nobody awaits {reply}")
         self._flushes.discard(reply.op)
         self._awaited.pop(reply.op)(reply)
+
+
+def place_of(session: SessionBook, tokens: int | None, turn: int | None) -> int | None:
+    """The length of history that a fork or rewind means; None if there is no such place."""
+    if tokens is not None and turn is not None:
+        return None
+    if turn is not None:
+        return [0, *session.turn_ends][turn] if 0 <= turn <= len(session.turn_ends) else None
+    place = len(session.history) if tokens is None else tokens
+    return place if 0 <= place <= len(session.history) else None
 
 
 def check_logprobs(

@@ -48,8 +48,8 @@ _LEDGER = (
     _fault(
         "limbo skipped", "H24", "pages that leave a holder are free at once",
         "ledger",
-        "        self._post(pages, source, LIMBO)\n        waiting",
-        "        self._post(pages, source, FREE)\n        self._free.extend(pages)\n        return\n        waiting",
+        "        self._post(pages, source, LIMBO)\n",
+        "        self._post(pages, source, FREE)\n        self._free.extend(pages)\n        return\n",
     ),
     _fault(
         "tag not rewritten", "H01, H06", "pages move in the balances, the last one keeps its old tag",
@@ -114,8 +114,8 @@ _TURNS = (
     ),
     _fault(
         "busy turn let in", "H25", "a second turn is accepted beside the one in flight",
-        "machine", "if session.turn is not None:\n            raise SessionBusy",
-        "if False:\n            raise SessionBusy",
+        "machine", "if session.turn is not None:\n            raise SessionBusy(\n",
+        "if False:\n            raise SessionBusy(\n",
     ),
     _fault(
         "close during a turn", "H23", "a session is closed under its running turn",
@@ -151,12 +151,45 @@ _TURNS = (
     ),
     _fault(
         "refused turn refreshes the timer", "H40", "a busy session's refusal counts as use",
-        "machine", "        if session.closing:\n            raise",
-        "        session.last_used_ns = self._books.now_ns\n        if session.closing:\n            raise",
+        "machine", "        assert message.session is not None\n        session = self._session(message.session)\n",
+        "        assert message.session is not None\n        session = self._session(message.session)\n"
+        "        session.last_used_ns = self._books.now_ns\n",
     ),
     _fault(
         "idle time from the start of a turn", "H41", "the end of a turn does not restart the timer",
         "ending", "        session.last_used_ns = books.now_ns\n", "",
+    ),
+)
+
+_FORKS = (
+    _fault(
+        "copy forgotten", "H29, H64", "the page that a fork or rewind begins with is never filled",
+        "books", "        copies, self.copies = self.copies, []\n",
+        "        copies, self.copies = [], []\n",
+    ),
+    _fault(
+        "copy one token short", "H29", "the last token of a copied page is left out",
+        "books", "self.copies.append((source, target, tokens))",
+        "self.copies.append((source, target, max(1, tokens - 1)))",
+    ),
+    _fault(
+        "copied page drawn before the copy", "H29, H73", "a page given up before its copy does not wait for the plan",
+        "books", "        self.ledger.floor_step = self.planned_step + 1\n", "",
+    ),
+    _fault(
+        "fork shares its history", "H28", "parent and child append to the same history",
+        "forking", "child.cut_history(parent.history.fork(tokens), parent.turn_ends)",
+        "child.cut_history(parent.history if tokens == len(parent.history) else parent.history.fork(tokens), "
+        "parent.turn_ends)",
+    ),
+    _fault(
+        "rewind keeps the KV", "H11, H18", "the history is cut, its KV is not",
+        "forking", "    books.cut_parked(session, kv_tokens)\n", "",
+    ),
+    _fault(
+        "fork at the wrong turn", "H59", "a turn's place is the end of the one after it",
+        "machine", "return session.turn_ends[turn - 1] if turn else 0",
+        "return session.turn_ends[min(turn, len(session.turn_ends) - 1)] if turn else 0",
     ),
 )
 
@@ -238,5 +271,5 @@ _STEPS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*_LEDGER, *_TREE, *_TURNS, *_STEPS)
+MUTANTS: tuple[Mutant, ...] = (*_LEDGER, *_TREE, *_TURNS, *_FORKS, *_STEPS)
 """Every fault, in the order of the table."""

@@ -39,7 +39,8 @@ def _plan(plan: StepPlan) -> str:
         parts.append(f"row {row} {kind} {count} at {start}")
     runs = list(zip(plan.table_rows.tolist(), plan.table_starts.tolist(), plan.table_counts.tolist(), strict=True))
     pages = plan.table_pages.tolist()
-    return f"{plan.step}: {'; '.join(parts)}; binds {plan.bind_rows.tolist()}; runs {runs} of pages {pages}"
+    copies = f"; copies {plan.copies.tolist()}" if len(plan.copies) else ""
+    return f"{plan.step}: {'; '.join(parts)}; binds {plan.bind_rows.tolist()}; runs {runs} of pages {pages}{copies}"
 
 
 def _batch(batch: Batch) -> str:

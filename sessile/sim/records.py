@@ -33,11 +33,14 @@ class SessionBook:
     tokens_max: int
     metadata: dict[str, str]
     history: list[int] = field(default_factory=list)
-    turns: int = 0
+    turn_ends: list[int] = field(default_factory=list)
+    """Length of the history after each finished turn."""
     turn: "RequestBook | None" = None
     closing: bool = False
     reclaim_mark: int | None = None
     """Reclaims counted when its KV was last known to be complete; None: nothing is known of its KV."""
+    lost_part: bool = False
+    """Whether a rewind may have cost it less than a page of KV."""
 
     @property
     def expires_ns(self) -> int | None:

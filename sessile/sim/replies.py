@@ -28,11 +28,11 @@ def outcome(**values: int | bool | bytes) -> Verdict:
     return verdict
 
 
-def refused(status: int) -> Verdict:
-    """Refused with this status, and with words."""
+def refused(*statuses: int) -> Verdict:
+    """Refused with one of these statuses, and with words."""
 
     def verdict(reply: Reply) -> None:
-        check(reply.error is not None and reply.error.status == status, "reply", f"expected {status}: {reply}")
+        check(reply.error is not None and reply.error.status in statuses, "reply", f"expected {statuses}: {reply}")
         check(reply.error is not None and bool(reply.error.code and reply.error.message), "reply", f"silent: {reply}")
 
     return verdict
@@ -105,7 +105,7 @@ def _view_check(session: SessionBook) -> Callable[[SessionView], None]:
     expected = {
         "id": session.id,
         "tokens": len(session.history),
-        "turns": session.turns,
+        "turns": len(session.turn_ends),
         "opened_s": session.opened_ns / 1e9,
         "metadata": session.metadata,
     }

@@ -27,6 +27,7 @@ EXPECTED = {
     "faulty": ("done error",),
     "expire": ("expirations",),
     "flush": ("Flush",),
+    "fork": ("forks", "rewinds", "copies"),
 }  # fmt: skip
 """Totals that a long run must have reached, by the fault that brings them."""
 SEEDS_FOR_TOTALS = 100

@@ -138,6 +138,7 @@ class Simulation:
         ticket = self._device.launch(decode_plan(packed))
         check_plan(plan, self._world, self._books, self._device, self._chunk_tokens)
         self._books.totals["drafts offered"] += int(plan.draft_counts.sum())
+        self._books.totals["copies"] += len(plan.copies)
         return ticket
 
     def _settle(self) -> None:
@@ -197,4 +198,8 @@ class Simulation:
         ops = iter(range(1 << 40, 1 << 41))
         closes = [wire.CloseSession(next(ops), session) for session in self._books.sessions]
         self._loop_once([*closes, wire.Flush(next(ops)), wire.GetStats(next(ops))])
+        while self._machine.has_work or self._in_flight:
+            self._loop_once(())
+            turns_max -= 1
+            check(turns_max > 0, "liveness", "the last flush does not end")
         check_empty(self._machine.stats())

@@ -44,6 +44,8 @@ class Workload:
             sent.append(wire.CancelAll(self._op()))
         if self._chance(temper.flush_rate):
             sent.append(wire.Flush(self._op()))
+        if self._books.sessions and self._chance(temper.fork_rate):
+            sent.append(self._fork_or_rewind())
         if self._echoed or self._doomed in self._books.live:
             sent += self._follow_up()
         elif self._chance(temper.echo_rate):
@@ -106,6 +108,7 @@ class Workload:
             tokens=wire.pack_tokens(tokens),
             sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance()),
             session=session_id,
+            expect_tokens=self._expectation(session) if session else -1,
             logprobs=draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
             prompt_logprobs_from=draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
         )
@@ -130,6 +133,23 @@ class Workload:
         """A session's conversation and its next turn as a plain prompt: the turn may find the tree ahead of it."""
         turn = self._intended.setdefault(session.id, self._tokens(8))
         return [*session.history, *turn][: self._world.limits.sequence_tokens_max - 1]
+
+    def _expectation(self, session: SessionBook) -> int:
+        """What a client believes the history's length to be: mostly nothing, sometimes the truth, seldom wrong."""
+        kind = self._draw.random()
+        return -1 if kind < 0.8 else len(session.history) + (kind > 0.97)
+
+    def _fork_or_rewind(self) -> wire.ToEngine:
+        """At the end, at a token, at a turn; now and then where there is no place, or while a turn is in flight."""
+        draw, sessions = self._draw, list(self._books.sessions.values())
+        idle = [session for session in sessions if session.turn is None and len(session.history) > 1]
+        session = draw.choice(idle if idle and self._chance(0.8) else sessions)
+        tokens = draw.choice([None, None, draw.randint(0, len(session.history)), len(session.history) + 1])
+        turn = draw.randint(0, len(session.turn_ends) + 1) if tokens is None and self._chance(0.4) else None
+        if self._chance(0.5):
+            return wire.RewindSession(op=self._op(), session=session.id, to_tokens=tokens, to_turn=turn)
+        child = f"s{draw.randrange(2 * self._world.temper.sessions_wanted)}"
+        return wire.ForkSession(op=self._op(), session=session.id, child=child, at_tokens=tokens, at_turn=turn)
 
     def _echo(self) -> list[wire.ToEngine]:
         """Make a session cold if that is possible now, and let a plain prompt run ahead of its next turn."""

@@ -12,9 +12,10 @@ from sessile.core.limits import Limits
 EOS, BOS, SPECIAL = 2, 1, 3
 """Special tokens of the toy vocabulary; all others add one to three letters to the text."""
 
-FAULTS = ("retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush")
+FAULTS = ("retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush", "fork")
 """What `--faults` can switch on: forced retraction, cancels and disconnects, closes at any time, late and delayed
-results, rows whose logits are not finite, drafts, idle timeouts, flushes."""
+results, rows whose logits are not finite, drafts, idle timeouts, flushes,
+forks and rewinds."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Temper:
     close_rate: float
     cancel_all_rate: float
     flush_rate: float
+    fork_rate: float
+    """Forks and rewinds."""
     echo_rate: float
     """Plain prompts that say what a session is about to say."""
     nonsense_rate: float
@@ -143,6 +146,7 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         close_rate=rate("close", 0.0, 0.002, 0.01, 0.1),
         cancel_all_rate=rate("cancel", 0.0, 0.0, 0.005),
         flush_rate=rate("flush", 0.0, 0.0, 0.005, 0.03),
+        fork_rate=rate("fork", 0.0, 0.05, 0.2, 0.5),
         echo_rate=rate("", 0.0, 0.1, 0.3),
         nonsense_rate=rate("", 0.0, 0.02, 0.1),
         look_rate=rate("", 0.02, 0.1),
