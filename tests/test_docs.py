@@ -36,7 +36,7 @@ def shown_commands(path: Path) -> Iterator[str]:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
 @every_document
@@ -44,7 +44,7 @@ def test_every_make_target_that_is_shown_exists(path: Path) -> None:
     shown = {
         target
         for command in shown_commands(path)
-        for target in re.findall(r"(?:^|[|;&] *)make ([a-z]+)", command)
+        for target in re.findall(r"(?:^|[|;&] *)make ([a-z-]+)", command)
     }
     assert shown - make_targets() == set()
 

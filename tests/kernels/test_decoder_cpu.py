@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sessile.kernels import reference
-from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
+from sessile.kernels.attention import SHORT_QUERY_TOKENS, CpuAttentionStep, PagedCache, StepRows
+from sessile.model import fused_cpu
 from sessile.model.config import ModelOptions
 from sessile.model.fused_cpu import fuse_for_cpu, is_few_tokens, query_items
 from sessile.model.layers import Decoder, StepInputs, WeightFormat
@@ -43,7 +44,7 @@ def both(tiny: Tiny, dtype: torch.dtype, quantize: str) -> tuple[Any, Any]:
     """Logits and the keys left in the pool: of the compiled call, and of the layers one by one."""
     decoder = load(tiny.folder, dtype, quantize)
     rows = StepRows(*(np.array(column, np.int32) for column in ([2, 0, 3, 1], STARTS, COUNTS)))
-    assert is_few_tokens(rows)
+    assert max(COUNTS) <= SHORT_QUERY_TOKENS
     tokens = torch.randint(0, VOCAB, (sum(COUNTS),), generator=torch.Generator().manual_seed(4))
     positions = torch.cat([torch.arange(s, s + c) for s, c in zip(STARTS, COUNTS, strict=True)])
     results = []
@@ -81,3 +82,14 @@ def test_in_bfloat16_it_stays_as_near_as_rounding_allows(tiny: Tiny) -> None:
     exact, _ = both(tiny, torch.float32, "none")
     error, plain_error = ((logits - exact[0]).square().mean().sqrt() for logits in (fused[0], plain[0]))
     assert error < 1.2 * plain_error
+
+
+def test_a_step_of_few_tokens_and_short_rows_is_for_the_compiled_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_cpu, "few_tokens", lambda: 16)
+
+    def is_few(*counts: int) -> bool:
+        rows = np.arange(len(counts), dtype=np.int32)
+        return is_few_tokens(StepRows(rows, np.zeros_like(rows), np.array(counts, np.int32)))
+
+    assert is_few(8, 1, 7) and not is_few(8, 1, 8)
+    assert not is_few(SHORT_QUERY_TOKENS + 1)
