@@ -267,7 +267,8 @@ class Books:
         overdue_ops = self._awaited.keys() - self._flushes
         check(not overdue_ops, "reply", f"no reply to operations {overdue_ops}")
         check(not self._due_gone, "session", f"sessions {self._due_gone} had to close with their turn")
-        late = [s.id for s in self.sessions.values() if (at := s.expires_ns) is not None and at <= self.now_ns]
+        timed = [session for session in self.sessions.values() if session.idle_timeout_ns is not None]
+        late = [session.id for session in timed if (at := session.expires_ns) is not None and at <= self.now_ns]
         check(not late, "timer", f"sessions {late} had to expire by {self.now_ns} ns")
         self._settled_ns = self.now_ns
 
@@ -291,7 +292,8 @@ class Books:
         return keys
 
     def _note_tokens(self, request: RequestBook, tokens: list[int], detail: wire.TokenDetail | None) -> None:
-        logprobs, tops = [], []
+        logprobs: list[float] = []
+        tops: list[tuple[int, float]] = []
         for token in tokens:
             if request.ending is not None:
                 fail("delta", f"request {request.key} got token {token} after {request.ending}")
@@ -324,7 +326,8 @@ class Books:
             check(scores.start == request.scored_to and request.submit.prompt_logprobs_from >= 0, "scores",
                   f"request {scores.key}: scores from {scores.start}, next is {request.scored_to}")
             check(tokens == request.prompt[scores.start : end], "scores", f"request {scores.key}: not its own tokens")
-            logprobs, tops = [], []
+            logprobs: list[float] = []
+        tops: list[tuple[int, float]] = []
             chain = Speaker(request.prompt[: scores.start], request.submit.sampling, self._world.facts).chain
             for token in tokens:
                 logprobs.append(hashing.logprob_of(chain.digest, token))
