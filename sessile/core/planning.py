@@ -18,6 +18,7 @@ from sessile.core.books import Books
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Match
 from sessile.core.request import Phase, Request
+from sessile.core.reserving import spend, top_up
 from sessile.core.rows import Column, Flags
 from sessile.units import RowId, ceil_div
 
@@ -120,6 +121,8 @@ class Planner:
         """The early part of the next step, with pages drawn and counters advanced; None if nothing can run now."""
         books = self._books
         books.drain()
+        if books.reserving:
+            top_up(books)
         self._retract_by_force()
         planned = Planned(books.planned_step + 1)
         self._choose(planned)
@@ -146,18 +149,27 @@ class Planner:
     def _retract_by_force(self) -> None:
         every = self._books.limits.retract_every
         if every and self._books.planned_step - self._retracted_step >= every:
-            victim = self._newest_running()
+            victim = self._newest_running(sparing_reserved=False)
             # Only one that got further than the last time, or a forced retraction could undo all progress for ever.
             if victim is not None and self._books.rows.settled[victim.row] > victim.preempted_tokens:
                 self._retracted_step = self._books.planned_step
                 self._preempt(victim)
 
-    def _newest_running(self) -> Request | None:
+    def _newest_running(self, *, sparing_reserved: bool) -> Request | None:
+        """The newest arrival that runs. sparing_reserved: not one whose pages would stay with its session anyway."""
         rows = self._books.rows
         running = np.flatnonzero(rows.plannable)
+        if sparing_reserved and self._books.reserving:
+            running = running[[self._gives_pages(int(row)) for row in running]]
         if not len(running):
             return None
         return rows.occupants[int(running[np.argmax(rows.arrival[running])])]
+
+    def _gives_pages(self, row: int) -> bool:
+        """Whether preempting the row makes pages reclaimable (H37)."""
+        rows = self._books.rows
+        session = rows.occupant(row).session
+        return session is None or int(rows.pages[row]) > session.reserved_pages
 
     def _preempt(self, victim: Request) -> None:
         """Preempt now, or, while a step that has the row is in flight, when it settles."""
@@ -198,24 +210,53 @@ class Planner:
                 prompts = _NO_ROWS
         budget = self._budget(len(decodes) > 0)
         if len(decodes) > budget:
-            decodes = decodes[np.argsort(rows.arrival[decodes], kind="stable")][:budget]
+            decodes = self._fair_decodes(decodes, budget)
         if len(decodes) < single_count:
             single[:] = False
             single[decodes] = True
         planned.decodes, planned.sampling = decodes, single
-        budget -= len(decodes)
-        for row in sorted(prompts.tolist(), key=rows.arrival.__getitem__):
-            if budget <= 0:
-                break
-            request = rows.occupants[row]
-            assert request is not None
-            start = int(rows.planned[row])
-            end = min(int(rows.known[row]), int(rows.kv_goal[row]))
-            count = min(end - start, budget)
-            planned.parts.append(PromptPart(request, RowId(row), start, count, False))
-            budget -= count
-        planned.tokens = self._budget(len(decodes) > 0) - budget
+        self._choose_prompts(planned, prompts, budget - len(decodes))
+        planned.tokens = len(decodes) + sum([part.count for part in planned.parts])
         return self._draw_for_running(planned)
+
+    def _fair_decodes(self, decodes: Column, budget: int) -> Column:
+        """The decoding rows that run when not all can: those of tenants served least, then the oldest."""
+        rows, tenants = self._books.rows, self._books.tenants
+        order = np.argsort(rows.arrival[decodes], kind="stable")
+        if tenants.active > 1:
+            served = np.array([tenants.at(index).served for index in rows.tenant[decodes].tolist()])
+            order = order[np.argsort(served[order], kind="stable")]
+        return decodes[order][:budget]
+
+    def _choose_prompts(self, planned: Planned, prompts: Column, budget: int) -> None:
+        """Share what decoding leaves of the budget among partial prompts, in order of arrival.
+
+        With several tenants each has a part of the budget by its weight, for its partial prompts and for those of its
+        requests that wait for a row; what a tenant has no use for goes to the others, least served first.
+        """
+        if not len(prompts) or budget <= 0:
+            return
+        books, rows = self._books, self._books.rows
+        requests = [rows.occupant(row) for row in sorted(prompts.tolist(), key=rows.arrival.__getitem__)]
+        if books.tenants.active == 1:
+            _add_parts(planned, books, requests, budget)
+            return
+        waiting = books.waiting.tenants if books.rows.free_rows else []
+        wanting = {request.tenant.index: request.tenant for request in requests}
+        wanting |= {tenant.index: tenant for tenant in waiting}
+        tenants = sorted(wanting.values(), key=lambda tenant: (tenant.served, tenant.index))
+        weights = sum([tenant.policy.weight for tenant in tenants])
+        left, owed = budget, 0
+        for tenant in tenants:
+            part = max(1, budget * tenant.policy.weight // weights)
+            own = [request for request in requests if request.tenant is tenant]
+            used = _add_parts(planned, books, own, min(part, left))
+            left -= used
+            if tenant in waiting and used < part:
+                owed += books.waiting.waiting_tokens_of(tenant, part - used)
+        for tenant in tenants:
+            own = [request for request in requests if request.tenant is tenant]
+            left -= _add_parts(planned, books, own, max(0, left - owed))
 
     def _budget(self, decoding: bool) -> int:
         return min(self.budget_tokens, self._books.limits.mixed_chunk_tokens) if decoding else self.budget_tokens
@@ -232,6 +273,8 @@ class Planner:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
+        if books.reserving:
+            self._spend_reserves(lacking, wants)
         total = len(lacking) + sum([pages for _, _, pages in wants])
         if total > books.ledger.free_pages:
             # A full pool is the normal state of a cache: what nobody reads gives way before a row sits out a step.
@@ -244,6 +287,14 @@ class Planner:
         wants.extend((int(rows.arrival[row]), RowId(row), 1) for row in lacking.tolist())
         self._draw_what_there_is(planned, sorted(wants))
         return False
+
+    def _spend_reserves(self, lacking: Column, wants: list[tuple[int, RowId, int]]) -> None:
+        """Set free what rows with a reservation are about to draw."""
+        rows = self._books.rows
+        for row in lacking.tolist():
+            spend(self._books, rows.occupant(row), 1)
+        for _, row, pages in wants:
+            spend(self._books, rows.occupant(row), pages)
 
     def _draw_one_each(self, planned: Planned, lacking: Column) -> None:
         rows, ledger = self._books.rows, self._books.ledger
@@ -280,9 +331,8 @@ class Planner:
             if total <= free + books.ledger.limbo_pages + self._pages_of_victims():
                 break
             first_denied = next(w for i, w in enumerate(wants) if sum(p for _, _, p in wants[: i + 1]) > free)
-            victim = self._newest_running()
-            assert victim is not None
-            if victim.row == first_denied[1]:
+            victim = self._newest_running(sparing_reserved=True)
+            if victim is None or victim.row == first_denied[1]:
                 break
             self._preempt(victim)
         short = set()
@@ -309,7 +359,12 @@ class Planner:
         """Pages that requests to be preempted at the next settle will give up."""
         rows = self._books.rows
         leaving = np.flatnonzero((rows.live == 1) & ~rows.plannable)
-        return int((rows.pages[leaving] - rows.pinned[leaving]).sum())
+        pages = int((rows.pages[leaving] - rows.pinned[leaving]).sum())
+        for row in leaving.tolist() if self._books.reserving else ():
+            session = rows.occupant(row).session
+            if session is not None:
+                pages -= min(session.reserved_pages, int(rows.pages[row] - rows.pinned[row]))
+        return pages
 
     # -- admission ----------------------------------------------------------------------------------------------
 
@@ -325,7 +380,7 @@ class Planner:
         outlook = _Outlook(books)
         blocked: Request | None = None
         looks = 0
-        for request in books.waiting[: books.limits.admissions_max]:
+        for request in books.waiting.first(books.limits.admissions_max):
             if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX:
                 break
             session = request.session
@@ -342,7 +397,7 @@ class Planner:
                 budget -= part.count
                 planned.tokens += part.count
                 if blocked is not None:
-                    blocked.overtaken += 1
+                    books.waiting.note_overtaken(blocked)
             if blocked is not None and blocked.overtaken >= books.limits.overtakes_max:
                 break
         if planned.bound:
@@ -375,7 +430,7 @@ class Planner:
         if request.scores_from >= 0 and first_score < request.prompt_tokens:
             pages = min(pages, (first_score - 1) // size)
         tokens = request.tokens(0, min(request.known_tokens, (pages + 1) * size))
-        return books.tree.match(request.namespace, tokens, pages)
+        return books.tree.match(request.tenant.namespace, tokens, pages)
 
     def _waits_for_prefix(self, request: Request, match: Match) -> bool:
         """Whether a running request is computing the very next page; the wait is bounded."""
@@ -411,6 +466,7 @@ class Planner:
         if not alone and not outlook.admits(request, shared):
             return None
         wanted = ceil_div(start + count, size) - pages
+        spend(books, request, wanted)
         match = self._make_room(wanted + planned.owed_pages, request, match)
         free = books.ledger.free_pages - planned.owed_pages
         if free < wanted:
@@ -457,7 +513,8 @@ class Planner:
     def _start(self, request: Request, match: Match | None, start: int) -> Lease:
         """Give a request its row, its lease and its pin; `_seat` sets the row's columns."""
         books, session = self._books, request.session
-        books.dequeue(request)
+        books.waiting.leave(request)
+        books.waiting.note_admitted(request)
         if match is not None:
             request.pin = books.tree.pin(match)
             request.lease = books.ledger.open()
@@ -506,6 +563,15 @@ class Planner:
         # Behind drafts in flight, a row's position is known only when they have settled.
         planned.late = bool(caps.any() or (rows.pending[decodes] > 1).any())
 
+    def _charge(self, planned: Planned) -> None:
+        """Count what the step runs for each tenant."""
+        tenants = self._books.tenants
+        counts = np.bincount(self._books.rows.tenant[planned.decodes])
+        for index in counts.nonzero()[0].tolist():
+            tenants.at(index).charge(int(counts[index]))
+        for part in planned.parts:
+            part.request.tenant.charge(part.count)
+
     def _advance(self, planned: Planned) -> None:
         """Count what is planned: from here on the step exists. Rows that were seated in it count it already."""
         rows, sampling = self._books.rows, planned.sampling
@@ -514,6 +580,8 @@ class Planner:
         if planned.draft_caps is not None:
             rows.planned[planned.decodes] += planned.draft_caps
             rows.pending[planned.decodes] += planned.draft_caps
+        if self._books.tenants.active > 1:
+            self._charge(planned)
         seated = len(planned.parts) - len(planned.bound)
         for part in planned.parts[:seated]:
             row = part.row
@@ -528,6 +596,27 @@ class Planner:
         assert not np.count_nonzero(beyond), "a row is planned beyond its pages (H22)"
 
 
+def _add_parts(planned: Planned, books: Books, requests: Sequence[Request], budget: int) -> int:
+    """Plan the next tokens of partial prompts, at most `budget` in all; a part that is there is made longer.
+
+    Returns how many were added.
+    """
+    rows, left = books.rows, budget
+    there = {part.row: part for part in planned.parts}
+    for request in requests:
+        if left <= 0:
+            break
+        row = request.row
+        assert row is not None
+        part = there.get(row) or PromptPart(request, row, int(rows.planned[row]), 0, False)
+        count = min(min(int(rows.known[row]), int(rows.kv_goal[row])) - part.end, left)
+        if count > 0 and not part.count:
+            planned.parts.append(part)
+        part.count += count
+        left -= count
+    return budget - left
+
+
 class _Outlook:
     """The future of the running rows, to which candidates are added one by one.
 
@@ -537,7 +626,7 @@ class _Outlook:
 
     def __init__(self, books: Books) -> None:
         self._books = books
-        self._capacity = books.usable_pages - books.tree.hard_pages
+        self._capacity = books.usable_pages - books.tree.hard_pages - books.kept_pages()
         self._held: Column | None = None
         self._growth: Column = _NO_ROWS
         self._added: list[tuple[Request, int]] = []
