@@ -327,7 +327,7 @@ class Books:
                   f"request {scores.key}: scores from {scores.start}, next is {request.scored_to}")
             check(tokens == request.prompt[scores.start : end], "scores", f"request {scores.key}: not its own tokens")
             logprobs: list[float] = []
-        tops: list[tuple[int, float]] = []
+            tops: list[tuple[int, float]] = []
             chain = Speaker(request.prompt[: scores.start], request.submit.sampling, self._world.facts).chain
             for token in tokens:
                 logprobs.append(hashing.logprob_of(chain.digest, token))
