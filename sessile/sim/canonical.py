@@ -48,8 +48,8 @@ class Form:
         self._pages: dict[int, int] = {}
         self._requests: dict[int, int] = {}
         self._seen: dict[int, int] = {}
-        self._settled_step = core.settled_step
-        self._reclaims = core.totals.evicted_pages + core.totals.demoted_pages
+        self._settled_step: int = core.settled_step
+        self._reclaims: int = core.totals.evicted_pages + core.totals.demoted_pages
         self._nodes = {node.serial: index for index, node in enumerate(core.tree.walk())}
         lines = list(core.lines())
         self._warm = [line for line in lines if line.parked is not None]
@@ -215,7 +215,8 @@ class Form:
         return rows, cells, flights
 
     def _touched(self, users: dict[int, set[int]]) -> object:
-        return sorted([(*self.pages([page]), sorted([self._rows[row] for row in rows])) for page, rows in users.items()])
+        named = [(*self.pages([page]), sorted([self._rows[row] for row in rows])) for page, rows in users.items()]
+        return sorted(named)
 
 
 def _rules_of(value: Any) -> "tuple[str, list[tuple[str, Write | None]]]":

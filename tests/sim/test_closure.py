@@ -8,7 +8,7 @@ import pytest
 from sessile.sim import run
 from sessile.sim.closure import Task, explore
 from sessile.sim.faults import MUTANTS
-from sessile.sim.planting import planted
+from sessile.sim.planting import Edit, planted
 from sessile.sim.small_world import FAULTS, Action, Shape, SmallWorld
 from sessile.sim.twin import twin
 
@@ -98,6 +98,15 @@ def test_a_planted_fault_is_found_and_its_script_leads_there(name: str, clients:
         with pytest.raises(Exception, match=r".") as raised:
             world.do(violation.script[-1])
         assert violation.message.startswith(str(raised.value))
+
+
+def test_a_turn_that_is_never_answered_is_found() -> None:
+    idle = Edit("sessile.core.machine", "        planned = self._planner.plan()\n", "        planned = None\n")
+    with planted([idle], "sessile.sim.closure") as closure:
+        violation = closure.explore(closure.Task(closure.Shape(3, 3, clients=1), 0)).violation
+    assert violation is not None
+    assert violation.checker == "liveness"
+    assert [str(action) for action in violation.script] == ["send A", "and so on"]
 
 
 def test_the_command_explores_and_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
