@@ -40,7 +40,8 @@ from sessile.core.ending import close_session, end_request
 from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
 from sessile.core.forking import fork_session, rewind_session
 from sessile.core.limits import Limits
-from sessile.core.planning import Drafter, Planned, Planner
+from sessile.core.planned import Planned
+from sessile.core.planning import Drafter, Planner
 from sessile.core.session import Session
 from sessile.core.settling import settle_step
 from sessile.errors import (

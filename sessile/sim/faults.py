@@ -145,7 +145,7 @@ _TURNS = (
     ),
     _fault(
         "turn admitted while it drains", "H60", "the next turn starts before the last step of the one before settled",
-        "planning",
+        "admitting",
         "if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:",
         "if False:",
     ),
