@@ -253,6 +253,7 @@ _STEPS = (
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
         "planning", "            if granted > 0:\n                self._draw(planned, row, granted)\n"
+        "            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted\n"
         "            cap = min(cap, int(rows.pages[row]) * size - after)\n", "",
     ),
     _fault(
