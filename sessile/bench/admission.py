@@ -31,7 +31,7 @@ CONTEXT_TOKENS = 8192
 FIXED_COST_TOKENS = 512
 """What a step costs beside its tokens: reading the weights, as a number of tokens that could be computed meanwhile."""
 PROMPT_TOKENS_MEDIAN, OUTPUT_TOKENS_MEDIAN = 200, 120
-SPREAD = 0.8
+SPREAD = 0.6
 """Standard deviation of the logarithm of a length."""
 POOL_SHARES = (0.1, 0.25, 0.5, 1.0)
 """Sizes of the pool, as shares of what all requests hold at their ends: the last one has room for all at once."""
@@ -92,7 +92,7 @@ def needs(requests: int, seed: int) -> list[Need]:
 
 
 class EndingDevice:
-    """A null device whose requests end by themselves. It knows a request by its seed, which the plan binds a row with."""
+    """A null device whose requests end by themselves. It knows each by its seed, with which the plan binds its row."""
 
     def __init__(self, output_tokens: Mapping[int, int]) -> None:
         """output_tokens: by seed, at which length the output ends with a stop token."""
@@ -169,7 +169,7 @@ def measure_admission(options: AdmissionBenchOptions) -> int:
         all_met = all_met and met
         table.add_row(f"{pages * PAGE_SIZE:,}", "exact", *figures(exact))
         table.add_row("", "unset", *figures(unset), f"{relative:.3f}", "[green]met" if met else "[red]missed")
-    console.print(f"{options.requests} requests sent at once; waits in steps, throughput in tokens out for 1,000 computed.")
+    console.print(f"{options.requests} requests, all sent at once. Waits: in steps. Throughput: tokens out a thousand of cost.")
     console.print(table)
     return 0 if all_met else 1
 
