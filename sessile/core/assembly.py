@@ -20,7 +20,8 @@ from sessile.contract.plan import (
 )
 from sessile.core.books import Books
 from sessile.core.history import TOKEN_BYTES, Packed
-from sessile.core.planning import Drafter, Planned, PromptPart
+from sessile.core.planned import Planned, PromptPart
+from sessile.core.planning import Drafter
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column, Flags
 
