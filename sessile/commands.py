@@ -87,6 +87,10 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
         from sessile.bench.history import HistoryBenchOptions, measure_history
 
         return HistoryBenchOptions, measure_history
+    if name == "admission":
+        from sessile.bench.admission import AdmissionBenchOptions, measure_admission
+
+        return AdmissionBenchOptions, measure_admission
     from sessile.bench.sessions import SessionBenchOptions, measure_sessions
 
     return SessionBenchOptions, measure_sessions
