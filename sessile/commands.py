@@ -87,6 +87,10 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
         from sessile.bench.history import HistoryBenchOptions, measure_history
 
         return HistoryBenchOptions, measure_history
+    if name == "agents":
+        from sessile.bench.agents import AgentBenchOptions, measure_agents
+
+        return AgentBenchOptions, measure_agents
     from sessile.bench.sessions import SessionBenchOptions, measure_sessions
 
     return SessionBenchOptions, measure_sessions
