@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-ACT_LIMIT_S = 60.0
+ACT_LIMIT_S = 120.0
 FAILURES_SHOWN = 40
 SHARED_SESSIONS = 8
 Json = dict[str, Any]
@@ -200,7 +200,7 @@ class Client:
 
     async def _read_slowly(self) -> None:
         """Read a stream of megabytes a few bytes at a time through a small window, then to the end or not at all."""
-        body = greedy(self._tokens(10), 450) | {"stream": True, "return_logprob": True, "top_logprobs_num": 5}
+        body = greedy(self._tokens(10), 300) | {"stream": True, "return_logprob": True, "top_logprobs_num": 5}
         async with self._socket(receive_bytes=32_768) as (reader, writer):
             writer.write(http_post("/generate", json.dumps(body).encode()))
             for _ in range(self._dice.randint(5, 60)):
