@@ -36,6 +36,8 @@ SETTINGS = {
 }  # fmt: skip
 """A pool of four contexts, limits that many clients reach, and a preemption now and then even so."""
 SAMPLE_EVERY_S, LINE_EVERY_S = 2.0, 10.0
+PAGE_OWNERS = ("free", "limbo", "tree", "requests", "sessions", "quarantine", "scratch")
+"""As /v1/pool names them; every page has one."""
 START_LIMIT_S, END_LIMIT_S = 120.0, 60.0
 MEMORY_DRIFT_MAX = 0.02
 JUDGED_MINUTES = 2.0
@@ -129,7 +131,7 @@ async def watch(
             return
         sample = deployment.sample(now_s - started_s)
         pages = (await http.get("/v1/pool")).json()["pages"]
-        owned = sum(pages.values()) - pages["total"] - pages["tree_pinned"]  # which are among those of the tree
+        owned = sum(pages[owner] for owner in PAGE_OWNERS)
         findings.expect(owned == pages["total"], f"pages without an owner, or with two: {pages}")
         if now_s >= next_line_s:
             next_line_s = now_s + LINE_EVERY_S

@@ -258,7 +258,7 @@ class Client:
         await self._post("/generate", self._dice.choice(WRONG_FIELDS), (400,))
         raw = '{"text": "a", "sampling_params": {' + self._dice.choice(WRONG_SAMPLING) + "}}"
         await self._send("POST", "/generate", (400,), content=raw.encode())
-        await self._post("/v1/sessions", self._dice.choice(WRONG_OPENS), (422,))
+        await self._post("/v1/sessions", self._dice.choice(WRONG_OPENS), (422, 429))
         opening = {"capacity_of_str_len": -1} if self._dice.random() < 0.5 else {"streaming": True, "timeout": -1}
         await self._post("/open_session", opening, (400,))
 
