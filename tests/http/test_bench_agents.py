@@ -120,6 +120,15 @@ def test_turns_with_different_outputs_are_named() -> None:
     assert Outcome([], 1, [], turns).different() == ["b"]
 
 
+@pytest.mark.parametrize(("require_equal", "status"), [("on", 1), ("off", 0)])
+def test_a_different_output_fails_the_run_where_none_may_differ(
+    roomy: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], require_equal: str, status: int
+) -> None:
+    monkeypatch.setattr(Outcome, "different", lambda outcome: [outcome.turns["session"][0].place])
+    assert measure_agents(replace(SMALL, url=roomy.url, sessions=1, require_equal=require_equal)) == status
+    assert ("1 turns differ, first at agent 0, turn 0" in capsys.readouterr().out) == bool(status)
+
+
 def test_plans_have_the_reported_shape_and_fit_the_context() -> None:
     shape = AgentShape()
     plans = [plan_agent(shape, 8192, index) for index in range(400)]
