@@ -91,6 +91,10 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
         from sessile.bench.admission import AdmissionBenchOptions, measure_admission
 
         return AdmissionBenchOptions, measure_admission
+    if name == "agents":
+        from sessile.bench.agents import AgentBenchOptions, measure_agents
+
+        return AgentBenchOptions, measure_agents
     from sessile.bench.sessions import SessionBenchOptions, measure_sessions
 
     return SessionBenchOptions, measure_sessions

@@ -61,8 +61,8 @@ def deployed(
         process.wait()
 
 
-def wait_until_healthy(deployment: Deployment) -> None:
-    deadline_s = time.monotonic() + 20
+def wait_until_healthy(deployment: Deployment, limit_s: float = 20) -> None:
+    deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         assert deployment.process.poll() is None, deployment.said()
         with contextlib.suppress(httpx.TransportError):
