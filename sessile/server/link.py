@@ -185,9 +185,10 @@ class EngineLink:
         """Send a request and return its way back, which exists before the engine can answer (H52)."""
         self.check_ready()
         assert message.key not in self._streams, f"request key {message.key} used twice"
+        frame = self._encoder.encode(message)  # Before anything is registered: what cannot be sent is not in flight.
         stream = Stream(message.key, whole=whole, lag_tokens_max=self._lag_tokens_max)
         self._streams[message.key] = stream
-        self.send(message)
+        self._socket.send(frame)
         return stream
 
     def cancel(self, key: int, reason: str) -> None:
