@@ -60,9 +60,7 @@ class StepPlan:
                                output. The device adds what it samples (accepted tokens only) by itself
       table_rows, table_starts, table_counts [t]
                                runs of the page table: page_table[row, start : start + count] = next of table_pages
-      copies [c, 3]            (source page, target page, tokens): copy the KV of the first tokens of a page. In this
-                               order, before the rows run. No target is the end of an earlier copy, and no row of the
-                               step writes to either end: nobody else has been given these pages yet
+      copies [c, 3]            (source page, target page, tokens): copy the KV of the first tokens of a page
 
     The step itself:
       rows [n]                 batch rows, each at most once

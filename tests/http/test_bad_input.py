@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.http.conftest import Running, running_server
+from tests.http.conftest import PATIENCE_S, Running, running_server
 
 BODY_BYTES_MAX = 20_000
 
@@ -148,13 +148,13 @@ def test_a_prompt_over_the_context_is_400_with_the_words_clients_look_for(server
 
 
 def test_an_announced_body_over_the_limit_is_refused_unread(server: Running) -> None:
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=PATIENCE_S) as client:
         client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n{")
         assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_over_the_limit_is_refused_while_reading(server: Running) -> None:
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=PATIENCE_S) as client:
         client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(3):  # and no end of it
             client.sendall(b"%x\r\n%s\r\n" % (10_000, b"x" * 10_000))
