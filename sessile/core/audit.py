@@ -30,6 +30,7 @@ def check(books: Books) -> None:
         _check_rows(books)
         _check_lengths(books)
         _check_sessions(books)
+        _check_tenants(books)
     except AuditError:
         books.totals.audit_failures += 1
         raise
@@ -44,9 +45,11 @@ def _holdings(books: Books) -> list[tuple[Account, str, "array[int]"]]:
     for request in books.requests.values():
         if request.lease is not None:
             held.append((request.lease.account, f"request {request.key}", request.lease.pages))
-    for session in books.sessions.values():
+    for session in books.lines():
         if session.parked is not None:
             held.append((session.parked.lease.account, f"session {session.id!r}", session.parked.lease.pages))
+        if session.reserve is not None:
+            held.append((session.reserve.account, f"the reserve of session {session.id!r}", session.reserve.pages))
     return held
 
 
@@ -63,7 +66,10 @@ def _check_pages(books: Books) -> None:
         if counts[fixed] != ledger.balance(fixed):
             raise AuditError(f"{ledger.name(fixed)} has a balance of {ledger.balance(fixed)} but {counts[fixed]} tags")
     accounts: dict[int, str] = {}
+    joined, owed = array("i"), array("I")
     for account, holder, pages in held:
+        joined.extend(pages)
+        owed.extend(array("I", (account,)) * len(pages))
         if account > QUARANTINE:
             if account in accounts:
                 raise AuditError(f"{holder} and {accounts[account]} hold the same account {account:#x}")
@@ -73,30 +79,29 @@ def _check_pages(books: Books) -> None:
     for account, balance in ledger.open_accounts():
         if account not in accounts:
             raise AuditError(f"{ledger.name(account)} owns {balance} pages but nobody holds it")
-    every = np.concatenate([np.frombuffer(pages, np.int32) for _, _, pages in held if len(pages)])
-    owners = np.repeat(
-        np.array([account for account, _, pages in held if len(pages)], np.uint32),
-        [len(pages) for _, _, pages in held if len(pages)],
-    )
-    wrong = np.flatnonzero(tags[every] != owners)
-    if len(wrong):
-        page = int(every[wrong[0]])
+    every, owners = np.frombuffer(joined, np.int32), np.frombuffer(owed, np.uint32)
+    found = tags[every]
+    if np.count_nonzero(found != owners):
+        index = int(np.argmax(found != owners))
         raise AuditError(
-            f"page {page} is held by {ledger.name(int(owners[wrong[0]]))} but tagged {ledger.name(int(tags[page]))}"
+            f"page {every[index]} is held by {ledger.name(int(owners[index]))} but tagged "
+            f"{ledger.name(int(found[index]))}"
         )
     times = np.bincount(every, minlength=ledger.pages_total)
-    times[(tags == SCRATCH) | (tags == QUARANTINE)] += 1
-    if (times != 1).any():
+    # No holder's tag is SCRATCH or QUARANTINE, so if nothing is held twice and the count is right, all is held once.
+    apart = int(counts[SCRATCH] + counts[QUARANTINE])
+    if np.count_nonzero(times > 1) or len(every) + apart != ledger.pages_total:
+        times[(tags == SCRATCH) | (tags == QUARANTINE)] += 1
         page = int(np.argmax(times != 1))
         raise AuditError(f"page {page} ({ledger.name(int(tags[page]))}) is held {times[page]} times")
-    parked = sum(len(session.parked.lease) for session in books.sessions.values() if session.parked is not None)
+    parked = sum(len(session.parked.lease) for session in books.lines() if session.parked is not None)
     if parked != books.parked_pages:
         raise AuditError(f"parked sessions hold {parked} pages, the running counter says {books.parked_pages}")
 
 
 def _pins(books: Books) -> list[Pin]:
     pins = [request.pin for request in books.requests.values() if request.pin is not None]
-    pins.extend(session.parked.pin for session in books.sessions.values() if session.parked is not None)
+    pins.extend(session.parked.pin for session in books.lines() if session.parked is not None)
     return pins
 
 
@@ -179,7 +184,7 @@ def _check_lengths(books: Books) -> None:
 
 def _check_sessions(books: Books) -> None:
     size = books.limits.page_size
-    for session in books.sessions.values():
+    for session in books.lines():
         turn = books.requests.get(session.turn) if session.turn is not None else None
         if session.turn is not None and (turn is None or turn.session is not session):
             raise AuditError(f"session {session.id!r} is busy with request {session.turn}, which is not its own")
@@ -194,6 +199,31 @@ def _check_sessions(books: Books) -> None:
             raise AuditError(
                 f"session {session.id!r} has KV of {parked.tokens} tokens on {pages} pages for {tokens} tokens"
             )
+
+
+def _check_tenants(books: Books) -> None:
+    """What each tenant has in flight and holds equals what its requests and sessions say."""
+    counted = [[0, 0, 0, 0] for _ in books.tenants.all]
+    for request in books.requests.values():
+        figures = counted[request.tenant.index]
+        figures[0] += 1
+        figures[1] += request.input_tokens
+    for session in books.lines():
+        figures = counted[session.tenant.index]
+        figures[2] += session.root is None
+        figures[3] += len(session.history)
+    for tenant, found in zip(books.tenants.all, counted, strict=True):
+        noted = [tenant.requests, tenant.tokens, tenant.sessions, tenant.held_tokens]
+        if noted != found:
+            raise AuditError(f"tenant {tenant.policy.name!r} counts {noted} requests, tokens, sessions, held tokens; "
+                             f"there are {found}")
+    in_flight = sum(session.turns_in_flight for session in books.sessions.values())
+    if in_flight != sum(session.root is not None and session.turn is not None for session in books.lines()):
+        raise AuditError("branching sessions count other turns in flight than they have")
+    if books.node_count != sum(len(session.nodes) for session in books.sessions.values()):
+        raise AuditError(f"{books.node_count} turns of branching sessions are counted, there are others")
+    if books.reserved_pages != sum(session.reserved_pages for session in books.reserving):
+        raise AuditError(f"{books.reserved_pages} pages are reserved in all, sessions say otherwise")
 
 
 def _lease(holder: Request | Session) -> Lease | None:
@@ -211,7 +241,7 @@ class RollingAudit:
     def look(self, books: Books) -> None:
         """Check the next few holders' pages against the tags. Raises AuditError."""
         if not self._queue:
-            self._queue = [*books.requests.values(), *books.sessions.values()]
+            self._queue = [*books.requests.values(), *books.lines()]
             books.totals.audit_checks += 1
         for _ in range(min(_HOLDERS_A_LOOK, len(self._queue))):
             holder = self._queue.pop()
