@@ -93,9 +93,15 @@ def add_error_replies(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"no such route: {request.method} {request.url.path}" if error.status_code == 404 else error.detail
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return error_reply(Surface.of(request.url.path), refusal_error(error.status_code, code, message))
+        code, message = "invalid_request", error.detail
+        if error.status_code == 404:
+            code, message = "not_found", f"no such route: {request.method} {request.url.path}"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            code, message = "method_not_allowed", f"{request.url.path} takes {allowed}, not {request.method}"
+        reply = error_reply(Surface.of(request.url.path), refusal_error(error.status_code, code, message))
+        reply.headers.update(error.headers or {})
+        return reply
 
     async def query_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.http.conftest import Running, running_server
+from tests.http.conftest import PATIENCE_S, Running, running_server
 
 LONG = b'{"text": "a", "sampling_params": {"ignore_eos": true, "max_new_tokens": null}, "stream": %s}'
 
@@ -21,7 +21,7 @@ def own_server() -> Iterator[Running]:
 def connect(server: Running, *, stream: bool) -> socket.socket:
     """A client that has sent a long request; returns once the engine has it."""
     before = len(server.engine.submits())
-    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5)
+    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=PATIENCE_S)
     content = LONG % (b"true" if stream else b"false")
     client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
     server.wait_until(lambda: len(server.engine.submits()) > before)
@@ -110,7 +110,7 @@ def test_h53_a_stream_that_is_not_read_is_ended_before_its_buffer_grows(own_serv
     own_server.engine.script = [ord("x")] * 100_000
     client = connect(own_server, stream=True)
     # Cumulative text fills the socket's buffers soon; from then on tokens wait in the server.
-    own_server.wait_until(lambda: bool(own_server.engine.cancels()), limit_s=20)
+    own_server.wait_until(lambda: bool(own_server.engine.cancels()))
     assert own_server.engine.cancels()[0].message.startswith("the client reads too slowly: over 200 tokens")
     client.close()
 

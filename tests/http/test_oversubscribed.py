@@ -43,7 +43,7 @@ def deployment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process = subprocess.Popen([sys.executable, "-m", "sessile", "serve", *flags], stderr=sink, cwd=ROOT, text=True)
     deployment = Deployment(process, f"http://127.0.0.1:{port}", log)
     try:
-        wait_until_healthy(deployment, limit_s=120)  # torch is imported, and perhaps numba compiles
+        wait_until_healthy(deployment)
         yield deployment
     finally:
         process.terminate()
