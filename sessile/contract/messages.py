@@ -156,6 +156,13 @@ class GetStats(msgspec.Struct, frozen=True, tag=True):
     op: int
 
 
+class GetPool(msgspec.Struct, frozen=True, tag=True):
+    """Reply: PoolView, with the `holders` requests and sessions that own most pages named one by one."""
+
+    op: int
+    holders: int = 100
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process. With drain, refuse new requests and finish what is in flight first."""
 
@@ -175,6 +182,7 @@ ToEngine = (
     | SessionTokens
     | Flush
     | GetStats
+    | GetPool
     | Shutdown
 )
 
@@ -309,8 +317,55 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     drafts_accepted_total: int
     audit_checks_total: int
     audit_failures_total: int
+    audit_violations_total: dict[str, int] = {}
+    """By kind of what was wrong: pages, pins, rows, lengths, sessions, counters, row (one that could not be settled)."""
+    quarantined_pages_total: int = 0
     step_wall_s_total: float = 0.0
     plan_wall_s_total: float = 0.0
+
+
+class PoolHolder(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A request that runs, or a session whose KV is parked, and the pages it has."""
+
+    key: int | None = None
+    """Of a request."""
+    session: str | None = None
+    """Of a parked session, or of the request that is a turn of it."""
+    phase: str
+    """"running"; of a parked session "idle", "queued", "preempted" or "closing"."""
+    own_pages: int
+    shared_pages: int
+    """Pages of the tree that it reads; they are TREE's, and counted there."""
+    row: int | None = None
+
+
+class PoolView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Every page of the pool and every row by owner.
+
+    pages_total = free + limbo + tree_pinned + tree_parked + tree_unpinned + scratch + quarantine + own_pages of all
+    holders and of the rest.
+    """
+
+    page_size: int
+    pages_total: int
+    free: int
+    limbo: list[tuple[int, int]]
+    """(step, pages that wait for it to settle), in order of steps."""
+    tree_pinned: int
+    """Read by running requests."""
+    tree_parked: int
+    """Read by parked sessions alone."""
+    tree_unpinned: int
+    scratch: int
+    quarantine: int
+    rows_total: int
+    rows_running: int
+    rows_draining: int
+    holders: list[PoolHolder]
+    """Those that own most pages, in that order."""
+    rest_requests: int
+    rest_sessions: int
+    rest_own_pages: int
 
 
 class Outcome(msgspec.Struct, frozen=True, tag=True):
@@ -323,7 +378,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer to an operation; exactly one for each op. error is None on success."""
 
     op: int
-    value: SessionView | SessionPage | Stats | Outcome | None = None
+    value: SessionView | SessionPage | Stats | PoolView | Outcome | None = None
     error: "Refusal | None" = None
 
 

@@ -32,9 +32,6 @@ def end_request(
         # History and KV length change together, here and nowhere else (H18, H26).
         session.history.append(request.delta + request.output.tobytes())
         session.turn_ends.append(len(session.history))
-        books.totals.turns_committed += 1
-    elif session is not None:
-        books.totals.turns_rolled_back += 1
     if session is not None:
         assert session.turn == request.key, "a session's turn was ended by another request (H25)"
         session.turn = None
@@ -64,8 +61,9 @@ def _take_kv(books: Books, request: Request, commits: bool) -> None:
                 books.rank_parked(session)
         return
     assert request.phase is Phase.RUNNING and request.row is not None
-    settled = min(int(books.rows.settled[request.row]), request.known_tokens - 1)
-    books.vacate(request, settled, keep_tokens, publish=commits)
+    if request.lease is not None:  # Who is expelled has none: see containment.py.
+        settled = min(int(books.rows.settled[request.row]), request.known_tokens - 1)
+        books.vacate(request, settled, keep_tokens, publish=commits)
     books.leave_row(request)
 
 
@@ -75,6 +73,10 @@ def _send_done(
     session = request.session
     totals = books.totals
     totals.finished[reason] += 1
+    if session is not None:
+        totals.turns_committed += reason in COMMITS
+        totals.turns_rolled_back += reason not in COMMITS
+    books.events.ended(request.key, reason, request.output_tokens, message)
     cached = max(0, request.cached_tokens)
     totals.prompt_tokens += request.prompt_tokens
     totals.cached_tokens += cached

@@ -1,8 +1,9 @@
 """What the core shows of itself: sessions to their owners, figures to the operator. Reads only."""
 
+from heapq import nlargest
 from itertools import islice
 
-from sessile.contract.messages import SessionPage, SessionView, Stats
+from sessile.contract.messages import PoolHolder, PoolView, SessionPage, SessionView, Stats
 from sessile.core.books import Books
 from sessile.core.ledger import LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.request import Phase
@@ -11,17 +12,22 @@ from sessile.core.session import Session
 _NS = 1_000_000_000
 
 
+def session_phase(books: Books, session: Session) -> str:
+    """"idle", "queued", "running", "preempted" or "closing"."""
+    request = books.requests[session.turn] if session.turn is not None else None
+    if session.closing:
+        return "closing"
+    if request is None:
+        return "idle"
+    if request.phase is Phase.RUNNING:
+        return "running"
+    return "preempted" if request.preemptions else "queued"
+
+
 def session_view(books: Books, session: Session) -> SessionView:
     """A session as its owner sees it."""
     request = books.requests[session.turn] if session.turn is not None else None
-    if session.closing:
-        phase = "closing"
-    elif request is None:
-        phase = "idle"
-    elif request.phase is Phase.RUNNING:
-        phase = "running"
-    else:
-        phase = "preempted" if request.preemptions else "queued"
+    phase = session_phase(books, session)
     committed = len(session.history)
     kv_tokens = own_pages = shared_pages = 0
     if session.parked is not None:
@@ -95,4 +101,60 @@ def stats(books: Books) -> Stats:
         drafts_accepted_total=totals.drafts_accepted,
         audit_checks_total=totals.audit_checks,
         audit_failures_total=totals.audit_failures,
+        audit_violations_total=dict(totals.violations),
+        quarantined_pages_total=totals.quarantined_pages,
     )
+
+
+def pool_view(books: Books, holders_max: int) -> PoolView:
+    """Every page and row by owner. Costs a walk over tree, requests and sessions: for an operator, not for a scraper."""
+    ledger, tree, rows = books.ledger, books.tree, books.rows
+    parked = sum(len(node.pages) for node in tree.walk() if node.soft and not node.hard)
+    holders = _holders(books)
+    named = nlargest(holders_max, holders, key=lambda holder: holder.own_pages)
+    requests = sum(request.lease is not None for request in books.requests.values())
+    named_requests = sum(holder.key is not None for holder in named)
+    return PoolView(
+        page_size=books.limits.page_size,
+        pages_total=ledger.pages_total,
+        free=ledger.free_pages,
+        limbo=sorted((step, len(pages)) for step, pages in ledger.limbo_by_step()),
+        tree_pinned=tree.hard_pages,
+        tree_parked=parked,
+        tree_unpinned=tree.unpinned_pages - parked,
+        scratch=ledger.balance(SCRATCH),
+        quarantine=ledger.balance(QUARANTINE),
+        rows_total=rows.rows_max,
+        rows_running=rows.held_rows - len(books.draining),
+        rows_draining=len(books.draining),
+        holders=named,
+        rest_requests=requests - named_requests,
+        rest_sessions=len(holders) - requests - (len(named) - named_requests),
+        rest_own_pages=sum(holder.own_pages for holder in holders) - sum(holder.own_pages for holder in named),
+    )
+
+
+def _holders(books: Books) -> list[PoolHolder]:
+    holders = [
+        PoolHolder(
+            key=request.key,
+            session=None if request.session is None else request.session.id,
+            phase="running",
+            own_pages=len(request.lease),
+            shared_pages=len(request.pin.pages),
+            row=request.row,
+        )
+        for request in books.requests.values()
+        if request.lease is not None and request.pin is not None
+    ]
+    holders += [
+        PoolHolder(
+            session=session.id,
+            phase=session_phase(books, session),
+            own_pages=len(session.parked.lease),
+            shared_pages=len(session.parked.pin.pages),
+        )
+        for session in books.sessions.values()
+        if session.parked is not None
+    ]
+    return holders
