@@ -3,10 +3,10 @@
 import asyncio
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,10 +19,6 @@ from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary
-
-
-POOL_HOLDERS_MAX = 10_000
-"""Most requests and sessions that /v1/pool lists."""
 
 
 class AbortBody(Body):
@@ -137,13 +133,8 @@ def _add_figures(router: APIRouter, service: Service) -> None:
         )
 
     @router.get("/v1/pool")
-    async def pool(holders: int = 100) -> Response:
-        if not 0 <= holders <= POOL_HOLDERS_MAX:
-            raise InvalidRequest(f"holders: must be from 0 to {POOL_HOLDERS_MAX}", param="holders")
-        try:
-            view = await asyncio.wait_for(service.link.ask(GetPool, holders=holders), service.options.health_timeout_s)
-        except TimeoutError:
-            raise NotReady("the step loop did not answer in time") from None
+    async def pool(holders: Annotated[int, Query(ge=0, le=1000)] = 100) -> Response:
+        view = await service.link.ask(lambda op: GetPool(op, holders))
         assert isinstance(view, PoolView)
         return JsonReply(pool_content(view, {key: rid for rid, key in service.keys_by_rid.items()}))
 

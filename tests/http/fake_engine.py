@@ -24,11 +24,14 @@ from sessile.contract.messages import (
     EngineFailed,
     EngineReady,
     Flush,
+    GetPool,
     GetSession,
     GetStats,
     ListSessions,
     OpenSession,
     Outcome,
+    PoolHolder,
+    PoolView,
     Refusal,
     Reply,
     Scores,
@@ -282,6 +285,8 @@ class FakeEngine:
     def _answer(self, message: Any) -> Any:
         if isinstance(message, GetStats):
             return self._stats()
+        if isinstance(message, GetPool):
+            return self._pool(message.holders)
         if isinstance(message, CancelAll):
             requests = list(self._requests.values())
             for request in requests:
@@ -321,6 +326,17 @@ class FakeEngine:
             own_pages=1, shared_pages=0, turns=session.turns, opened_s=0.0, last_used_s=0.0,
             idle_timeout_s=session.opened.idle_timeout_s, tokens_max=session.opened.tokens_max or CONTEXT_TOKENS,
             metadata=session.opened.metadata,
+        )  # fmt: skip
+
+    def _pool(self, holders: int) -> PoolView:
+        named = [PoolHolder(key=key, phase="running", own_pages=2, shared_pages=1, row=0) for key in self._requests]
+        named = named[:holders]
+        rest = len(self._requests) - len(named)
+        return PoolView(
+            page_size=READY.page_size, pages_total=READY.pages_total, limbo=[(7, 3)], tree_pinned=4, tree_parked=2,
+            tree_unpinned=1, scratch=1, quarantine=0, rows_total=READY.rows_max, rows_running=len(self._requests),
+            rows_draining=0, holders=named, rest_requests=rest, rest_sessions=0, rest_own_pages=2 * rest,
+            free=READY.pages_total - 3 - 7 - 1 - 2 * len(self._requests),
         )  # fmt: skip
 
     def _stats(self) -> Stats:
