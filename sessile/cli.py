@@ -205,6 +205,7 @@ COMMANDS = {
     "doctor": Command("say what this machine has, what is wrong with it, and what to do", Parser.add_config, doctor),
     "bench step": bench("step", "measure the host time of a step of the scheduler"),
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
+    "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "engine": Command("", add_engine_flags, engine),
 }

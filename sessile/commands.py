@@ -87,6 +87,10 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
         from sessile.bench.history import HistoryBenchOptions, measure_history
 
         return HistoryBenchOptions, measure_history
+    if name == "audit":
+        from sessile.bench.audit import AuditBenchOptions, measure_audit
+
+        return AuditBenchOptions, measure_audit
     from sessile.bench.sessions import SessionBenchOptions, measure_sessions
 
     return SessionBenchOptions, measure_sessions

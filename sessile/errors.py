@@ -122,8 +122,8 @@ class AuditError(InvariantError):
     """Books and holders differ; the message names the account, the page and both views.
 
     kind: which part of the books: "pages", "pins", "rows", "lengths", "sessions" or "counters". keys, sessions, nodes:
-    requests, sessions and tree nodes (by serial) that the books cannot be right about; none if only a list or a counter
-    of ours is wrong.
+    requests, sessions and tree nodes (both by serial) that the books cannot be right about; none if only a list or a
+    counter of ours is wrong.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class AuditError(InvariantError):
         kind: str = "pages",
         *,
         keys: tuple[int, ...] = (),
-        sessions: tuple[str, ...] = (),
+        sessions: tuple[int, ...] = (),
         nodes: tuple[int, ...] = (),
     ) -> None:
         super().__init__(message)

@@ -6,8 +6,10 @@ string id stays in the server. Operations on sessions carry `op`, a number that 
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
+import msgspec.structs
 import numpy as np
 import numpy.typing as npt
 
@@ -48,13 +50,34 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     skip_special_tokens: bool = True
 
 
+class Branch(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Where a turn of a branching session goes on; fields as in SGLang's `session_params`."""
+
+    parent: str | None = None
+    """`rid` of the turn to go on from; None: a new root."""
+    offset: int = 0
+    """Other than 0: only the first so many tokens of the parent's context count; negative as in Python."""
+    replace: bool = False
+    """Drop what else descends from the parent, and end it with an abort where it runs; the parent too, if it runs."""
+    drop_previous_output: bool = False
+    """Go on from the parent's input, without its output."""
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
     """A plain request, or, with `session`, the next turn of a session. Answered by deltas and exactly one Done."""
 
     key: int
     tokens: bytes
     sampling: Sampling
+    tenant: str = ""
+    """Who asks: sessions are found, limits counted, prefixes shared and steps divided by tenant."""
+    priority: int = 0
+    """Higher goes first among the tenant's own requests."""
     session: str | None = None
+    rid: str = ""
+    """With a session, the name of this turn: the same name again within the last turn repeats its reply."""
+    branch: Branch | None = None
+    """For branching sessions; None is a new root there, and the only choice in a streaming session."""
     expect_tokens: int = -1
     """-1, or the length that the client believes the session's history has: another length is 409."""
     logprobs: int = -1
@@ -78,10 +101,15 @@ class CancelAll(msgspec.Struct, frozen=True, tag=True):
 
 
 class OpenSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
-    """Open a streaming session. Reply: its SessionView; 400 duplicate_session; 429 too many."""
+    """Open a session. Reply: its SessionView; 400 duplicate_session; 429 too many, or too much reserved."""
 
     op: int
     session: str
+    tenant: str = ""
+    branching: bool = False
+    """Any finished turn may be gone on from, several side by side; else one line of turns."""
+    reserve_tokens: int = 0
+    """KV for so many tokens is kept for this session, used or not, and never reclaimed."""
     idle_timeout_s: float | None = None
     """Close by itself when no turn was in flight for so long; None: never."""
     tokens_max: int | None = None
@@ -97,6 +125,7 @@ class CloseSession(msgspec.Struct, frozen=True, tag=True):
 
     op: int
     session: str
+    tenant: str = ""
 
 
 class ForkSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
@@ -109,6 +138,7 @@ class ForkSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_
     op: int
     session: str
     child: str
+    tenant: str = ""
     at_tokens: int | None = None
     at_turn: int | None = None
 
@@ -118,6 +148,7 @@ class RewindSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, k
 
     op: int
     session: str
+    tenant: str = ""
     to_tokens: int | None = None
     to_turn: int | None = None
 
@@ -127,14 +158,16 @@ class GetSession(msgspec.Struct, frozen=True, tag=True):
 
     op: int
     session: str
+    tenant: str = ""
 
 
 class ListSessions(msgspec.Struct, frozen=True, tag=True):
-    """Reply: SessionPage, in order of opening, after the named session (or from the first)."""
+    """Reply: SessionPage of the tenant's sessions in order of opening, after the named one (or from the first)."""
 
     op: int
     after: str | None = None
     limit: int = 100
+    tenant: str = ""
 
 
 class SessionTokens(msgspec.Struct, frozen=True, tag=True):
@@ -142,6 +175,7 @@ class SessionTokens(msgspec.Struct, frozen=True, tag=True):
 
     op: int
     session: str
+    tenant: str = ""
 
 
 class Flush(msgspec.Struct, frozen=True, tag=True):
@@ -240,10 +274,20 @@ class Scores(msgspec.Struct, frozen=True, omit_defaults=True):
     top_logprobs: bytes = b""
 
 
+_Keyed = TypeVar("_Keyed", Done, Scores)
+
+
+def with_key(message: _Keyed, key: int) -> _Keyed:
+    """The same message to another request."""
+    return msgspec.structs.replace(message, key=key)
+
+
 class SessionView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A session as shown to its owner."""
 
     id: str
+    tenant: str = ""
+    branching: bool = False
     phase: str
     """"idle", "queued", "running", "preempted" or "closing"."""
     tokens: int
@@ -258,6 +302,7 @@ class SessionView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     last_used_s: float
     idle_timeout_s: float | None = None
     tokens_max: int
+    reserved_tokens: int = 0
     metadata: dict[str, str] = {}
 
 
@@ -275,6 +320,7 @@ class SessionGone(msgspec.Struct, frozen=True):
     session: str
     reason: str
     """"expired" or "closed"."""
+    tenant: str = ""
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -297,6 +343,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pages_sessions: int
     pages_quarantine: int
     pages_scratch: int
+    pages_reserved: int
+    """Promised to sessions; those that hold no KV count among pages_sessions."""
     page_size: int
     sessions_open: int
     sessions_idle: int
@@ -305,6 +353,11 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """By reason: stop, length, abort, error."""
     turns_committed_total: int
     turns_rolled_back_total: int
+    turns_replayed_total: int
+    """Replies that were said again because a client had lost them."""
+    forks_total: int
+    """Branches of branching sessions included."""
+    rewinds_total: int
     prompt_tokens_total: int
     cached_tokens_total: int
     computed_tokens_total: int
@@ -318,24 +371,27 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     audit_checks_total: int
     audit_failures_total: int
     audit_violations_total: dict[str, int] = {}
-    """By kind of what was wrong: pages, pins, rows, lengths, sessions, counters, row (one that could not be settled)."""
+    """By kind: pages, pins, rows, lengths, sessions, counters, and row for one that could not be settled."""
     quarantined_pages_total: int = 0
     step_wall_s_total: float = 0.0
     plan_wall_s_total: float = 0.0
 
 
 class PoolHolder(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """A request that runs, or a session whose KV is parked, and the pages it has."""
+    """A request that runs, or a session or turn of a branching one with parked KV or a reserve, and its pages."""
 
     key: int | None = None
     """Of a request."""
     session: str | None = None
-    """Of a parked session, or of the request that is a turn of it."""
+    """Of a session with parked KV or a reserve, or of the request that is a turn of it."""
+    tenant: str = ""
     phase: str
     """"running"; of a parked session "idle", "queued", "preempted" or "closing"."""
     own_pages: int
     shared_pages: int
     """Pages of the tree that it reads; they are TREE's, and counted there."""
+    reserve_pages: int = 0
+    """Of its own pages, those that hold no KV."""
     row: int | None = None
 
 
@@ -352,7 +408,7 @@ class PoolView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     limbo: list[tuple[int, int]]
     """(step, pages that wait for it to settle), in order of steps."""
     tree_pinned: int
-    """Read by running requests."""
+    """Read by running requests, or kept by reservations."""
     tree_parked: int
     """Read by parked sessions alone."""
     tree_unpinned: int

@@ -35,6 +35,7 @@ def check(books: Books) -> None:
             if request.row is not None:
                 check_lengths(books, request)
         _check_sessions(books)
+        _check_tenants(books)
     except AuditError:
         books.totals.audit_failures += 1
         raise
@@ -50,7 +51,7 @@ class Holding(NamedTuple):
     holder: str
     pages: "array[int]"
     keys: tuple[int, ...] = ()
-    sessions: tuple[str, ...] = ()
+    sessions: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
 
 
@@ -67,10 +68,14 @@ def holdings(books: Books) -> list[Holding]:
         if request.lease is not None:
             lease = request.lease
             held.append(Holding(lease.account, f"request {request.key}", lease.pages, keys=(request.key,)))
-    for session in books.sessions.values():
+    for session in books.lines():
+        named = (session.serial,)
         if session.parked is not None:
             lease = session.parked.lease
-            held.append(Holding(lease.account, f"session {session.id!r}", lease.pages, sessions=(session.id,)))
+            held.append(Holding(lease.account, f"session {session.id!r}", lease.pages, sessions=named))
+        if session.reserve is not None:
+            lease = session.reserve
+            held.append(Holding(lease.account, f"the reserve of session {session.id!r}", lease.pages, sessions=named))
     return held
 
 
@@ -84,7 +89,7 @@ def _check_pages(books: Books, nodes: list[Node]) -> None:
         _name_wrong_account(books, held)
         _name_wrong_page(books, held)
         raise AssertionError("the two ways to check pages disagree")
-    parked = sum([len(session.parked.lease) for session in books.sessions.values() if session.parked is not None])
+    parked = sum([len(session.parked.lease) for session in books.lines() if session.parked is not None])
     if parked != books.parked_pages:
         raise AuditError(
             f"parked sessions hold {parked} pages, the running counter says {books.parked_pages}", "counters"
@@ -99,7 +104,8 @@ def _pages_are_right(books: Books, nodes: list[Node]) -> bool:
     """
     ledger = books.ledger
     leases = [request.lease for request in books.requests.values() if request.lease is not None]
-    leases += [session.parked.lease for session in books.sessions.values() if session.parked is not None]
+    leases += [session.parked.lease for session in books.lines() if session.parked is not None]
+    leases += [session.reserve for session in books.reserving if session.reserve is not None]
     sequences = {lease.account: lease.pages for lease in leases}
     limbo = [pages for _, pages in ledger.limbo_by_step()]
     lists = [ledger.free_stack, ledger.quarantined, *limbo, *[node.pages for node in nodes], *sequences.values()]
@@ -197,7 +203,7 @@ def _name_wrong_page(books: Books, held: list[Holding]) -> None:
         raise AuditError(
             f"page {page} ({ledger.name(int(tags[page]))}) is held {times[page]} times",
             keys=tuple(key for each in holders for key in each.keys),
-            sessions=tuple(name for each in holders for name in each.sessions),
+            sessions=tuple(serial for each in holders for serial in each.sessions),
             nodes=tuple(serial for each in holders for serial in each.nodes),
         )
 
@@ -208,15 +214,15 @@ def _name_wrong_page(books: Books, held: list[Holding]) -> None:
 def pins(books: Books) -> list[Pin]:
     """Every pin that somebody holds."""
     found = [request.pin for request in books.requests.values() if request.pin is not None]
-    found += [session.parked.pin for session in books.sessions.values() if session.parked is not None]
+    found += [session.parked.pin for session in books.lines() if session.parked is not None]
     return found
 
 
-def readers(books: Books, pin: Pin) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Keys of the requests and ids of the sessions that hold a pin."""
+def readers(books: Books, pin: Pin) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Keys of the requests and serials of the sessions that hold a pin."""
     keys = tuple(key for key, request in books.requests.items() if request.pin is pin)
-    parked = ((session.id, session.parked) for session in books.sessions.values())
-    return keys, tuple(name for name, kv in parked if kv is not None and kv.pin is pin)
+    parked = ((session.serial, session.parked) for session in books.lines())
+    return keys, tuple(serial for serial, kv in parked if kv is not None and kv.pin is pin)
 
 
 def _check_pins(books: Books, nodes: list[Node]) -> None:
@@ -302,12 +308,11 @@ def _check_rows(books: Books) -> None:
     free = sorted(rows.free_list)
     if len(free) + len(owners) != rows.rows_max or sorted((*free, *owners)) != list(range(rows.rows_max)):
         raise AuditError(f"{len(free)} rows are free and {len(owners)} held, of {rows.rows_max}", "rows")
-    waiting = {request.key for request in books.waiting}
     for request in books.requests.values():
         running = request.phase is Phase.RUNNING
         if running != (request.row is not None) or running != (request.lease is not None):
             raise AuditError(f"request {request.key} is {request.phase.name} with row {request.row}", "rows")
-        if (request.phase is Phase.QUEUED) != (request.key in waiting):
+        if (request.phase is Phase.QUEUED) != (request in books.waiting):
             message = f"request {request.key} is {request.phase.name} but the waiting line says otherwise"
             raise AuditError(message, "rows")
 
@@ -335,7 +340,7 @@ def check_lengths(books: Books, request: Request) -> None:
 
 def _check_sessions(books: Books) -> None:
     size = books.limits.page_size
-    for session in books.sessions.values():
+    for session in books.lines():
         turn = books.requests.get(session.turn) if session.turn is not None else None
         message = ""
         if session.turn is not None and (turn is None or turn.session is not session):
@@ -348,4 +353,32 @@ def _check_sessions(books: Books) -> None:
             elif not 0 < parked.tokens <= tokens - 1 or not (pages - 1) * size < parked.tokens <= pages * size:
                 message = f"has KV of {parked.tokens} tokens on {pages} pages for {tokens} tokens"
         if message:
-            raise AuditError(f"session {session.id!r} {message}", "sessions", sessions=(session.id,))
+            raise AuditError(f"session {session.id!r} {message}", "sessions", sessions=(session.serial,))
+
+
+def _check_tenants(books: Books) -> None:
+    """What each tenant has in flight and holds equals what its requests and sessions say."""
+    counted = [[0, 0, 0, 0] for _ in books.tenants.all]
+    for request in books.requests.values():
+        figures = counted[request.tenant.index]
+        figures[0] += 1
+        figures[1] += request.input_tokens
+    for session in books.lines():
+        figures = counted[session.tenant.index]
+        figures[2] += session.root is None
+        figures[3] += len(session.history)
+    for tenant, found in zip(books.tenants.all, counted, strict=True):
+        noted = [tenant.requests, tenant.tokens, tenant.sessions, tenant.held_tokens]
+        if noted != found:
+            raise AuditError(f"tenant {tenant.policy.name!r} counts {noted} requests, tokens, sessions, held tokens; "
+                             f"there are {found}")
+    in_flight = sum(session.turns_in_flight for session in books.sessions.values())
+    if in_flight != sum(session.root is not None and session.turn is not None for session in books.lines()):
+        raise AuditError("branching sessions count other turns in flight than they have", "counters")
+    if books.node_count != sum(len(session.nodes) for session in books.sessions.values()):
+        raise AuditError(f"{books.node_count} turns of branching sessions are counted, there are others", "counters")
+    unused = sum(len(session.reserve) for session in books.reserving if session.reserve is not None)
+    if books.reserve_pages != unused:
+        raise AuditError(f"{books.reserve_pages} reserved pages are counted as unused, there are {unused}", "counters")
+    if books.reserved_pages != sum(session.reserved_pages for session in books.reserving):
+        raise AuditError(f"{books.reserved_pages} pages are reserved in all, sessions say otherwise", "counters")

@@ -6,8 +6,8 @@ still touch them.
 """
 
 from array import array
-from bisect import insort
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -17,10 +17,13 @@ from sessile.core.effects import Effects
 from sessile.core.events import EventRing
 from sessile.core.ledger import QUARANTINE, Lease, PageLedger
 from sessile.core.limits import Limits
+from sessile.core.line import WaitingLine
+from sessile.core.marks import Mark
 from sessile.core.prefix import Pin, PrefixTree
 from sessile.core.request import Phase, Request
 from sessile.core.rows import RowTable
-from sessile.core.session import ParkedKv, Session
+from sessile.core.session import ParkedKv, Session, SessionKey
+from sessile.core.tenants import Tenants
 from sessile.units import ceil_div
 
 
@@ -31,6 +34,9 @@ class Totals:
     finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
     turns_committed: int = 0
     turns_rolled_back: int = 0
+    turns_replayed: int = 0
+    forks: int = 0
+    rewinds: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
@@ -59,10 +65,17 @@ class Books:
         self.rows: RowTable[Request] = RowTable(limits.rows_max)
         self.requests: dict[int, Request] = {}
         """By key, from submission until Done."""
-        self.sessions: dict[str, Session] = {}
-        self.waiting: list[Request] = []
-        """QUEUED requests in order of arrival; a preempted one comes back to its old place."""
-        self.waiting_tokens = 0
+        self.sessions: dict[SessionKey, Session] = {}
+        self.node_count = 0
+        """Turns of branching sessions, finished or in flight: each holds a history and maybe KV."""
+        self.reserving: list[Session] = []
+        """Sessions with a reservation, in the order of opening."""
+        self.reserved_pages = 0
+        """Pages promised to them."""
+        self.reserve_pages = 0
+        """Of these, pages without KV, which their reserves own: a running counter."""
+        self.tenants = Tenants(limits.tenants)
+        self.waiting = WaitingLine(limits.overtakes_max)
         self.draining: list[Request] = []
         self.victims: list[Request] = []
         """Running requests that leave at the next settle, because a step in flight has them."""
@@ -80,6 +93,8 @@ class Books:
         self.suspects = array("i")
         """The pages that they, and all others who were expelled, had listed."""
         self.totals = Totals()
+        self.marks: Counter[Mark] = Counter()
+        """How often each rare branch was taken."""
         self.now_ns = 0
         self.settled_step = 0
         self.arrivals = 0
@@ -90,6 +105,12 @@ class Books:
         """Own pages of parked sessions: a running counter, checked by the audit."""
         self.idle_deadlines: list[tuple[int, int, Session]] = []
         self._parked_order: list[tuple[bool, int, int, Session]] = []
+
+    def lines(self) -> Iterator[Session]:
+        """Everything that holds a history, and KV of it when it is parked: sessions and turns of branching ones."""
+        for session in self.sessions.values():
+            yield session
+            yield from session.nodes.values()
 
     # -- room ---------------------------------------------------------------------------------------------------
 
@@ -112,6 +133,17 @@ class Books:
         """Pages that nobody running needs: unpinned tree pages and the own pages of parked sessions."""
         return self.tree.unpinned_pages + self.parked_pages
 
+    def kept_pages(self) -> int:
+        """Pages that reservations keep from everybody else: reserves, and own pages of parked KV within them."""
+        pages = 0
+        for session in self.reserving:
+            assert session.reserve is not None
+            pages += len(session.reserve)
+            if session.parked is not None:
+                within = max(0, session.reserved_pages - len(session.parked.pin.pages))
+                pages += min(len(session.parked.lease), within)
+        return pages
+
     def reclaim(self, pages_wanted: int, *, sparing: Session | None = None) -> int:
         """Move up to `pages_wanted` pages to LIMBO, least recently used first; return how many.
 
@@ -123,11 +155,15 @@ class Books:
             leaf_use = self.tree.oldest_use()
             session = self._oldest_parked(sparing)
             if session is not None and (leaf_use is None or (session.turn is None and session.last_use < leaf_use)):
+                self.marks[Mark.DEMOTED_WAITING] += session.turn is not None
                 pages = self._shrink_parked(session, pages_wanted - reclaimed)
                 self.totals.demoted_pages += pages
+                self.marks[Mark.DEMOTED] += 1
+                self.marks[Mark.DEMOTED_TO_NOTHING] += session.parked is None
             elif leaf_use is not None:
                 pages = self.tree.evict_oldest(pages_wanted - reclaimed)
                 self.totals.evicted_pages += pages
+                self.marks[Mark.EVICTED] += 1
             else:
                 break
             reclaimed += pages
@@ -140,8 +176,8 @@ class Books:
         found: Session | None = None
         while order and found is None:
             entry = order[0]
-            waits, last_use, _, session = entry
-            if session.parked is None or session.last_use != last_use or (session.turn is not None) != waits:
+            session = entry[3]
+            if not self._is_current(entry):
                 heappop(order)
             elif session is sparing:
                 spared.append(heappop(order))
@@ -154,15 +190,21 @@ class Books:
     def _shrink_parked(self, session: Session, pages_wanted: int) -> int:
         parked = session.parked
         assert parked is not None
-        pages = min(pages_wanted, len(parked.lease))
+        reserved, shared = session.reserved_pages, len(parked.pin.pages)
+        pages = min(pages_wanted, len(parked.lease) - min(len(parked.lease), max(0, reserved - shared)))
         if pages:
             kept = len(parked.lease) - pages
             self.ledger.drop_tail(parked.lease, kept, parked.ready_step)
             self.parked_pages -= pages
-            parked.tokens = min(parked.tokens, (len(parked.pin.pages) + kept) * self.limits.page_size)
+            parked.tokens = min(parked.tokens, (shared + kept) * self.limits.page_size)
         if not len(parked.lease):
             # The rest is only read, not owned: let go of it, and the tree may evict it in its turn.
-            self.drop_parked(session)
+            if not reserved:
+                self.drop_parked(session)
+            elif shared > reserved:
+                self.harden(parked.pin)
+                self.tree.shorten(parked.pin, reserved)
+                parked.tokens = reserved * self.limits.page_size
         return pages
 
     # -- parked KV ----------------------------------------------------------------------------------------------
@@ -171,10 +213,9 @@ class Books:
         """Hand KV over to a session, cut to `tokens`; it may be reclaimed from now on. Consumes lease and pin."""
         assert session.parked is None, f"session {session.id!r} already holds KV"
         tokens = self.truncate(lease, pin, tokens)
-        self.tree.soften(pin)
-        session.last_use = self.tree.clock
-        session.parked = ParkedKv(lease.hand_over(), pin, tokens, self.planned_step)
-        self.parked_pages += len(session.parked.lease)
+        session.parked = parked = ParkedKv(lease.hand_over(), pin, tokens, self.planned_step)
+        self.soften_parked(session, parked)
+        self.parked_pages += len(parked.lease)
         if tokens == 0:
             self.drop_parked(session)
         else:
@@ -186,8 +227,21 @@ class Books:
         assert parked is not None and parked.ready_step <= self.settled_step
         session.parked = None
         self.parked_pages -= len(parked.lease)
-        self.tree.harden(parked.pin)
+        self.harden(parked.pin)
         return parked
+
+    def harden(self, pin: Pin) -> None:
+        """Make sure that a pin is hard: its holder runs, or is about to change it."""
+        if not pin.hard:
+            self.tree.harden(pin)
+
+    def soften_parked(self, session: Session, parked: ParkedKv) -> None:
+        """Let parked KV be reclaimable, but for what a reservation keeps: its shared pages stay under a hard pin."""
+        if session.reserved_pages and len(parked.pin.pages) <= session.reserved_pages:
+            self.tree.use()
+        else:
+            self.tree.soften(parked.pin)
+        session.last_use = self.tree.clock
 
     def drop_parked(self, session: Session) -> None:
         """Let go of a session's KV; its tokens stay."""
@@ -206,20 +260,23 @@ class Books:
             return
         session.parked = None
         self.parked_pages -= len(parked.lease)
-        self.tree.harden(parked.pin)
+        self.harden(parked.pin)
         self.park(session, parked.lease, parked.pin, tokens)
 
     def rank_parked(self, session: Session) -> None:
         """Enter a parked session into the order of reclaiming; call again when a turn starts to wait."""
         entry = (session.turn is not None, session.last_use, session.serial, session)
         heappush(self._parked_order, entry)
-        if len(self._parked_order) > 4 * len(self.sessions) + 64:
+        if len(self._parked_order) > 4 * (len(self.sessions) + self.node_count) + 64:
             self._parked_order = sorted(e for e in self._parked_order if self._is_current(e))
 
-    @staticmethod
-    def _is_current(entry: tuple[bool, int, int, Session]) -> bool:
+    def _is_current(self, entry: tuple[bool, int, int, Session]) -> bool:
+        """Whether the entry still says where its session stands, and something can be had from it."""
         waits, last_use, _, session = entry
-        return session.parked is not None and session.last_use == last_use and (session.turn is not None) == waits
+        if session.parked is None or session.last_use != last_use or (session.turn is not None) != waits:
+            return False
+        reserved = session.reserved_pages
+        return not reserved or len(session.parked.lease) + len(session.parked.pin.pages) > reserved
 
     def truncate(self, lease: Lease, pin: Pin, tokens: int) -> int:
         """Cut KV to `tokens`, whole pages only; returns the length that could be kept, ≤ tokens.
@@ -230,8 +287,10 @@ class Books:
         size = self.limits.page_size
         pinned = len(pin.pages)
         if tokens >= pinned * size:
-            self.ledger.drop_tail(lease, ceil_div(tokens, size) - pinned, self.planned_step)
+            if self.ledger.drop_tail(lease, ceil_div(tokens, size) - pinned, self.planned_step):
+                self.marks[Mark.SURPLUS] += 1
             return tokens
+        self.marks[Mark.CUT_IN_SHARED_PAGE] += tokens % size > 0
         self.ledger.drop_tail(lease, 0, self.planned_step)
         self.tree.shorten(pin, tokens // size)
         return tokens // size * size
@@ -242,6 +301,7 @@ class Books:
         sessions: whose parked KV the pages belong to.
         """
         self.copies.append((source, target, tokens))
+        self.marks[Mark.COPIED] += 1
         self.copying.extend(sessions)
         self.ledger.floor_step = self.planned_step + 1
 
@@ -255,21 +315,15 @@ class Books:
         self.ledger.floor_step = 0
         return copies
 
-    # -- the waiting line ---------------------------------------------------------------------------------------
-
     def enqueue(self, request: Request) -> None:
         """Put a request into the waiting line, at the place of its arrival."""
         request.phase = Phase.QUEUED
-        self.waiting_tokens += request.known_tokens - request.base_tokens
-        if not self.waiting or self.waiting[-1].arrival < request.arrival:
-            self.waiting.append(request)
-        else:
-            insort(self.waiting, request, key=lambda waiting: waiting.arrival)
+        self.waiting.enter(request)
 
-    def dequeue(self, request: Request) -> None:
-        """Take a request out of the waiting line."""
-        self.waiting.remove(request)
-        self.waiting_tokens -= request.known_tokens - request.base_tokens
+    def delivered_tokens(self, request: Request) -> int:
+        """Context of a request with the output it has delivered so far."""
+        row = request.row if request.phase is Phase.RUNNING else None
+        return request.known_tokens + (int(self.rows.filled[row]) if row is not None else 0)
 
     # -- output -------------------------------------------------------------------------------------------------
 
@@ -319,6 +373,7 @@ class Books:
             self.rows.plannable[row] = False
             request.phase = Phase.DRAINING
             self.draining.append(request)
+            self.marks[Mark.DRAINED] += 1
 
     def drain(self) -> None:
         """Free what waited for the newest settled step: rows of ended requests, pages in limbo."""
@@ -373,8 +428,8 @@ class Books:
         return None
 
     def _expires_at(self, session: Session) -> int | None:
-        gone = self.sessions.get(session.id) is not session
-        if gone or session.turn is not None or session.idle_timeout_ns is None:
+        gone = self.sessions.get(session.key) is not session
+        if gone or session.in_flight or session.idle_timeout_ns is None:
             return None
         return session.last_used_ns + session.idle_timeout_ns
 

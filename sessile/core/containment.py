@@ -60,7 +60,10 @@ def expel(books: Books, request: Request) -> None:
         books.rows.planned[request.row] = 0  # Its row may drain for a step, in which nobody may trust its figures.
     if session is not None:
         # Whatever an end that failed had done is undone: the turn is rolled back, not half committed.
-        if len(session.history) > request.base_tokens:
+        committed_tokens = len(session.history) - request.base_tokens
+        if committed_tokens:
+            books.totals.turns_committed -= 1
+            session.tenant.held_tokens -= committed_tokens
             session.cut_history(session.history.fork(request.base_tokens), session.turn_ends)
         session.turn = RequestKey(request.key)
         go_cold(books, session)
@@ -68,11 +71,14 @@ def expel(books: Books, request: Request) -> None:
 
 
 def go_cold(books: Books, session: Session) -> None:
-    """Take a session's KV away without touching it; `restore` must follow."""
+    """Take a session's KV and reserve away without touching them; `restore` must follow, and fills the reserve anew."""
     parked = session.parked
     session.parked = None
     if parked is not None:
         _abandon(books, parked.lease)
+    if session.reserve is not None:
+        _abandon(books, session.reserve)
+        session.reserve = books.ledger.open()
 
 
 def _abandon(books: Books, lease: Lease) -> None:
@@ -91,9 +97,8 @@ def contain(books: Books, error: AuditError) -> None:
         request = books.requests.get(key)
         if request is not None and request.phase is Phase.RUNNING:
             expel(books, request)
-    for name in error.sessions:
-        session = books.sessions.get(name)
-        if session is not None:
+    for session in list(books.lines()):
+        if session.serial in error.sessions:
             go_cold(books, session)
             _check_turn(books, session)
 
@@ -103,7 +108,7 @@ def _cut(books: Books, node: Node) -> None:
     for request in list(books.requests.values()):
         if request.pin is not None and node in request.pin.path():
             expel(books, request)
-    for session in books.sessions.values():
+    for session in books.lines():
         if session.parked is not None and node in session.parked.pin.path():
             go_cold(books, session)
     books.suspects.extend(node.pages)
@@ -116,7 +121,7 @@ def _check_turn(books: Books, session: Session) -> None:
     if session.turn is not None and (marked is None or marked.session is not session):
         turn = next((request for request in books.requests.values() if request.session is session), None)
         session.turn = None if turn is None else RequestKey(turn.key)
-        books.start_idle_timer(session)
+        books.start_idle_timer(session.root or session)
 
 
 def restore(books: Books) -> int:
@@ -124,15 +129,34 @@ def restore(books: Books) -> int:
     books.tree.restore(pins(books))
     held = [(TREE, node.pages) for node in books.tree.walk()]
     leases = [request.lease for request in books.requests.values() if request.lease is not None]
-    leases += [session.parked.lease for session in books.sessions.values() if session.parked is not None]
+    leases += [session.parked.lease for session in books.lines() if session.parked is not None]
+    leases += [session.reserve for session in books.reserving if session.reserve is not None]
     held += [(lease.account, lease.pages) for lease in leases]
     pages = books.ledger.restore(held, books.suspects, books.planned_step)
     books.suspects = array("i")
-    books.parked_pages = sum(
-        len(session.parked.lease) for session in books.sessions.values() if session.parked is not None
-    )
+    books.totals.quarantined_pages += pages
+    _count_anew(books)
+    return pages
+
+
+def _count_anew(books: Books) -> None:
+    """Every running counter of pages, turns and tenants."""
+    lines = list(books.lines())
+    books.parked_pages = sum(len(session.parked.lease) for session in lines if session.parked is not None)
     books.bound_pages = sum(
         request.bound_pages for request in books.requests.values() if request.phase is Phase.RUNNING
     )
-    books.totals.quarantined_pages += pages
-    return pages
+    books.reserved_pages = sum(session.reserved_pages for session in books.reserving)
+    books.reserve_pages = sum(len(session.reserve) for session in books.reserving if session.reserve is not None)
+    books.node_count = sum(session.root is not None for session in lines)
+    for session in books.sessions.values():
+        session.turns_in_flight = sum(node.turn is not None for node in session.nodes.values())
+    for tenant in books.tenants.all:
+        tenant.requests = tenant.tokens = tenant.sessions = tenant.held_tokens = 0
+    for request in books.requests.values():
+        request.tenant.requests += 1
+        request.tenant.tokens += request.input_tokens
+    for session in lines:
+        session.tenant.sessions += session.root is None
+        session.tenant.held_tokens += len(session.history)
+    books.tenants.active = sum(tenant.requests > 0 for tenant in books.tenants.all)

@@ -8,13 +8,16 @@ than a page.
 """
 
 from sessile.core.books import Books
+from sessile.core.marks import Mark
 from sessile.core.session import ParkedKv, Session
 
 
 def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> None:
     """Give a new session the first `tokens` tokens of an idle one, 0 ≤ tokens ≤ its history, and their KV."""
     assert parent.turn is None and not len(child.history) and child.parked is None
+    books.totals.forks += 1
     child.cut_history(parent.history.fork(tokens), parent.turn_ends)
+    child.tenant.held_tokens += tokens
     parked = parent.parked
     kv_tokens = min(parked.tokens, tokens - 1) if parked is not None else 0
     if parked is None or kv_tokens <= 0:
@@ -22,11 +25,12 @@ def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> 
     size = books.limits.page_size
     full = kv_tokens // size
     _publish_parked(books, parent, parked, full)
-    match = books.tree.match(parent.namespace, parent.history.slice(0, full * size), full)
+    match = books.tree.match(parent.tenant.namespace, parent.history.slice(0, full * size), full)
     lease, pin = books.ledger.open(), books.tree.pin(match)
     shared_tokens = match.pages * size
     drains = parked.ready_step > books.settled_step  # A step in flight still writes to the page to be copied.
     if shared_tokens < full * size or not kv_tokens % size or drains or not books.ledger.free_pages:
+        books.marks[Mark.NOT_COPIED] += kv_tokens % size > 0
         books.park(child, lease, pin, shared_tokens)
         return
     target = books.ledger.draw(lease, 1)[0]
@@ -37,7 +41,10 @@ def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> 
 def rewind_session(books: Books, session: Session, tokens: int) -> None:
     """Cut an idle session's history to its first `tokens` tokens, 0 ≤ tokens ≤ its length, and its KV with it."""
     assert session.turn is None
+    books.totals.rewinds += 1
+    session.tenant.held_tokens -= len(session.history) - tokens
     session.cut_history(session.history.fork(tokens), session.turn_ends)
+    session.reply = None
     kv_tokens = max(0, tokens - 1)
     parked = session.parked
     if parked is None or parked.tokens <= kv_tokens:
@@ -49,6 +56,8 @@ def rewind_session(books: Books, session: Session, tokens: int) -> None:
     if inside_shared and books.ledger.free_pages:
         # The cut gave up the shared page it fell into: a TREE page is never written (H64). Copy what is still wanted.
         _copy_behind(books, session, source, kv_tokens % size)
+    elif inside_shared:
+        books.marks[Mark.NOT_COPIED] += 1
 
 
 def page_at(parked: ParkedKv, index: int) -> int:
@@ -59,14 +68,13 @@ def page_at(parked: ParkedKv, index: int) -> int:
 
 def _publish_parked(books: Books, session: Session, parked: ParkedKv, full: int) -> None:
     """Move a parked session's own full pages to the tree, as far as the tree lacks them, and pin them for it."""
-    books.tree.harden(parked.pin)
+    books.harden(parked.pin)
     shared, size = len(parked.pin.pages), books.limits.page_size
     if full > shared:
         before = len(parked.lease.pages)
         books.tree.publish_live(parked.pin, parked.lease, session.history.slice(shared * size, full * size))
         books.parked_pages -= before - len(parked.lease.pages)
-    books.tree.soften(parked.pin)
-    session.last_use = books.tree.clock
+    books.soften_parked(session, parked)
     books.rank_parked(session)
 
 
@@ -74,13 +82,13 @@ def _copy_behind(books: Books, session: Session, source: int, tokens: int) -> No
     """Draw a page behind a session's parked KV, which ends with a page, and copy the first tokens of source to it."""
     parked = session.parked
     if parked is None:
-        start = books.tree.pin(books.tree.match(session.namespace, b"", 0))
+        start = books.tree.pin(books.tree.match(session.tenant.namespace, b"", 0))
         lease = books.ledger.open()
         held = 0
     else:
         start, lease, held = parked.pin, parked.lease, parked.tokens
         books.parked_pages -= len(lease)
         session.parked = None
-        books.tree.harden(start)
+        books.harden(start)
     books.queue_copy(source, books.ledger.draw(lease, 1)[0], tokens, (session,))
     books.park(session, lease, start, held + tokens)

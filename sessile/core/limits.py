@@ -84,6 +84,27 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True)
+class TenantPolicy:
+    """What one tenant may take, as the operator's keys file has it; None: no limit but those of the whole server."""
+
+    name: str
+    weight: int = 1
+    """Its share of step tokens beside other tenants' that want some too."""
+    requests_max: int | None = None
+    """Requests running or waiting."""
+    tokens_max: int | None = None
+    """Input tokens of these, committed histories not included."""
+    sessions_max: int | None = None
+    held_tokens_max: int | None = None
+    """Tokens of all its sessions' histories together."""
+    shares_prefixes: bool = False
+    """Whether its prompts are found among, and add to, the prefixes of all tenants that say so; else only its own."""
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.weight <= 1000, "a weight is from 1 to 1000"
+
+
+@dataclass(frozen=True)
 class Limits:
     """Every bound of one core, as numbers. Built by the engine from SchedulerOptions, model facts and device facts."""
 
@@ -114,6 +135,7 @@ class Limits:
     """Longest wait of an admission for a prefix that a running request is computing."""
     output_estimate_tokens: int = 4096
     """Cap on the expected remaining output of one request, before the learned ratio."""
+    tenants: tuple[TenantPolicy, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.pages_total >= 3, "a pool needs the scratch page, one page of prompt and one of output"

@@ -5,8 +5,7 @@ a result changes, in settling.py; how a request ends, in ending.py.
 """
 
 from collections import deque
-
-import numpy as np
+from collections.abc import Mapping
 
 from sessile.contract.messages import (
     Batch,
@@ -34,7 +33,6 @@ from sessile.contract.messages import (
     Submit,
     ToEngine,
     pack_tokens,
-    unpack_tokens,
 )
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan, StepResult
@@ -43,26 +41,22 @@ from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
 from sessile.core.containment import guarded
 from sessile.core.ending import close_session, end_request
+from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
 from sessile.core.forking import fork_session, rewind_session
-from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.limits import Limits
-from sessile.core.planning import Drafter, Planned, Planner
-from sessile.core.request import Request
+from sessile.core.marks import Mark
+from sessile.core.planned import Planned
+from sessile.core.planning import Drafter, Planner
 from sessile.core.session import Session
 from sessile.core.settling import settle_step
 from sessile.core.watch import Report, Watch
 from sessile.errors import (
-    DuplicateSession,
-    HistoryMismatch,
     InvalidRequest,
-    LimitReached,
     NotFound,
     SessionBusy,
     SessionClosed,
-    TooLong,
     UserError,
 )
-from sessile.units import RequestKey
 
 _NS = 1_000_000_000
 
@@ -92,23 +86,24 @@ class Machine:
         try:
             match message:
                 case Submit():
-                    self.append(message) if message.session is not None else self.submit(message)
+                    self.submit(message)
                 case Cancel():
                     self.cancel(message.key, message.message)
                 case OpenSession():
                     self._reply(message.op, self.open(message))
                 case CloseSession():
-                    self._reply(message.op, self.close(message.session))
+                    self._reply(message.op, self.close(message.tenant, message.session))
                 case ForkSession():
                     self._reply(message.op, self.fork(message))
                 case RewindSession():
                     self._reply(message.op, self.rewind(message))
                 case GetSession():
-                    self._reply(message.op, views.session_view(self._books, self._session(message.session)))
+                    session = self._session(message.tenant, message.session)
+                    self._reply(message.op, views.session_view(self._books, session))
                 case ListSessions():
-                    self._reply(message.op, self.list_sessions(message.after, message.limit))
+                    self._reply(message.op, self.list_sessions(message.tenant, message.after, message.limit))
                 case SessionTokens():
-                    self._reply(message.op, self.session_tokens(message.session))
+                    self._reply(message.op, self.session_tokens(message.tenant, message.session))
                 case CancelAll():
                     self._reply(message.op, self.cancel_all())
                 case Flush():
@@ -123,37 +118,11 @@ class Machine:
             self._refuse(message, error)
 
     def submit(self, message: Submit) -> None:
-        """Enter a plain request into the line. Raises UserError, with nothing changed."""
-        tokens = message.tokens
-        if not tokens:
-            raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
-        self._enter(message, NO_HISTORY, tokens, None)
-
-    def append(self, message: Submit) -> None:
-        """Enter the next turn of a session into the line. Raises UserError, with nothing changed."""
-        assert message.session is not None
-        session = self._session(message.session)
-        if session.closing:
-            raise SessionClosed(f"session {session.id!r}: close was requested", param="session_params.id")
-        if session.turn is not None:
-            raise SessionBusy(
-                f"session {session.id!r} already has an active request. Wait for it, or abort it.",
-                param="session_params.id",
-            )
-        if message.expect_tokens not in (-1, len(session.history)):
-            raise HistoryMismatch(
-                f"session {session.id!r} has {len(session.history)} tokens, not {message.expect_tokens}",
-                param="session_params.expect_tokens",
-            )
-        tokens = message.tokens
-        if len(session.history) and self._facts.bos_id is not None and tokens.startswith(self._bos):
-            tokens = tokens[TOKEN_BYTES:]
-        if not len(session.history) and not tokens:
-            raise InvalidRequest("the first turn of a session cannot be empty", param="input_ids")
-        request = self._enter(message, session.history, tokens, session)
-        session.turn = RequestKey(request.key)
-        if session.parked is not None:
-            self._books.rank_parked(session)
+        """Enter a plain request or the next turn of a session into the line. Raises UserError, with nothing changed."""
+        if message.session is None:
+            enter_plain(self._books, message)
+        else:
+            enter_turn(self._books, message, self._session(message.tenant, message.session))
 
     def cancel(self, key: int, message: str) -> None:
         """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored."""
@@ -169,49 +138,17 @@ class Machine:
         return Outcome({"cancelled": len(keys)})
 
     def open(self, message: OpenSession) -> SessionView:
-        """Open a streaming session. Raises UserError, with nothing changed."""
-        timeout_s = message.idle_timeout_s
-        if timeout_s is not None and not 0 < timeout_s <= 1e9:
-            raise InvalidRequest("idle_timeout_s must be above 0 and at most 1e9 seconds", param="timeout")
-        context = self._limits.context_tokens
-        if message.tokens_max is not None and not 2 <= message.tokens_max <= context:
-            raise InvalidRequest(f"max_tokens must be from 2 to {context}, the context length", param="max_tokens")
-        longest = self._limits.sequence_tokens_max
-        session = self._open(
-            message.session,
-            idle_timeout_ns=None if timeout_s is None else int(timeout_s * _NS),
-            tokens_max=min(message.tokens_max or longest, longest),
-            metadata=dict(message.metadata),
-        )
-        return views.session_view(self._books, session)
-
-    def _open(
-        self, session_id: str, *, idle_timeout_ns: int | None, tokens_max: int, metadata: dict[str, str]
-    ) -> Session:
-        books = self._books
-        if session_id in books.sessions:
-            raise DuplicateSession(f"session {session_id!r} already exists", param="session_id")
-        if len(books.sessions) >= self._limits.sessions_max:
-            raise LimitReached(f"{self._limits.sessions_max} sessions are open, which is the limit: close some first")
-        books.session_serials += 1
-        session = Session(
-            session_id,
-            books.session_serials,
-            now_ns=books.now_ns,
-            idle_timeout_ns=idle_timeout_ns,
-            tokens_max=tokens_max,
-            metadata=metadata,
-        )
-        books.sessions[session.id] = session
-        books.start_idle_timer(session)
-        return session
+        """Open a session. Raises UserError, with nothing changed."""
+        return views.session_view(self._books, open_as_asked(self._books, message))
 
     def fork(self, message: ForkSession) -> SessionView:
         """Open a session that begins as an idle one does, sharing its KV. Raises UserError, with nothing changed."""
-        parent = self._idle_session(message.session)
+        parent = self._idle_session(message.tenant, message.session)
         tokens = self._place(parent, message.at_tokens, message.at_turn, "at")
-        child = self._open(
+        child = open_session(
+            self._books,
             message.child,
+            parent.tenant,
             idle_timeout_ns=parent.idle_timeout_ns,
             tokens_max=parent.tokens_max,
             metadata=dict(parent.metadata),
@@ -221,16 +158,19 @@ class Machine:
 
     def rewind(self, message: RewindSession) -> SessionView:
         """Cut an idle session's history and KV. Raises UserError, with nothing changed."""
-        session = self._idle_session(message.session)
+        session = self._idle_session(message.tenant, message.session)
         if message.to_tokens is None and message.to_turn is None:
             raise InvalidRequest("give to_tokens or to_turn", param="to_tokens")
         rewind_session(self._books, session, self._place(session, message.to_tokens, message.to_turn, "to"))
         return views.session_view(self._books, session)
 
-    def _idle_session(self, session_id: str) -> Session:
-        session = self._session(session_id)
+    def _idle_session(self, tenant: str, session_id: str) -> Session:
+        """A streaming session that may be forked or rewound now."""
+        session = self._session(tenant, session_id)
         if session.closing:
             raise SessionClosed(f"session {session.id!r}: close was requested")
+        if session.branching:
+            raise InvalidRequest(f"session {session.id!r} is branching: go on from any of its turns by rid")
         if session.turn is not None:
             raise SessionBusy(f"session {session.id!r} has an active request. Wait for it, or abort it.")
         return session
@@ -252,23 +192,26 @@ class Machine:
             )
         return length if tokens is None else tokens
 
-    def close(self, session_id: str) -> Outcome:
-        """Close a session, at the end of its turn if one is in flight (H23). Raises NotFound."""
-        session = self._session(session_id)
-        if session.turn is not None:
+    def close(self, tenant: str, session_id: str) -> Outcome:
+        """Close a session, at the end of its turns if any are in flight (H23). Raises NotFound."""
+        session = self._session(tenant, session_id)
+        if session.in_flight:
             session.closing = True
             return Outcome({"closed": False, "deferred": True})
         close_session(self._books, session, "closed")
         return Outcome({"closed": True, "deferred": False})
 
-    def list_sessions(self, after: str | None, limit: int) -> SessionPage:
-        """Sessions in order of opening, behind `after`. Raises NotFound if `after` is none."""
-        start = 0 if after is None else self._session(after).serial
-        return views.session_page(self._books, start, limit)
+    def list_sessions(self, tenant: str, after: str | None, limit: int) -> SessionPage:
+        """A tenant's sessions in order of opening, behind `after`. Raises NotFound if `after` is none."""
+        start = 0 if after is None else self._session(tenant, after).serial
+        return views.session_page(self._books, self._books.tenants.named(tenant), start, limit)
 
-    def session_tokens(self, session_id: str) -> Outcome:
-        """The committed history of a session. Raises NotFound."""
-        history = self._session(session_id).history
+    def session_tokens(self, tenant: str, session_id: str) -> Outcome:
+        """The committed history of a session. Raises NotFound, or InvalidRequest for a branching one."""
+        session = self._session(tenant, session_id)
+        if session.branching:
+            raise InvalidRequest(f"session {session.id!r} is branching: it has no single history")
+        history = session.history
         return Outcome({"tokens": history.slice(0, len(history))})
 
     def flush(self, op: int) -> None:
@@ -297,6 +240,7 @@ class Machine:
     def plan(self) -> Planned | None:
         """The early part of the next step; None if nothing can run now. At most one launched step may be unsettled."""
         assert len(self._flights) <= 1, "two steps are in flight already"
+        self._watch.planning()
         self._flush_if_drained()
         if self._flushes:
             return None  # A flush waits for the last rows to drain; what arrived behind it waits for the flush.
@@ -347,6 +291,11 @@ class Machine:
         """Live figures and totals."""
         return views.stats(self._books)
 
+    @property
+    def marks(self) -> Mapping[Mark, int]:
+        """How often each rare branch was taken; read only."""
+        return self._books.marks
+
     def audit(self) -> None:
         """Check everything against everything; raises AuditError."""
         audit.check(self._books)
@@ -359,51 +308,14 @@ class Machine:
         """The last events, oldest first, one line each: what to log when the machine has failed."""
         return self._books.events.lines()
 
-    # -- entering -----------------------------------------------------------------------------------------------
+    # -- answers ------------------------------------------------------------------------------------------------
 
-    def _session(self, session_id: str) -> Session:
-        session = self._books.sessions.get(session_id)
+    def _session(self, tenant: str, session_id: str) -> Session:
+        """A session of this tenant: another's is not found (H55)."""
+        session = self._books.sessions.get((tenant, session_id))
         if session is None:
             raise NotFound(f"session {session_id!r} does not exist", param="session_params.id")
         return session
-
-    def _enter(self, message: Submit, base: History, tokens: Packed, session: Session | None) -> Request:
-        """Check a request against every limit, then put it into the line."""
-        books, limits = self._books, self._limits
-        assert message.key not in books.requests, f"request key {message.key} is in use"
-        self._check_tokens(tokens)
-        longest = min(limits.sequence_tokens_max, session.tokens_max if session is not None else limits.context_tokens)
-        new_tokens = len(tokens) // TOKEN_BYTES
-        prompt = len(base) + new_tokens
-        wanted = message.sampling.max_new_tokens
-        if prompt + (0 if wanted == 0 else 1) > longest:
-            raise TooLong(
-                f"the input has {prompt} tokens, history included; with one token of output it exceeds the context "
-                f"length of {longest} tokens",
-                param="input_ids",
-            )
-        if len(books.waiting) >= limits.queue_max:
-            raise LimitReached(f"{limits.queue_max} requests are waiting, which is the limit: try again later")
-        if books.waiting_tokens + new_tokens > limits.queue_tokens_max:
-            raise LimitReached(f"{books.waiting_tokens} tokens are waiting, which is the limit: try again later")
-        goal = prompt + min(longest - prompt, longest if wanted is None else wanted)
-        eos = () if message.sampling.ignore_eos else self._facts.eos_ids
-        stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
-        request = Request(message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session)
-        books.rows.provide_for(stop_ids, message.logprobs)
-        books.arrivals += 1
-        request.arrival = books.arrivals
-        books.requests[request.key] = request
-        books.enqueue(request)
-        return request
-
-    def _check_tokens(self, packed: Packed) -> None:
-        tokens = unpack_tokens(packed)
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._facts.vocab_size:
-            wrong = int(tokens[np.argmax((tokens < 0) | (tokens >= self._facts.vocab_size))])
-            raise InvalidRequest(
-                f"token id {wrong} is outside the vocabulary of {self._facts.vocab_size} tokens", param="input_ids"
-            )
 
     def _reply(self, op: int, value: SessionView | SessionPage | Stats | PoolView | Outcome) -> None:
         self._books.effects.reply(Reply(op, value))
@@ -431,7 +343,7 @@ class Machine:
         if not self._flushes or self._flights or books.draining:
             return
         before = books.ledger.free_pages + books.ledger.limbo_pages
-        for session in books.sessions.values():
+        for session in books.lines():
             if session.turn is None:
                 books.drop_parked(session)
         books.reclaim(self._limits.pages_total)

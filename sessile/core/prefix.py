@@ -189,10 +189,15 @@ class PrefixTree:
             self._offer(node)
         pin.node = None
 
+    def use(self) -> int:
+        """Count a use, and return the clock: later uses have larger numbers."""
+        self.clock += 1
+        return self.clock
+
     def soften(self, pin: Pin) -> None:
         """Hard → soft: the holder parks; the path may be evicted after the holder has shrunk."""
         assert pin.hard
-        self.clock += 1
+        self.use()
         self.hard_pins -= 1
         for node in pin.path():
             self._soften(node)

@@ -4,13 +4,14 @@ from array import array
 from enum import Enum, auto
 from struct import Struct
 
-from sessile.contract.messages import Sampling, Submit
+from sessile.contract.messages import Done, Sampling, Scores, Submit, TokenDetail
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
 from sessile.core.rows import STOP_COLUMNS, pack_row
-from sessile.core.session import Session
+from sessile.core.session import Session, StoredReply
 from sessile.core.stop import StopMatcher
+from sessile.core.tenants import Tenant
 from sessile.units import RowId
 
 _BIND_INTS = Struct("<IIQ")
@@ -50,11 +51,11 @@ class Request:
         "computed_tokens",
         "delta",
         "goal_tokens",
+        "input",
         "key",
         "lease",
         "logprobs",
         "matcher",
-        "namespace",
         "output",
         "overtaken",
         "penalised",
@@ -62,9 +63,12 @@ class Request:
         "pin",
         "preempted_tokens",
         "preemptions",
+        "priority",
         "prompt_tokens",
         "publishing",
         "reached_tokens",
+        "replied",
+        "rid",
         "row",
         "sampling",
         "scored_tokens",
@@ -75,6 +79,8 @@ class Request:
         "share_waits",
         "slow",
         "stop_ids",
+        "tenant",
+        "urgent",
     )  # fmt: skip
 
     def __init__(
@@ -86,11 +92,18 @@ class Request:
         goal_tokens: int,
         stop_ids: tuple[int, ...],
         session: Session | None,
+        tenant: Tenant,
     ) -> None:
         sampling = message.sampling
         self.key = message.key
         self.session = session
-        self.namespace = session.namespace if session is not None else ""
+        self.tenant = tenant
+        self.rid = message.rid if session is not None else ""
+        self.input = message.tokens if self.rid else b""
+        """What a turn with a name was sent with, to know it again."""
+        self.replied: list[Scores | TokenDetail] = []
+        """What such a turn was told beside its tokens."""
+        self.priority = message.priority
         self.base = base
         self.base_tokens = len(base)
         self.delta = delta
@@ -119,6 +132,8 @@ class Request:
         """KV it had when it was preempted last."""
         self.preemptions = 0
         self.overtaken = 0
+        self.urgent = False
+        """Whether it waits before everybody else, because it was overtaken too often."""
         self.cached_tokens = -1
         """Set at first admission."""
         self.computed_tokens = 0
@@ -160,6 +175,7 @@ class Request:
             self.last_token,
             step,
             self.logprobs,
+            self.tenant.index,
         )
 
     def note_admission(self, start_tokens: int) -> None:
@@ -167,6 +183,21 @@ class Request:
         if self.cached_tokens < 0:
             self.cached_tokens = start_tokens
             self.reached_tokens = start_tokens
+
+    def stored_reply(self, done: Done) -> StoredReply:
+        """What its session keeps of a committed turn's reply."""
+        return StoredReply(
+            self.rid,
+            self.input,
+            done,
+            tuple([each for each in self.replied if isinstance(each, Scores)]),
+            tuple([each for each in self.replied if isinstance(each, TokenDetail)]),
+        )
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that came with it: the prompt without a committed history."""
+        return self.prompt_tokens - self.base_tokens
 
     @property
     def known_tokens(self) -> int:

@@ -103,13 +103,15 @@ class RollingAudit:
                 f"pages, their balances are {free}, {quarantined} and {limbo}"
             )
         running = int(np.count_nonzero(rows.live))
-        if books.tree.hard_pins != running:
+        # Sessions with a reservation may hold one while they are parked.
+        if not running <= books.tree.hard_pins <= running + len(books.reserving):
             raise AuditError(f"the tree counts {books.tree.hard_pins} hard pins, {running} requests run", "pins")
         own = int(np.dot(rows.live, rows.pages - rows.pinned))
-        total = free + quarantined + limbo + ledger.balance(TREE) + 1 + books.parked_pages + own
+        parked = books.parked_pages + books.reserve_pages
+        total = free + quarantined + limbo + ledger.balance(TREE) + 1 + parked + own
         if total != ledger.pages_total:
             raise AuditError(
-                f"{total} pages are accounted for, {own} of them to running requests and {books.parked_pages} to "
+                f"{total} pages are accounted for, {own} of them to running requests and {parked} to "
                 f"parked sessions, of {ledger.pages_total}: some belong to an account that nobody holds"
             )
 
@@ -287,9 +289,10 @@ class RollingAudit:
         for request in books.requests.values():
             if request.lease is not None and request.lease.account == account:
                 return AuditError(f"request {request.key} {message}", keys=(request.key,))
-        for session in books.sessions.values():
-            if session.parked is not None and session.parked.lease.account == account:
-                return AuditError(f"session {session.id!r} {message}", sessions=(session.id,))
+        for session in books.lines():
+            leases = [session.reserve, session.parked.lease if session.parked is not None else None]
+            if any(lease is not None and lease.account == account for lease in leases):
+                return AuditError(f"session {session.id!r} {message}", sessions=(session.serial,))
         return AuditError(f"{books.ledger.name(account)} {message}")
 
 

@@ -6,11 +6,18 @@ turn runs, else parked here. Parked KV is reclaimable page by page from its tail
 """
 
 from array import array
+from dataclasses import dataclass
 
-from sessile.core.history import History
+from sessile.contract.messages import Done, Scores, TokenDetail, with_key
+from sessile.core.effects import Effects
+from sessile.core.history import History, Packed
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
+from sessile.core.tenants import Tenant
 from sessile.units import RequestKey
+
+SessionKey = tuple[str, str]
+"""A tenant's name and a session's id."""
 
 
 class ParkedKv:
@@ -28,29 +35,64 @@ class ParkedKv:
         self.ready_step = ready_step
 
 
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """What the last turn of a session was answered, but for its tokens: those are in the history."""
+
+    rid: str
+    input: Packed
+    """What the turn was sent with."""
+    done: Done
+    scores: tuple[Scores, ...]
+    details: tuple[TokenDetail, ...]
+
+    def repeat(self, effects: Effects, key: int, output: list[int]) -> None:
+        """Say it again, to the request with this key."""
+        for scores in self.scores:
+            effects.scores(with_key(scores, key))
+        if output:
+            effects.delta(key, output)
+        if self.details:
+            effects.detail(
+                TokenDetail(
+                    key,
+                    b"".join([detail.logprobs for detail in self.details]),
+                    b"".join([detail.top_ids for detail in self.details]),
+                    b"".join([detail.top_logprobs for detail in self.details]),
+                )
+            )
+        effects.done(with_key(self.done, key))
+
+
 class Session:
-    """One conversation. `turn` names the request that has the right to be in flight, queued or preempted included."""
+    """One conversation, or one turn of a branching one.
+
+    `turn` names the request that has the right to be in flight, queued or preempted included.
+    """
 
     __slots__ = (
-        "closing", "history", "id", "idle_timeout_ns", "last_use", "last_used_ns", "metadata", "namespace",
-        "opened_ns", "parked", "serial", "tokens_max", "turn", "turn_ends",
+        "branching", "closing", "history", "id", "idle_timeout_ns", "input_end", "last_use", "last_used_ns", "metadata",
+        "nodes", "opened_ns", "parent", "parked", "reply", "reserve", "reserved_pages", "rid", "root", "serial",
+        "tenant", "tokens_max", "turn", "turn_ends", "turns_in_flight",
     )  # fmt: skip
 
     def __init__(
         self,
         session_id: str,
         serial: int,
+        tenant: Tenant,
         *,
         now_ns: int,
         idle_timeout_ns: int | None,
         tokens_max: int,
         metadata: dict[str, str],
+        branching: bool = False,
     ) -> None:
         self.id = session_id
         self.serial = serial
         """Never used again, so that a late timer cannot name a new session of the same id (H75)."""
-        self.namespace = ""
-        """Key of the tree's root: sequences of different namespaces never share a page."""
+        self.tenant = tenant
+        """Whose it is: nobody else finds it (H55)."""
         self.history = History()
         self.turn_ends = array("q")
         """Length of the history after each committed turn."""
@@ -66,6 +108,35 @@ class Session:
         self.idle_timeout_ns = idle_timeout_ns
         self.tokens_max = tokens_max
         self.metadata = metadata
+        self.reply: StoredReply | None = None
+        """That of the last committed turn, for a client that lost it (H59)."""
+        self.reserved_pages = 0
+        """Pages that are this session's whether it uses them or not."""
+        self.reserve: Lease | None = None
+        """Those of them that hold no KV now."""
+        self.branching = branching
+        self.nodes: dict[str, Session] = {}
+        """Of a branching session, by rid: every turn, finished or in flight, is a node with a history of its own."""
+        self.turns_in_flight = 0
+        """Of a branching session: how many of its nodes have a turn in flight."""
+        self.root: Session | None = None
+        """Of a node: the branching session it belongs to."""
+        self.rid = ""
+        """Of a node: its turn."""
+        self.parent: Session | None = None
+        """Of a node: the node it goes on from; None for a new root."""
+        self.input_end = 0
+        """Of a node: where its turn's output begins."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a turn of it is queued or runs."""
+        return self.turn is not None or self.turns_in_flight > 0
+
+    @property
+    def key(self) -> SessionKey:
+        """Its place in `Books.sessions`."""
+        return self.tenant.policy.name, self.id
 
     @property
     def turns(self) -> int:

@@ -15,7 +15,7 @@ from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
 from sessile.core.containment import guarded
 from sessile.core.ending import end_request
-from sessile.core.planning import PromptPart
+from sessile.core.planned import PromptPart
 from sessile.core.request import Phase, Request
 from sessile.core.rows import OUTPUT_COLUMNS, Column, Flags
 from sessile.core.stop import StopFound
@@ -272,14 +272,15 @@ def _detail_offsets(tops: Ints, result: StepResult) -> list[tuple[int, int, int]
 
 def _send_detail(books: Books, request: Request, kept: int, result: StepResult, detail: tuple[int, int, int]) -> None:
     start, entry, top = detail
-    books.effects.detail(
-        TokenDetail(
-            request.key,
-            result.logprobs[start : start + kept].astype("<f4").tobytes(),
-            result.top_ids[entry : entry + kept * top].astype("<i4").tobytes(),
-            result.top_logprobs[entry : entry + kept * top].astype("<f4").tobytes(),
-        )
+    told = TokenDetail(
+        request.key,
+        result.logprobs[start : start + kept].astype("<f4").tobytes(),
+        result.top_ids[entry : entry + kept * top].astype("<i4").tobytes(),
+        result.top_logprobs[entry : entry + kept * top].astype("<f4").tobytes(),
     )
+    books.effects.detail(told)
+    if request.rid:
+        request.replied.append(told)
 
 
 def _score_offsets(flight: Flight) -> dict[int, tuple[int, int]]:
@@ -305,13 +306,14 @@ def _send_scores(
     count = last - first
     entries = count * max(request.logprobs, 0)
     request.scored_tokens = last
-    books.effects.scores(
-        Scores(
-            request.key,
-            first,
-            request.tokens(first, last),
-            result.score_logprobs[score : score + count].astype("<f4").tobytes(),
-            result.score_top_ids[entry : entry + entries].astype("<i4").tobytes(),
-            result.score_top_logprobs[entry : entry + entries].astype("<f4").tobytes(),
-        )
+    told = Scores(
+        request.key,
+        first,
+        request.tokens(first, last),
+        result.score_logprobs[score : score + count].astype("<f4").tobytes(),
+        result.score_top_ids[entry : entry + entries].astype("<i4").tobytes(),
+        result.score_top_logprobs[entry : entry + entries].astype("<f4").tobytes(),
     )
+    books.effects.scores(told)
+    if request.rid:
+        request.replied.append(told)

@@ -8,56 +8,66 @@ from sessile.core.books import Books
 from sessile.core.ledger import LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.request import Phase
 from sessile.core.session import Session
+from sessile.core.tenants import Tenant
 
 _NS = 1_000_000_000
 
 
-def session_phase(books: Books, session: Session) -> str:
-    """"idle", "queued", "running", "preempted" or "closing"."""
-    request = books.requests[session.turn] if session.turn is not None else None
-    if session.closing:
-        return "closing"
-    if request is None:
-        return "idle"
-    if request.phase is Phase.RUNNING:
-        return "running"
-    return "preempted" if request.preemptions else "queued"
-
-
 def session_view(books: Books, session: Session) -> SessionView:
-    """A session as its owner sees it."""
-    request = books.requests[session.turn] if session.turn is not None else None
-    phase = session_phase(books, session)
-    committed = len(session.history)
-    kv_tokens = own_pages = shared_pages = 0
-    if session.parked is not None:
-        parked = session.parked
-        kv_tokens, own_pages, shared_pages = parked.tokens, len(parked.lease), len(parked.pin.pages)
-    elif request is not None and request.lease is not None and request.pin is not None and request.row is not None:
-        kv_tokens = int(books.rows.settled[request.row])
-        own_pages, shared_pages = len(request.lease), len(request.pin.pages)
+    """A session as its owner sees it. Of a branching one: the longest history, and the pages of all its turns."""
+    lines = list(session.nodes.values()) if session.branching else [session]
+    kv = [_kv_of(books, line) for line in lines]
+    committed = max([len(line.history) for line in lines], default=0)
     return SessionView(
         id=session.id,
-        phase=phase,
+        tenant=session.tenant.policy.name,
+        branching=session.branching,
+        phase=_phase(books, session, lines),
         tokens=committed,
-        kv_tokens=min(kv_tokens, max(0, committed - 1)),
-        own_pages=own_pages,
-        shared_pages=shared_pages,
-        turns=session.turns,
+        kv_tokens=max([min(tokens, max(0, committed - 1)) for tokens, _, _ in kv], default=0),
+        own_pages=sum([own for _, own, _ in kv]),
+        shared_pages=sum([shared for _, _, shared in kv]),
+        turns=sum([len(line.history) > 0 for line in lines]) if session.branching else session.turns,
         opened_s=session.opened_ns / _NS,
         last_used_s=session.last_used_ns / _NS,
         idle_timeout_s=None if session.idle_timeout_ns is None else session.idle_timeout_ns / _NS,
         tokens_max=session.tokens_max,
+        reserved_tokens=session.reserved_pages * books.limits.page_size,
         metadata=session.metadata,
     )
 
 
-def session_page(books: Books, after_serial: int, limit: int) -> SessionPage:
-    """Up to `limit` sessions opened after the one with that serial, in order of opening."""
-    later = (session for session in books.sessions.values() if session.serial > after_serial)
+def _phase(books: Books, session: Session, lines: list[Session]) -> str:
+    turns = [books.requests[line.turn] for line in lines if line.turn is not None]
+    if session.closing:
+        return "closing"
+    if not turns:
+        return "idle"
+    if any([turn.phase is Phase.RUNNING for turn in turns]):
+        return "running"
+    return "preempted" if any([turn.preemptions for turn in turns]) else "queued"
+
+
+def _kv_of(books: Books, line: Session) -> tuple[int, int, int]:
+    """(tokens with KV, own pages, shared pages), parked or with the turn that runs."""
+    if line.parked is not None:
+        return line.parked.tokens, len(line.parked.lease), len(line.parked.pin.pages)
+    request = books.requests[line.turn] if line.turn is not None else None
+    if request is None or request.lease is None or request.pin is None or request.row is None:
+        return 0, 0, 0
+    return int(books.rows.settled[request.row]), len(request.lease), len(request.pin.pages)
+
+
+def session_page(books: Books, tenant: Tenant, after_serial: int, limit: int) -> SessionPage:
+    """Up to `limit` of a tenant's sessions opened after the one with that serial, in order of opening."""
+    later = (
+        session
+        for session in books.sessions.values()
+        if session.serial > after_serial and session.tenant is tenant
+    )
     found = list(islice(later, limit + 1))
     views = [session_view(books, session) for session in found[:limit]]
-    return SessionPage(views, len(found) > limit, len(books.sessions))
+    return SessionPage(views, len(found) > limit, tenant.sessions)
 
 
 def stats(books: Books) -> Stats:
@@ -79,16 +89,20 @@ def stats(books: Books) -> Stats:
         pages_tree=ledger.balance(TREE),
         pages_tree_pinned=tree.hard_pages,
         pages_requests=sum(len(request.lease) for request in running if request.lease is not None),
-        pages_sessions=books.parked_pages,
+        pages_sessions=books.parked_pages + sum(len(each.reserve) for each in books.reserving if each.reserve),
         pages_quarantine=ledger.balance(QUARANTINE),
         pages_scratch=ledger.balance(SCRATCH),
         page_size=books.limits.page_size,
         sessions_open=len(books.sessions),
-        sessions_idle=sum(session.turn is None for session in books.sessions.values()),
-        session_tokens=sum(len(session.history) for session in books.sessions.values()),
+        sessions_idle=sum(not session.in_flight for session in books.sessions.values()),
+        session_tokens=sum(tenant.held_tokens for tenant in books.tenants.all),
         finished_total=dict(totals.finished),
         turns_committed_total=totals.turns_committed,
         turns_rolled_back_total=totals.turns_rolled_back,
+        turns_replayed_total=totals.turns_replayed,
+        forks_total=totals.forks,
+        rewinds_total=totals.rewinds,
+        pages_reserved=books.reserved_pages,
         prompt_tokens_total=totals.prompt_tokens,
         cached_tokens_total=totals.cached_tokens,
         computed_tokens_total=totals.computed_tokens,
@@ -107,7 +121,7 @@ def stats(books: Books) -> Stats:
 
 
 def pool_view(books: Books, holders_max: int) -> PoolView:
-    """Every page and row by owner. Costs a walk over tree, requests and sessions: for an operator, not for a scraper."""
+    """Every page and row by owner. Walks over tree, requests and sessions: for an operator, not for a scraper."""
     ledger, tree, rows = books.ledger, books.tree, books.rows
     parked = sum(len(node.pages) for node in tree.walk() if node.soft and not node.hard)
     holders = _holders(books)
@@ -139,6 +153,7 @@ def _holders(books: Books) -> list[PoolHolder]:
         PoolHolder(
             key=request.key,
             session=None if request.session is None else request.session.id,
+            tenant=request.tenant.policy.name,
             phase="running",
             own_pages=len(request.lease),
             shared_pages=len(request.pin.pages),
@@ -147,14 +162,20 @@ def _holders(books: Books) -> list[PoolHolder]:
         for request in books.requests.values()
         if request.lease is not None and request.pin is not None
     ]
-    holders += [
-        PoolHolder(
-            session=session.id,
-            phase=session_phase(books, session),
-            own_pages=len(session.parked.lease),
-            shared_pages=len(session.parked.pin.pages),
-        )
-        for session in books.sessions.values()
-        if session.parked is not None
-    ]
+    for line in books.lines():
+        parked = line.parked
+        reserve = 0 if line.reserve is None else len(line.reserve)
+        if parked is not None or reserve:
+            holders.append(
+                PoolHolder(
+                    session=line.id,
+                    tenant=line.tenant.policy.name,
+                    phase=_phase(books, line, [line]),
+                    own_pages=reserve + (0 if parked is None else len(parked.lease)),
+                    shared_pages=0 if parked is None else len(parked.pin.pages),
+                    reserve_pages=reserve,
+                )
+            )
     return holders
+
+

@@ -35,7 +35,14 @@ class Watch:
         error = None if books.failures else self._look()
         if error is not None or books.failures:
             self._contain(error)
-        elif books.ledger.quarantined and books.ledger.quarantine_step <= books.settled_step:
+        self.planning()
+
+    def planning(self) -> None:
+        """A step is about to be planned, or could be: what was expelled between steps must not wait for another one."""
+        books = self._books
+        if books.failures:
+            self._contain(None)
+        if books.ledger.quarantined and books.ledger.quarantine_step <= books.settled_step:
             # Proven free by a check of everything that passes: nobody lists the pages, and no step can touch them.
             error = self._checked()
             if error is not None:

@@ -179,8 +179,11 @@ def _add_resources(router: APIRouter, service: Service) -> None:
         body = await read_body(request, ForkBody)
         service.check_open()
         child = body.id or new_session_id()
-        place = {"at_tokens": body.at_tokens, "at_turn": body.at_turn}
-        view = await link.ask(lambda op: ForkSession(op=op, session=session, child=child, **place))
+        view = await link.ask(
+            lambda op: ForkSession(
+                op=op, session=session, child=child, at_tokens=body.at_tokens, at_turn=body.at_turn
+            )
+        )
         log.info("session forked", extra={"session": session, "child": child, "tokens": view.tokens})
         return JsonReply(session_content(view))
 
@@ -188,8 +191,9 @@ def _add_resources(router: APIRouter, service: Service) -> None:
     async def rewind(session: str, request: Request) -> Response:
         body = await read_body(request, RewindBody)
         service.check_open()
-        place = {"to_tokens": body.to_tokens, "to_turn": body.to_turn}
-        view = await link.ask(lambda op: RewindSession(op=op, session=session, **place))
+        view = await link.ask(
+            lambda op: RewindSession(op=op, session=session, to_tokens=body.to_tokens, to_turn=body.to_turn)
+        )
         log.info("session rewound", extra={"session": session, "tokens": view.tokens})
         return JsonReply(session_content(view))
 

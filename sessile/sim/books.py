@@ -10,7 +10,7 @@ import numpy as np
 
 from sessile.contract import messages as wire
 from sessile.sim import hashing, replies
-from sessile.sim.records import RequestBook, SessionBook, check
+from sessile.sim.records import RequestBook, SessionBook, check, fail
 from sessile.sim.reference import Speaker, ending_of
 from sessile.sim.world import World
 
@@ -35,6 +35,8 @@ class Books:
     def __init__(self, world: World) -> None:
         self._world = world
         self.now_ns = 0
+        self._settled_ns = -1
+        """The time at which nothing was due; -1 since something happened."""
         self.sessions: dict[str, SessionBook] = {}
         self.requests: dict[int, RequestBook] = {}
         self.live: dict[int, RequestBook] = {}
@@ -55,12 +57,13 @@ class Books:
         """Take a message into account before the machine gets it. waiting_requests: as the machine counts them."""
         self.just_idle = []
         self.is_unsure = False
+        self._settled_ns = -1
         if isinstance(message, wire.Submit):
             self._note_submit(message, waiting_requests)
         elif isinstance(message, wire.Cancel):
             self._note_cancel(message.key)
         else:
-            assert not isinstance(message, wire.Shutdown) and message.op not in self._awaited
+            assert not isinstance(message, wire.Shutdown | wire.GetPool) and message.op not in self._awaited
             self._awaited[message.op] = self._note_op(message)
             if isinstance(message, wire.Flush):
                 self._flushes.add(message.op)
@@ -241,14 +244,15 @@ class Books:
 
     def note_batch(self, batch: wire.Batch, reclaims: int, faulty_seeds: set[int]) -> None:
         """Check all effects of one batch. reclaims: evictions and demotions so far; faulty_seeds: rows that failed."""
+        self._settled_ns = -1
         self._note_scores(batch)
         delivered = self._note_deltas(batch)
         for done in batch.done:
             self._note_done(done, reclaims, faulty_seeds)
         for key in delivered:
             request = self.requests[key]
-            check(request.done is not None or request.ending is None, "end",
-                  f"request {key} had to end ({request.ending}) with this batch and did not")
+            if request.done is None and request.ending is not None:
+                fail("end", f"request {key} had to end ({request.ending}) with this batch and did not")
         for reply in batch.replies:
             self._note_reply(reply)
         for gone in batch.gone:
@@ -256,15 +260,21 @@ class Books:
 
     def check_settled(self) -> None:
         """After all effects were taken: nobody may still wait for what is decided at once."""
+        if self._settled_ns == self.now_ns:
+            return  # Neither a message nor an effect nor time has come since.
         overdue = [key for key, request in self.live.items() if request.is_over]
         check(not overdue, "end", f"requests {overdue} were cancelled or refused and did not end at once")
         overdue_ops = self._awaited.keys() - self._flushes
-        check(not overdue_ops, "reply", f"no reply to operations {sorted(overdue_ops)}")
-        check(not self._due_gone, "session", f"sessions {list(self._due_gone)} had to close with their turn")
-        late = [s.id for s in self.sessions.values() if (at := s.expires_ns) is not None and at <= self.now_ns]
+        check(not overdue_ops, "reply", f"no reply to operations {overdue_ops}")
+        check(not self._due_gone, "session", f"sessions {self._due_gone} had to close with their turn")
+        timed = [session for session in self.sessions.values() if session.idle_timeout_ns is not None]
+        late = [session.id for session in timed if (at := session.expires_ns) is not None and at <= self.now_ns]
         check(not late, "timer", f"sessions {late} had to expire by {self.now_ns} ns")
+        self._settled_ns = self.now_ns
 
     def _note_deltas(self, batch: wire.Batch) -> list[int]:
+        if not (batch.delta_keys or batch.delta_counts or batch.delta_tokens or batch.details):
+            return []
         keys: list[int] = np.frombuffer(batch.delta_keys, "<i8").tolist()
         counts = np.frombuffer(batch.delta_counts, "<i4").tolist()
         tokens = wire.unpack_tokens(batch.delta_tokens).tolist()
@@ -274,29 +284,33 @@ class Books:
         start = 0
         for key, count in zip(keys, counts, strict=True):
             request = self.live.get(key)
-            check(request is not None, "delta", f"tokens for request {key}, which is not live")
-            assert request is not None
+            if request is None:
+                fail("delta", f"tokens for request {key}, which is not live")
             self._note_tokens(request, tokens[start : start + count], details.pop(key, None))
             start += count
         check(not details, "delta", f"details without tokens for {list(details)}")
         return keys
 
     def _note_tokens(self, request: RequestBook, tokens: list[int], detail: wire.TokenDetail | None) -> None:
-        logprobs, tops = [], []
+        logprobs: list[float] = []
+        tops: list[tuple[int, float]] = []
         for token in tokens:
-            check(request.ending is None, "delta", f"request {request.key} got token {token} after {request.ending}")
+            if request.ending is not None:
+                fail("delta", f"request {request.key} got token {token} after {request.ending}")
             if request.submit.logprobs >= 0:
                 digest = request.speaker.chain.digest
                 logprobs.append(hashing.logprob_of(digest, token))
                 tops += hashing.top_of(digest, request.submit.logprobs, self._world.facts.vocab_size)
             right = request.speaker.peek()
-            check(token == right, "token", f"request {request.key}: output {len(request.output)} is {token}, "
-                  f"the reference says {right} (prompt {len(request.prompt)} tokens)")
+            if token != right:
+                fail("token", f"request {request.key}: output {len(request.output)} is {token}, the reference says "
+                              f"{right} (prompt {len(request.prompt)} tokens)")
             request.output.append(token)
             request.speaker.push(token)
             request.ending = ending_of(request.output, request.submit.sampling, self._world.facts, request.output_limit)
         wants_detail = request.submit.logprobs >= 0 and bool(tokens)
-        check((detail is not None) == wants_detail, "logprob", f"request {request.key}: wants detail {wants_detail}")
+        if (detail is not None) != wants_detail:
+            fail("logprob", f"request {request.key}: wants detail {wants_detail}")
         if detail is not None:
             check_logprobs(request.key, detail, logprobs, tops)
         self.totals["tokens"] += len(tokens)
@@ -312,7 +326,8 @@ class Books:
             check(scores.start == request.scored_to and request.submit.prompt_logprobs_from >= 0, "scores",
                   f"request {scores.key}: scores from {scores.start}, next is {request.scored_to}")
             check(tokens == request.prompt[scores.start : end], "scores", f"request {scores.key}: not its own tokens")
-            logprobs, tops = [], []
+            logprobs: list[float] = []
+            tops: list[tuple[int, float]] = []
             chain = Speaker(request.prompt[: scores.start], request.submit.sampling, self._world.facts).chain
             for token in tokens:
                 logprobs.append(hashing.logprob_of(chain.digest, token))
@@ -324,9 +339,10 @@ class Books:
 
     def _note_done(self, done: wire.Done, reclaims: int, faulty_seeds: set[int]) -> None:
         request = self.requests.get(done.key)
-        check(request is not None, "end", f"end of request {done.key}, which nobody sent")
-        assert request is not None
-        check(request.done is None, "end", f"request {done.key} ended twice: {request.done}, {done}")
+        if request is None:
+            fail("end", f"end of request {done.key}, which nobody sent")
+        if request.done is not None:
+            fail("end", f"request {done.key} ended twice: {request.done}, {done}")
         request.done = done
         del self.live[done.key]
         self.totals[f"done {done.reason}"] += 1
@@ -334,9 +350,10 @@ class Books:
         if done.reason == "error" and 400 <= done.status < 500:
             self._note_refusal(request, done)
             return
-        check(not request.refusals, "refusal", f"request {done.key} had to be refused {set(request.refusals)}: {done}")
-        check(done.completion_tokens == len(request.output), "count", f"{len(request.output)} tokens came: {done}")
-        check(done.prompt_tokens == len(request.prompt), "count", f"prompt is {len(request.prompt)}: {done}")
+        if request.refusals:
+            fail("refusal", f"request {done.key} had to be refused {set(request.refusals)}: {done}")
+        if (done.prompt_tokens, done.completion_tokens) != (len(request.prompt), len(request.output)):
+            fail("count", f"the prompt is {len(request.prompt)}, {len(request.output)} tokens came: {done}")
         if done.reason == "abort":
             check(request.cancelled, "end", f"nobody cancelled: {done}")
         elif done.reason == "error":
@@ -346,9 +363,10 @@ class Books:
         self._end_turn(request, done, reclaims)
 
     def _note_refusal(self, request: RequestBook, done: wire.Done) -> None:
-        check(done.status in request.refusals | request.excuses, "refusal",
-              f"refused with {done.status}, allowed {set(request.refusals | request.excuses)}: {done}")
-        check(not request.output and bool(done.code and done.message), "refusal", f"after output or silent: {done}")
+        if done.status not in request.refusals | request.excuses:
+            fail("refusal", f"refused with {done.status}, allowed {set(request.refusals | request.excuses)}: {done}")
+        if request.output or not (done.code and done.message):
+            fail("refusal", f"after output or silent: {done}")
         if request.session and request.session.turn is request:
             request.session.turn = None
         self.totals[f"refused {done.status}"] += 1
@@ -358,32 +376,34 @@ class Books:
         ending = request.ending
         if not request.output:
             ending = ending_of([], request.submit.sampling, self._world.facts, request.output_limit)
-        check(ending is not None and not request.cancelled, "end", f"ended after {request.output}: {done}")
-        assert ending is not None
+        if ending is None or request.cancelled:
+            fail("end", f"ended after {request.output}: {done}")
         matched = not ending.matched or done.matched in ending.matched
-        check(done.reason == ending.reason and matched and done.kept_bytes in ending.kept_bytes, "end",
-              f"had to be {ending}: {done}")
-        check(0 <= done.cached_tokens < len(request.prompt), "count", f"cached: {done}")
+        if not (done.reason == ending.reason and matched and done.kept_bytes in ending.kept_bytes):
+            fail("end", f"had to be {ending}: {done}")
+        if not 0 <= done.cached_tokens < len(request.prompt):
+            fail("count", f"cached: {done}")
         # Without output the last prompt token is left to the next turn; after a preemption others may have helped.
         most = done.prompt_tokens - (request.output_limit == 0)
         counted = done.cached_tokens + done.computed_tokens
-        check(counted == most or (counted < most and done.preemptions > 0), "count",
-              f"cached + computed is not {most}: {done}")
+        if counted != most and not (counted < most and done.preemptions > 0):
+            fail("count", f"cached + computed is not {most}: {done}")
         if request.submit.prompt_logprobs_from >= 0:
             check(request.scored_to >= len(request.prompt), "scores", f"scored to {request.scored_to}: {done}")
-        if not done.preemptions:
-            check(request.device_prompt_tokens == done.computed_tokens, "count",
-                  f"the device ran {request.device_prompt_tokens} prompt tokens: {done}")
+        if not done.preemptions and request.device_prompt_tokens != done.computed_tokens:
+            fail("count", f"the device ran {request.device_prompt_tokens} prompt tokens: {done}")
         self.totals["cached"] += done.cached_tokens
         if request.session is None:
             self.totals["prefix hits"] += done.cached_tokens > 0
-            check(done.cached_tokens % self._world.limits.page_size == 0, "count", f"shared part of a page: {done}")
+            if done.cached_tokens % self._world.limits.page_size:
+                fail("count", f"shared part of a page: {done}")
 
     def _end_turn(self, request: RequestBook, done: wire.Done, reclaims: int) -> None:
         """Commit a finished turn, roll back any other; then the session is free for the next."""
         session = request.session
         if session is None:
-            check(done.session_tokens == -1, "history", f"no session: {done}")
+            if done.session_tokens != -1:
+                fail("history", f"no session: {done}")
             return
         finished = done.reason in ("stop", "length")
         if finished:
@@ -397,8 +417,8 @@ class Books:
             if done.preemptions or done.reason == "error":
                 session.reclaim_mark = None
             self.totals["roll-backs"] += 1
-        check(done.session_tokens == (len(session.history) if finished else -1), "history",
-              f"history is {len(session.history)}: {done}")
+        if done.session_tokens != (len(session.history) if finished else -1):
+            fail("history", f"history is {len(session.history)}: {done}")
         self._release_turn(request)
         if session.id in self.sessions:
             self.just_idle.append(session.id)
@@ -439,7 +459,8 @@ class Books:
         self.totals["expirations"] += 1
 
     def _note_reply(self, reply: wire.Reply) -> None:
-        check(reply.op in self._awaited, "reply", f"nobody awaits {reply}")
+        if reply.op not in self._awaited:
+            fail("reply", f"nobody awaits {reply}")
         self._flushes.discard(reply.op)
         self._awaited.pop(reply.op)(reply)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from sessile.contract.messages import Stats
 from sessile.contract.plan import SAMPLE, StepPlan
 from sessile.sim.books import Books
-from sessile.sim.records import check
+from sessile.sim.records import check, fail
 from sessile.sim.replies import check_pages
 from sessile.sim.toy import ToyDevice
 from sessile.sim.world import World
@@ -15,26 +15,35 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
     """A launched plan keeps its bounds and runs only what clients still wait for. Counts what the device is asked."""
     limits = world.limits
     check(len(plan.tokens) <= chunk_tokens, "bounds", f"{len(plan.tokens)} tokens in a step of {chunk_tokens}")
-    check(bool((plan.draft_counts <= limits.drafts_max).all()), "bounds", f"drafts {plan.draft_counts.tolist()}")
+    if max(plan.draft_counts.tolist(), default=0) > limits.drafts_max:
+        fail("bounds", f"drafts {plan.draft_counts.tolist()}")
     oldest = next((key for key, request in books.live.items() if not request.is_over), None)
+    bound = plan.bind_rows.tolist()
     decodes = prompts = 0
-    for i, row in enumerate(plan.rows.tolist()):
+    for row, start, count, drafts, flags, output_index in zip(
+        plan.rows.tolist(),
+        plan.starts.tolist(),
+        plan.query_counts.tolist(),
+        plan.draft_counts.tolist(),
+        plan.flags.tolist(),
+        plan.output_indices.tolist(),
+        strict=True,
+    ):
         request = books.by_seed.get(device.seed_of(row))
-        check(request is not None, "schedule", f"row {row} is bound to nobody's seed")
-        assert request is not None
-        check(not request.is_over, "schedule", f"request {request.key} runs in step {plan.step} after its end")
-        is_bound = row in plan.bind_rows
+        if request is None:
+            fail("schedule", f"row {row} is bound to nobody's seed")
+        if request.is_over:
+            fail("schedule", f"request {request.key} runs in step {plan.step} after its end")
+        is_bound = row in bound
         # The victim is the newest; so whoever ran as the oldest of all is never preempted, but by force (H37, H77).
-        check(not (is_bound and request.ran_as_oldest and not limits.retract_every), "fairness",
-              f"request {request.key}, the oldest of all, was preempted")
+        if is_bound and request.ran_as_oldest and not limits.retract_every:
+            fail("fairness", f"request {request.key}, the oldest of all, was preempted")
         request.ran_as_oldest |= request.key == oldest
-        start, query_count = int(plan.starts[i]), int(plan.query_counts[i]) - int(plan.draft_counts[i])
-        prompt_tokens = len(request.prompt)
+        query_count, prompt_tokens = count - drafts, len(request.prompt)
         request.device_prompt_tokens += max(0, min(start + query_count, prompt_tokens) - start)
-        samples = bool(plan.flags[i] & SAMPLE)
-        last_output = int(plan.output_indices[i]) + int(plan.draft_counts[i])
-        check(not samples or last_output < request.output_limit, "schedule",
-              f"request {request.key} may sample output {last_output} of {request.output_limit}")
+        samples, last_output = bool(flags & SAMPLE), output_index + drafts
+        if samples and last_output >= request.output_limit:
+            fail("schedule", f"request {request.key} may sample output {last_output} of {request.output_limit}")
         # A row that resumes with one token left to compute is an admission.
         decodes += samples and start >= prompt_tokens and query_count == 1 and not is_bound
         prompts += start + query_count < prompt_tokens
@@ -46,29 +55,40 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
 def check_stats(stats: Stats, world: World, books: Books, totals: Counter[str]) -> None:
     """The machine's figures equal what its clients saw, and pages and rows add up."""
     check_sums(stats)
-    check(stats.pages_total == world.limits.pages_total and stats.pages_scratch == 1, "pages", f"not the pool: {stats}")
+    if stats.pages_total != world.limits.pages_total or stats.pages_scratch != 1:
+        fail("pages", f"not the pool: {stats}")
     sessions = books.sessions.values()
-    expected = {
-        "sessions_open": len(sessions),
-        "session_tokens": sum(len(session.history) for session in sessions),
-        "sessions_idle": sum(session.turn is None for session in sessions),
-        "turns_committed_total": totals["turns"],
-        "generated_tokens_total": totals["tokens"],
-        "audit_failures_total": 0,
-    }
-    shown = {name: getattr(stats, name) for name in expected}
-    check(shown == expected, "stats", f"expected {expected}, got {shown}")
-    check(stats.requests_running + stats.requests_waiting == len(books.live), "stats",
-          f"{len(books.live)} requests are live: {stats}")
+    expected = (
+        len(sessions),
+        sum([len(session.history) for session in sessions]),
+        sum([session.turn is None for session in sessions]),
+        totals["turns"],
+        totals["tokens"],
+        # Where violations are contained, somebody plants them.
+        stats.audit_failures_total if world.limits.contain_violations else 0,
+    )
+    shown = (
+        stats.sessions_open,
+        stats.session_tokens,
+        stats.sessions_idle,
+        stats.turns_committed_total,
+        stats.generated_tokens_total,
+        stats.audit_failures_total,
+    )
+    if shown != expected:
+        fail("stats", f"sessions, tokens, idle, turns, output, failures: expected {expected}, got {shown}: {stats}")
+    if stats.requests_running + stats.requests_waiting != len(books.live):
+        fail("stats", f"{len(books.live)} requests are live: {stats}")
     finished = {reason: totals[f"done {reason}"] for reason in ("stop", "length", "abort", "error")}
-    check(stats.finished_total == finished, "stats", f"expected {finished}: {stats.finished_total}")
+    if stats.finished_total != finished:
+        fail("stats", f"expected {finished}: {stats.finished_total}")
 
 
 def check_sums(stats: Stats) -> None:
     """All that can be seen by adding up: every page and every row is counted once."""
     check_pages(stats)
-    check(stats.rows_held == stats.requests_running + stats.requests_draining <= stats.rows_total, "rows",
-          f"rows do not add up: {stats}")
+    if not stats.rows_held == stats.requests_running + stats.requests_draining <= stats.rows_total:
+        fail("rows", f"rows do not add up: {stats}")
 
 
 def check_empty(stats: Stats) -> None:

@@ -114,13 +114,13 @@ _TURNS = (
     ),
     _fault(
         "busy turn let in", "H25", "a second turn is accepted beside the one in flight",
-        "machine", "if session.turn is not None:\n            raise SessionBusy(\n",
-        "if False:\n            raise SessionBusy(\n",
+        "entering", "if session.turn is not None:\n        raise SessionBusy(\n",
+        "if False:\n        raise SessionBusy(\n",
     ),
     _fault(
         "close during a turn", "H23", "a session is closed under its running turn",
-        "machine", "        if session.turn is not None:\n            session.closing = True",
-        "        if session.turn is not None and len(session.history) == 0:\n            session.closing = True",
+        "machine", "        if session.in_flight:\n            session.closing = True",
+        "        if session.in_flight and len(session.history) == 0:\n            session.closing = True",
     ),
     _fault(
         "length one too long", "H10, H22", "a session keeps KV for its last token",
@@ -130,13 +130,13 @@ _TURNS = (
         "double count at the borrow", "H01", "pages that a turn takes over stay counted with the session",
         "books",
         "        session.parked = None\n        self.parked_pages -= len(parked.lease)\n"
-        "        self.tree.harden(parked.pin)\n        return parked",
-        "        session.parked = None\n        self.tree.harden(parked.pin)\n        return parked",
+        "        self.harden(parked.pin)\n        return parked",
+        "        session.parked = None\n        self.harden(parked.pin)\n        return parked",
     ),
     _fault(
         "demoted length kept", "H22", "a parked session that lost pages still claims their tokens",
         "books",
-        "            parked.tokens = min(parked.tokens, (len(parked.pin.pages) + kept) * self.limits.page_size)\n", "",
+        "            parked.tokens = min(parked.tokens, (shared + kept) * self.limits.page_size)\n", "",
     ),
     _fault(
         "page freed from its middle", "H12", "a cut gives back the page that holds the last kept tokens",
@@ -145,15 +145,14 @@ _TURNS = (
     ),
     _fault(
         "turn admitted while it drains", "H60", "the next turn starts before the last step of the one before settled",
-        "planning",
+        "admitting",
         "if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:",
         "if False:",
     ),
     _fault(
         "refused turn refreshes the timer", "H40", "a busy session's refusal counts as use",
-        "machine", "        assert message.session is not None\n        session = self._session(message.session)\n",
-        "        assert message.session is not None\n        session = self._session(message.session)\n"
-        "        session.last_used_ns = self._books.now_ns\n",
+        "entering", "    if session.closing:\n        raise",
+        "    session.last_used_ns = books.now_ns\n    if session.closing:\n        raise",
     ),
     _fault(
         "idle time from the start of a turn", "H41", "the end of a turn does not restart the timer",
@@ -254,6 +253,7 @@ _STEPS = (
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
         "planning", "            if granted > 0:\n                self._draw(planned, row, granted)\n"
+        "            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted\n"
         "            cap = min(cap, int(rows.pages[row]) * size - after)\n", "",
     ),
     _fault(

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from sessile.contract.messages import Done, Submit, ToEngine
 from sessile.sim.reference import Ending, Speaker
@@ -19,7 +20,12 @@ class CheckFailed(AssertionError):
 def check(holds: bool, checker: str, message: str) -> None:
     """Raise CheckFailed unless it holds."""
     if not holds:
-        raise CheckFailed(checker, message)
+        fail(checker, message)
+
+
+def fail(checker: str, message: str) -> NoReturn:
+    """Raise CheckFailed: where a check is made so often that its message must not be written before it is needed."""
+    raise CheckFailed(checker, message)
 
 
 @dataclass(slots=True)
@@ -87,7 +93,7 @@ class RequestBook:
     @property
     def is_over(self) -> bool:
         """Nothing more may happen to it but its Done."""
-        return self.done is not None or self.cancelled or bool(self.refusals)
+        return self.cancelled or self.done is not None or bool(self.refusals)
 
 
 Script = Mapping[int, Sequence[ToEngine]]

@@ -114,8 +114,9 @@ class Simulation:
 
     def _send(self, message: wire.ToEngine) -> None:
         self._note("sent", message)
-        waiting_requests = self._machine.stats().requests_waiting if isinstance(message, wire.Submit) else 0
-        self._books.note_sent(message, waiting_requests)
+        # Who waits is among the live: while those are few, nobody needs to be asked.
+        may_be_crowded = isinstance(message, wire.Submit) and len(self._books.live) >= self._world.limits.queue_max
+        self._books.note_sent(message, self._machine.stats().requests_waiting if may_be_crowded else 0)
         self._machine.receive(message)
         if self._books.is_unsure or self._timing.random() < self._world.temper.chatty:
             self._collect()
@@ -137,7 +138,7 @@ class Simulation:
         self._steps += len(plan.rows) > 0
         ticket = self._device.launch(decode_plan(packed))
         check_plan(plan, self._world, self._books, self._device, self._chunk_tokens)
-        self._books.totals["drafts offered"] += int(plan.draft_counts.sum())
+        self._books.totals["drafts offered"] += sum(plan.draft_counts.tolist())
         self._books.totals["copies"] += len(plan.copies)
         return ticket
 
@@ -147,7 +148,7 @@ class Simulation:
         ticket, self._in_flight = self._in_flight, None
         result = ticket.result()
         self._events.append((self._turn, "settled", result))
-        self._books.totals["drafts accepted"] += int((result.emitted[result.emitted > 0] - 1).sum())
+        self._books.totals["drafts accepted"] += sum([count - 1 for count in result.emitted.tolist() if count])
         self._machine.settle(result)
         self._audited = self._world.limits.audit_level >= 2
 
@@ -156,10 +157,12 @@ class Simulation:
         batch = self._machine.take_effects()
         if batch is not None:
             self._note("took", batch)
-            stats = self._machine.stats()
-            reclaims = stats.evicted_pages_total + stats.demoted_pages_total
-            self._books.note_batch(batch, reclaims, set(self._device.faulty_seeds))
+            self._books.note_batch(batch, self._reclaims() if batch.done else 0, self._device.faulty_seeds)
         self._books.check_settled()
+
+    def _reclaims(self) -> int:
+        stats = self._machine.stats()
+        return stats.evicted_pages_total + stats.demoted_pages_total
 
     def _note(self, verb: str, message: wire.ToEngine | wire.Batch) -> None:
         self._trace.update(msgspec.msgpack.encode(message))

@@ -119,7 +119,7 @@ class Clients:
             if key in self.stage.done:
                 self.end(key, self.live.pop(key), output)
         for session in list(self.histories):
-            if session not in self.stage.machine._books.sessions:
+            if ("", session) not in self.stage.machine._books.sessions:
                 del self.histories[session]
             elif not any(sent.session == session for sent in self.live.values()):
                 assert self.stage.history(session) == self.histories[session]

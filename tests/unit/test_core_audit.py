@@ -51,7 +51,7 @@ def books(stage: Stage) -> Books:
 
 
 def parked(books: Books) -> ParkedKv:
-    found = books.sessions[PARKED].parked
+    found = books.sessions["", PARKED].parked
     assert found is not None
     return found
 
@@ -263,11 +263,11 @@ def a_row_has_another_occupant(books: Books) -> None:
 
 
 def a_running_request_waits(books: Books) -> None:
-    books.waiting.append(books.requests[2])
+    books.waiting.enter(books.requests[2])
 
 
 def a_waiting_request_is_out_of_line(books: Books) -> None:
-    books.waiting.clear()
+    books.waiting.leave(books.requests[5])
 
 
 def settled_runs_ahead_of_planned(books: Books) -> None:
@@ -318,11 +318,11 @@ def test_h22_rows_and_lengths_that_contradict_their_requests_are_found(
 
 
 def a_session_is_busy_with_a_foreign_request(books: Books) -> None:
-    books.sessions[PARKED].turn = books.sessions[TURN].turn
+    books.sessions["", PARKED].turn = books.sessions["", TURN].turn
 
 
 def a_busy_mark_is_stuck(books: Books) -> None:
-    books.sessions[PARKED].turn = 1  # type: ignore[assignment]
+    books.sessions["", PARKED].turn = 1  # type: ignore[assignment]
 
 
 def parked_kv_covers_every_token(books: Books) -> None:
@@ -330,7 +330,7 @@ def parked_kv_covers_every_token(books: Books) -> None:
 
 
 def parked_kv_is_longer_than_its_pages(books: Books) -> None:
-    session = books.sessions[PARKED]
+    session = books.sessions["", PARKED]
     session.history.append(pack_tokens([1] * 50))
     parked(books).tokens += 20
 
@@ -344,7 +344,7 @@ def a_session_keeps_its_kv_while_its_turn_runs(books: Books) -> None:
     assert request.lease is not None and request.pin is not None
     pin = books.tree.pin(books.tree.match("", pack_tokens([4] * 8), 2))
     books.tree.soften(pin)
-    books.sessions[TURN].parked = ParkedKv(books.ledger.open(), pin, 8, 0)
+    books.sessions["", TURN].parked = ParkedKv(books.ledger.open(), pin, 8, 0)
 
 
 SESSIONS: dict[Callable[[Books], None], str] = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sessile.contract.messages import Cancel, CloseSession, Flush
+from sessile.contract.messages import Cancel, Flush
 from sessile.core.books import Books
 from sessile.core.ledger import QUARANTINE
 from sessile.core.request import Phase
@@ -30,12 +30,10 @@ from tests.unit.test_core_audit import (
     two_tags_are_swapped,
 )
 
-LENGTHS = {plant: text for plant, text in ROWS.items() if text.startswith(("request 2:", "request 2 has", "request 2 kn"))}
+LENGTHS = [plant for plant, text in ROWS.items() if text.startswith(("request 2:", "request 2 has", "request 2 kn"))]
 HOPELESS = [plant for plant in ROWS if plant not in LENGTHS]
 CONTAINED = [*PAGES, *PINS, *LENGTHS, *SESSIONS]
 BOTH_ENDED = {two_tags_are_swapped, two_holders_have_one_account}
-CLIENTS = (1, 2, 4, 5, 6, 7)
-"""Of busy_stage, and the next turns of its sessions; 3 is cancelled."""
 
 
 def play_on(stage: Stage) -> None:
@@ -58,8 +56,8 @@ def sound() -> Stage:
 
 
 def assert_everything_comes_back(stage: Stage) -> None:
-    for session in list(books_of(stage).sessions):
-        stage.ask(CloseSession, session)
+    for _, session in list(books_of(stage).sessions):
+        stage.close(session)
     stage.step()
     stage.ask(Flush)
     stats = stage.stats()
@@ -76,6 +74,7 @@ def test_h07_a_violation_costs_whom_it_names_and_nobody_else(
     kept = [request.lease for request in books_of(stage).requests.values()]
     plant(books_of(stage))
     watch = stage.machine._watch
+    assert kept
     if level == 1:
         watch._contain(watch._checked())  # as soon as a round has come to it
     watch.settled()
@@ -94,7 +93,6 @@ def test_h07_a_violation_costs_whom_it_names_and_nobody_else(
     assert sum(stage.stats().audit_violations_total.values()) > 0
     assert set(stage.done) >= {1, 2, 3, 4, 5, 6, 7, 8, 9}
     assert_everything_comes_back(stage)
-    assert kept
 
 
 @pytest.mark.parametrize("plant", [two_owners_swap_a_page, a_tag_is_stale, a_receipt_names_a_foreign_page])
@@ -181,6 +179,17 @@ def test_h07_a_violation_raises_where_it_is_not_contained(plant: Callable[[Books
     plant(books_of(stage))
     with pytest.raises(AuditError):
         stage.settle()
+
+
+def test_h07_pages_are_proven_free_even_if_no_step_can_run_without_them() -> None:
+    stage = Stage(pages=8, rows=2, contain_violations=True)
+    stage.submit(1, [1] * 12, max_new_tokens=40)
+    stage.submit(2, [2] * 12, max_new_tokens=12)
+    stage.step(2)
+    two_pages = pages_of(books_of(stage), 1)
+    two_pages.append(two_pages[0])
+    stage.run()
+    assert (stage.done[1].status, stage.output[2]) == (500, expected([2] * 12, 12))
 
 
 # -- one row ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,359 @@
+"""How requests and sessions come in: every check first, then the change; what is refused has touched nothing (H16).
+
+A turn goes on from a history. In a streaming session that is the session's own, and a second turn is refused while one
+is in flight. In a branching session each turn is a node of its own that begins as a fork of the turn it goes on from,
+so turns run side by side, and the right to be in flight belongs to the turn.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
+from sessile.core.books import Books
+from sessile.core.ending import discard_turns, end_request
+from sessile.core.forking import fork_session
+from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
+from sessile.core.marks import Mark
+from sessile.core.request import Request
+from sessile.core.reserving import reserve
+from sessile.core.session import Session
+from sessile.core.tenants import Tenant
+from sessile.errors import (
+    DuplicateSession,
+    HistoryMismatch,
+    InvalidRequest,
+    LimitReached,
+    SessionBusy,
+    SessionClosed,
+    TooLong,
+)
+from sessile.units import RequestKey, ceil_div
+
+_NS = 1_000_000_000
+_STREAMING_ONLY = Branch()
+
+
+def enter_plain(books: Books, message: Submit) -> None:
+    """Put a plain request into the line. Raises UserError, with nothing changed."""
+    if not message.tokens:
+        raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
+    tenant = books.tenants.named(message.tenant)
+    goal = _goal(books, message, tenant, 0, message.tokens, books.limits.context_tokens)
+    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, None)
+
+
+def enter_turn(books: Books, message: Submit, session: Session) -> None:
+    """Put the next turn of a session into the line. Raises UserError, with nothing changed."""
+    if session.closing:
+        raise SessionClosed(f"session {session.id!r}: close was requested", param="session_params.id")
+    if session.branching:
+        _enter_branch(books, message, session)
+        return
+    if _replays(books, message, session):
+        return
+    if session.turn is not None:
+        raise SessionBusy(
+            f"session {session.id!r} already has an active request. Wait for it, or abort it.",
+            param="session_params.id",
+        )
+    _refuse_branch(session, message.branch)
+    base_tokens = len(session.history)
+    _expect(session, message, base_tokens)
+    tokens = _without_bos(books, message.tokens, base_tokens)
+    goal = _goal(books, message, session.tenant, base_tokens, tokens, session.tokens_max)
+    _start_turn(books, message, session, tokens, goal)
+
+
+def open_session(
+    books: Books,
+    session_id: str,
+    tenant: Tenant,
+    *,
+    idle_timeout_ns: int | None,
+    tokens_max: int,
+    metadata: dict[str, str],
+    branching: bool = False,
+) -> Session:
+    """A new session with an empty history. Raises UserError, with nothing changed."""
+    if (tenant.policy.name, session_id) in books.sessions:
+        raise DuplicateSession(f"session {session_id!r} already exists", param="session_id")
+    _check_room_for_session(books)
+    most = tenant.policy.sessions_max
+    if most is not None and tenant.sessions >= most:
+        raise LimitReached(f"{most} sessions of this key are open, which is its limit: close some first")
+    session = _new_session(books, session_id, tenant, idle_timeout_ns, tokens_max, metadata, branching)
+    books.sessions[session.key] = session
+    tenant.sessions += 1
+    books.start_idle_timer(session)
+    return session
+
+
+def open_as_asked(books: Books, message: OpenSession) -> Session:
+    """A new session as a message asks for it. Raises UserError, with nothing changed."""
+    timeout_s = message.idle_timeout_s
+    if timeout_s is not None and not 0 < timeout_s <= 1e9:
+        raise InvalidRequest("idle_timeout_s must be above 0 and at most 1e9 seconds", param="timeout")
+    context, longest = books.limits.context_tokens, books.limits.sequence_tokens_max
+    if message.tokens_max is not None and not 2 <= message.tokens_max <= context:
+        raise InvalidRequest(f"max_tokens must be from 2 to {context}, the context length", param="max_tokens")
+    reserved_pages = ceil_div(message.reserve_tokens, books.limits.page_size)
+    if reserved_pages:
+        _check_reservation(books, message, reserved_pages)
+    session = open_session(
+        books,
+        message.session,
+        books.tenants.named(message.tenant),
+        idle_timeout_ns=None if timeout_s is None else int(timeout_s * _NS),
+        tokens_max=min(message.tokens_max or longest, longest),
+        metadata=dict(message.metadata),
+        branching=message.branching,
+    )
+    if reserved_pages:
+        reserve(books, session, reserved_pages)
+    return session
+
+
+# -- branching ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a branching turn goes on: the first `tokens` of a node's history; no node is a new root."""
+
+    node: Session | None
+    tokens: int
+
+
+def _enter_branch(books: Books, message: Submit, session: Session) -> None:
+    if not message.rid:
+        raise InvalidRequest(
+            f"session {session.id!r} is branching: go on from one of its turns by rid", param="session_params.rid"
+        )
+    if message.rid in session.nodes and _replays(books, message, session.nodes[message.rid]):
+        return
+    if message.rid in session.nodes:
+        raise InvalidRequest(f"rid: session {session.id!r} has a turn {message.rid!r} already", param="rid")
+    branch = message.branch or _STREAMING_ONLY
+    origin = _origin(books, session, branch)
+    _expect(session, message, origin.tokens)
+    tokens = _without_bos(books, message.tokens, origin.tokens)
+    goal = _goal(books, message, session.tenant, origin.tokens, tokens, session.tokens_max)
+    _check_room_for_session(books)
+    if branch.replace:
+        _replace(books, session, origin.node)
+    node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
+    node.root, node.rid, node.parent = session, message.rid, origin.node
+    session.nodes[message.rid] = node
+    books.node_count += 1
+    if origin.node is not None:
+        fork_session(books, origin.node, node, origin.tokens)
+    _start_turn(books, message, node, tokens, goal)
+
+
+def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
+    if branch.parent is None:
+        if branch.offset or branch.drop_previous_output:
+            raise InvalidRequest("offset and drop_previous_output need the rid of a turn", param="session_params.rid")
+        return _Origin(None, 0)
+    node = session.nodes.get(branch.parent)
+    if node is None:
+        raise InvalidRequest(
+            f"session {session.id!r} has no turn {branch.parent!r}: it did not finish, or was replaced",
+            param="session_params.rid",
+        )
+    if node.turn is not None and not branch.replace:
+        raise InvalidRequest(
+            f"turn {branch.parent!r} has not finished: wait for it, or send replace", param="session_params.rid"
+        )
+    return _Origin(node, _offset(books, node, branch))
+
+
+def _offset(books: Books, node: Session, branch: Branch) -> int:
+    """How much of a node's context a turn goes on from; of one that runs, its delivered output counts."""
+    length = len(node.history) if node.turn is None else books.delivered_tokens(books.requests[node.turn])
+    if branch.drop_previous_output:
+        length = node.input_end
+    if not branch.offset:
+        return length
+    tokens = branch.offset if branch.offset > 0 else length + branch.offset
+    if not 0 <= tokens <= length:
+        raise InvalidRequest(
+            f"offset must be from {-length} to {length}, the tokens of turn {node.rid!r}",
+            param="session_params.offset",
+        )
+    return tokens
+
+
+def _replace(books: Books, session: Session, node: Session | None) -> None:
+    """Drop what descends from a node, or every turn; a parent that runs ends here, and keeps what it delivered."""
+    if node is not None and node.turn is not None:
+        books.marks[Mark.REPLACED_RUNNING] += 1
+        end_request(books, books.requests[node.turn], "abort", message="replaced by another turn", keep=True)
+    discard_turns(books, session, node)
+
+
+def _replays(books: Books, message: Submit, session: Session) -> bool:
+    """Answer a turn that was sent again because its reply was lost: the same reply once more, and nothing changes."""
+    reply = session.reply
+    if reply is None or not message.rid or reply.rid != message.rid:
+        return False
+    if reply.input != message.tokens:
+        raise InvalidRequest(f"rid: turn {message.rid!r} of session {session.id!r} had another input", param="rid")
+    start = reply.done.prompt_tokens
+    output = session.history.slice(start, start + reply.done.completion_tokens)
+    reply.repeat(books.effects, message.key, unpack_tokens(output).tolist())
+    books.totals.turns_replayed += 1
+    books.marks[Mark.REPLAYED] += 1
+    return True
+
+
+# -- checks -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_branch(session: Session, branch: Branch | None) -> None:
+    if branch is None:
+        return
+    for field in ("offset", "replace", "drop_previous_output"):
+        if getattr(branch, field):
+            raise InvalidRequest(
+                f"{field}: session {session.id!r} is a streaming session, whose turns follow one another; "
+                f"rewind it, or open a branching one",
+                param=f"session_params.{field}",
+            )
+
+
+def _expect(session: Session, message: Submit, base_tokens: int) -> None:
+    if message.expect_tokens not in (-1, base_tokens):
+        raise HistoryMismatch(
+            f"session {session.id!r} has {base_tokens} tokens, not {message.expect_tokens}",
+            param="session_params.expect_tokens",
+        )
+
+
+def _without_bos(books: Books, tokens: Packed, base_tokens: int) -> Packed:
+    """New input behind a history has no beginning-of-sequence token of its own; without history it is not empty."""
+    bos = books.facts.bos_id
+    if base_tokens and bos is not None and tokens.startswith(bos.to_bytes(TOKEN_BYTES, "little")):
+        return tokens[TOKEN_BYTES:]
+    if not base_tokens and not tokens:
+        raise InvalidRequest("the first turn of a session cannot be empty", param="input_ids")
+    return tokens
+
+
+def _goal(books: Books, message: Submit, tenant: Tenant, base_tokens: int, tokens: Packed, tokens_max: int) -> int:
+    """The tokens at which a request ends at the latest. Raises UserError if it may not come in now."""
+    limits = books.limits
+    assert message.key not in books.requests, f"request key {message.key} is in use"
+    _check_tokens(books, tokens)
+    longest = min(limits.sequence_tokens_max, tokens_max)
+    new_tokens = len(tokens) // TOKEN_BYTES
+    prompt = base_tokens + new_tokens
+    wanted = message.sampling.max_new_tokens
+    if prompt + (0 if wanted == 0 else 1) > longest:
+        raise TooLong(
+            f"the input has {prompt} tokens, history included; with one token of output it exceeds the context "
+            f"length of {longest} tokens",
+            param="input_ids",
+        )
+    if len(books.waiting) >= limits.queue_max:
+        raise LimitReached(f"{limits.queue_max} requests are waiting, which is the limit: try again later")
+    if books.waiting.tokens + new_tokens > limits.queue_tokens_max:
+        raise LimitReached(f"{books.waiting.tokens} tokens are waiting, which is the limit: try again later")
+    _check_tenant(tenant, new_tokens, in_session=message.session is not None)
+    return prompt + min(longest - prompt, longest if wanted is None else wanted)
+
+
+def _check_tenant(tenant: Tenant, new_tokens: int, *, in_session: bool) -> None:
+    policy = tenant.policy
+    if policy.requests_max is not None and tenant.requests >= policy.requests_max:
+        raise LimitReached(f"{tenant.requests} requests of this key are in flight, which is its limit: try again later")
+    if policy.tokens_max is not None and tenant.tokens + new_tokens > policy.tokens_max:
+        raise LimitReached(
+            f"requests of this key have {tenant.tokens} input tokens in flight, {policy.tokens_max} is its limit: "
+            f"try again later"
+        )
+    most = policy.held_tokens_max
+    if in_session and most is not None and tenant.held_tokens + new_tokens > most:
+        raise LimitReached(
+            f"sessions of this key hold {tenant.held_tokens} tokens, {most} is its limit: close or rewind some"
+        )
+
+
+def _check_tokens(books: Books, packed: Packed) -> None:
+    tokens, vocab_size = unpack_tokens(packed), books.facts.vocab_size
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        wrong = int(tokens[np.argmax((tokens < 0) | (tokens >= vocab_size))])
+        raise InvalidRequest(
+            f"token id {wrong} is outside the vocabulary of {vocab_size} tokens", param="input_ids"
+        )
+
+
+def _check_room_for_session(books: Books) -> None:
+    most = books.limits.sessions_max
+    if len(books.sessions) + books.node_count >= most:
+        raise LimitReached(f"{most} sessions and branches are open, which is the limit: close some first")
+
+
+def _check_reservation(books: Books, message: OpenSession, pages: int) -> None:
+    """What is reserved leaves room for the longest sequence that may run (H68)."""
+    limits = books.limits
+    if message.branching:
+        raise InvalidRequest("reserve_tokens: a branching session has no single line to keep", param="reserve_tokens")
+    room = books.usable_pages - ceil_div(limits.sequence_tokens_max + limits.drafts_max, limits.page_size)
+    if books.reserved_pages + pages > room:
+        left = max(0, room - books.reserved_pages) * limits.page_size
+        raise LimitReached(
+            f"{message.reserve_tokens} tokens cannot be reserved: {left} are left beside the longest request and "
+            f"what is reserved already; give the server more KV memory or a shorter context"
+        )
+
+
+# -- coming in ----------------------------------------------------------------------------------------------------
+
+
+def _new_session(
+    books: Books,
+    session_id: str,
+    tenant: Tenant,
+    idle_timeout_ns: int | None,
+    tokens_max: int,
+    metadata: dict[str, str],
+    branching: bool,
+) -> Session:
+    books.session_serials += 1
+    return Session(
+        session_id,
+        books.session_serials,
+        tenant,
+        now_ns=books.now_ns,
+        idle_timeout_ns=idle_timeout_ns,
+        tokens_max=tokens_max,
+        metadata=metadata,
+        branching=branching,
+    )
+
+
+def _start_turn(books: Books, message: Submit, session: Session, tokens: Packed, goal: int) -> None:
+    """The session's right to be in flight goes to this request."""
+    request = _enter(books, message, session.tenant, session.history, tokens, goal, session)
+    session.turn = RequestKey(request.key)
+    if session.root is not None:
+        session.root.turns_in_flight += 1
+    if session.parked is not None:
+        books.rank_parked(session)
+
+
+def _enter(
+    books: Books, message: Submit, tenant: Tenant, base: History, tokens: Packed, goal: int, session: Session | None
+) -> Request:
+    eos = () if message.sampling.ignore_eos else books.facts.eos_ids
+    stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
+    request = Request(message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant)
+    books.rows.provide_for(stop_ids, message.logprobs)
+    books.arrivals += 1
+    request.arrival = books.arrivals
+    books.requests[request.key] = request
+    books.tenants.enter(tenant, request.input_tokens)
+    books.enqueue(request)
+    return request
