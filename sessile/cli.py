@@ -206,7 +206,9 @@ COMMANDS = {
     "bench step": bench("step", "measure the host time of a step of the scheduler"),
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
     "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
+    "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
+    "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),
     "engine": Command("", add_engine_flags, engine),
 }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import socket
 import subprocess
@@ -58,7 +59,9 @@ def engine(address: str) -> int:
     config = Config.from_json(sys.stdin.readline())
     die_with_parent()
     configure_logs(config.server.log_format, config.server.log_level)
-    report = Patience(every_s=QUIET_S).report
+    # A log of JSON objects stays one, whatever is told while the model loads.
+    tell = logging.getLogger("sessile.engine").info if config.server.log_format == "json" else None
+    report = Patience(every_s=QUIET_S, tell=tell).report
     return run_engine(
         address,
         lambda clock: open_configured_engine(
@@ -91,6 +94,14 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
         from sessile.bench.audit import AuditBenchOptions, measure_audit
 
         return AuditBenchOptions, measure_audit
+    if name == "admission":
+        from sessile.bench.admission import AdmissionBenchOptions, measure_admission
+
+        return AdmissionBenchOptions, measure_admission
+    if name == "agents":
+        from sessile.bench.agents import AgentBenchOptions, measure_agents
+
+        return AgentBenchOptions, measure_agents
     from sessile.bench.sessions import SessionBenchOptions, measure_sessions
 
     return SessionBenchOptions, measure_sessions
@@ -165,15 +176,17 @@ class OwnServer:
 class Patience:
     """Tells whoever watches the terminal what takes so long: nothing in the first two seconds, then every so often."""
 
-    def __init__(self, every_s: float) -> None:
+    def __init__(self, every_s: float, tell: Callable[[str], None] | None = None) -> None:
+        """tell: gets the lines; None: they go to standard error."""
         self._every_s = every_s
+        self._tell = tell or say
         self._next_s = time.monotonic() + QUIET_S
 
     def report(self, line: str) -> None:
         """Show the line if it is time to."""
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + self._every_s
-            say(line)
+            self._tell(line)
 
 
 def say(line: str) -> None:

@@ -398,8 +398,8 @@ class PoolHolder(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 class PoolView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Every page of the pool and every row by owner.
 
-    pages_total = free + limbo + tree_pinned + tree_parked + tree_unpinned + scratch + quarantine + own_pages of all
-    holders and of the rest.
+    pages_total = free + limbo + tree_pinned + tree_parked + tree_unpinned + scratch + quarantine + request_pages +
+    session_pages. The last two are the own pages of all holders and of the rest.
     """
 
     page_size: int
@@ -414,9 +414,17 @@ class PoolView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     tree_unpinned: int
     scratch: int
     quarantine: int
+    request_pages: int
+    session_pages: int
+    """Parked KV, and reserves."""
     rows_total: int
-    rows_running: int
-    rows_draining: int
+    requests_running: int
+    requests_waiting: int
+    requests_draining: int
+    """A running or draining request holds one row."""
+    sessions_open: int
+    sessions_idle: int
+    session_tokens: int
     holders: list[PoolHolder]
     """Those that own most pages, in that order."""
     rest_requests: int

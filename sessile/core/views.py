@@ -27,7 +27,7 @@ def session_view(books: Books, session: Session) -> SessionView:
         kv_tokens=max([min(tokens, max(0, committed - 1)) for tokens, _, _ in kv], default=0),
         own_pages=sum([own for _, own, _ in kv]),
         shared_pages=sum([shared for _, _, shared in kv]),
-        turns=sum([len(line.history) > 0 for line in lines]) if session.branching else session.turns,
+        turns=sum([line.turn is None for line in lines]) if session.branching else session.turns,
         opened_s=session.opened_ns / _NS,
         last_used_s=session.last_used_ns / _NS,
         idle_timeout_s=None if session.idle_timeout_ns is None else session.idle_timeout_ns / _NS,
@@ -122,11 +122,13 @@ def stats(books: Books) -> Stats:
 
 def pool_view(books: Books, holders_max: int) -> PoolView:
     """Every page and row by owner. Walks over tree, requests and sessions: for an operator, not for a scraper."""
-    ledger, tree, rows = books.ledger, books.tree, books.rows
+    ledger, tree = books.ledger, books.tree
     parked = sum(len(node.pages) for node in tree.walk() if node.soft and not node.hard)
     holders = _holders(books)
     named = nlargest(holders_max, holders, key=lambda holder: holder.own_pages)
-    requests = sum(request.lease is not None for request in books.requests.values())
+    running = [holder for holder in holders if holder.key is not None]
+    request_pages = sum(holder.own_pages for holder in running)
+    owned_pages = sum(holder.own_pages for holder in holders)
     named_requests = sum(holder.key is not None for holder in named)
     return PoolView(
         page_size=books.limits.page_size,
@@ -138,13 +140,19 @@ def pool_view(books: Books, holders_max: int) -> PoolView:
         tree_unpinned=tree.unpinned_pages - parked,
         scratch=ledger.balance(SCRATCH),
         quarantine=ledger.balance(QUARANTINE),
-        rows_total=rows.rows_max,
-        rows_running=rows.held_rows - len(books.draining),
-        rows_draining=len(books.draining),
+        request_pages=request_pages,
+        session_pages=owned_pages - request_pages,
+        rows_total=books.rows.rows_max,
+        requests_running=len(running),
+        requests_waiting=len(books.waiting),
+        requests_draining=len(books.draining),
+        sessions_open=len(books.sessions),
+        sessions_idle=sum(not session.in_flight for session in books.sessions.values()),
+        session_tokens=sum(tenant.held_tokens for tenant in books.tenants.all),
         holders=named,
-        rest_requests=requests - named_requests,
-        rest_sessions=len(holders) - requests - (len(named) - named_requests),
-        rest_own_pages=sum(holder.own_pages for holder in holders) - sum(holder.own_pages for holder in named),
+        rest_requests=len(running) - named_requests,
+        rest_sessions=len(holders) - len(running) - (len(named) - named_requests),
+        rest_own_pages=owned_pages - sum(holder.own_pages for holder in named),
     )
 
 

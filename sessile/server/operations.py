@@ -141,8 +141,6 @@ def _add_figures(router: APIRouter, service: Service) -> None:
 
 def pool_content(view: PoolView, rids: Mapping[int, str]) -> dict[str, Any]:
     """The body of /v1/pool. rids: names of requests in flight by their keys."""
-    owned_by_requests = sum(holder.own_pages for holder in view.holders if holder.key is not None)
-    owned = sum(holder.own_pages for holder in view.holders)
     return {
         "object": "pool",
         "page_tokens": view.page_size,
@@ -151,28 +149,30 @@ def pool_content(view: PoolView, rids: Mapping[int, str]) -> dict[str, Any]:
             "free": view.free,
             "limbo": sum(pages for _, pages in view.limbo),
             "tree": view.tree_pinned + view.tree_parked + view.tree_unpinned,
-            "requests": owned_by_requests,
-            "sessions": owned - owned_by_requests,
-            "rest": view.rest_own_pages,
+            "requests": view.request_pages,
+            "sessions": view.session_pages,
             "quarantine": view.quarantine,
             "scratch": view.scratch,
         },
         "tree": {"pinned": view.tree_pinned, "parked": view.tree_parked, "unpinned": view.tree_unpinned},
         "limbo": [{"step": step, "pages": pages} for step, pages in view.limbo],
-        "rows": {
-            "total": view.rows_total,
-            "running": view.rows_running,
-            "draining": view.rows_draining,
-            "free": view.rows_total - view.rows_running - view.rows_draining,
+        "rows": {"total": view.rows_total, "held": view.requests_running + view.requests_draining},
+        "requests": {
+            "running": view.requests_running,
+            "waiting": view.requests_waiting,
+            "draining": view.requests_draining,
         },
+        "sessions": {"open": view.sessions_open, "idle": view.sessions_idle, "tokens": view.session_tokens},
         "holders": [
             {
                 "kind": "session" if holder.key is None else "request",
                 "rid": None if holder.key is None else rids.get(holder.key),
                 "session": holder.session,
+                "tenant": holder.tenant,
                 "phase": holder.phase,
                 "own_pages": holder.own_pages,
                 "shared_pages": holder.shared_pages,
+                "reserve_pages": holder.reserve_pages,
                 "row": holder.row,
             }
             for holder in view.holders

@@ -334,8 +334,10 @@ class FakeEngine:
         rest = len(self._requests) - len(named)
         return PoolView(
             page_size=READY.page_size, pages_total=READY.pages_total, limbo=[(7, 3)], tree_pinned=4, tree_parked=2,
-            tree_unpinned=1, scratch=1, quarantine=0, rows_total=READY.rows_max, rows_running=len(self._requests),
-            rows_draining=0, holders=named, rest_requests=rest, rest_sessions=0, rest_own_pages=2 * rest,
+            tree_unpinned=1, scratch=1, quarantine=0, rows_total=READY.rows_max, requests_running=len(self._requests),
+            requests_waiting=0, requests_draining=0, sessions_open=len(self._sessions), sessions_idle=0,
+            session_tokens=0, request_pages=2 * len(self._requests), session_pages=0, holders=named,
+            rest_requests=rest, rest_sessions=0, rest_own_pages=2 * rest,
             free=READY.pages_total - 3 - 7 - 1 - 2 * len(self._requests),
         )  # fmt: skip
 
