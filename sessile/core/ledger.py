@@ -1,7 +1,8 @@
 """Who owns which page: double-entry bookkeeping, and the only writer of page ownership.
 
 Every page carries the tag of exactly one account. `_post` is the only mutation: it checks the tag of each page it
-moves, rewrites it and moves the two balances. The arrows, all of them:
+moves, rewrites it and moves the two balances; only `restore`, after a violation, takes the books for what they are. The
+arrows, all of them:
 
     FREE → sequence                 draw
     sequence → TREE                 publish
@@ -299,15 +300,15 @@ class PageLedger:
         self.quarantine_step = max(step, self.floor_step)
         self._tag_view[:] = tags
         self._balances[:] = np.bincount(tags & _SLOT_MASK, minlength=len(self._balances)).tolist()
-        self._close_all_but({account for account, _ in held})
+        self._close_all_but(dict.fromkeys(account for account, _ in held))
         self.lost.clear()
         return len(strays)
 
-    def _close_all_but(self, held: set[Account]) -> None:
-        vacant = set(self._vacant_slots)
+    def _close_all_but(self, kept: dict[Account, None]) -> None:
+        vacant = dict.fromkeys(self._vacant_slots)
         for slot in range(len(_FIXED_NAMES), len(self._balances)):
             account = self.in_slot(slot)[0]
-            if slot not in vacant and account not in held:
+            if slot not in vacant and account not in kept:
                 self._sequences[slot] = array("i")
                 self._close(account)
 
