@@ -337,7 +337,7 @@ _STEPS = (
     ),
     _fault(
         "faulty row served", "H74", "tokens of a row whose logits were not finite are delivered",
-        "settling", "        if result.faulty[index]:", "        if False:",
+        "settling", "    if result.faulty[index]:", "    if False:",
     ),
 )
 
