@@ -6,6 +6,7 @@ to the reserve again as soon as pages are free. Parked KV within the reservation
 """
 
 from sessile.core.books import Books
+from sessile.core.marks import Mark
 from sessile.core.request import Request
 from sessile.core.session import Session
 
@@ -26,6 +27,7 @@ def release_reserve(books: Books, session: Session) -> None:
         return
     books.reserved_pages -= session.reserved_pages
     books.reserving.remove(session)
+    books.reserve_pages -= len(session.reserve)
     books.ledger.release(session.reserve, 0)
     books.ledger.settle(books.settled_step)
     session.reserve = None
@@ -38,15 +40,17 @@ def top_up(books: Books) -> None:
         assert session.reserve is not None
         owed = session.reserved_pages - len(session.reserve) - _held_pages(books, session)
         if owed < 0:
-            books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) + owed), 0)
+            books.reserve_pages -= books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) + owed), 0)
             books.ledger.settle(books.settled_step)
         if owed <= 0:
             continue
         if owed > books.ledger.free_pages:
             books.reclaim(owed - books.ledger.free_pages)
         granted = min(owed, books.ledger.free_pages)
+        books.marks[Mark.RESERVE_OWED] += granted < owed
         if granted:
             books.ledger.draw(session.reserve, granted)
+            books.reserve_pages += granted
 
 
 def spend(books: Books, request: Request, pages: int) -> None:
@@ -54,7 +58,8 @@ def spend(books: Books, request: Request, pages: int) -> None:
     session = request.session
     if session is None or session.reserve is None or pages <= 0:
         return
-    books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) - pages), 0)
+    books.marks[Mark.RESERVE_SPENT] += len(session.reserve) > 0
+    books.reserve_pages -= books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) - pages), 0)
     books.ledger.settle(books.settled_step)
 
 

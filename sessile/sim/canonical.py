@@ -13,7 +13,7 @@ decides the future, with the names taken out:
              above all that are there (the tree's clock itself is among the ranked, as a use may repeat it).
   heaps      as the sorted list of entries that may come to count again. An entry whose last use is not its node's or
              session's any more never will, since last uses only grow.
-  totals     left out, as are the learned forecast (worlds are made with an estimate of one token, which every ratio
+  totals     left out, as are marks, the ring of events, the learned forecast (worlds are made with an estimate of one token, which every ratio
              leaves at one) and what tenants were served (there is one tenant).
   memory     cells of pages that somebody owns. Free pages and rows are scrambled after every action.
 
@@ -243,29 +243,38 @@ _ROW_NAMES = frozenset({"key", "arrival", "last_step", "outputs"})
 """Columns of rows that hold names, and one that is only read as far as it is filled."""
 _WHOLE: dict[str, Write] = {"core.RowTable": Form.held_rows, "core.Flight": Form.flight}
 _RULES: dict[str, dict[str, Write | None]] = {
-    "core.Machine": dict.fromkeys(("_limits", "_facts", "_drafter", "_bos", "_rolling")),
+    "core.Machine": dict.fromkeys(("_limits", "_facts", "_drafter", "_bos", "_watch")),
     # Worlds are made without forced retraction and with mixed steps, which these two are for.
     "core.Planner": dict.fromkeys(("_books", "_drafter", "_retracted_step", "_decoded_last")),
+    "core.Admitter": dict.fromkeys(("_books",)),
     "core.Books": {
         **dict.fromkeys((
-            "limits", "facts", "totals", "forecast", "effects", "now_ns", "settled_step", "arrivals", "session_serials",
-            "idle_deadlines", "_parked_order",
+            "limits", "facts", "totals", "forecast", "effects", "events", "marks", "now_ns", "settled_step", "arrivals",
+            "session_serials", "idle_deadlines", "_parked_order",
         )),
+        "suspects": Form.pages,
         "requests": Form.values,
         "computing": Form.computing,
         "copies": lambda form, copies: [(*form.pages(copy[:2]), copy[2]) for copy in copies],
     },
     "core.PageLedger": {
-        **dict.fromkeys(("pages_total", "_tags", "_balances", "_generations", "_vacant_slots", "_free")),
+        **dict.fromkeys((
+            "pages_total", "_tags", "_tag_view", "_balances", "_generations", "_vacant_slots", "_sequences", "_free",
+        )),
+        "_quarantined": Form.pages,
+        "quarantine_step": Form.step,
         "_limbo": Form.limbo,
         "floor_step": Form.step,
     },
     "core.PrefixTree": {
-        **dict.fromkeys(("_ledger", "_page_bytes", "_evictable", "_offers", "_serial", "clock")),
+        # The places of nodes are for the rolling audit.
+        **dict.fromkeys((
+            "_ledger", "_page_bytes", "_evictable", "_offers", "_serial", "clock", "places", "_vacant_places", "splits",
+        )),
         "step": Form.step,
     },
     "core.Node": {
-        **dict.fromkeys(("parent", "serial")),
+        **dict.fromkeys(("parent", "serial", "place", "looked")),
         "children": lambda form, children: [form.write(child) for _, child in sorted(children.items())],
         "pages": Form.pages,
         "last_use": lambda form, last_use: form._uses.get(last_use, -1),

@@ -145,7 +145,7 @@ _TURNS = (
     ),
     _fault(
         "turn admitted while it drains", "H60", "the next turn starts before the last step of the one before settled",
-        "planning",
+        "admitting",
         "if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:",
         "if False:",
     ),
@@ -172,8 +172,8 @@ _FORKS = (
         "self.copies.append((source, target, max(1, tokens - 1)))",
     ),
     _fault(
-        "copied page drawn before the copy", "H29, H73", "a page given up before its copy does not wait for the plan",
-        "books", "        self.ledger.floor_step = self.planned_step + 1\n", "",
+        "page copied in flight", "H24, H29, H73", "a fork copies a page that the step in flight still writes to",
+        "forking", "drains = parked.ready_step > books.settled_step", "drains = False",
     ),
     _fault(
         "fork shares its history", "H28", "parent and child append to the same history",
@@ -189,6 +189,76 @@ _FORKS = (
         "fork at the wrong turn", "H59", "a turn's place is the end of the one after it",
         "machine", "return session.turn_ends[turn - 1] if turn else 0",
         "return session.turn_ends[min(turn, len(session.turn_ends) - 1)] if turn else 0",
+    ),
+)
+
+_BRANCHES = (
+    _fault(
+        "parent branched while it runs", "H25, H26", "a turn goes on from one that has not finished",
+        "entering", "    if node.turn is not None and not branch.replace:\n", "    if False:\n",
+    ),
+    _fault(
+        "replaced turn goes on", "H27", "descendants that a replacement drops are forgotten while they run",
+        "ending", "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
+        "        if node.turn is not None:\n",
+        "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
+        "        if node.turn is not None and len(node.history):\n            continue\n"
+        "        if node.turn is not None:\n",
+    ),
+    _fault(
+        "aborted branch kept", "H18, H19", "the node of a turn that was rolled back stays, with what it holds",
+        "ending", "        if not commits:\n            _discard(books, session)\n", "",
+    ),
+    _fault(
+        "output kept in a branch without it", "H11", "drop_previous_output cuts at the end of the parent's output",
+        "entering", "    if branch.drop_previous_output:\n        length = input_end\n", "",
+    ),
+    _fault(
+        "closed beside a running branch", "H23", "a branching session closes while a turn of it runs",
+        "session", "return self.turn is not None or self.turns_in_flight > 0", "return self.turn is not None",
+    ),
+    _fault(
+        "lost reply commits again", "H59", "a turn that is sent again is run and committed twice",
+        "entering", "    if _replays(books, message, session):\n        return\n", "",
+    ),
+    _fault(
+        "reply of an undone turn", "H59", "a rewind leaves the reply of the turn that it undid",
+        "forking", "    session.reply = None\n", "",
+    ),
+)
+
+_RESERVATIONS = (
+    _fault(
+        "reservation reclaimed", "H36, H68", "parked KV within a reservation is reclaimed like any other",
+        "books", "len(parked.lease) - min(len(parked.lease), max(0, reserved - shared)))", "len(parked.lease))",
+    ),
+    _fault(
+        "reserve kept at close", "H19", "a closing session forgets the pages of its reserve",
+        "ending", "    release_reserve(books, session)\n", "",
+    ),
+    _fault(
+        "reservation never counted", "H68", "what was reserved before does not count against the next reservation",
+        "entering", "if books.reserved_pages + pages > room:", "if pages > room:",
+    ),
+)
+
+_TENANTS = (
+    _fault(
+        "another tenant's session found", "H55", "sessions are found by their id alone",
+        "machine", "self._books.sessions.get((tenant, session_id))",
+        "next((each for (_, id), each in self._books.sessions.items() if id == session_id), None)",
+    ),
+    _fault(
+        "one tree for all tenants", "H71", "the prefix tree does not look at whose prompt it is",
+        "tenants", "SHARED_NAMESPACE if shared else f\"tenant {policy.name}\"", "SHARED_NAMESPACE",
+    ),
+    _fault(
+        "limit of a tenant forgotten", "H43", "a tenant's requests in flight are not limited",
+        "entering", "if policy.requests_max is not None and tenant.requests >= policy.requests_max:", "if False:",
+    ),
+    _fault(
+        "ended request counts as in flight", "H33", "a tenant's counters keep requests that have ended",
+        "tenants", "        tenant.tokens -= tokens\n", "",
     ),
 )
 
@@ -253,6 +323,7 @@ _STEPS = (
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
         "planning", "            if granted > 0:\n                self._draw(planned, row, granted)\n"
+        "            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted\n"
         "            cap = min(cap, int(rows.pages[row]) * size - after)\n", "",
     ),
     _fault(
@@ -266,9 +337,11 @@ _STEPS = (
     ),
     _fault(
         "faulty row served", "H74", "tokens of a row whose logits were not finite are delivered",
-        "settling", "        if result.faulty[index]:", "        if False:",
+        "settling", "    if result.faulty[index]:", "    if False:",
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*_LEDGER, *_TREE, *_TURNS, *_FORKS, *_STEPS)
+MUTANTS: tuple[Mutant, ...] = (
+    *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS,
+)  # fmt: skip
 """Every fault, in the order of the table."""

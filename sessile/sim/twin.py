@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from sessile.contract.plan import StepPlan, StepResult
+from sessile.core.events import EventRing
 from sessile.core.ledger import Lease
 from sessile.core.rows import RowTable
 
@@ -25,9 +26,9 @@ Copier = Callable[[Any, Memo], Any]
 
 _SHARED = (
     type(None), bool, int, float, str, bytes, frozenset, Enum, type, types.FunctionType, types.MethodType,
-    types.BuiltinFunctionType, msgspec.Struct, StepPlan, StepResult,
+    types.BuiltinFunctionType, msgspec.Struct, StepPlan, StepResult, EventRing,
 )  # fmt: skip
-"""What nobody changes: the copy has the very same."""
+"""What nobody changes, or nobody reads but to tell what happened: the copy has the very same."""
 _fields: dict[type, tuple[str, ...]] = {}
 _copiers: dict[type, Copier | None] = {}
 
@@ -108,15 +109,20 @@ def _copy_set(value: Any, memo: Memo) -> Any:
 
 
 def _copy_array(value: Any, memo: Memo) -> Any:
-    assert value.base is None or not value.flags.writeable, "a view was copied apart from what it is a view of"
-    copied = memo[id(value)] = value.copy()
+    base = value.base.obj if isinstance(value.base, memoryview) else value.base
+    if isinstance(base, array):
+        copied = np.frombuffer(_copy(base, memo), value.dtype)
+    else:
+        assert base is None or not value.flags.writeable, "a view was copied apart from what it is a view of"
+        copied = value.copy()
+    memo[id(value)] = copied
     return copied
 
 
 def _copy_lease(value: Any, memo: Memo) -> Any:
     if value._account is None:
         return value  # Consumed: nobody can do anything with it.
-    copied = memo[id(value)] = Lease(value._account, value._pages[:], _copy(value._lost, memo))
+    copied = memo[id(value)] = Lease(value._account, _copy(value._pages, memo), _copy(value._lost, memo))
     return copied
 
 
