@@ -13,8 +13,8 @@ decides the future, with the names taken out:
              above all that are there (the tree's clock itself is among the ranked, as a use may repeat it).
   heaps      as the sorted list of entries that may come to count again. An entry whose last use is not its node's or
              session's any more never will, since last uses only grow.
-  totals     left out, as are marks, the ring of events, the learned forecast (worlds are made with an estimate of one token, which every ratio
-             leaves at one) and what tenants were served (there is one tenant).
+  totals     left out, as are marks, the ring of events, the learned forecast (worlds are made with an estimate of one
+             token, which every ratio leaves at one) and what tenants were served (there is one tenant).
   memory     cells of pages that somebody owns. Free pages and rows are scrambled after every action.
 
 What is not named below is written out in full, so a field that the core gains can only keep states apart.

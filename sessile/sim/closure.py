@@ -118,13 +118,10 @@ class _Explorer:
             failed = self._finish(visit)
             if failed is not None:
                 return failed
-        for action in list(visit.world.actions()):
-            left = visit.left
-            if action.is_fault:
-                left &= ~_bit_of(action, left)
-                if is_last or left == visit.left:
-                    continue
-            world = twin(visit.world)
+        choices = self._choices(visit, is_last)
+        for number, (action, left) in enumerate(choices, 1):
+            # The last one may have the state itself: it is not needed any more.
+            world = visit.world if number == len(choices) else twin(visit.world)
             try:
                 world.do(action)
             except Exception as error:  # Whatever the core raises is a finding, and what it raised is reported.
@@ -136,6 +133,15 @@ class _Explorer:
             if is_news:
                 (further if action.is_fault else level).append(_Visit(world, left, index))
         return None
+
+    def _choices(self, visit: _Visit, is_last: bool) -> list[tuple[Action, int]]:
+        """What may happen next, each with the faults that are left then. is_last: no fault may be added."""
+        choices = []
+        for action in visit.world.actions():
+            left = visit.left & ~_bit_of(action, visit.left) if action.is_fault else visit.left
+            if not action.is_fault or (left != visit.left and not is_last):
+                choices.append((action, left))
+        return choices
 
     def _finish(self, visit: _Visit) -> Violation | None:
         self._next[visit.index] = _DONE
