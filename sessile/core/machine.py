@@ -298,8 +298,9 @@ class Machine:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything runs, waits or drains."""
-        return bool(self._books.requests or self._books.draining or self._flights or self._flushes)
+        """Whether anything runs, waits or drains, or a copy is due: its pages are not free before a plan carried it."""
+        books = self._books
+        return bool(books.requests or books.draining or self._flights or self._flushes or books.copies)
 
     def stats(self) -> Stats:
         """Live figures and totals."""
