@@ -13,7 +13,7 @@ from sessile.core.audit import pins
 from sessile.core.books import Books
 from sessile.core.ending import end_request
 from sessile.core.ledger import TREE, Lease
-from sessile.core.prefix import Node
+from sessile.core.prefix import Node, Pin
 from sessile.core.request import Phase, Request
 from sessile.core.session import Session
 from sessile.errors import AuditError
@@ -106,13 +106,17 @@ def contain(books: Books, error: AuditError) -> None:
 def _cut(books: Books, node: Node) -> None:
     """Take a node and all below it out of the tree, after everybody who reads there has left."""
     for request in list(books.requests.values()):
-        if request.pin is not None and node in request.pin.path():
+        if request.pin is not None and _reads(request.pin, node):
             expel(books, request)
     for session in books.lines():
-        if session.parked is not None and node in session.parked.pin.path():
+        if session.parked is not None and _reads(session.parked.pin, node):
             go_cold(books, session)
     books.suspects.extend(node.pages)
     books.tree.cut(node)
+
+
+def _reads(pin: Pin, node: Node) -> bool:
+    return any([each is node for each in pin.path()])
 
 
 def _check_turn(books: Books, session: Session) -> None:
