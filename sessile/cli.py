@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         if argv[1:2] in (["-h"], ["--help"]):
             print(overview(subcommands))
             return 0
-        raise StartupError(f"say what: {' or '.join(f'sessile {name}' for name in subcommands)}")
+        raise StartupError(f"say which: sessile {argv[0]} {' | '.join(name.split()[1] for name in subcommands)}")
     raise StartupError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (see sessile --help)")
 
 

@@ -169,7 +169,7 @@ def measure_admission(options: AdmissionBenchOptions) -> int:
         all_met = all_met and met
         table.add_row(f"{pages * PAGE_SIZE:,}", "exact", *figures(exact))
         table.add_row("", "unset", *figures(unset), f"{relative:.3f}", "[green]met" if met else "[red]missed")
-    console.print(f"{options.requests} requests, all sent at once. Waits: in steps. Throughput: tokens out a thousand of cost.")
+    console.print(f"{options.requests} requests, all at once. Waits in steps, throughput in tokens a thousand of cost.")
     console.print(table)
     return 0 if all_met else 1
 

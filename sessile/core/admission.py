@@ -34,7 +34,8 @@ class Forecast:
     def __init__(self, output_cap_tokens: int) -> None:
         self._cap_tokens = output_cap_tokens
         self._shares = [_prior(size) for size in range(output_cap_tokens.bit_length() + 1)]
-        self._sorted = [np.sort(np.array(shares, np.int64)) for shares in self._shares]
+        self._sorted: dict[int, npt.NDArray[np.int64]] = {}
+        """By size, in ascending order: only what was asked for since it last changed, since few steps ask."""
         self._margin = 0
         self._quiet_steps = 0
 
@@ -43,7 +44,7 @@ class Forecast:
         allowed = max(1, min(allowed_tokens, self._cap_tokens))
         size = allowed.bit_length()
         self._shares[size].append(min(_UNIT, -(-output_tokens * _UNIT // allowed)))
-        self._sorted[size] = np.sort(np.array(self._shares[size], np.int64))
+        self._sorted.pop(size, None)
 
     def preempted(self) -> None:
         """The estimate was too low: widen the margin."""
@@ -71,7 +72,7 @@ class Forecast:
         ends = np.zeros(len(output), np.int64)
         for size in np.flatnonzero(np.bincount(sizes)).tolist():
             mine = np.flatnonzero(sizes == size)
-            shares = self._sorted[size]
+            shares = self._ascending(size)
             # Among those that got further, the one that is as far up as the request's fate says.
             first = np.searchsorted(shares, used[mine], "right")
             chosen = first + (len(shares) - first) * fates[mine] // _UNIT
@@ -82,6 +83,12 @@ class Forecast:
         further += further * self._margin // _UNIT
         return np.asarray(np.maximum(1, np.minimum(further, allowed - output)), np.int64)
 
+    def _ascending(self, size: int) -> npt.NDArray[np.int64]:
+        shares = self._sorted.get(size)
+        if shares is None:
+            shares = self._sorted[size] = np.sort(np.array(self._shares[size], np.int64))
+        return shares
+
     def remaining_of(self, output: int, allowed: int, arrival: int) -> int:
         """The same for one request."""
         one = (np.array([figure], np.int64) for figure in (output, allowed, arrival))
@@ -89,7 +96,7 @@ class Forecast:
 
 
 def _prior(size: int) -> "deque[int]":
-    """The memory to begin with, for allowances of this many bits: all of a small one, a typical output of a large one."""
+    """The memory to begin with, for allowances of so many bits: all of a small one, a typical output of a large one."""
     allowed = max(1, 3 << size >> 2)  # the middle of [2^(size - 1), 2^size)
     shares = (min(_UNIT, -(-tokens * _TYPICAL_TOKENS // allowed)) for tokens in _EXPONENTIAL)
     return deque(shares, maxlen=_WINDOW)
