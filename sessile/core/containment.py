@@ -9,7 +9,6 @@ that the books say of who is left is counted anew: balances, pins, counters.
 from array import array
 from collections.abc import Callable
 
-from sessile.core.audit import pins
 from sessile.core.books import Books
 from sessile.core.ending import end_request
 from sessile.core.ledger import TREE, Lease
@@ -130,10 +129,12 @@ def _check_turn(books: Books, session: Session) -> None:
 
 def restore(books: Books) -> int:
     """Make the books anew from who is left; returns how many pages went to QUARANTINE."""
-    books.tree.restore(pins(books))
+    parked = [session.parked for session in books.lines() if session.parked is not None]
+    pins = [request.pin for request in books.requests.values() if request.pin is not None]
+    books.tree.restore(pins + [kv.pin for kv in parked])
     held = [(TREE, node.pages) for node in books.tree.walk()]
     leases = [request.lease for request in books.requests.values() if request.lease is not None]
-    leases += [session.parked.lease for session in books.lines() if session.parked is not None]
+    leases += [kv.lease for kv in parked]
     leases += [session.reserve for session in books.reserving if session.reserve is not None]
     held += [(lease.account, lease.pages) for lease in leases]
     pages = books.ledger.restore(held, books.suspects, books.planned_step)
