@@ -83,8 +83,10 @@ class Stream:
         if not self.first_s:
             self.first_s = now_s
         self.last_s = now_s
+        waiting = len(self._arrival.tokens)
         self._arrival.tokens.extend(tokens)
-        return self._whole or len(self._arrival.tokens) <= self._lag_tokens_max
+        # What comes at once, as a repeated reply does, is no lag: the reader had no chance to take any of it.
+        return self._whole or not waiting or len(self._arrival.tokens) <= self._lag_tokens_max
 
     def put_detail(self, detail: TokenDetail) -> None:
         self._arrival.details.append(detail)
@@ -275,7 +277,8 @@ class EngineLink:
         for reply in batch.replies:
             self._take_reply(reply.op, reply.value, reply.error)
         for gone in batch.gone:
-            log.info("session ended", extra={"session": gone.session, "reason": gone.reason})
+            fields = {"session": gone.session, "tenant": gone.tenant or None, "reason": gone.reason}
+            log.info("session ended", extra=fields)
 
     def _take_deltas(self, batch: Batch, woken: dict[int, Stream]) -> None:
         keys = np.frombuffer(batch.delta_keys, "<i8").tolist()

@@ -99,7 +99,7 @@ def test_sampling_fields_that_are_unknown_or_not_built_are_refused_by_name(serve
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prompt": "a"}, {"image_data": "x"}, {"lora_path": "x"}, {"return_hidden_states": True}, {"priority": 1},
+        {"prompt": "a"}, {"image_data": "x"}, {"lora_path": "x"}, {"return_hidden_states": True}, {"priority": 101},
         {"input_embeds": [[0.1]]}, {"session_id": "x"}, {"background": True}, {"custom_logit_processor": "x"},
     ],
 )  # fmt: skip
