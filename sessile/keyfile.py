@@ -32,6 +32,7 @@ KEY_BYTES = 32
 """Of randomness in a key that we draw: as much as its hash has."""
 ROLES = ("user", "admin")
 TENANT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME_RULE = "a name has 1 to 64 letters, digits, dots, dashes, underscores"
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 WEIGHT_MAX = 1000
 LIMIT_MAX = 1 << 40
@@ -47,7 +48,9 @@ class KeyFile:
 
 
 def draw_key(tenant: str, role: str) -> tuple[str, str]:
-    """A new key, and the entry of the keys file that makes it valid."""
+    """A new key, and the entry of the keys file that makes it valid. Raises StartupError for an impossible name."""
+    if not TENANT_NAME.fullmatch(tenant):
+        raise StartupError(f"--tenant {tenant!r}: {NAME_RULE}")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     return key, f"  - sha256: {digest_of(key).hex()}\n    tenant: {tenant}\n    role: {role}\n"
 
@@ -85,7 +88,7 @@ class _Reader:
         tenants = {}
         for name, policy in self._mapping(node, "tenants").items():
             if not TENANT_NAME.fullmatch(name):
-                self._refuse(policy, f"tenant {name!r}: a name has 1 to 64 letters, digits, dots, dashes, underscores")
+                self._refuse(policy, f"tenant {name!r}: {NAME_RULE}")
             given = {} if self._is_null(policy) else self._mapping(policy, f"tenant {name}", POLICY_FIELDS)
             values = {field: self._policy_value(name, field, each) for field, each in given.items()}
             tenants[name] = TenantPolicy(name, **values)

@@ -83,10 +83,8 @@ class Stream:
         if not self.first_s:
             self.first_s = now_s
         self.last_s = now_s
-        waiting = len(self._arrival.tokens)
         self._arrival.tokens.extend(tokens)
-        # What comes at once, as a repeated reply does, is no lag: the reader had no chance to take any of it.
-        return self._whole or not waiting or len(self._arrival.tokens) <= self._lag_tokens_max
+        return self._whole or len(self._arrival.tokens) <= self._lag_tokens_max
 
     def put_detail(self, detail: TokenDetail) -> None:
         self._arrival.details.append(detail)
@@ -286,12 +284,14 @@ class EngineLink:
         tokens = unpack_tokens(batch.delta_tokens).tolist()
         assert len(keys) == len(ends) and ends[-1] == len(tokens), "deltas of a batch do not add up"
         now_s = time.perf_counter()
+        # A request that ends here brings no more, however much it brings: a repeated reply comes all at once.
+        ending = {done.key for done in batch.done}
         start = 0
         for key, end in zip(keys, ends, strict=True):
             stream = self._streams.get(key)
             if stream is not None:
                 woken[key] = stream
-                if not stream.put_tokens(tokens[start:end], now_s):
+                if not stream.put_tokens(tokens[start:end], now_s) and key not in ending:
                     self.abandon(key, f"the client reads too slowly: over {self._lag_tokens_max} tokens wait for it")
             start = end
 
