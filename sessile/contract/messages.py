@@ -6,8 +6,10 @@ string id stays in the server. Operations on sessions carry `op`, a number that 
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
+import msgspec.structs
 import numpy as np
 import numpy.typing as npt
 
@@ -266,6 +268,14 @@ class Scores(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: bytes
     top_ids: bytes = b""
     top_logprobs: bytes = b""
+
+
+_Keyed = TypeVar("_Keyed", Done, Scores)
+
+
+def with_key(message: _Keyed, key: int) -> _Keyed:
+    """The same message to another request."""
+    return msgspec.structs.replace(message, key=key)
 
 
 class SessionView(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -5,29 +5,20 @@ order of arrival. A shortage of pages is judged on free + limbo + reclaimable: w
 step; only what nothing covers preempts, and then the newest arrival, for the sake of an older one.
 """
 
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from sessile.core.admission import peak_pages
+from sessile.core.admitting import Admitter
 from sessile.core.books import Books
-from sessile.core.ledger import Lease
-from sessile.core.prefix import Match
-from sessile.core.request import Phase, Request
+from sessile.core.marks import Mark
+from sessile.core.planned import NO_ROWS, Planned, PromptPart
+from sessile.core.request import Request
 from sessile.core.reserving import spend, top_up
-from sessile.core.rows import Column, Flags
+from sessile.core.rows import Column
 from sessile.units import RowId, ceil_div
-
-_LOOKS_MAX = 4
-"""Requests that do not fit, looked at in one step: each costs a match, and a long line must not slow the step."""
-
-_NO_ROWS: Column = np.empty(0, np.int64)
-_NO_FLAGS: Flags = np.empty(0, np.bool_)
-_NO_PAGES = array("i")
 
 
 class Drafter(Protocol):
@@ -42,69 +33,6 @@ class Drafter(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class PromptPart:
-    """A run of known tokens of one row: [start, start + count)."""
-
-    request: Request
-    row: RowId
-    start: int
-    count: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        """Where the run ends."""
-        return self.start + self.count
-
-    @property
-    def top(self) -> int:
-        """The part's entry in StepPlan.logprob_tops."""
-        return self.request.logprobs if self.samples else -1
-
-
-class Planned:
-    """The early part of a plan: rows, counts and pages are fixed, drafts are not.
-
-    late: drafts are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run one
-    token each, with `draft_caps` drafts at most.
-    """
-
-    __slots__ = (
-        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "late", "leases", "owed", "owed_pages",
-        "parts", "runs", "sampling", "step", "tokens",
-    )  # fmt: skip
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.decodes = _NO_ROWS
-        self.sampling = _NO_FLAGS
-        """bool[rows_max]: which rows sample in this step, without regard to drafts."""
-        self.draft_caps: Column | None = None
-        """None: no drafts."""
-        self.parts: list[PromptPart] = []
-        self.bound: list[Request] = []
-        """Who is admitted. Their parts are the last ones of `parts`."""
-        self.leases: list[Lease] = []
-        """Those of `bound`."""
-        self.owed: list[int] = []
-        """Pages promised to each of `bound`, drawn together at the end of admission."""
-        self.owed_pages = 0
-        self.runs: list[tuple[int, int, array[int]]] = []
-        """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
-        self.grown = _NO_ROWS
-        """Running rows that drew one page each: their table gets `grown_pages` at `grown_slots`."""
-        self.grown_slots = _NO_ROWS
-        self.grown_pages = _NO_PAGES
-        self.late = False
-        self.tokens = 0
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no row runs."""
-        return not len(self.decodes) and not self.parts
-
-
 class Planner:
     """Chooses rows, token counts and pages. Holds no state of its own but the step of the last forced retraction."""
 
@@ -114,8 +42,12 @@ class Planner:
         self._retracted_step = 0
         self._decoded_last = False
         self.budget_tokens = books.limits.chunk_tokens
-        self.ended: list[Request] = []
-        """Requests that were admitted with nothing left to compute; the machine ends them."""
+        self._admitter = Admitter(books)
+
+    @property
+    def ended(self) -> list[Request]:
+        """Requests that were admitted with nothing left to compute; the machine ends them and clears the list."""
+        return self._admitter.ended
 
     def plan(self) -> Planned | None:
         """The early part of the next step, with pages drawn and counters advanced; None if nothing can run now."""
@@ -132,6 +64,8 @@ class Planner:
             self._choose(planned)
         if planned.is_empty and not books.copies:
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
+        if planned.is_empty:
+            books.marks[Mark.COPIES_ALONE] += 1
         self._offer_drafts(planned)
         self._advance(planned)
         assert planned.tokens <= self.budget_tokens, "the parts of a step exceed its budget (H15)"
@@ -142,7 +76,8 @@ class Planner:
 
     def _choose(self, planned: Planned) -> None:
         if self._choose_running(planned):
-            self._admit(planned)
+            decoding = len(planned.decodes) > 0
+            self._admitter.admit(planned, self._budget(decoding) - planned.tokens)
 
     # -- preemption ---------------------------------------------------------------------------------------------
 
@@ -179,8 +114,10 @@ class Planner:
         books.rows.plannable[row] = False
         if books.rows.last_step[row] <= books.settled_step:
             books.preempt(victim)
+            books.marks[Mark.PREEMPTED] += 1
         else:
             books.victims.append(victim)
+            books.marks[Mark.PREEMPTED_LATER] += 1
 
     # -- running rows -------------------------------------------------------------------------------------------
 
@@ -196,7 +133,7 @@ class Planner:
         single &= ready
         decodes = single.nonzero()[0]
         single_count = len(decodes)
-        prompts = _NO_ROWS
+        prompts = NO_ROWS
         if np.count_nonzero(ready) > single_count:
             prompts = (ready & ~single).nonzero()[0]
         elif not len(decodes):
@@ -205,9 +142,9 @@ class Planner:
         if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
             # Without mixed steps prompts and decoding take turns, so that neither starves.
             if self._decoded_last:
-                decodes = _NO_ROWS
+                decodes = NO_ROWS
             else:
-                prompts = _NO_ROWS
+                prompts = NO_ROWS
         budget = self._budget(len(decodes) > 0)
         if len(decodes) > budget:
             decodes = self._fair_decodes(decodes, budget)
@@ -329,10 +266,12 @@ class Planner:
             books.reclaim(total - books.ledger.free_pages - coming)
             free = books.ledger.free_pages
             if total <= free + books.ledger.limbo_pages + self._pages_of_victims():
+                books.marks[Mark.LIMBO_SHORTAGE] += total > free
                 break
             first_denied = next(w for i, w in enumerate(wants) if sum(p for _, _, p in wants[: i + 1]) > free)
             victim = self._newest_running(sparing_reserved=True)
             if victim is None or victim.row == first_denied[1]:
+                books.marks[Mark.NEWEST_SAT_OUT] += 1
                 break
             self._preempt(victim)
         short = set()
@@ -366,173 +305,6 @@ class Planner:
                 pages -= min(session.reserved_pages, int(rows.pages[row] - rows.pinned[row]))
         return pages
 
-    # -- admission ----------------------------------------------------------------------------------------------
-
-    def _admit(self, planned: Planned) -> None:
-        """Admit waiting requests in order of arrival while budget, rows and the estimate of the future allow."""
-        books = self._books
-        if not books.waiting or not books.rows.free_rows:
-            return
-        decoding = len(planned.decodes) > 0
-        if decoding and not books.limits.mixed_chunk:
-            return
-        budget = self._budget(decoding) - planned.tokens
-        outlook = _Outlook(books)
-        blocked: Request | None = None
-        looks = 0
-        for request in books.waiting.first(books.limits.admissions_max):
-            if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX:
-                break
-            session = request.session
-            if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:
-                continue  # The previous turn still drains; it will have settled before the next plan (H60).
-            match = self._match(request)
-            if match is not None and self._waits_for_prefix(request, match):
-                continue
-            part = self._admit_one(planned, request, match, budget, outlook)
-            if part is None:
-                looks += 1
-                blocked = blocked or request
-            else:
-                budget -= part.count
-                planned.tokens += part.count
-                if blocked is not None:
-                    books.waiting.note_overtaken(blocked)
-            if blocked is not None and blocked.overtaken >= books.limits.overtakes_max:
-                break
-        if planned.bound:
-            self._seat(planned)
-
-    def _seat(self, planned: Planned) -> None:
-        """Draw what the admitted requests were promised and set their rows' columns, all at once."""
-        books = self._books
-        for lease, pages in zip(planned.leases, planned.owed, strict=True):
-            if pages:
-                books.ledger.draw(lease, pages)
-        planned.owed_pages = 0
-        parts = planned.parts[-len(planned.bound) :]
-        books.rows.seat(
-            [part.row for part in parts],
-            [part.request.row_start(part.start, part.end, part.samples, planned.step) for part in parts],
-            [request.stop_ids for request in planned.bound],
-        )
-
-    def _match(self, request: Request) -> Match | None:
-        """What the tree has for a request without KV of its own; None if its session kept some."""
-        if request.session is not None and request.session.parked is not None:
-            return None
-        books = self._books
-        size = books.limits.page_size
-        # KV ≤ tokens - 1: there is always a token left to run (H65).
-        pages = (min(request.known_tokens, request.goal_tokens) - 1) // size
-        # The first position to be scored needs the query before it; committed history has no scores.
-        first_score = max(request.scores_from, 1, request.scored_tokens, request.base_tokens)
-        if request.scores_from >= 0 and first_score < request.prompt_tokens:
-            pages = min(pages, (first_score - 1) // size)
-        tokens = request.tokens(0, min(request.known_tokens, (pages + 1) * size))
-        return books.tree.match(request.tenant.namespace, tokens, pages)
-
-    def _waits_for_prefix(self, request: Request, match: Match) -> bool:
-        """Whether a running request is computing the very next page; the wait is bounded."""
-        books = self._books
-        if not books.computing or match.node_pages < len(match.node.pages):
-            return False
-        size = books.limits.page_size
-        start = match.pages * size
-        if start + size > request.known_tokens - 1 or request.share_waits >= books.limits.share_wait_steps:
-            return False
-        key = (match.node.serial, request.tokens(start, start + size))
-        if key not in books.computing:
-            return False
-        request.share_waits += 1
-        return True
-
-    def _admit_one(
-        self, planned: Planned, request: Request, match: Match | None, budget: int, outlook: "_Outlook"
-    ) -> PromptPart | None:
-        """Admit a request if it fits now and in the estimated future; else None, and nothing has changed."""
-        books = self._books
-        size = books.limits.page_size
-        start, pages, shared = self._standing(request, match)
-        known = request.known_tokens
-        count = min(min(known, request.goal_tokens - 1) - start, budget)
-        if count <= 0:
-            # Nothing to compute (max_new_tokens = 0 on what is there already): it ends without a row.
-            request.note_admission(start)
-            if request not in self.ended:
-                self.ended.append(request)
-            return None
-        alone = not planned.parts and not len(planned.decodes) and not books.rows.live.any()
-        if not alone and not outlook.admits(request, shared):
-            return None
-        wanted = ceil_div(start + count, size) - pages
-        spend(books, request, wanted)
-        match = self._make_room(wanted + planned.owed_pages, request, match)
-        free = books.ledger.free_pages - planned.owed_pages
-        if free < wanted:
-            if not alone or free <= 0:
-                return None
-            count = min(count, (pages + free) * size - start)
-            wanted = free
-        outlook.add(request, shared)
-        lease = self._start(request, match, start)
-        assert request.row is not None
-        wanted = max(wanted, 0)
-        part = PromptPart(request, request.row, start, count, start + count == known)
-        planned.parts.append(part)
-        planned.bound.append(request)
-        planned.leases.append(lease)
-        planned.owed.append(wanted)
-        planned.owed_pages += wanted
-        return part
-
-    def _standing(self, request: Request, match: Match | None) -> tuple[int, int, int]:
-        """(KV tokens, pages, pages of these that running rows share) that a request would start with."""
-        if match is not None:
-            return match.pages * self._books.limits.page_size, match.pages, match.pages - match.unpinned_pages
-        session = request.session
-        assert session is not None and session.parked is not None
-        parked = session.parked
-        shared = sum(len(node.pages) for node in parked.pin.path() if node.hard)
-        return parked.tokens, len(parked.pin.pages) + len(parked.lease), shared
-
-    def _make_room(self, pages: int, request: Request, match: Match | None) -> Match | None:
-        """Reclaim what this admission needs without touching what it is about to read; returns the match anew."""
-        books = self._books
-        short = pages - books.ledger.free_pages
-        if short <= 0:
-            return match
-        if match is None:
-            books.reclaim(short, sparing=request.session)
-            return None
-        guard = books.tree.pin(match)
-        books.reclaim(short)
-        books.tree.unpin(guard, used=True)
-        return self._match(request)
-
-    def _start(self, request: Request, match: Match | None, start: int) -> Lease:
-        """Give a request its row, its lease and its pin; `_seat` sets the row's columns."""
-        books, session = self._books, request.session
-        books.waiting.leave(request)
-        books.waiting.note_admitted(request)
-        if match is not None:
-            request.pin = books.tree.pin(match)
-            request.lease = books.ledger.open()
-        else:
-            assert session is not None
-            parked = books.unpark(session)
-            request.pin, request.lease = parked.pin, parked.lease.hand_over()
-        request.publishing = session is None or session.turns == 0
-        request.note_admission(start)
-        pinned = len(request.pin.pages)
-        request.bound_pages = ceil_div(request.goal_tokens, books.limits.page_size) - pinned
-        books.bound_pages += request.bound_pages
-        request.row = books.rows.take(request)
-        request.phase = Phase.RUNNING
-        if request.publishing:
-            books.share(request)
-        return request.lease
-
     # -- drafts and counters ------------------------------------------------------------------------------------
 
     def _offer_drafts(self, planned: Planned) -> None:
@@ -555,6 +327,7 @@ class Planner:
             granted = min(wanted, books.ledger.free_pages)
             if granted > 0:
                 self._draw(planned, row, granted)
+            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted
             cap = min(cap, int(rows.pages[row]) * size - after)
             caps[index] = cap
             planned.tokens += cap
@@ -617,51 +390,3 @@ def _add_parts(planned: Planned, books: Books, requests: Sequence[Request], budg
     return budget - left
 
 
-class _Outlook:
-    """The future of the running rows, to which candidates are added one by one.
-
-    First by the bound, a running sum: what fits even if everybody uses all they may needs no estimate. The estimate
-    looks at every row, so it is made only when the bound does not fit.
-    """
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
-        self._capacity = books.usable_pages - books.tree.hard_pages - books.kept_pages()
-        self._held: Column | None = None
-        self._growth: Column = _NO_ROWS
-        self._added: list[tuple[Request, int]] = []
-        """Who was admitted in this step, with what it shares: not among the rows yet."""
-
-    def admits(self, request: Request, shared: int) -> bool:
-        """Whether the pool will do for this request beside all others. shared: pages that others read already."""
-        books = self._books
-        bound = ceil_div(request.goal_tokens, books.limits.page_size) - shared
-        if books.bound_pages + bound <= self._capacity:
-            return True
-        if self._held is None:
-            self._look_at_rows()
-        assert self._held is not None
-        added = np.array([self._figures(*each) for each in (*self._added, (request, shared))], np.int64)
-        held = np.concatenate((self._held, added[:, 0]))
-        return peak_pages(held, np.concatenate((self._growth, added[:, 1])), self._capacity) <= self._capacity
-
-    def add(self, request: Request, shared: int) -> None:
-        """Count a request that is about to be admitted."""
-        self._added.append((request, shared))
-
-    def _look_at_rows(self) -> None:
-        rows, size = self._books.rows, self._books.limits.page_size
-        live = np.flatnonzero(rows.plannable)
-        known = rows.known[live] + rows.pending[live]
-        remaining = self._books.forecast.remaining_tokens(rows.kv_goal[live] + 1 - known)
-        held = np.maximum(rows.pages[live], -(-known // size))
-        self._held = held - rows.pinned[live]
-        self._growth = np.maximum(-(-(known + remaining) // size) - held, 0)
-
-    def _figures(self, request: Request, shared: int) -> tuple[int, int]:
-        """(pages held once its prompt is there, pages it is expected to grow by)."""
-        size = self._books.limits.page_size
-        known = request.known_tokens
-        held = ceil_div(known, size)
-        remaining = self._books.forecast.remaining_of(request.goal_tokens - known)
-        return held - shared, ceil_div(known + remaining, size) - held

@@ -8,9 +8,7 @@ turn runs, else parked here. Parked KV is reclaimable page by page from its tail
 from array import array
 from dataclasses import dataclass
 
-from msgspec.structs import replace
-
-from sessile.contract.messages import Done, Scores, TokenDetail
+from sessile.contract.messages import Done, Scores, TokenDetail, with_key
 from sessile.core.effects import Effects
 from sessile.core.history import History, Packed
 from sessile.core.ledger import Lease
@@ -51,7 +49,7 @@ class StoredReply:
     def repeat(self, effects: Effects, key: int, output: list[int]) -> None:
         """Say it again, to the request with this key."""
         for scores in self.scores:
-            effects.scores(replace(scores, key=key))
+            effects.scores(with_key(scores, key))
         if output:
             effects.delta(key, output)
         if self.details:
@@ -63,7 +61,7 @@ class StoredReply:
                     b"".join([detail.top_logprobs for detail in self.details]),
                 )
             )
-        effects.done(replace(self.done, key=key))
+        effects.done(with_key(self.done, key))
 
 
 class Session:

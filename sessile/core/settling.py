@@ -13,7 +13,7 @@ from sessile.contract.plan import Ints, StepResult
 from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
 from sessile.core.ending import end_request
-from sessile.core.planning import PromptPart
+from sessile.core.planned import PromptPart
 from sessile.core.request import Phase, Request
 from sessile.core.rows import OUTPUT_COLUMNS, Column, Flags
 from sessile.core.stop import StopFound

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
 from sessile.contract.plan import StepPlan
 from sessile.core.machine import Machine
-from sessile.core.planning import Planned
+from sessile.core.planned import Planned
 from sessile.engine.clock import Clock
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector

@@ -85,7 +85,7 @@ class GenerateBody(Body):
     stream_output: Literal["cumulative", "delta"] | None = None
     rid: str | None = Field(default=None, min_length=1, max_length=ID_CHARS_MAX)
     return_logprob: bool | None = None
-    logprob_start_len: int | None = Field(default=None, ge=-1)
+    logprob_start_len: int | None = Field(default=None, ge=-1, le=COUNT_MAX)
     top_logprobs_num: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
     return_text_in_logprobs: bool | None = None
     session_params: SessionParams | None = None

@@ -86,6 +86,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
         "Tokens sampled and kept.",
     ),
     "preemptions_total": (("sessile_preemptions", "vllm:num_preemptions"), "Requests that lost their row for a while."),
+    "recomputed_tokens_total": (("sessile_recomputed_tokens",), "Tokens computed again after a preemption."),
     "evicted_pages_total": (("sessile_evicted_pages",), "Pages of the prefix tree given up."),
     "demoted_pages_total": (("sessile_demoted_pages",), "Pages of idle sessions given up."),
     "drafts_offered_total": (("sessile_drafts_offered", "vllm:spec_decode_num_draft_tokens"), "Draft tokens verified."),
@@ -100,7 +101,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-RECOMPUTED = {
+REPREFILLED = {
     "preempted": "recomputed_tokens_total",
     "reclaimed": "reclaimed_tokens_total",
 }
@@ -306,11 +307,11 @@ def _labelled_families(stats: Stats, model: str) -> Iterator[Metric]:
         sessions.add_metric([model, phase], count)
     yield sessions
     again = CounterMetricFamily(
-        "sessile_recomputed_tokens",
+        "sessile_reprefilled_tokens",
         "Tokens computed again: after a preemption, or because a session's KV had been reclaimed.",
         labels=["model_name", "cause"],
     )
-    for cause, field in RECOMPUTED.items():
+    for cause, field in REPREFILLED.items():
         again.add_metric([model, cause], getattr(stats, field))
     yield again
     for field, (name, help) in TENANT_GAUGES.items():

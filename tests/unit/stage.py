@@ -31,6 +31,7 @@ from sessile.core.planning import Drafter
 from sessile.sim.reference import Speaker
 from sessile.sim.toy import ToyDevice, ToyTicket
 
+SUBMIT_FIELDS = ("tenant", "priority", "rid", "branch", "expect_tokens", "logprobs", "prompt_logprobs_from")
 VOCABULARY = 50
 FACTS = ModelFacts(vocab_size=VOCABULARY, context_tokens=256, eos_ids=())
 STEPS_MAX = 2000
@@ -78,10 +79,11 @@ class Stage:
 
     # -- what a client does ---------------------------------------------------------------------------------------
 
-    def submit(self, key: int, prompt: list[int], *, session: str | None = None, **sampling: Any) -> None:
-        """A plain request, or a turn; greedy, 4 tokens unless said otherwise."""
-        wish = Sampling(**({"seed": key, "temperature": 0.0, "max_new_tokens": 4} | sampling))
-        self.send(Submit(key=key, tokens=pack_tokens(prompt), sampling=wish, session=session))
+    def submit(self, key: int, prompt: list[int], *, session: str | None = None, **settings: Any) -> None:
+        """A plain request, or a turn; greedy, 4 tokens unless said otherwise. settings: of Submit, then of Sampling."""
+        fields = {name: settings.pop(name) for name in SUBMIT_FIELDS if name in settings}
+        wish = Sampling(**({"seed": key, "temperature": 0.0, "max_new_tokens": 4} | settings))
+        self.send(Submit(key=key, tokens=pack_tokens(prompt), sampling=wish, session=session, **fields))
 
     def ask(self, operation: type, *arguments: Any, **named: Any) -> Reply:
         """The reply to an operation that is answered at once."""

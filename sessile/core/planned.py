@@ -1,0 +1,78 @@
+"""A step on its way to being a StepPlan: its early part, as planner and admission choose it."""
+
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from sessile.core.ledger import Lease
+from sessile.core.request import Request
+from sessile.core.rows import Column, Flags
+from sessile.units import RowId
+
+NO_ROWS: Column = np.empty(0, np.int64)
+_NO_FLAGS: Flags = np.empty(0, np.bool_)
+_NO_PAGES = array("i")
+
+
+@dataclass(slots=True)
+class PromptPart:
+    """A run of known tokens of one row: [start, start + count)."""
+
+    request: Request
+    row: RowId
+    start: int
+    count: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """Where the run ends."""
+        return self.start + self.count
+
+    @property
+    def top(self) -> int:
+        """The part's entry in StepPlan.logprob_tops."""
+        return self.request.logprobs if self.samples else -1
+
+
+class Planned:
+    """The early part of a plan: rows, counts and pages are fixed, drafts are not.
+
+    late: drafts are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run one
+    token each, with `draft_caps` drafts at most.
+    """
+
+    __slots__ = (
+        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "late", "leases", "owed", "owed_pages",
+        "parts", "runs", "sampling", "step", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.decodes = NO_ROWS
+        self.sampling = _NO_FLAGS
+        """bool[rows_max]: which rows sample in this step, without regard to drafts."""
+        self.draft_caps: Column | None = None
+        """None: no drafts."""
+        self.parts: list[PromptPart] = []
+        self.bound: list[Request] = []
+        """Who is admitted. Their parts are the last ones of `parts`."""
+        self.leases: list[Lease] = []
+        """Those of `bound`."""
+        self.owed: list[int] = []
+        """Pages promised to each of `bound`, drawn together at the end of admission."""
+        self.owed_pages = 0
+        self.runs: list[tuple[int, int, array[int]]] = []
+        """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
+        self.grown = NO_ROWS
+        """Running rows that drew one page each: their table gets `grown_pages` at `grown_slots`."""
+        self.grown_slots = NO_ROWS
+        self.grown_pages = _NO_PAGES
+        self.late = False
+        self.tokens = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row runs."""
+        return not len(self.decodes) and not self.parts
