@@ -18,6 +18,7 @@ import httpx
 import orjson
 from rich.console import Console
 
+from sessile.config import API_KEY_VARIABLE
 from sessile.errors import InvalidRequest, NotReady, StartupError, UserError
 from sessile.text.template import Message
 from sessile.text.tokenizer import Tokenizer
@@ -223,7 +224,7 @@ def run_chat(
     temperature: float = 0.0,
     api_key: str | None = None,
 ) -> int:
-    """Talk until the input ends; the exit status: 1 if the server was lost or, from a pipe, refused a turn.
+    """Talk until the input ends; the exit status: 1 if the server was lost or refused us or, from a pipe, a turn.
 
     From a terminal Ctrl-C ends an answer, not the conversation. Raises StartupError if the model cannot chat.
     """
@@ -241,7 +242,7 @@ def run_chat(
                     break
                 refused |= not conversation.take(line)
             return int(refused and not interactive)
-    except NotReady as error:
+    except UserError as error:  # the server is gone, or has no session for us
         _say(console, f"sessile: {error.message}", "red")
         return 1
 
@@ -382,6 +383,8 @@ def _checked(status: int, content: bytes) -> Any:
         parsed = None
     if status == httpx.codes.OK:
         return parsed
+    if status == httpx.codes.UNAUTHORIZED:
+        raise InvalidRequest(f"the server wants a valid key: put one into the environment variable {API_KEY_VARIABLE}")
     error = parsed.get("error") if isinstance(parsed, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
     raise _refusal(status, message or f"the server answered {status}")

@@ -19,7 +19,7 @@ ADMIN_ROUTES = frozenset({"/flush_cache", "/get_server_info", "/metrics", "/v1/p
 """What acts on, or shows, what all tenants have together."""
 
 
-def authenticate(request: Request) -> Caller:
+async def authenticate(request: Request) -> Caller:
     """Whom the request's key stands for. Raises Unauthenticated, or Forbidden on a route for administrators."""
     ring: KeyRing | None = request.app.state.service.key_ring
     if ring is None:

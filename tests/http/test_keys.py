@@ -1,16 +1,19 @@
 """Keys: what is asked of every route, and who may do what."""
 
+import io
 import socket
 from collections.abc import Iterator
 
 import openai
 import pytest
 
+from sessile.chat import run_chat
 from sessile.contract.messages import Submit
 from sessile.server.app import create_app
 from sessile.server.auth import ADMIN_ROUTES, OPEN_ROUTES
 from sessile.server.config import ServerOptions
 from tests.http.conftest import Running, bearer, ring_of, running_server
+from tests.http.fake_engine import byte_tokenizer
 
 ROUTES = [
     (method.upper(), path)
@@ -108,6 +111,14 @@ def test_an_openai_client_sends_its_key_and_knows_the_refusal(server: Running) -
     with stranger, pytest.raises(openai.AuthenticationError) as refusal:
         stranger.models.list()
     assert refusal.value.code == "invalid_api_key"
+
+
+def test_chat_sends_its_key_and_says_in_one_line_that_it_has_none(server: Running) -> None:
+    for key, status, says in (("acme-key", 0, "hello"), (None, 1, "SESSILE_API_KEY"), ("wrong", 1, "SESSILE_API_KEY")):
+        shown = io.StringIO()
+        pipe = io.StringIO("hello\n")
+        assert run_chat(server.url, byte_tokenizer(), stdin=pipe, stdout=shown, api_key=key) == status
+        assert says in shown.getvalue()
 
 
 def test_server_settings_show_no_key_nor_its_hash(server: Running) -> None:
