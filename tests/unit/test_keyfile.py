@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sessile.cli import main
+from sessile.config import Config
 from sessile.core.limits import TenantPolicy
 from sessile.errors import StartupError
 from sessile.keyfile import POLICY_FIELDS, KeyFile, draw_key, read_keys
@@ -146,6 +148,22 @@ def test_a_missing_file_ends_the_start_with_one_line_and_status_2(
     assert main(["serve", "--keys", str(tmp_path / "none.yaml")]) == 2
     error = capsys.readouterr().err
     assert error == f"sessile: cannot read the keys file {tmp_path / 'none.yaml'}: No such file or directory\n"
+
+
+def test_the_server_gets_the_hashes_and_the_engine_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def run_server(*arguments: object, **named: object) -> int:
+        given.update(named)
+        return 0
+
+    monkeypatch.setattr("sessile.server.run.serve", run_server)
+    (tmp_path / "keys.yaml").write_text(GOOD)
+    assert main(["serve", "--keys", str(tmp_path / "keys.yaml")]) == 0
+    assert given["key_ring"].caller_with("a") == Caller("acme", is_admin=True)
+    acme, _ = Config.from_json(given["engine_config"]).tenants
+    assert (acme.name, acme.weight, acme.sessions_max) == ("acme", 2, 100)
+    assert A not in given["engine_config"] and A not in repr(given["settings"])
 
 
 def test_a_drawn_key_is_valid_with_the_entry_that_comes_with_it(read: ReadText) -> None:
