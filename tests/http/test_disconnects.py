@@ -1,5 +1,6 @@
 """Clients that leave, lag or abort, and an engine that dies: each request ends once, and for everyone."""
 
+import logging
 import socket
 from collections.abc import Iterator
 
@@ -36,6 +37,18 @@ def test_h27_a_client_that_leaves_ends_its_request(server: Running, stream: bool
     server.wait_until(lambda: server.engine.running == 0)
     assert [cancel.key for cancel in server.engine.cancels()] == [key]
     assert server.service.keys_by_rid == {}
+
+
+def test_the_log_says_what_a_client_that_left_had_got(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    server.engine.token_interval_s = 0.005
+    with caplog.at_level(logging.INFO, "sessile.server.calls"):
+        client = connect(server, stream=True)
+        assert b'"completion_tokens":1' in client.recv(4096)
+        client.close()
+        server.wait_until(lambda: bool(caplog.records))
+    line = vars(caplog.records[0])
+    assert (line["reason"], line["status"]) == ("disconnect", 499)
+    assert line["completion_tokens"] >= 1
 
 
 def test_h34_a_client_that_leaves_before_its_request_ran_ends_it_too(server: Running) -> None:
