@@ -17,7 +17,7 @@ from sessile.kernels.linear import cpu_multiplies_bfloat16
 from sessile.kernels.sampling import prepare_sampling
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
-from sessile.model.weights import LoadedModel, load_model, read_config, weight_bytes_estimate
+from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from sessile.server.config import ServerOptions
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import FakeEngine, byte_tokenizer
 
-
 PATIENCE_S = 60.0
 """How long anything may take that has to come: on a loaded machine much is slow, and a failure need not be quick."""
 

@@ -43,7 +43,12 @@ class Deployment:
 
 @contextlib.contextmanager
 def deployed(
-    folder: Path, *, mode: str = "echo", drain_s: float = PATIENCE_S, start_timeout_s: float = PATIENCE_S, wait: bool = True
+    folder: Path,
+    *,
+    mode: str = "echo",
+    drain_s: float = PATIENCE_S,
+    start_timeout_s: float = PATIENCE_S,
+    wait: bool = True,
 ) -> Iterator[Deployment]:
     """Start a deployment, wait until it is healthy, and make sure that it is gone afterwards."""
     port = free_port()
