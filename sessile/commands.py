@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Self
 
 from sessile.config import Config
@@ -77,22 +78,24 @@ def doctor(config: Config) -> int:
     return main(config)
 
 
+_BENCHES = {
+    "step": ("StepBenchOptions", "measure_steps"),
+    "history": ("HistoryBenchOptions", "measure_history"),
+    "admission": ("AdmissionBenchOptions", "measure_admission"),
+    "agents": ("AgentBenchOptions", "measure_agents"),
+    "sessions": ("SessionBenchOptions", "measure_sessions"),
+}
+"""By name, which is that of its module too: its options and the function that runs it."""
+
+
 def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
     """The options of a bench (a dataclass) and the function that runs it with them."""
     from sessile.engine.compiled import use_compiled_core
 
     use_compiled_core()
-    if name == "step":
-        from sessile.bench.step import StepBenchOptions, measure_steps
-
-        return StepBenchOptions, measure_steps
-    if name == "history":
-        from sessile.bench.history import HistoryBenchOptions, measure_history
-
-        return HistoryBenchOptions, measure_history
-    from sessile.bench.sessions import SessionBenchOptions, measure_sessions
-
-    return SessionBenchOptions, measure_sessions
+    module = import_module(f"sessile.bench.{name}")
+    options, measure = _BENCHES[name]
+    return getattr(module, options), getattr(module, measure)
 
 
 def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], url: str | None) -> int:

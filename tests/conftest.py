@@ -1,4 +1,4 @@
-"""What every test shares: bounded threads, hypothesis profiles, and the switch for the long parity grid."""
+"""What every test shares: bounded threads, hypothesis profiles, and the switches for long grids and planted faults."""
 
 import os
 
@@ -25,7 +25,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole-grid", action="store_true", help="run every combination of the parity grid, not a pairwise subset"
+        "--whole-grid", action="store_true", help="run every combination of a long grid, not some that stand for all"
+    )
+    parser.addoption(
+        "--plant", metavar="FAULT", help="plant this fault of sessile/sim/faults.py in the servers of the matrix"
     )
 
 

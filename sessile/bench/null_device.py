@@ -1,6 +1,7 @@
 """A device that computes nothing, and a driver that times what the host does around it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,8 @@ class HostTimes:
 
     rows: int = 0
     """Rows that the step ran."""
+    tokens: int = 0
+    """Tokens that it computed."""
     plan_ns: int = 0
     """Planning and completing."""
     code_ns: int = 0
@@ -53,6 +56,8 @@ class OverlappedDriver:
     """Turns a machine as the engine does: plan and launch step k+1, then settle step k."""
 
     machine: Machine
+    answer: Callable[[StepPlan], StepResult] = null_result
+    """The device."""
     in_flight: StepResult | None = None
     buffer: Ints = field(default_factory=lambda: np.empty(0, np.int32))
 
@@ -68,8 +73,8 @@ class OverlappedDriver:
             self.buffer = encode_plan(plan)
             plan = decode_plan(self.buffer)
             times.code_ns = time.perf_counter_ns() - planned_ns
-            times.rows = len(plan.rows)
-        result = null_result(plan) if plan else None
+            times.rows, times.tokens = len(plan.rows), len(plan.tokens)
+        result = self.answer(plan) if plan else None
         if self.in_flight:
             settling_ns = time.perf_counter_ns()
             self.machine.settle(self.in_flight)

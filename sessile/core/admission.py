@@ -1,41 +1,50 @@
 """How much of the pool the future will need: an estimate, not the bound.
 
-By the bound, 256 requests that leave max_tokens unset would run three at a time. So the remaining output of a request
-is taken as min(remaining, cap) × a ratio learned from requests that finished (integers only, so that replays agree),
-and a set of rows fits if the peak of what they will hold together stays within the pool. Preemption is the safety net,
-and each one makes the estimate more careful. The peak is LightLLM's (Gong et al., "Past-Future Scheduler", 2025).
+By the bound, 256 requests that leave max_tokens unset would run three at a time. So a request is expected to end as
+those did that ended before it: outputs are remembered as shares of what they were allowed, apart for small and large
+allowances, since who sets a tight limit tends to use it. Each running request is expected to end like one of those
+that got further than it has, another one for each, so that together they end as outputs do: a few much later than the
+others. A set of rows fits if the peak of what they will hold together stays within the pool (Gong et al.,
+"Past-Future Scheduler", 2025). Preemption is the safety net: each one widens a margin. Integers only, so that replays
+agree.
 """
+
+from collections import deque
 
 import numpy as np
 import numpy.typing as npt
 
 _UNIT = 1024
-"""Ratios are in 1/1024."""
-_START_RATIO = 512
-_LEARN_SHIFT = 5
-_MARGIN_JUMP = 128
-_MARGIN_DECAY_STEPS = 16
+"""Shares, margins and fates are in 1/1024."""
+_WINDOW = 64
+"""Ended requests that are remembered for each size of allowance."""
+_TYPICAL_TOKENS = 256
+"""Mean output that is expected before anything has ended."""
+_EXPONENTIAL = (33, 101, 174, 253, 338, 431, 534, 648, 776, 922, 1093, 1299, 1556, 1901, 2424, 3549)
+"""Sixteen outputs of exponentially distributed length, their mean being 1024: the memory to begin with."""
+_GOLDEN = 633
+"""1024 × 0.618: consecutive arrivals have fates that spread evenly."""
+_MARGIN_JUMP = 64
+_MARGIN_DECAY_STEPS = 8
 
 
 class Forecast:
-    """The learned share of its allowance that a request really uses, and the margin on top of it."""
+    """What requests used of their allowances, by its size, and the margin on top of what follows from that."""
 
     def __init__(self, output_cap_tokens: int) -> None:
         self._cap_tokens = output_cap_tokens
-        self._learned = _START_RATIO * _UNIT
-        self._margin = _UNIT // 8
+        self._shares = [_prior(size) for size in range(output_cap_tokens.bit_length() + 1)]
+        self._sorted: dict[int, npt.NDArray[np.int64]] = {}
+        """By size, in ascending order: only what was asked for since it last changed, since few steps ask."""
+        self._margin = 0
         self._quiet_steps = 0
-
-    @property
-    def ratio(self) -> int:
-        """Expected share of the remaining allowance, in 1/1024, from 1 to 1024."""
-        return max(1, min(_UNIT, self._learned // _UNIT + self._margin))
 
     def finished(self, output_tokens: int, allowed_tokens: int) -> None:
         """Learn from a request that ended by itself."""
         allowed = max(1, min(allowed_tokens, self._cap_tokens))
-        share = min(_UNIT, output_tokens * _UNIT // allowed) * _UNIT
-        self._learned += (share - self._learned) >> _LEARN_SHIFT
+        size = allowed.bit_length()
+        self._shares[size].append(min(_UNIT, -(-output_tokens * _UNIT // allowed)))
+        self._sorted.pop(size, None)
 
     def preempted(self) -> None:
         """The estimate was too low: widen the margin."""
@@ -47,16 +56,50 @@ class Forecast:
         self._quiet_steps += 1
         if self._quiet_steps >= _MARGIN_DECAY_STEPS:
             self._quiet_steps = 0
-            self._margin = max(_UNIT // 32, self._margin - 1)
+            self._margin = max(0, self._margin - 1)
 
-    def remaining_of(self, allowed: int) -> int:
+    def remaining_tokens(
+        self, output: npt.NDArray[np.int64], allowed: npt.NDArray[np.int64], arrivals: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Expected further output of requests, from 1 to what they are still allowed.
+
+        output: tokens so far; allowed: the most that they may become; arrivals: what tells the requests apart.
+        """
+        capped = np.maximum(1, np.minimum(allowed, self._cap_tokens))
+        used = output * _UNIT // capped
+        fates = arrivals * _GOLDEN % _UNIT
+        sizes = np.frexp(capped)[1]
+        ends = np.zeros(len(output), np.int64)
+        for size in np.flatnonzero(np.bincount(sizes)).tolist():
+            mine = np.flatnonzero(sizes == size)
+            shares = self._ascending(size)
+            # Among those that got further, the one that is as far up as the request's fate says.
+            first = np.searchsorted(shares, used[mine], "right")
+            chosen = first + (len(shares) - first) * fates[mine] // _UNIT
+            # Nobody got further: as much again as the longest.
+            beyond = used[mine] + shares[-1]
+            ends[mine] = np.where(first < len(shares), shares[np.minimum(chosen, len(shares) - 1)], beyond)
+        further = (ends - used) * capped // _UNIT
+        further += further * self._margin // _UNIT
+        return np.asarray(np.maximum(1, np.minimum(further, allowed - output)), np.int64)
+
+    def _ascending(self, size: int) -> npt.NDArray[np.int64]:
+        shares = self._sorted.get(size)
+        if shares is None:
+            shares = self._sorted[size] = np.sort(np.array(self._shares[size], np.int64))
+        return shares
+
+    def remaining_of(self, output: int, allowed: int, arrival: int) -> int:
         """The same for one request."""
-        return max(1, min(allowed, self._cap_tokens) * self.ratio // _UNIT)
+        one = (np.array([figure], np.int64) for figure in (output, allowed, arrival))
+        return int(self.remaining_tokens(*one)[0])
 
-    def remaining_tokens(self, allowed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Expected further output for each remaining allowance, at least 1."""
-        expected = np.minimum(allowed, self._cap_tokens) * self.ratio // _UNIT
-        return np.asarray(np.maximum(1, expected), np.int64)
+
+def _prior(size: int) -> "deque[int]":
+    """The memory to begin with, for allowances of so many bits: all of a small one, a typical output of a large one."""
+    allowed = max(1, 3 << size >> 2)  # the middle of [2^(size - 1), 2^size)
+    shares = (min(_UNIT, -(-tokens * _TYPICAL_TOKENS // allowed)) for tokens in _EXPONENTIAL)
+    return deque(shares, maxlen=_WINDOW)
 
 
 def peak_pages(held: npt.NDArray[np.int64], growth: npt.NDArray[np.int64], capacity: int) -> int:

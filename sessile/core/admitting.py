@@ -235,7 +235,10 @@ class _Outlook:
         rows, size = self._books.rows, self._books.limits.page_size
         live = np.flatnonzero(rows.plannable)
         known = rows.known[live] + rows.pending[live]
-        remaining = self._books.forecast.remaining_tokens(rows.kv_goal[live] + 1 - known)
+        prompt = rows.prompt[live]
+        remaining = self._books.forecast.remaining_tokens(
+            known - prompt, rows.kv_goal[live] + 1 - prompt, rows.arrival[live]
+        )
         held = np.maximum(rows.pages[live], -(-known // size))
         self._held = held - rows.pinned[live]
         self._growth = np.maximum(-(-(known + remaining) // size) - held, 0)
@@ -245,5 +248,6 @@ class _Outlook:
         size = self._books.limits.page_size
         known = request.known_tokens
         held = ceil_div(known, size)
-        remaining = self._books.forecast.remaining_of(request.goal_tokens - known)
+        prompt = request.prompt_tokens
+        remaining = self._books.forecast.remaining_of(known - prompt, request.goal_tokens - prompt, request.arrival)
         return held - shared, ceil_div(known + remaining, size) - held

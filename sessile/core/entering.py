@@ -171,9 +171,12 @@ def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
 
 def _offset(books: Books, node: Session, branch: Branch) -> int:
     """How much of a node's context a turn goes on from; of one that runs, its delivered output counts."""
-    length = len(node.history) if node.turn is None else books.delivered_tokens(books.requests[node.turn])
+    length, input_end = len(node.history), node.input_end
+    if node.turn is not None:
+        request = books.requests[node.turn]
+        length, input_end = books.delivered_tokens(request), request.prompt_tokens
     if branch.drop_previous_output:
-        length = node.input_end
+        length = input_end
     if not branch.offset:
         return length
     tokens = branch.offset if branch.offset > 0 else length + branch.offset

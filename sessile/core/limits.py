@@ -131,7 +131,7 @@ class Limits:
     share_wait_steps: int = 256
     """Longest wait of an admission for a prefix that a running request is computing."""
     output_estimate_tokens: int = 4096
-    """Cap on the expected remaining output of one request, before the learned ratio."""
+    """An allowance above this counts as this much where the output of a request is estimated."""
     tenants: tuple[TenantPolicy, ...] = ()
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from sessile.sim.records import check, fail
 from sessile.sim.replies import check_pages
 from sessile.sim.toy import ToyDevice
 from sessile.sim.world import World
+from sessile.units import ceil_div
 
 
 def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, chunk_tokens: int) -> None:
@@ -52,6 +53,33 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
         check(limits.mixed_chunk or not prompts, "bounds", "a mixed step, though they are off")
 
 
+class Readers:
+    """Who may read what: every page holds KV of one namespace, and only its own requests read it (H71)."""
+
+    def __init__(self, world: World) -> None:
+        policies = world.limits.tenants
+        self._shared = {""} | {policy.name for policy in policies if policy.shares_prefixes}
+        self._size = world.limits.page_size
+        self._written: dict[int, str] = {}
+        """By page: the namespace whose KV was written there last."""
+
+    def check_plan(self, plan: StepPlan, books: Books, device: ToyDevice) -> None:
+        """Look at what a launched plan copies, reads and writes."""
+        for source, target, _ in plan.copies.tolist():
+            self._written[target] = self._written[source]
+        for row, start, count in zip(
+            plan.rows.tolist(), plan.starts.tolist(), plan.query_counts.tolist(), strict=True
+        ):
+            request = books.by_seed[device.seed_of(row)]
+            namespace = "" if request.submit.tenant in self._shared else request.submit.tenant
+            pages = device.pages_of(row)
+            for page in pages[: ceil_div(start, self._size)]:
+                if self._written[page] != namespace:
+                    fail("namespace", f"request {request.key} of {namespace!r} reads KV of {self._written[page]!r}")
+            for page in pages[start // self._size : ceil_div(start + count, self._size)]:
+                self._written[page] = namespace
+
+
 def check_stats(stats: Stats, world: World, books: Books, totals: Counter[str]) -> None:
     """The machine's figures equal what its clients saw, and pages and rows add up."""
     check_sums(stats)
@@ -60,8 +88,8 @@ def check_stats(stats: Stats, world: World, books: Books, totals: Counter[str]) 
     sessions = books.sessions.values()
     expected = (
         len(sessions),
-        sum([len(session.history) for session in sessions]),
-        sum([session.turn is None for session in sessions]),
+        sum([len(line.history) for session in sessions for line in session.lines]),
+        sum([not session.in_flight for session in sessions]),
         totals["turns"],
         totals["tokens"],
         0,

@@ -107,18 +107,22 @@ def check_pages(stats: Stats) -> None:
 
 
 def _view_check(session: SessionBook) -> Callable[[SessionView], None]:
+    finished = [node for node in session.nodes.values() if node.turn is None]
+    longest = max([len(line.history) for line in session.lines])
     expected = {
         "id": session.id,
-        "tokens": len(session.history),
-        "turns": len(session.turn_ends),
+        "tenant": session.tenant,
+        "branching": session.branching,
+        "tokens": longest,
+        "turns": len(finished) if session.branching else len(session.turn_ends),
         "opened_s": session.opened_ns / 1e9,
         "metadata": session.metadata,
     }
-    phases = _BUSY_PHASES if session.turn else ("idle",)
+    phases = _BUSY_PHASES if session.in_flight else ("idle",)
     if session.closing:
         phases = ("closing",)
     # A running turn may have got as far as to compute the last token of the history; a parked session never has.
-    kv_tokens_max = max(0, len(session.history) - (session.turn is None))
+    kv_tokens_max = max(0, longest - (not session.in_flight))
 
     def verdict(view: SessionView) -> None:
         shown = {name: getattr(view, name) for name in expected}

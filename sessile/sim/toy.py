@@ -202,6 +202,10 @@ class ToyDevice:
         """The noise seed that the row was bound with, which names its request in a simulation."""
         return self._rows[row].seed
 
+    def pages_of(self, row: int) -> list[int]:
+        """The row's page table as the device has it; read only."""
+        return self._table[row]
+
     def launch(self, plan: StepPlan) -> ToyTicket:
         """Run a step; its rows see their writes at once, the pool sees them at the latest when the result is taken."""
         parts = self._parts(plan)

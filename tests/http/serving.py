@@ -20,7 +20,7 @@ from sessile.server.run import serve
 from tests.http.fake_engine import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """How long processes may take to start, answer and end; a loaded machine is slow, and a failure need not be quick."""
 
 

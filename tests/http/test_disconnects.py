@@ -58,6 +58,18 @@ def test_h34_a_client_that_leaves_before_its_request_ran_ends_it_too(server: Run
     assert server.service.link.in_flight == 0
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="sessile")
+    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5)
+    client.sendall(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 90\r\n\r\n{"text": ')
+    client.close()
+    server.wait_until(lambda: "disconnected" in caplog.messages)
+    assert server.client.get("/health").status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_a_turn_whose_client_left_leaves_the_session_as_it_was(server: Running) -> None:
     server.client.post("/v1/sessions", json={"id": "left"})
     server.generate("hi", session_params={"id": "left"})

@@ -72,7 +72,12 @@ class Tiny:
 def make_tiny(name: str, folder: Path, **save: Any) -> Tiny:
     """Build the named model with random weights, norms and biases included, and save it to the folder."""
     torch.manual_seed(len(name))
-    twin = MODELS[name]().float().eval()
+    return save_tiny(MODELS[name](), folder, **save)
+
+
+def save_tiny(model: PreTrainedModel, folder: Path, **save: Any) -> Tiny:
+    """Make norms and biases of a fresh model random as well, and save it to the folder."""
+    twin = model.float().eval()
     with torch.no_grad():
         for parameter_name, parameter in twin.named_parameters():
             if "norm" in parameter_name:

@@ -367,8 +367,8 @@ def test_h67_unset_output_limits_are_admitted_by_estimate_not_by_bound() -> None
 
 def test_h37_what_is_admitted_side_by_side_when_limits_are_exact_is_never_preempted() -> None:
     stage = Stage(pages=21, rows=8, output_estimate_tokens=4096)
-    for _ in range(40):  # Every request uses all that it may, so that the forecast comes to expect it.
-        stage.submit(len(stage.done), prompt(1, 4), max_new_tokens=4)
+    for _ in range(64):  # Every request uses all that it may, so that the forecast comes to expect it.
+        stage.submit(len(stage.done), prompt(1, 4), max_new_tokens=14)
         stage.run()
     before = stage.stats().preemptions_total
     for key in range(100, 108):
