@@ -23,7 +23,7 @@ from sessile.contract.messages import (
     unpack_tokens,
 )
 from sessile.errors import InvalidRequest, NotFound, UserError
-from sessile.server.body import Body, TokenIds, Tolerated, field_fault, read_body, takes
+from sessile.server.body import Body, TokenIds, Tolerated, field_fault, read_body, says, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.link import refusal_error
@@ -35,7 +35,11 @@ log = logging.getLogger(__name__)
 IDLE_TIMEOUT_S_MAX = 31_536_000
 METADATA_KEYS_MAX = 16
 
-SessionId = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_.:@=+-]{1,128}\z")]
+SessionId = Annotated[
+    str,
+    Field(pattern=r"\A[A-Za-z0-9_.:@=+-]{1,128}\z"),
+    says("must be 1 to 128 letters, digits or characters of _.:@=+-"),
+]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=METADATA_KEYS_MAX),
