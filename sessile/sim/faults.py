@@ -199,7 +199,8 @@ _BRANCHES = (
     ),
     _fault(
         "replaced turn goes on", "H27", "descendants that a replacement drops are forgotten while they run",
-        "ending", "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
+        "ending",
+        "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
         "        if node.turn is not None:\n",
         "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
         "        if node.turn is not None and len(node.history):\n            continue\n"
