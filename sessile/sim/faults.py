@@ -172,8 +172,8 @@ _FORKS = (
         "self.copies.append((source, target, max(1, tokens - 1)))",
     ),
     _fault(
-        "page copied in flight", "H24, H29, H73", "a fork copies a page that the step in flight still writes to",
-        "forking", "drains = parked.ready_step > books.settled_step", "drains = False",
+        "wrong page copied", "H29, H64", "a fork copies the page before the one that it begins with",
+        "forking", "page_at(parked, full), target", "page_at(parked, max(0, full - 1)), target",
     ),
     _fault(
         "fork shares its history", "H28", "parent and child append to the same history",
