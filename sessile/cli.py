@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         if argv[1:2] in (["-h"], ["--help"]):
             print(overview(subcommands))
             return 0
-        raise StartupError(f"say what: {' or '.join(f'sessile {name}' for name in subcommands)}")
+        raise StartupError(f"say which: sessile {argv[0]} {' | '.join(name.split()[1] for name in subcommands)}")
     raise StartupError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (see sessile --help)")
 
 
@@ -207,6 +207,7 @@ COMMANDS = {
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
+    "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),
     "engine": Command("", add_engine_flags, engine),
 }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Self
 
 from sessile.config import Config
@@ -58,7 +60,9 @@ def engine(address: str) -> int:
     config = Config.from_json(sys.stdin.readline())
     die_with_parent()
     configure_logs(config.server.log_format, config.server.log_level)
-    report = Patience(every_s=QUIET_S).report
+    # A log of JSON objects stays one, whatever is told while the model loads.
+    tell = logging.getLogger("sessile.engine").info if config.server.log_format == "json" else None
+    report = Patience(every_s=QUIET_S, tell=tell).report
     return run_engine(
         address,
         lambda clock: open_configured_engine(
@@ -74,26 +78,24 @@ def doctor(config: Config) -> int:
     return main(config)
 
 
+_BENCHES = {
+    "step": ("StepBenchOptions", "measure_steps"),
+    "history": ("HistoryBenchOptions", "measure_history"),
+    "admission": ("AdmissionBenchOptions", "measure_admission"),
+    "agents": ("AgentBenchOptions", "measure_agents"),
+    "sessions": ("SessionBenchOptions", "measure_sessions"),
+}
+"""By name, which is that of its module too: its options and the function that runs it."""
+
+
 def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
     """The options of a bench (a dataclass) and the function that runs it with them."""
     from sessile.engine.compiled import use_compiled_core
 
     use_compiled_core()
-    if name == "step":
-        from sessile.bench.step import StepBenchOptions, measure_steps
-
-        return StepBenchOptions, measure_steps
-    if name == "history":
-        from sessile.bench.history import HistoryBenchOptions, measure_history
-
-        return HistoryBenchOptions, measure_history
-    if name == "admission":
-        from sessile.bench.admission import AdmissionBenchOptions, measure_admission
-
-        return AdmissionBenchOptions, measure_admission
-    from sessile.bench.sessions import SessionBenchOptions, measure_sessions
-
-    return SessionBenchOptions, measure_sessions
+    module = import_module(f"sessile.bench.{name}")
+    options, measure = _BENCHES[name]
+    return getattr(module, options), getattr(module, measure)
 
 
 def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], url: str | None) -> int:
@@ -165,15 +167,17 @@ class OwnServer:
 class Patience:
     """Tells whoever watches the terminal what takes so long: nothing in the first two seconds, then every so often."""
 
-    def __init__(self, every_s: float) -> None:
+    def __init__(self, every_s: float, tell: Callable[[str], None] | None = None) -> None:
+        """tell: gets the lines; None: they go to standard error."""
         self._every_s = every_s
+        self._tell = tell or say
         self._next_s = time.monotonic() + QUIET_S
 
     def report(self, line: str) -> None:
         """Show the line if it is time to."""
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + self._every_s
-            say(line)
+            self._tell(line)
 
 
 def say(line: str) -> None:

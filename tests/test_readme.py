@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 SHOWN_ADDRESS = "127.0.0.1:30000"
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 
 
 def example(language: str, word: str) -> str:
@@ -65,7 +65,7 @@ def answers(where: str) -> bool:
 def run(command: list[str], source: str, where: str) -> str:
     """What an example prints, run against the server at `where`."""
     done = subprocess.run(
-        [*command, source.replace(SHOWN_ADDRESS, where)], capture_output=True, text=True, timeout=120, check=False
+        [*command, source.replace(SHOWN_ADDRESS, where)], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

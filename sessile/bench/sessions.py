@@ -10,20 +10,15 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import httpx
-import orjson
 from rich.console import Console
 from rich.table import Table
 
-from sessile.errors import StartupError
+from sessile.bench.client import NativeServer, check_token_range, connected, percentile, side_by_side, write_report
 from sessile.options import option
 
-REQUEST_TIMEOUT_S = 600.0
 WARM_UP_CONVERSATIONS, WARM_UP_TOKENS, WARM_UP_TURNS = 2, 256, 2
 
 
@@ -107,8 +102,7 @@ class Summary:
 
 def measure_sessions(options: SessionBenchOptions) -> int:
     """Run the workload, print a table; 0. Raises StartupError if the server cannot be reached or answers wrongly."""
-    if options.highest_id <= options.lowest_id:
-        raise StartupError(f"--highest-id must be above --lowest-id {options.lowest_id}; got {options.highest_id}")
+    check_token_range(options.lowest_id, options.highest_id)
     console = Console()
     modes = ("resend", "session") if options.mode == "both" else (options.mode,)
     runs: dict[str, list[TurnTimes]] = {}
@@ -125,25 +119,13 @@ def measure_sessions(options: SessionBenchOptions) -> int:
             "summaries": [asdict(summary) for summary in summaries],
             "turns": {mode: [asdict(turn) for turn in times] for mode, times in runs.items()},
         }
-        try:
-            Path(options.json).write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-        except OSError as error:
-            raise StartupError(f"cannot write --json {options.json}: {error.strerror}. Give another path.") from error
+        write_report(report, options.json)
     return 0
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of all values do not exceed (nearest rank, no interpolation)."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 async def _measure(options: SessionBenchOptions, mode: str) -> tuple[list[TurnTimes], float]:
     """One run after a small one that warms the server; the times of all turns and the seconds of the run."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    timeout = httpx.Timeout(REQUEST_TIMEOUT_S, connect=10)
-    async with httpx.AsyncClient(base_url=options.url, limits=limits, timeout=timeout, trust_env=False) as client:
-        server = _Server(client, options.url)
+    async with connected(options.url) as server:
         warm_up = [
             _Conversation(server, options, mode, index - WARM_UP_CONVERSATIONS)
             for index in range(min(WARM_UP_CONVERSATIONS, options.conversations))
@@ -156,18 +138,14 @@ async def _measure(options: SessionBenchOptions, mode: str) -> tuple[list[TurnTi
 
 
 async def _run_all(conversations: "Sequence[_Conversation]", first_tokens: int, turns: int) -> list[TurnTimes]:
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(conversation.run(first_tokens, turns)) for conversation in conversations]
-    except* StartupError as failures:
-        raise failures.exceptions[0] from None
-    return [turn for task in tasks for turn in task.result()]
+    times = await side_by_side([conversation.run(first_tokens, turns) for conversation in conversations])
+    return [turn for conversation in times for turn in conversation]
 
 
 class _Conversation:
     """One client: its history, and where it is sent."""
 
-    def __init__(self, server: "_Server", options: SessionBenchOptions, mode: str, index: int) -> None:
+    def __init__(self, server: NativeServer, options: SessionBenchOptions, mode: str, index: int) -> None:
         self._server = server
         self._options = options
         self._in_session = mode == "session"
@@ -184,13 +162,11 @@ class _Conversation:
             fresh = self._prompt(first_tokens if turn == 0 else self._options.added_tokens)
             history += fresh
             sent = fresh if session is not None else history
-            output, first_token_s, total_s, meta = await self._server.generate(
-                sent, self._options.generated_tokens, session
-            )
-            history += output
+            answer = await self._server.generate(sent, self._options.generated_tokens, session)
+            history += answer.tokens
             times.append(
                 TurnTimes(
-                    self._index, turn, first_token_s, total_s, meta["prompt_tokens"], meta.get("cached_tokens") or 0
+                    self._index, turn, answer.first_token_s, answer.total_s, answer.prompt_tokens, answer.cached_tokens
                 )
             )
         if session is not None:
@@ -200,84 +176,6 @@ class _Conversation:
     def _prompt(self, tokens: int) -> list[int]:
         low, high = self._options.lowest_id, self._options.highest_id
         return [self._random.randint(low, high) for _ in range(tokens)]
-
-
-class _Server:
-    """The three native calls that the workload needs. Raises StartupError naming the call that went wrong."""
-
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
-        self._client = client
-        self._url = url
-
-    async def open_session(self) -> str:
-        session = await self._post("/open_session", {"capacity_of_str_len": 1_000_000, "streaming": True})
-        if not isinstance(session, str):
-            raise StartupError(f"{self._url}/open_session answered {session!r}, not a session id")
-        return session
-
-    async def close_session(self, session: str) -> None:
-        await self._post("/close_session", {"session_id": session})
-
-    async def generate(
-        self, tokens: Sequence[int], generated: int, session: str | None
-    ) -> tuple[list[int], float, float, dict[str, Any]]:
-        """Generate exactly so many tokens; them, seconds to the first, seconds in all, and the last meta_info."""
-        body: dict[str, Any] = {
-            "input_ids": tokens,
-            "stream": True,
-            "sampling_params": {"max_new_tokens": generated, "temperature": 0, "ignore_eos": True},
-        }
-        if session is not None:
-            body["session_params"] = {"id": session}
-        output: list[int] = []
-        first_token_s = 0.0
-        meta: dict[str, Any] = {}
-        started_s = time.perf_counter()
-        async for event in self._events(body):
-            ids, meta = event["output_ids"], event["meta_info"]
-            # Cumulative ids by default; a server may be set to send only the new ones.
-            output = ids if len(ids) == meta["completion_tokens"] else output + ids
-            if output and not first_token_s:
-                first_token_s = time.perf_counter() - started_s
-        total_s = time.perf_counter() - started_s
-        if len(output) != generated:
-            reason = meta.get("finish_reason")
-            raise StartupError(f"{self._url} generated {len(output)} tokens instead of {generated}: {reason}")
-        return output, first_token_s, total_s, meta
-
-    async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        try:
-            async with self._client.stream("POST", "/generate", json=body) as reply:
-                if reply.status_code != httpx.codes.OK:
-                    raise self._failure("/generate", reply.status_code, await reply.aread())
-                async for line in reply.aiter_lines():
-                    if not line.startswith("data:"):
-                        continue
-                    content = line[5:].strip()
-                    if content == "[DONE]":
-                        return
-                    event = orjson.loads(content)
-                    if "error" in event:
-                        raise self._failure("/generate", reply.status_code, content.encode())
-                    yield event
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-
-    async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        try:
-            reply = await self._client.post(path, json=body)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-        if reply.status_code != httpx.codes.OK:
-            raise self._failure(path, reply.status_code, reply.content)
-        return orjson.loads(reply.content) if reply.content else None
-
-    def _failure(self, path: str, status: int, content: bytes) -> StartupError:
-        return StartupError(f"{self._url}{path} answered {status}: {content.decode(errors='replace')[:300]}")
-
-    def _unreachable(self, error: httpx.TransportError) -> StartupError:
-        reason = str(error) or type(error).__name__
-        return StartupError(f"no server answers at {self._url} ({reason}). Start one with `sessile serve`.")
 
 
 def _table(options: SessionBenchOptions, summaries: Sequence[Summary]) -> Table:

@@ -37,7 +37,8 @@ class Forecast:
     def __init__(self, output_cap_tokens: int) -> None:
         self._cap_tokens = output_cap_tokens
         self._shares = [_prior(size) for size in range(output_cap_tokens.bit_length() + 1)]
-        self._sorted = [sorted(shares) for shares in self._shares]
+        self._sorted: dict[int, list[int]] = {}
+        """By size, in ascending order: only what was asked for since it last changed, since few steps ask."""
         self._margin = 0
         self._quiet_steps = 0
 
@@ -46,7 +47,7 @@ class Forecast:
         allowed = max(1, min(allowed_tokens, self._cap_tokens))
         size = allowed.bit_length()
         self._shares[size].append(min(_UNIT, -(-output_tokens * _UNIT // allowed)))
-        self._sorted[size] = sorted(self._shares[size])
+        self._sorted.pop(size, None)
 
     def preempted(self) -> None:
         """The estimate was too low: widen the margin."""
@@ -67,7 +68,7 @@ class Forecast:
         """
         capped = max(1, min(allowed, self._cap_tokens))
         used = output * _UNIT // capped
-        shares = self._sorted[capped.bit_length()]
+        shares = self._ascending(capped.bit_length())
         first = bisect_right(shares, used)
         further = len(shares) - first
         # Of those that got further, the one that is as far up as the request's fate says; if nobody did, as much again
@@ -85,7 +86,7 @@ class Forecast:
         ends = np.zeros(len(output), np.int64)
         for size in np.flatnonzero(np.bincount(sizes)).tolist():
             mine = np.flatnonzero(sizes == size)
-            shares = np.array(self._sorted[size], np.int64)
+            shares = np.array(self._ascending(size), np.int64)
             first = np.searchsorted(shares, used[mine], "right")
             further = len(shares) - first
             chosen = np.minimum(first + further * fates[mine] // _UNIT, len(shares) - 1)
@@ -93,6 +94,12 @@ class Forecast:
         expected = (ends - used) * capped // _UNIT
         expected += expected * self._margin // _UNIT
         return np.asarray(np.maximum(1, np.minimum(expected, allowed - output)), np.int64)
+
+    def _ascending(self, size: int) -> list[int]:
+        shares = self._sorted.get(size)
+        if shares is None:
+            shares = self._sorted[size] = sorted(self._shares[size])
+        return shares
 
 
 def _prior(size: int) -> "deque[int]":

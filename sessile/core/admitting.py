@@ -8,6 +8,7 @@ import numpy as np
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
 from sessile.core.ledger import Lease
+from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.prefix import Match
 from sessile.core.request import Phase, Request
@@ -58,7 +59,9 @@ class Admitter:
                 planned.tokens += part.count
                 if blocked is not None:
                     books.waiting.note_overtaken(blocked)
+                    books.marks[Mark.OVERTAKEN] += 1
             if blocked is not None and blocked.overtaken >= books.limits.overtakes_max:
+                books.marks[Mark.OVERTAKEN_ENOUGH] += 1
                 break
         if planned.bound:
             self._seat(planned)
@@ -105,6 +108,7 @@ class Admitter:
         if key not in books.computing:
             return False
         request.share_waits += 1
+        books.marks[Mark.SHARE_WAITED] += 1
         return True
 
     def _admit_one(

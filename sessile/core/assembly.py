@@ -20,6 +20,7 @@ from sessile.contract.plan import (
 )
 from sessile.core.books import Books
 from sessile.core.history import TOKEN_BYTES, Packed
+from sessile.core.marks import Mark
 from sessile.core.planned import Planned, PromptPart
 from sessile.core.planning import Drafter
 from sessile.core.request import Phase, Request
@@ -62,6 +63,7 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         caps = planned.draft_caps
         assert caps is not None
         alive = books.rows.live[decodes] == 1
+        books.marks[Mark.ROW_GONE] += len(decodes) - int(np.count_nonzero(alive))
         decodes = decodes[alive]
         parts = [part for part in parts if part.request.phase is Phase.RUNNING]
         drafts = _ask(books, drafter, decodes, caps[alive])

@@ -5,6 +5,7 @@ which one is due. Pages that leave a holder are stamped with the newest planned 
 still touch them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -15,6 +16,7 @@ from sessile.core.effects import Effects
 from sessile.core.ledger import QUARANTINE, Lease, PageLedger
 from sessile.core.limits import Limits
 from sessile.core.line import WaitingLine
+from sessile.core.marks import Mark
 from sessile.core.prefix import Pin, PrefixTree
 from sessile.core.request import Phase, Request
 from sessile.core.rows import RowTable
@@ -79,6 +81,8 @@ class Books:
         self.forecast = Forecast(limits.output_estimate_tokens)
         self.effects = Effects()
         self.totals = Totals()
+        self.marks: Counter[Mark] = Counter()
+        """How often each rare branch was taken."""
         self.now_ns = 0
         self.settled_step = 0
         self.arrivals = 0
@@ -139,11 +143,15 @@ class Books:
             leaf_use = self.tree.oldest_use()
             session = self._oldest_parked(sparing)
             if session is not None and (leaf_use is None or (session.turn is None and session.last_use < leaf_use)):
+                self.marks[Mark.DEMOTED_WAITING] += session.turn is not None
                 pages = self._shrink_parked(session, pages_wanted - reclaimed)
                 self.totals.demoted_pages += pages
+                self.marks[Mark.DEMOTED] += 1
+                self.marks[Mark.DEMOTED_TO_NOTHING] += session.parked is None
             elif leaf_use is not None:
                 pages = self.tree.evict_oldest(pages_wanted - reclaimed)
                 self.totals.evicted_pages += pages
+                self.marks[Mark.EVICTED] += 1
             else:
                 break
             reclaimed += pages
@@ -267,8 +275,10 @@ class Books:
         size = self.limits.page_size
         pinned = len(pin.pages)
         if tokens >= pinned * size:
-            self.ledger.drop_tail(lease, ceil_div(tokens, size) - pinned, self.planned_step)
+            if self.ledger.drop_tail(lease, ceil_div(tokens, size) - pinned, self.planned_step):
+                self.marks[Mark.SURPLUS] += 1
             return tokens
+        self.marks[Mark.CUT_IN_SHARED_PAGE] += tokens % size > 0
         self.ledger.drop_tail(lease, 0, self.planned_step)
         self.tree.shorten(pin, tokens // size)
         return tokens // size * size
@@ -279,6 +289,7 @@ class Books:
         sessions: whose parked KV the pages belong to.
         """
         self.copies.append((source, target, tokens))
+        self.marks[Mark.COPIED] += 1
         self.copying.extend(sessions)
         self.ledger.floor_step = self.planned_step + 1
 
@@ -350,6 +361,7 @@ class Books:
             self.rows.plannable[row] = False
             request.phase = Phase.DRAINING
             self.draining.append(request)
+            self.marks[Mark.DRAINED] += 1
 
     def drain(self) -> None:
         """Free what waited for the newest settled step: rows of ended requests, pages in limbo."""

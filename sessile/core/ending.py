@@ -7,11 +7,13 @@ exactly one Done goes out.
 
 from sessile.contract.messages import Done, SessionGone
 from sessile.core.books import Books
+from sessile.core.marks import Mark
 from sessile.core.request import Phase, Request
 from sessile.core.reserving import release_reserve
 from sessile.core.session import Session
 
 COMMITS = ("stop", "length")
+_ROLL_BACKS = {Phase.RUNNING: Mark.ROLLED_BACK_RUNNING, Phase.QUEUED: Mark.ROLLED_BACK_QUEUED}
 
 
 def end_request(
@@ -41,6 +43,7 @@ def end_request(
             _commit(books, request, session)
         else:
             books.totals.turns_rolled_back += 1
+            books.marks[_ROLL_BACKS[request.phase]] += 1
     _take_kv(books, request, commits)
     done = _done(request, reason, matched, kept_bytes, message, status, commits=commits)
     _send(books, request, done, commits)

@@ -14,6 +14,7 @@ from sessile.core.books import Books
 from sessile.core.ending import discard_turns, end_request
 from sessile.core.forking import fork_session
 from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
+from sessile.core.marks import Mark
 from sessile.core.request import Request
 from sessile.core.reserving import reserve
 from sessile.core.session import Session
@@ -170,9 +171,12 @@ def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
 
 def _offset(books: Books, node: Session, branch: Branch) -> int:
     """How much of a node's context a turn goes on from; of one that runs, its delivered output counts."""
-    length = len(node.history) if node.turn is None else books.delivered_tokens(books.requests[node.turn])
+    length, input_end = len(node.history), node.input_end
+    if node.turn is not None:
+        request = books.requests[node.turn]
+        length, input_end = books.delivered_tokens(request), request.prompt_tokens
     if branch.drop_previous_output:
-        length = node.input_end
+        length = input_end
     if not branch.offset:
         return length
     tokens = branch.offset if branch.offset > 0 else length + branch.offset
@@ -187,6 +191,7 @@ def _offset(books: Books, node: Session, branch: Branch) -> int:
 def _replace(books: Books, session: Session, node: Session | None) -> None:
     """Drop what descends from a node, or every turn; a parent that runs ends here, and keeps what it delivered."""
     if node is not None and node.turn is not None:
+        books.marks[Mark.REPLACED_RUNNING] += 1
         end_request(books, books.requests[node.turn], "abort", message="replaced by another turn", keep=True)
     discard_turns(books, session, node)
 
@@ -202,6 +207,7 @@ def _replays(books: Books, message: Submit, session: Session) -> bool:
     output = session.history.slice(start, start + reply.done.completion_tokens)
     reply.repeat(books.effects, message.key, unpack_tokens(output).tolist())
     books.totals.turns_replayed += 1
+    books.marks[Mark.REPLAYED] += 1
     return True
 
 

@@ -8,6 +8,7 @@ than a page.
 """
 
 from sessile.core.books import Books
+from sessile.core.marks import Mark
 from sessile.core.session import ParkedKv, Session
 
 
@@ -29,6 +30,7 @@ def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> 
     shared_tokens = match.pages * size
     drains = parked.ready_step > books.settled_step  # A step in flight still writes to the page to be copied.
     if shared_tokens < full * size or not kv_tokens % size or drains or not books.ledger.free_pages:
+        books.marks[Mark.NOT_COPIED] += kv_tokens % size > 0
         books.park(child, lease, pin, shared_tokens)
         return
     target = books.ledger.draw(lease, 1)[0]
@@ -54,6 +56,8 @@ def rewind_session(books: Books, session: Session, tokens: int) -> None:
     if inside_shared and books.ledger.free_pages:
         # The cut gave up the shared page it fell into: a TREE page is never written (H64). Copy what is still wanted.
         _copy_behind(books, session, source, kv_tokens % size)
+    elif inside_shared:
+        books.marks[Mark.NOT_COPIED] += 1
 
 
 def page_at(parked: ParkedKv, index: int) -> int:

@@ -5,6 +5,7 @@ a result changes, in settling.py; how a request ends, in ending.py.
 """
 
 from collections import deque
+from collections.abc import Mapping
 
 from sessile.contract.messages import (
     Batch,
@@ -40,6 +41,7 @@ from sessile.core.ending import close_session, end_request
 from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
 from sessile.core.forking import fork_session, rewind_session
 from sessile.core.limits import Limits
+from sessile.core.marks import Mark
 from sessile.core.planned import Planned
 from sessile.core.planning import Drafter, Planner
 from sessile.core.session import Session
@@ -281,6 +283,11 @@ class Machine:
     def stats(self) -> Stats:
         """Live figures and totals."""
         return views.stats(self._books)
+
+    @property
+    def marks(self) -> Mapping[Mark, int]:
+        """How often each rare branch was taken; read only."""
+        return self._books.marks
 
     def audit(self) -> None:
         """Check everything against everything; raises AuditError."""

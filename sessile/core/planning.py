@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from sessile.core.admitting import Admitter
 from sessile.core.books import Books
+from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.request import Request
 from sessile.core.reserving import spend, top_up
@@ -63,6 +64,8 @@ class Planner:
             self._choose(planned)
         if planned.is_empty and not books.copies:
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
+        if planned.is_empty:
+            books.marks[Mark.COPIES_ALONE] += 1
         self._offer_drafts(planned)
         self._advance(planned)
         assert planned.tokens <= self.budget_tokens, "the parts of a step exceed its budget (H15)"
@@ -111,8 +114,10 @@ class Planner:
         books.rows.plannable[row] = False
         if books.rows.last_step[row] <= books.settled_step:
             books.preempt(victim)
+            books.marks[Mark.PREEMPTED] += 1
         else:
             books.victims.append(victim)
+            books.marks[Mark.PREEMPTED_LATER] += 1
 
     # -- running rows -------------------------------------------------------------------------------------------
 
@@ -261,10 +266,12 @@ class Planner:
             books.reclaim(total - books.ledger.free_pages - coming)
             free = books.ledger.free_pages
             if total <= free + books.ledger.limbo_pages + self._pages_of_victims():
+                books.marks[Mark.LIMBO_SHORTAGE] += total > free
                 break
             first_denied = next(w for i, w in enumerate(wants) if sum(p for _, _, p in wants[: i + 1]) > free)
             victim = self._newest_running(sparing_reserved=True)
             if victim is None or victim.row == first_denied[1]:
+                books.marks[Mark.NEWEST_SAT_OUT] += 1
                 break
             self._preempt(victim)
         short = set()
@@ -320,6 +327,7 @@ class Planner:
             granted = min(wanted, books.ledger.free_pages)
             if granted > 0:
                 self._draw(planned, row, granted)
+            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted
             cap = min(cap, int(rows.pages[row]) * size - after)
             caps[index] = cap
             planned.tokens += cap

@@ -6,6 +6,7 @@ to the reserve again as soon as pages are free. Parked KV within the reservation
 """
 
 from sessile.core.books import Books
+from sessile.core.marks import Mark
 from sessile.core.request import Request
 from sessile.core.session import Session
 
@@ -45,6 +46,7 @@ def top_up(books: Books) -> None:
         if owed > books.ledger.free_pages:
             books.reclaim(owed - books.ledger.free_pages)
         granted = min(owed, books.ledger.free_pages)
+        books.marks[Mark.RESERVE_OWED] += granted < owed
         if granted:
             books.ledger.draw(session.reserve, granted)
 
@@ -54,6 +56,7 @@ def spend(books: Books, request: Request, pages: int) -> None:
     session = request.session
     if session is None or session.reserve is None or pages <= 0:
         return
+    books.marks[Mark.RESERVE_SPENT] += len(session.reserve) > 0
     books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) - pages), 0)
     books.ledger.settle(books.settled_step)
 

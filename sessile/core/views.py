@@ -26,7 +26,7 @@ def session_view(books: Books, session: Session) -> SessionView:
         kv_tokens=max([min(tokens, max(0, committed - 1)) for tokens, _, _ in kv], default=0),
         own_pages=sum([own for _, own, _ in kv]),
         shared_pages=sum([shared for _, _, shared in kv]),
-        turns=sum([len(line.history) > 0 for line in lines]) if session.branching else session.turns,
+        turns=sum([line.turn is None for line in lines]) if session.branching else session.turns,
         opened_s=session.opened_ns / _NS,
         last_used_s=session.last_used_ns / _NS,
         idle_timeout_s=None if session.idle_timeout_ns is None else session.idle_timeout_ns / _NS,

@@ -17,7 +17,7 @@ from sessile.kernels.linear import cpu_multiplies_bfloat16
 from sessile.kernels.sampling import prepare_sampling
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
-from sessile.model.weights import LoadedModel, load_model, read_config, weight_bytes_estimate
+from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
 
 if TYPE_CHECKING:
@@ -54,8 +54,10 @@ def open_device(
     context = config.serving_context_tokens(context_tokens)
     form = WeightFormat(choose_dtype(model_options.dtype), torch.device("cpu"), model_options.quantize)
     _check_memory(config, form)
+    _pool_pages(config, form, device_options, page_size, context, rows_max)  # Refused before the weights are read.
     loaded = load_model(model_options, form, progress)
-    pool = _open_pool(loaded, form, device_options, page_size, context, rows_max)
+    pages = _pool_pages(config, form, device_options, page_size, context, rows_max)
+    pool = KvPool(config, pages, page_size, form.dtype, form.device)
     # A step in flight may write one token beyond the sequence's end, and its drafts.
     row_pages = ceil_div(context + drafts_max + 1, page_size)
     runner = StepRunner(loaded.decoder, pool, rows_max, row_pages)
@@ -141,10 +143,10 @@ def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
         )
 
 
-def _open_pool(
-    loaded: LoadedModel, form: WeightFormat, options: DeviceOptions, page_size: int, context: int, rows_max: int
-) -> KvPool:
-    config = loaded.decoder.config
+def _pool_pages(
+    config: ModelConfig, form: WeightFormat, options: DeviceOptions, page_size: int, context: int, rows_max: int
+) -> int:
+    """Pages for the pool from the memory that is free now. Raises StartupError if that cannot be."""
     token_bytes = config.kv_token_bytes(form.dtype.itemsize)
     available = available_bytes()
     if options.kv_memory == "auto":
@@ -153,5 +155,4 @@ def _open_pool(
         kv_bytes = auto_kv_bytes(available, context_bytes, rows_max)
     else:
         kv_bytes = parse_bytes(options.kv_memory, "--kv-memory")
-    pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)
-    return KvPool(config, pages, page_size, form.dtype, form.device)
+    return pool_pages(kv_bytes, available, token_bytes, page_size, context)

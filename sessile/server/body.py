@@ -23,6 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sessile.errors import InvalidRequest, TooLong
 
+NAME_CHARS_MAX = 100
+"""Most that is repeated of a field's name: it is the client's, and may be as long as the body."""
+
 THREAD_BYTES = 32_768
 """Parsing or tokenising more than this goes to a thread, so that it does not hold up the streams of others."""
 
@@ -93,6 +96,11 @@ class Body(BaseModel):
         return self
 
 
+def shortened(text: str) -> str:
+    """What is repeated of a text that a client chose."""
+    return text if len(text) <= NAME_CHARS_MAX else text[: NAME_CHARS_MAX - 1] + "…"
+
+
 def field_fault(field: str, message: str) -> PydanticCustomError:
     """What a model's own validator raises for one of its fields."""
     return PydanticCustomError("field", "{message}", {"field": field, "message": message})
@@ -118,6 +126,9 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], says("must b
 
 async def read_body(request: Request, model: type[AnyBody]) -> AnyBody:
     """The request's JSON body as a checked model, whatever its content type. Raises InvalidRequest or BodyTooLarge."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise InvalidRequest(f"content-encoding: send the body as it is; {shortened(repr(coding))} is not supported")
     raw = await request.body()
     if len(raw) > THREAD_BYTES:
         return await asyncio.to_thread(parse_body, raw, model)
@@ -141,10 +152,13 @@ def _refusal(fault: ErrorDetails) -> InvalidRequest:
         path = f"{path}.{fault['ctx']['field']}" if path else fault["ctx"]["field"]
     elif fault["type"] == "value_error":
         message = message.removeprefix("Value error, ")
+    elif fault["type"] == "missing":
+        message = "is required"
     else:
         message = message.replace("Input should", "must", 1)
+    path = shortened(path)
     if not path:
-        return InvalidRequest(f"the body: {message}" if fault["type"] == "model_type" else message)
+        return InvalidRequest(f"the body {message}" if fault["type"] == "model_type" else message)
     return InvalidRequest(f"{path}: {message}{_got(fault)}", param=path)
 
 

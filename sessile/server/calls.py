@@ -28,6 +28,8 @@ from sessile.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 DISCONNECTED = "the client disconnected"
+CLIENT_CLOSED_REQUEST = 499
+"""The status that proxies log for a client that did not wait for its answer."""
 
 
 class Service:
@@ -150,8 +152,12 @@ class Call:
         self._read_s = stream.last_s
 
     def _measure_end(self, stream: Stream) -> None:
-        done = self.done or Done(key=stream.key, reason="disconnect", status=499, message=DISCONNECTED)
-        reason = "disconnect" if done.message == DISCONNECTED else done.reason
+        done, reason = self.done, "disconnect"
+        if done is None or done.message == DISCONNECTED:
+            # The engine was not waited for, so what the prompt was and what of it was cached is not known.
+            done = Done(key=stream.key, reason="abort", status=CLIENT_CLOSED_REQUEST, message=DISCONNECTED)
+        else:
+            reason = done.reason
         metrics = self._service.metrics
         if self._whole and stream.first_s:
             metrics.first_token_s.observe(stream.first_s - self.started_s)
@@ -167,7 +173,7 @@ class Call:
             "status": done.status,
             "prompt_tokens": done.prompt_tokens,
             "cached_tokens": done.cached_tokens,
-            "completion_tokens": done.completion_tokens,
+            "completion_tokens": stream.tokens,
             "first_token_ms": round((stream.first_s - self.started_s) * 1e3, 1) if stream.first_s else None,
             "total_ms": round(self.seconds * 1e3, 1),
         }

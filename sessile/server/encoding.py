@@ -1,8 +1,11 @@
 """Text to token ids without holding up the event loop."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from sessile.server.body import THREAD_BYTES
+from sessile.text.template import check_messages
 from sessile.text.tokenizer import Tokenizer
 
 
@@ -11,3 +14,15 @@ async def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bo
     if len(text) > THREAD_BYTES:
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+async def render_messages(tokenizer: Tokenizer, messages: object, variables: Mapping[str, Any] | None) -> str:
+    """The prompt for a client's chat messages. Raises InvalidRequest naming what is wrong with them.
+
+    Always in a thread: a template is foreign code, and how long it takes over these messages nobody knows (H57).
+    """
+
+    def render() -> str:
+        return tokenizer.render_chat(check_messages(messages), variables=variables)
+
+    return await asyncio.to_thread(render)

@@ -15,7 +15,7 @@ from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import JsonReply, engine_refusal
-from sessile.server.sampling import LOGPROBS_MAX, Count, SamplingFields, check_vocabulary, to_sampling
+from sessile.server.sampling import COUNT_MAX, LOGPROBS_MAX, Count, SamplingFields, check_vocabulary, to_sampling
 from sessile.server.stream import EventStream, event
 
 ID_CHARS_MAX = 256
@@ -66,7 +66,7 @@ class GenerateBody(Body):
     stream_output: Literal["cumulative", "delta"] | None = None
     rid: str | None = Field(default=None, min_length=1, max_length=ID_CHARS_MAX)
     return_logprob: bool | None = None
-    logprob_start_len: int | None = Field(default=None, ge=-1)
+    logprob_start_len: int | None = Field(default=None, ge=-1, le=COUNT_MAX)
     top_logprobs_num: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
     return_text_in_logprobs: bool | None = None
     session_params: SessionParams | None = None

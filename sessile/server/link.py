@@ -55,13 +55,15 @@ class Stream:
     longer lag ends the request.
     """
 
-    __slots__ = ("_arrival", "_lag_tokens_max", "_reader", "_whole", "first_s", "key", "last_s")
+    __slots__ = ("_arrival", "_lag_tokens_max", "_reader", "_whole", "first_s", "key", "last_s", "tokens")
 
     def __init__(self, key: int, *, whole: bool, lag_tokens_max: int) -> None:
         self.key = key
         self.first_s = 0.0
         """When the first token came, by time.perf_counter; 0.0 before it."""
         self.last_s = 0.0
+        self.tokens = 0
+        """How many have come."""
         self._arrival = Arrival()
         self._whole = whole
         self._lag_tokens_max = lag_tokens_max
@@ -83,6 +85,7 @@ class Stream:
         if not self.first_s:
             self.first_s = now_s
         self.last_s = now_s
+        self.tokens += len(tokens)
         self._arrival.tokens.extend(tokens)
         return self._whole or len(self._arrival.tokens) <= self._lag_tokens_max
 
@@ -185,9 +188,10 @@ class EngineLink:
         """Send a request and return its way back, which exists before the engine can answer (H52)."""
         self.check_ready()
         assert message.key not in self._streams, f"request key {message.key} used twice"
+        frame = self._encoder.encode(message)  # Before anything is registered: what cannot be sent is not in flight.
         stream = Stream(message.key, whole=whole, lag_tokens_max=self._lag_tokens_max)
         self._streams[message.key] = stream
-        self.send(message)
+        self._socket.send(frame)
         return stream
 
     def cancel(self, key: int, reason: str) -> None:

@@ -13,14 +13,13 @@ from starlette.responses import Response
 from sessile.errors import NotFound, UserError
 from sessile.server.body import read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
-from sessile.server.encoding import encode_text
+from sessile.server.encoding import encode_text, render_messages
 from sessile.server.link import Arrival
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
 from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, Shape, error_chunk, usage
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
 from sessile.server.stream import EventStream, event
-from sessile.text.template import check_messages
 
 
 class ModelNotFound(NotFound):
@@ -110,8 +109,7 @@ async def _completion_choices(service: Service, body: CompletionBody) -> list[Ch
 
 
 async def _chat_choice(service: Service, body: ChatBody) -> Choice:
-    messages = check_messages(body.messages)
-    prompt = service.tokenizer.render_chat(messages, variables=body.chat_template_kwargs)
+    prompt = await render_messages(service.tokenizer, body.messages, body.chat_template_kwargs)
     order = Order(
         tokens=await encode_text(service.tokenizer, prompt, add_special_tokens=False),
         sampling=to_sampling(

@@ -8,7 +8,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from sessile.errors import HistoryMismatch, InvalidRequest, UserError
@@ -17,6 +17,7 @@ from sessile.server.link import refusal_error
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+CLIENT_CLOSED_REQUEST = 499
 
 
 RESOURCE_PARAMS = {"session_id": "id", "session_params.id": "id", "timeout": "idle_timeout_s"}
@@ -92,15 +93,26 @@ def add_error_replies(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = f"no such route: {request.method} {request.url.path}" if error.status_code == 404 else error.detail
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return error_reply(Surface.of(request.url.path), refusal_error(error.status_code, code, message))
+        code, message = "invalid_request", error.detail
+        if error.status_code == 404:
+            code, message = "not_found", f"no such route: {request.method} {request.url.path}"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            code, message = "method_not_allowed", f"{request.url.path} takes {allowed}, not {request.method}"
+        reply = error_reply(Surface.of(request.url.path), refusal_error(error.status_code, code, message))
+        reply.headers.update(error.headers or {})
+        return reply
 
     async def query_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         fault = error.errors()[0]
         param = str(fault["loc"][-1])
         return error_reply(Surface.of(request.url.path), InvalidRequest(f"{param}: {fault['msg']}", param=param))
+
+    async def client_left(request: Request, error: Exception) -> Response:
+        # While its body was read: nobody is there to read a reply, and nothing has gone wrong on our side.
+        log.debug("disconnected", extra={"method": request.method, "path": request.url.path})
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     async def bug(request: Request, error: Exception) -> Response:
         refusal = refusal_error(500, "internal_error", f"internal error: {type(error).__name__}; see the server's log")
@@ -109,4 +121,5 @@ def add_error_replies(app: FastAPI) -> None:
     app.add_exception_handler(UserError, user_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, query_error)
+    app.add_exception_handler(ClientDisconnect, client_left)
     app.add_exception_handler(Exception, bug)

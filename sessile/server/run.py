@@ -62,7 +62,7 @@ def serve(
     StartupError for an address we cannot listen on, and what load_tokenizer raises.
     """
     configure_logs(options.log_format, options.log_level)
-    with bind(options) as listener, private_folder() as folder:
+    with ended_by_sigterm(), bind(options) as listener, private_folder() as folder:
         address = f"ipc://{folder}/engine"
         engine = EngineProcess([*engine_argv, f"--address={address}"], engine_config)
         try:
@@ -71,6 +71,26 @@ def serve(
             return uvloop.run(host.run(address, tokenizer, settings))
         finally:
             engine.stop()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Until the event loop takes the signal over, SIGTERM unwinds as Ctrl-C does: engine and folder do not outlive us.
+
+    Without effect in a thread other than the main one, which gets no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(EXIT_OK)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -196,7 +216,8 @@ class Host:
         """Refuse new requests, let those in flight end, then end the engine."""
         service.draining = True
         link = service.link
-        log.info(f"stopping: {link.in_flight} requests in flight may take {self._options.drain_timeout_s:g} s to end")
+        limit = f": {link.in_flight} requests in flight may take {self._options.drain_timeout_s:g} s to end"
+        log.info(f"stopping{limit if link.in_flight else ''}")
         deadline_s = asyncio.get_running_loop().time() + self._options.drain_timeout_s
         while link.in_flight and not self._hurry.is_set() and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.02)

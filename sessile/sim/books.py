@@ -10,9 +10,13 @@ import numpy as np
 
 from sessile.contract import messages as wire
 from sessile.sim import hashing, replies
-from sessile.sim.records import RequestBook, SessionBook, check
+from sessile.sim.origins import Origin, context_of, descendants, origin_of
+from sessile.sim.records import RequestBook, SessionBook, check, fail
 from sessile.sim.reference import Speaker, ending_of
+from sessile.sim.refusals import count_lines, refusals_of_prompt, refusals_of_room, refusals_of_tenant
+from sessile.sim.telling import check_logprobs, check_repeated, check_replayed
 from sessile.sim.world import World
+from sessile.units import ceil_div
 
 Operation = (
     wire.CancelAll
@@ -35,6 +39,8 @@ class Books:
     def __init__(self, world: World) -> None:
         self._world = world
         self.now_ns = 0
+        self._settled_ns = -1
+        """The time at which nothing was due; -1 since something happened."""
         self.sessions: dict[str, SessionBook] = {}
         self.requests: dict[int, RequestBook] = {}
         self.live: dict[int, RequestBook] = {}
@@ -48,6 +54,8 @@ class Books:
         self._flushes: set[int] = set()
         """Flushes without a reply: they may wait until the last rows have drained."""
         self._due_gone: dict[str, int] = {}
+        self._undecided: tuple[RequestBook, SessionBook, Origin] | None = None
+        """A branching turn that the waiting line may have refused."""
 
     # -- what clients send ----------------------------------------------------------------------------------------
 
@@ -55,6 +63,7 @@ class Books:
         """Take a message into account before the machine gets it. waiting_requests: as the machine counts them."""
         self.just_idle = []
         self.is_unsure = False
+        self._settled_ns = -1
         if isinstance(message, wire.Submit):
             self._note_submit(message, waiting_requests)
         elif isinstance(message, wire.Cancel):
@@ -78,10 +87,13 @@ class Books:
         if isinstance(message, wire.Flush):
             return self._note_flush()
         if isinstance(message, wire.ListSessions):
-            return replies.page_of(message, self.sessions.values())
+            own = [session for session in self.sessions.values() if session.tenant == message.tenant]
+            if message.after is not None and self._find(message.tenant, message.after) is None:
+                return self._refused(404)
+            return replies.page_of(message, own)
         if isinstance(message, wire.GetStats):
             return replies.stats_of(message)
-        session = self.sessions.get(message.session)
+        session = self._find(message.tenant, message.session)
         if session is None:
             return self._refused(404)
         if isinstance(message, wire.ForkSession):
@@ -90,22 +102,29 @@ class Books:
             return self._note_rewind(message, session)
         if isinstance(message, wire.GetSession):
             return replies.view_of(session)
+        if isinstance(message, wire.SessionTokens) and session.branching:
+            return self._refused(400)
         if isinstance(message, wire.SessionTokens):
             return replies.outcome(tokens=wire.pack_tokens(session.history))
         return self._note_close(session)
 
     def _note_submit(self, submit: wire.Submit, waiting_requests: int) -> None:
-        session = self.sessions.get(submit.session) if submit.session is not None else None
+        session = self._find(submit.tenant, submit.session) if submit.session is not None else None
+        origin = origin_of(submit, session, count_lines(self.sessions.values()), self._world.limits.sessions_max)
+        if origin.replays is not None:
+            self._note_replay(submit, origin.replays)
+            return
         delta = wire.unpack_tokens(submit.tokens).tolist()
-        history = session.history if session else []
-        if history and delta and delta[0] == self._world.facts.bos_id:
+        if origin.base and delta and delta[0] == self._world.facts.bos_id:
             delta = delta[1:]
-        prompt = [*history, *delta]
+        prompt = [*origin.base, *delta]
         limits = self._world.limits
-        longest = limits.sequence_tokens_max
-        if session:
-            longest = min(longest, session.tokens_max)
-        refusals = self._refusals(submit, session, prompt, longest)
+        longest = min(limits.sequence_tokens_max, session.tokens_max) if session else limits.sequence_tokens_max
+        refusals = frozenset(
+            origin.refusals
+            | refusals_of_prompt(prompt, longest, submit.sampling.max_new_tokens)
+            | refusals_of_tenant(submit, len(delta), limits, self.live.values(), self.sessions.values())
+        )
         wanted = submit.sampling.max_new_tokens
         room = max(0, longest - len(prompt))
         waiting_tokens = sum(len(request.prompt) + len(request.output) for request in self.live.values())
@@ -119,31 +138,81 @@ class Books:
             refusals=refusals,
             excuses=frozenset({429} if crowded else ()),
             reclaim_mark=session.reclaim_mark if session else None,
-            scored_to=max(submit.prompt_logprobs_from, 1, len(history)),
+            scored_to=max(submit.prompt_logprobs_from, 1, len(origin.base)),
+            input_tokens=len(delta),
         )
+        self._note_live(request)
+        self.is_unsure = bool(request.excuses)
+        if session is None or refusals:
+            return
+        if not session.branching:
+            session.turn = request
+        elif self.is_unsure:
+            self._undecided = (request, session, origin)
+        else:
+            self._branch(request, session, origin)
+
+    def _note_live(self, request: RequestBook) -> None:
+        submit = request.submit
         assert submit.key not in self.requests, "a client used a key twice"
         self.requests[submit.key] = self.live[submit.key] = self.by_seed[submit.sampling.seed] = request
-        if session and not refusals:
-            session.turn = request
-        self.is_unsure = bool(request.excuses)
 
-    def _refusals(
-        self, submit: wire.Submit, session: SessionBook | None, prompt: list[int], longest: int
-    ) -> frozenset[int]:
-        """Statuses that the contract allows for a submit that has to be refused; empty if it has to be accepted."""
-        refusals = set()
-        if submit.session is not None and session is None:
-            refusals.add(404)
-        if session and session.closing:
-            refusals.add(410)
-        if session and (session.turn or submit.expect_tokens not in (-1, len(session.history))):
-            refusals.add(409)
-        if not prompt:
-            refusals.add(400)
-        # A prompt as long as the limit leaves room for no token, so only a turn that wants none may have it.
-        if len(prompt) > longest - (submit.sampling.max_new_tokens != 0):
-            refusals.add(413)
-        return frozenset(refusals)
+    def _note_replay(self, submit: wire.Submit, replays: RequestBook) -> None:
+        """A turn that was sent again: its reply once more, at once, and nothing else."""
+        self._note_live(
+            RequestBook(
+                submit=submit,
+                session=None,
+                prompt=replays.prompt,
+                output_limit=replays.output_limit,
+                speaker=Speaker((), submit.sampling, self._world.facts),
+                refusals=frozenset(),
+                excuses=frozenset(),
+                replays=replays,
+            )
+        )
+
+    def _branch(self, request: RequestBook, session: SessionBook, origin: Origin) -> None:
+        """The turn is in: it gets a node of its own, and those that it replaces are gone."""
+        branch = request.submit.branch
+        if branch is not None and branch.replace:
+            parent = origin.parent
+            if parent is not None and parent.turn is not None:
+                turn = parent.turn
+                turn.cancelled = turn.kept = True
+                parent.history, parent.input_end = context_of(parent), len(turn.prompt)
+                parent.turn_ends = [len(parent.history)]
+                parent.turn = None
+                parent.reply = turn if turn.submit.rid else None
+                self.totals["replaced parents"] += 1
+            for node in descendants(session, parent):
+                if node.turn is not None:
+                    self._note_cancel(node.turn.key)
+                else:
+                    del session.nodes[node.rid]
+                self.totals["replaced"] += 1
+        node = SessionBook(
+            id=session.id,
+            opened_ns=self.now_ns,
+            idle_since_ns=self.now_ns,
+            idle_timeout_ns=None,
+            tokens_max=session.tokens_max,
+            metadata={},
+            history=origin.base,
+            turn=request,
+            tenant=session.tenant,
+            root=session,
+            rid=request.submit.rid,
+            parent=origin.parent,
+        )
+        session.nodes[node.rid] = node
+        request.session = node
+        self.totals["branches"] += 1
+
+    def _find(self, tenant: str, session_id: str) -> SessionBook | None:
+        """A session, if it is this tenant's."""
+        session = self.sessions.get(session_id)
+        return session if session is not None and session.tenant == tenant else None
 
     def _note_cancel(self, key: int) -> None:
         request = self.live.get(key)
@@ -158,8 +227,12 @@ class Books:
         if session is None or session.turn is not request:
             return
         session.turn = None
+        if session.root is not None:
+            if not session.turn_ends:
+                del session.root.nodes[session.rid]
+            session = session.root
         session.idle_since_ns = self.now_ns
-        if session.closing:
+        if session.closing and not session.in_flight:
             del self.sessions[session.id]
             self._due_gone[session.id] = self._due_gone.get(session.id, 0) + 1
 
@@ -168,11 +241,18 @@ class Books:
         return replies.refused(*statuses)
 
     def _note_open(self, message: wire.OpenSession) -> replies.Verdict:
-        if message.session in self.sessions:
-            return self._refused(400)
-        if len(self.sessions) >= self._world.limits.sessions_max:
-            return self._refused(429)
-        longest = self._world.limits.context_tokens
+        limits = self._world.limits
+        refusals = refusals_of_room(message.tenant, limits, self.sessions.values())
+        refusals += [400] * (message.session in self.sessions)
+        reserved_pages = ceil_div(message.reserve_tokens, limits.page_size)
+        if reserved_pages:
+            reserved = sum([session.reserved_pages for session in self.sessions.values()])
+            longest_pages = ceil_div(limits.sequence_tokens_max + limits.drafts_max, limits.page_size)
+            refusals += [400] * message.branching
+            refusals += [429] * (reserved + reserved_pages > limits.pages_total - 1 - longest_pages)
+        if refusals:
+            return self._refused(*refusals)
+        longest = limits.context_tokens
         session = SessionBook(
             id=message.session,
             opened_ns=self.now_ns,
@@ -180,12 +260,17 @@ class Books:
             idle_timeout_ns=None if message.idle_timeout_s is None else round(message.idle_timeout_s * 1e9),
             tokens_max=longest if message.tokens_max is None else min(message.tokens_max, longest),
             metadata=message.metadata,
+            tenant=message.tenant,
+            branching=message.branching,
+            reserved_pages=reserved_pages,
         )
         self.sessions[session.id] = session
+        self.totals["branching sessions"] += session.branching
+        self.totals["reservations"] += reserved_pages > 0
         return replies.view_of(session)
 
     def _note_close(self, session: SessionBook) -> replies.Verdict:
-        if session.turn is None:
+        if not session.in_flight:
             del self.sessions[session.id]
             return replies.outcome(closed=True, deferred=False)
         session.closing = True
@@ -194,10 +279,9 @@ class Books:
     def _note_fork(self, message: wire.ForkSession, parent: SessionBook) -> replies.Verdict:
         tokens = place_of(parent, message.at_tokens, message.at_turn)
         refusals = self._refusals_of_busy(parent)
+        refusals += refusals_of_room(message.tenant, self._world.limits, self.sessions.values())
         if tokens is None or message.child in self.sessions:
             refusals.append(400)
-        if len(self.sessions) >= self._world.limits.sessions_max:
-            refusals.append(429)
         if tokens is None or refusals:
             return self._refused(*refusals)
         child = SessionBook(
@@ -208,6 +292,7 @@ class Books:
             tokens_max=parent.tokens_max,
             metadata=parent.metadata,
             history=parent.history[:tokens],
+            tenant=parent.tenant,
             turn_ends=[end for end in parent.turn_ends if end <= tokens],
         )
         self.sessions[child.id] = child
@@ -224,47 +309,64 @@ class Books:
         session.history = session.history[:tokens]
         session.turn_ends = [end for end in session.turn_ends if end <= tokens]
         session.lost_part = True
+        session.reply = None
         self.totals["rewinds"] += 1
         return replies.view_of(session)
 
     def _refusals_of_busy(self, session: SessionBook) -> list[int]:
-        return [410] * session.closing + [409] * (session.turn is not None)
+        return [410] * session.closing + [409] * session.in_flight + [400] * session.branching
 
     def _note_flush(self) -> replies.Verdict:
         if any(not request.is_over for request in self.live.values()):
             return self._refused(400)
         for session in self.sessions.values():
-            session.reclaim_mark = None
+            for line in session.lines:
+                line.reclaim_mark = None
         return replies.flushed()
 
     # -- what clients get -----------------------------------------------------------------------------------------
 
     def note_batch(self, batch: wire.Batch, reclaims: int, faulty_seeds: set[int]) -> None:
         """Check all effects of one batch. reclaims: evictions and demotions so far; faulty_seeds: rows that failed."""
+        self._settled_ns = -1
+        self._decide({done.key for done in batch.done if done.reason == "error" and 400 <= done.status < 500})
         self._note_scores(batch)
         delivered = self._note_deltas(batch)
         for done in batch.done:
             self._note_done(done, reclaims, faulty_seeds)
         for key in delivered:
             request = self.requests[key]
-            check(request.done is not None or request.ending is None, "end",
-                  f"request {key} had to end ({request.ending}) with this batch and did not")
+            if request.done is None and request.ending is not None:
+                fail("end", f"request {key} had to end ({request.ending}) with this batch and did not")
         for reply in batch.replies:
             self._note_reply(reply)
         for gone in batch.gone:
             self._note_gone(gone)
 
+    def _decide(self, refused: set[int]) -> None:
+        """Whether a branching turn that could be refused was: only then does it replace what it wanted to."""
+        undecided, self._undecided = self._undecided, None
+        if undecided is not None and undecided[0].key not in refused:
+            self._branch(*undecided)
+
     def check_settled(self) -> None:
         """After all effects were taken: nobody may still wait for what is decided at once."""
+        self._decide(set())
+        if self._settled_ns == self.now_ns:
+            return  # Neither a message nor an effect nor time has come since.
         overdue = [key for key, request in self.live.items() if request.is_over]
         check(not overdue, "end", f"requests {overdue} were cancelled or refused and did not end at once")
         overdue_ops = self._awaited.keys() - self._flushes
-        check(not overdue_ops, "reply", f"no reply to operations {sorted(overdue_ops)}")
-        check(not self._due_gone, "session", f"sessions {list(self._due_gone)} had to close with their turn")
-        late = [s.id for s in self.sessions.values() if (at := s.expires_ns) is not None and at <= self.now_ns]
+        check(not overdue_ops, "reply", f"no reply to operations {overdue_ops}")
+        check(not self._due_gone, "session", f"sessions {self._due_gone} had to close with their turn")
+        timed = [session for session in self.sessions.values() if session.idle_timeout_ns is not None]
+        late = [session.id for session in timed if (at := session.expires_ns) is not None and at <= self.now_ns]
         check(not late, "timer", f"sessions {late} had to expire by {self.now_ns} ns")
+        self._settled_ns = self.now_ns
 
     def _note_deltas(self, batch: wire.Batch) -> list[int]:
+        if not (batch.delta_keys or batch.delta_counts or batch.delta_tokens or batch.details):
+            return []
         keys: list[int] = np.frombuffer(batch.delta_keys, "<i8").tolist()
         counts = np.frombuffer(batch.delta_counts, "<i4").tolist()
         tokens = wire.unpack_tokens(batch.delta_tokens).tolist()
@@ -274,29 +376,38 @@ class Books:
         start = 0
         for key, count in zip(keys, counts, strict=True):
             request = self.live.get(key)
-            check(request is not None, "delta", f"tokens for request {key}, which is not live")
-            assert request is not None
+            if request is None:
+                fail("delta", f"tokens for request {key}, which is not live")
             self._note_tokens(request, tokens[start : start + count], details.pop(key, None))
             start += count
         check(not details, "delta", f"details without tokens for {list(details)}")
         return keys
 
     def _note_tokens(self, request: RequestBook, tokens: list[int], detail: wire.TokenDetail | None) -> None:
-        logprobs, tops = [], []
+        logprobs: list[float] = []
+        tops: list[tuple[int, float]] = []
+        if detail is not None:
+            request.told.append(detail)
+        if request.replays is not None:
+            check_repeated(request, request.replays, tokens, detail)
+            return
         for token in tokens:
-            check(request.ending is None, "delta", f"request {request.key} got token {token} after {request.ending}")
+            if request.ending is not None:
+                fail("delta", f"request {request.key} got token {token} after {request.ending}")
             if request.submit.logprobs >= 0:
                 digest = request.speaker.chain.digest
                 logprobs.append(hashing.logprob_of(digest, token))
                 tops += hashing.top_of(digest, request.submit.logprobs, self._world.facts.vocab_size)
             right = request.speaker.peek()
-            check(token == right, "token", f"request {request.key}: output {len(request.output)} is {token}, "
-                  f"the reference says {right} (prompt {len(request.prompt)} tokens)")
+            if token != right:
+                fail("token", f"request {request.key}: output {len(request.output)} is {token}, the reference says "
+                              f"{right} (prompt {len(request.prompt)} tokens)")
             request.output.append(token)
             request.speaker.push(token)
             request.ending = ending_of(request.output, request.submit.sampling, self._world.facts, request.output_limit)
         wants_detail = request.submit.logprobs >= 0 and bool(tokens)
-        check((detail is not None) == wants_detail, "logprob", f"request {request.key}: wants detail {wants_detail}")
+        if (detail is not None) != wants_detail:
+            fail("logprob", f"request {request.key}: wants detail {wants_detail}")
         if detail is not None:
             check_logprobs(request.key, detail, logprobs, tops)
         self.totals["tokens"] += len(tokens)
@@ -308,11 +419,15 @@ class Books:
             assert request is not None
             tokens = wire.unpack_tokens(scores.tokens).tolist()
             end = scores.start + len(tokens)
+            request.told.append(scores)
+            if request.replays is not None:
+                continue
             check(not request.output, "scores", f"request {scores.key}: scores after output")
             check(scores.start == request.scored_to and request.submit.prompt_logprobs_from >= 0, "scores",
                   f"request {scores.key}: scores from {scores.start}, next is {request.scored_to}")
             check(tokens == request.prompt[scores.start : end], "scores", f"request {scores.key}: not its own tokens")
-            logprobs, tops = [], []
+            logprobs: list[float] = []
+            tops: list[tuple[int, float]] = []
             chain = Speaker(request.prompt[: scores.start], request.submit.sampling, self._world.facts).chain
             for token in tokens:
                 logprobs.append(hashing.logprob_of(chain.digest, token))
@@ -324,19 +439,25 @@ class Books:
 
     def _note_done(self, done: wire.Done, reclaims: int, faulty_seeds: set[int]) -> None:
         request = self.requests.get(done.key)
-        check(request is not None, "end", f"end of request {done.key}, which nobody sent")
-        assert request is not None
-        check(request.done is None, "end", f"request {done.key} ended twice: {request.done}, {done}")
+        if request is None:
+            fail("end", f"end of request {done.key}, which nobody sent")
+        if request.done is not None:
+            fail("end", f"request {done.key} ended twice: {request.done}, {done}")
         request.done = done
         del self.live[done.key]
+        if request.replays is not None:
+            check_replayed(request, request.replays, done)
+            self.totals["replays"] += 1
+            return
         self.totals[f"done {done.reason}"] += 1
         self.totals["preemptions"] += done.preemptions
         if done.reason == "error" and 400 <= done.status < 500:
             self._note_refusal(request, done)
             return
-        check(not request.refusals, "refusal", f"request {done.key} had to be refused {set(request.refusals)}: {done}")
-        check(done.completion_tokens == len(request.output), "count", f"{len(request.output)} tokens came: {done}")
-        check(done.prompt_tokens == len(request.prompt), "count", f"prompt is {len(request.prompt)}: {done}")
+        if request.refusals:
+            fail("refusal", f"request {done.key} had to be refused {set(request.refusals)}: {done}")
+        if (done.prompt_tokens, done.completion_tokens) != (len(request.prompt), len(request.output)):
+            fail("count", f"the prompt is {len(request.prompt)}, {len(request.output)} tokens came: {done}")
         if done.reason == "abort":
             check(request.cancelled, "end", f"nobody cancelled: {done}")
         elif done.reason == "error":
@@ -346,9 +467,10 @@ class Books:
         self._end_turn(request, done, reclaims)
 
     def _note_refusal(self, request: RequestBook, done: wire.Done) -> None:
-        check(done.status in request.refusals | request.excuses, "refusal",
-              f"refused with {done.status}, allowed {set(request.refusals | request.excuses)}: {done}")
-        check(not request.output and bool(done.code and done.message), "refusal", f"after output or silent: {done}")
+        if done.status not in request.refusals | request.excuses:
+            fail("refusal", f"refused with {done.status}, allowed {set(request.refusals | request.excuses)}: {done}")
+        if request.output or not (done.code and done.message):
+            fail("refusal", f"after output or silent: {done}")
         if request.session and request.session.turn is request:
             request.session.turn = None
         self.totals[f"refused {done.status}"] += 1
@@ -358,36 +480,45 @@ class Books:
         ending = request.ending
         if not request.output:
             ending = ending_of([], request.submit.sampling, self._world.facts, request.output_limit)
-        check(ending is not None and not request.cancelled, "end", f"ended after {request.output}: {done}")
-        assert ending is not None
+        if ending is None or request.cancelled:
+            fail("end", f"ended after {request.output}: {done}")
         matched = not ending.matched or done.matched in ending.matched
-        check(done.reason == ending.reason and matched and done.kept_bytes in ending.kept_bytes, "end",
-              f"had to be {ending}: {done}")
-        check(0 <= done.cached_tokens < len(request.prompt), "count", f"cached: {done}")
+        if not (done.reason == ending.reason and matched and done.kept_bytes in ending.kept_bytes):
+            fail("end", f"had to be {ending}: {done}")
+        if not 0 <= done.cached_tokens < len(request.prompt):
+            fail("count", f"cached: {done}")
         # Without output the last prompt token is left to the next turn; after a preemption others may have helped.
         most = done.prompt_tokens - (request.output_limit == 0)
         counted = done.cached_tokens + done.computed_tokens
-        check(counted == most or (counted < most and done.preemptions > 0), "count",
-              f"cached + computed is not {most}: {done}")
+        if counted != most and not (counted < most and done.preemptions > 0):
+            fail("count", f"cached + computed is not {most}: {done}")
         if request.submit.prompt_logprobs_from >= 0:
             check(request.scored_to >= len(request.prompt), "scores", f"scored to {request.scored_to}: {done}")
-        if not done.preemptions:
-            check(request.device_prompt_tokens == done.computed_tokens, "count",
-                  f"the device ran {request.device_prompt_tokens} prompt tokens: {done}")
+        if not done.preemptions and request.device_prompt_tokens != done.computed_tokens:
+            fail("count", f"the device ran {request.device_prompt_tokens} prompt tokens: {done}")
         self.totals["cached"] += done.cached_tokens
         if request.session is None:
             self.totals["prefix hits"] += done.cached_tokens > 0
-            check(done.cached_tokens % self._world.limits.page_size == 0, "count", f"shared part of a page: {done}")
+            if done.cached_tokens % self._world.limits.page_size:
+                fail("count", f"shared part of a page: {done}")
 
     def _end_turn(self, request: RequestBook, done: wire.Done, reclaims: int) -> None:
         """Commit a finished turn, roll back any other; then the session is free for the next."""
         session = request.session
         if session is None:
-            check(done.session_tokens == -1, "history", f"no session: {done}")
+            if done.session_tokens != -1:
+                fail("history", f"no session: {done}")
             return
         finished = done.reason in ("stop", "length")
+        if request.kept:
+            self.totals["turns"] += 1
+            if done.session_tokens != len(session.history):
+                fail("history", f"what was delivered has {len(session.history)} tokens: {done}")
+            return
         if finished:
             self._check_warmth(request, session, done, reclaims)
+            session.input_end = len(request.prompt)
+            session.reply = request if request.submit.rid else None
             session.history = [*request.prompt, *request.output]
             session.turn_ends.append(len(session.history))
             session.lost_part = False
@@ -397,16 +528,24 @@ class Books:
             if done.preemptions or done.reason == "error":
                 session.reclaim_mark = None
             self.totals["roll-backs"] += 1
-        check(done.session_tokens == (len(session.history) if finished else -1), "history",
-              f"history is {len(session.history)}: {done}")
+        if done.session_tokens != (len(session.history) if finished else -1):
+            fail("history", f"history is {len(session.history)}: {done}")
         self._release_turn(request)
-        if session.id in self.sessions:
+        if session.root is None and session.id in self.sessions:
             self.just_idle.append(session.id)
 
     def _check_warmth(self, request: RequestBook, session: SessionBook, done: wire.Done, reclaims: int) -> None:
         """A turn on KV that nothing was taken from reuses all of it but the last token, at any page size."""
         if not session.history:
             return
+        if session.root is not None:
+            # A node begins as a fork: what its parent could share, less than a page not counted.
+            self.totals["warm branches"] += done.cached_tokens > 0
+            return
+        if session.reserved_pages and request.reclaim_mark is not None and not session.lost_part:
+            least = min(len(session.history) - 1, session.reserved_pages * self._world.limits.page_size)
+            if done.cached_tokens < least:
+                fail("reservation", f"{least} tokens were kept for this session: {done}")
         check(done.cached_tokens <= len(session.history) - 1 or done.cached_tokens % self._world.limits.page_size == 0,
               "count", f"more KV than history: {done}")
         if request.reclaim_mark == reclaims:
@@ -439,7 +578,8 @@ class Books:
         self.totals["expirations"] += 1
 
     def _note_reply(self, reply: wire.Reply) -> None:
-        check(reply.op in self._awaited, "reply", f"nobody awaits {reply}")
+        if reply.op not in self._awaited:
+            fail("reply", f"nobody awaits {reply}")
         self._flushes.discard(reply.op)
         self._awaited.pop(reply.op)(reply)
 
@@ -452,15 +592,3 @@ def place_of(session: SessionBook, tokens: int | None, turn: int | None) -> int 
         return [0, *session.turn_ends][turn] if 0 <= turn <= len(session.turn_ends) else None
     place = len(session.history) if tokens is None else tokens
     return place if 0 <= place <= len(session.history) else None
-
-
-def check_logprobs(
-    key: int, found: wire.TokenDetail | wire.Scores, logprobs: list[float], tops: list[tuple[int, float]]
-) -> None:
-    """Compare log-probabilities with the reference's."""
-    same = (
-        np.frombuffer(found.logprobs, "<f4").tolist() == logprobs
-        and np.frombuffer(found.top_ids, "<i4").tolist() == [token for token, _ in tops]
-        and np.frombuffer(found.top_logprobs, "<f4").tolist() == [score for _, score in tops]
-    )
-    check(same, "logprob", f"request {key}: not the log-probabilities of what it read")

@@ -172,8 +172,8 @@ _FORKS = (
         "self.copies.append((source, target, max(1, tokens - 1)))",
     ),
     _fault(
-        "copied page drawn before the copy", "H29, H73", "a page given up before its copy does not wait for the plan",
-        "books", "        self.ledger.floor_step = self.planned_step + 1\n", "",
+        "page copied in flight", "H24, H29, H73", "a fork copies a page that the step in flight still writes to",
+        "forking", "drains = parked.ready_step > books.settled_step", "drains = False",
     ),
     _fault(
         "fork shares its history", "H28", "parent and child append to the same history",
@@ -253,6 +253,7 @@ _STEPS = (
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
         "planning", "            if granted > 0:\n                self._draw(planned, row, granted)\n"
+        "            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted\n"
         "            cap = min(cap, int(rows.pages[row]) * size - after)\n", "",
     ),
     _fault(

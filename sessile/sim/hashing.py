@@ -2,17 +2,14 @@
 
 A cell depends on its token, its position and the digest of every cell before it, as KV in a real model does; a digest
 is a sum of terms that depend on cell and position. So any page that is aliased, stale, freed early or read at the wrong
-length changes all tokens after it. Scalars are Python ints < 2**64; `_array` twins take and return uint64 arrays.
+length changes all tokens after it. All numbers are Python ints < 2**64.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
+from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
-
-Cells = npt.NDArray[np.uint64]
 
 MASK = (1 << 64) - 1
 _MULTIPLY_1, _MULTIPLY_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -27,13 +24,6 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def mix_array(values: Cells) -> Cells:
-    """`mix` of each element."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MULTIPLY_1)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MULTIPLY_2)
-    return values ^ (values >> np.uint64(31))
-
-
 def cell_of(digest: int, token: int, position: int) -> int:
     """What the model writes for a token at a position, given the digest of all cells before it."""
     return mix(digest + (token + 1) * _TOKEN + position * _POSITION)
@@ -44,17 +34,13 @@ def term_of(cell: int, position: int) -> int:
     return mix(cell ^ (position * _TERM & MASK))
 
 
-def terms_array(cells: Cells, positions: npt.NDArray[Any]) -> Cells:
-    """`term_of` of each cell, read at the position beside it."""
-    return mix_array(cells ^ (positions.astype(np.uint64) * np.uint64(_TERM)))
-
-
 def extend(digest: int, token: int, position: int) -> int:
     """The digest of positions 0..position, given that of the positions before and the token there."""
     return (digest + term_of(cell_of(digest, token, position), position)) & MASK
 
 
-def flavour_of(settings: Sequence[float], biases: Sequence[tuple[int, float]]) -> int:
+@lru_cache(1024)
+def flavour_of(settings: tuple[float, ...], biases: tuple[tuple[int, float], ...]) -> int:
     """Digest of sampling parameters as float32 bits, so that a row bound with another's parameters shows."""
     packed = np.array([*settings, *(value for _, value in biases)], np.float32).tobytes()
     packed += np.array([token for token, _ in biases], np.int32).tobytes()
@@ -84,7 +70,10 @@ def logprob_of(digest: int, token: int) -> float:
     return -(mix(digest ^ mix(token)) % 4096) / 64
 
 
-def top_of(digest: int, count: int, vocab_size: int) -> list[tuple[int, float]]:
+@lru_cache(1024)
+def top_of(digest: int, count: int, vocab_size: int) -> tuple[tuple[int, float], ...]:
     """The `count` most likely tokens with their log-probabilities, most likely first, ties by lower id."""
-    scored = sorted((-logprob_of(digest, token), token) for token in range(vocab_size))
-    return [(token, -score) for score, token in scored[:count]]
+    if not count:
+        return ()
+    scored = sorted([(-logprob_of(digest, token), token) for token in range(vocab_size)])
+    return tuple([(token, -score) for score, token in scored[:count]])

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
-from sessile.contract.messages import Done, Submit, ToEngine
+from sessile.contract.messages import Done, Scores, Submit, ToEngine, TokenDetail
 from sessile.sim.reference import Ending, Speaker
 
 
@@ -19,7 +20,12 @@ class CheckFailed(AssertionError):
 def check(holds: bool, checker: str, message: str) -> None:
     """Raise CheckFailed unless it holds."""
     if not holds:
-        raise CheckFailed(checker, message)
+        fail(checker, message)
+
+
+def fail(checker: str, message: str) -> NoReturn:
+    """Raise CheckFailed: where a check is made so often that its message must not be written before it is needed."""
+    raise CheckFailed(checker, message)
 
 
 @dataclass(slots=True)
@@ -41,11 +47,34 @@ class SessionBook:
     """Reclaims counted when its KV was last known to be complete; None: nothing is known of its KV."""
     lost_part: bool = False
     """Whether a rewind may have cost it less than a page of KV."""
+    tenant: str = ""
+    reserved_pages: int = 0
+    reply: "RequestBook | None" = None
+    """The last finished turn, if it had a name: sent again, it is answered again."""
+    branching: bool = False
+    nodes: "dict[str, SessionBook]" = field(default_factory=dict)
+    """Of a branching session, by rid: every turn that finished or is in flight."""
+    root: "SessionBook | None" = None
+    """Of a node: its session."""
+    rid: str = ""
+    parent: "SessionBook | None" = None
+    input_end: int = 0
+    """Where the output of the last finished turn begins."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a turn of it is queued or runs."""
+        return self.turn is not None or any([node.turn is not None for node in self.nodes.values()])
+
+    @property
+    def lines(self) -> "list[SessionBook]":
+        """What holds a history: itself and its nodes."""
+        return [self, *self.nodes.values()]
 
     @property
     def expires_ns(self) -> int | None:
         """When it has to expire if nobody uses it; None while a turn is in flight, or never."""
-        if self.turn or self.closing or self.idle_timeout_ns is None:
+        if self.idle_timeout_ns is None or self.closing or self.in_flight:
             return None
         return self.idle_since_ns + self.idle_timeout_ns
 
@@ -76,6 +105,14 @@ class RequestBook:
     done: Done | None = None
     ran_as_oldest: bool = False
     """Whether a step ran it while no older request was live."""
+    input_tokens: int = 0
+    """Tokens that came with it."""
+    kept: bool = False
+    """Whether what it delivered stays, though it was ended: another turn goes on from it."""
+    replays: "RequestBook | None" = None
+    """The turn whose reply it must repeat."""
+    told: "list[TokenDetail | Scores]" = field(default_factory=list)
+    """What came beside its tokens."""
     device_prompt_tokens: int = 0
     """Prompt tokens that the device ran for it, recomputation included."""
 
@@ -87,7 +124,7 @@ class RequestBook:
     @property
     def is_over(self) -> bool:
         """Nothing more may happen to it but its Done."""
-        return self.done is not None or self.cancelled or bool(self.refusals)
+        return self.cancelled or self.done is not None or bool(self.refusals) or self.replays is not None
 
 
 Script = Mapping[int, Sequence[ToEngine]]

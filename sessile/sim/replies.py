@@ -11,7 +11,7 @@ from sessile.contract.messages import (
     SessionView,
     Stats,
 )
-from sessile.sim.records import SessionBook, check
+from sessile.sim.records import SessionBook, check, fail
 
 Verdict = Callable[[Reply], None]
 """Raises CheckFailed if the reply is not the right one."""
@@ -23,7 +23,8 @@ def outcome(**values: int | bool | bytes) -> Verdict:
     """Succeeds with exactly these values."""
 
     def verdict(reply: Reply) -> None:
-        check(reply.error is None and reply.value == Outcome(values), "reply", f"expected {values}: {reply}")
+        if reply.error is not None or reply.value != Outcome(values):
+            fail("reply", f"expected {values}: {reply}")
 
     return verdict
 
@@ -32,8 +33,10 @@ def refused(*statuses: int) -> Verdict:
     """Refused with one of these statuses, and with words."""
 
     def verdict(reply: Reply) -> None:
-        check(reply.error is not None and reply.error.status in statuses, "reply", f"expected {statuses}: {reply}")
-        check(reply.error is not None and bool(reply.error.code and reply.error.message), "reply", f"silent: {reply}")
+        if reply.error is None or reply.error.status not in statuses:
+            fail("reply", f"expected {statuses}: {reply}")
+        if not (reply.error.code and reply.error.message):
+            fail("reply", f"silent: {reply}")
 
     return verdict
 
@@ -53,8 +56,8 @@ def view_of(session: SessionBook) -> Verdict:
     verdict = _view_check(session)
 
     def verdict_of_reply(reply: Reply) -> None:
-        check(isinstance(reply.value, SessionView), "reply", f"expected a view: {reply}")
-        assert isinstance(reply.value, SessionView)
+        if not isinstance(reply.value, SessionView):
+            fail("reply", f"expected a view: {reply}")
         verdict(reply.value)
 
     return verdict_of_reply
@@ -69,11 +72,11 @@ def page_of(message: ListSessions, sessions: Iterable[SessionBook]) -> Verdict:
     has_more = len(books) > start + message.limit
 
     def verdict(reply: Reply) -> None:
-        check(isinstance(reply.value, SessionPage), "reply", f"expected a page of sessions: {reply}")
-        assert isinstance(reply.value, SessionPage)
         page = reply.value
-        check((len(page.sessions), page.more, page.total) == (len(shown), has_more, len(books)), "reply",
-              f"expected {len(shown)} of {len(books)} sessions, more {has_more}: {page}")
+        if not isinstance(page, SessionPage):
+            fail("reply", f"expected a page of sessions: {reply}")
+        if (len(page.sessions), page.more, page.total) != (len(shown), has_more, len(books)):
+            fail("reply", f"expected {len(shown)} of {len(books)} sessions, more {has_more}: {page}")
         for check_view, view in zip(shown, page.sessions, strict=True):
             check_view(view)
 
@@ -84,8 +87,8 @@ def stats_of(message: GetStats) -> Verdict:
     """Any figures whose pages add up."""
 
     def verdict(reply: Reply) -> None:
-        check(isinstance(reply.value, Stats), "reply", f"{message}: expected figures: {reply}")
-        assert isinstance(reply.value, Stats)
+        if not isinstance(reply.value, Stats):
+            fail("reply", f"{message}: expected figures: {reply}")
         check_pages(reply.value)
 
     return verdict
@@ -97,28 +100,37 @@ def check_pages(stats: Stats) -> None:
         stats.pages_free, stats.pages_limbo, stats.pages_tree, stats.pages_requests,
         stats.pages_sessions, stats.pages_quarantine, stats.pages_scratch,
     )  # fmt: skip
-    check(min(places) >= 0 and sum(places) == stats.pages_total, "pages", f"pages do not add up: {stats}")
-    check(stats.pages_tree_pinned <= stats.pages_tree, "pages", f"more pinned than there are: {stats}")
+    if not (min(places) >= 0 and sum(places) == stats.pages_total):
+        fail("pages", f"pages do not add up: {stats}")
+    if stats.pages_tree_pinned > stats.pages_tree:
+        fail("pages", f"more pinned than there are: {stats}")
 
 
 def _view_check(session: SessionBook) -> Callable[[SessionView], None]:
+    finished = [node for node in session.nodes.values() if node.turn is None]
+    longest = max([len(line.history) for line in session.lines])
     expected = {
         "id": session.id,
-        "tokens": len(session.history),
-        "turns": len(session.turn_ends),
+        "tenant": session.tenant,
+        "branching": session.branching,
+        "tokens": longest,
+        "turns": len(finished) if session.branching else len(session.turn_ends),
         "opened_s": session.opened_ns / 1e9,
         "metadata": session.metadata,
     }
-    phases = _BUSY_PHASES if session.turn else ("idle",)
+    phases = _BUSY_PHASES if session.in_flight else ("idle",)
     if session.closing:
         phases = ("closing",)
     # A running turn may have got as far as to compute the last token of the history; a parked session never has.
-    kv_tokens_max = max(0, len(session.history) - (session.turn is None))
+    kv_tokens_max = max(0, longest - (not session.in_flight))
 
     def verdict(view: SessionView) -> None:
         shown = {name: getattr(view, name) for name in expected}
-        check(shown == expected, "view", f"expected {expected}: {view}")
-        check(view.phase in phases, "view", f"expected one of {phases}: {view}")
-        check(0 <= view.kv_tokens <= kv_tokens_max, "view", f"KV beyond the history: {view}")
+        if shown != expected:
+            fail("view", f"expected {expected}: {view}")
+        if view.phase not in phases:
+            fail("view", f"expected one of {phases}: {view}")
+        if not 0 <= view.kv_tokens <= kv_tokens_max:
+            fail("view", f"KV beyond the history: {view}")
 
     return verdict

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from sessile.core.marks import Mark
 from sessile.sim import mutants
 from sessile.sim.records import Failure, Report
 from sessile.sim.shrink import shrink
@@ -28,8 +29,11 @@ EXPECTED = {
     "expire": ("expirations",),
     "flush": ("Flush",),
     "fork": ("forks", "rewinds", "copies"),
+    "branch": ("branches", "warm branches", "replaced", "replaced parents"),
+    "reserve": ("reservations",),
+    "replay": ("replays",),
 }  # fmt: skip
-"""Totals that a long run must have reached, by the fault that brings them."""
+"""Totals that a long run must have reached, by the fault that brings them; with all faults, every mark of the core."""
 SEEDS_FOR_TOTALS = 100
 """Fewer seeds may miss a rare total."""
 
@@ -60,6 +64,8 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> Iterator[Report]:
 def missing_totals(totals: Counter[str], faults: frozenset[str]) -> list[str]:
     """Names of totals that should have been reached and are 0."""
     groups = [names for fault, names in EXPECTED.items() if not fault or fault in faults]
+    if faults == frozenset(FAULTS):
+        groups.append(tuple(f"mark: {mark.value}" for mark in Mark))
     return [name for names in groups for name in names if not totals[name]]
 
 

@@ -13,7 +13,7 @@ from sessile.contract import messages as wire
 from sessile.contract.plan import StepPlan, decode_plan, encode_plan
 from sessile.core import machine as core
 from sessile.sim.books import Books
-from sessile.sim.checkers import check_empty, check_plan, check_stats, check_sums
+from sessile.sim.checkers import Readers, check_empty, check_plan, check_stats, check_sums
 from sessile.sim.drafter import ToyDrafter
 from sessile.sim.narrate import Event, narrate
 from sessile.sim.records import CheckFailed, Failure, Report, Script, check
@@ -51,6 +51,7 @@ class Simulation:
             is_late=lambda: device_dice.random() < temper.late_rate,
             is_faulty=lambda: temper.faulty_rate > 0 and device_dice.random() < temper.faulty_rate,
         )
+        self._readers = Readers(world) if limits.tenants else None
         self._timing = Random(f"timing {world.seed}")
         self._in_flight: ToyTicket | None = None
         self._chunk_tokens = limits.chunk_tokens
@@ -73,6 +74,8 @@ class Simulation:
             failure = self._failure(error)
         totals = self._books.totals
         totals["steps"] = self._steps
+        for mark, count in self._machine.marks.items():
+            totals[f"mark: {mark.value}"] = count
         return Report(self._world.seed, self._steps, self._trace.hexdigest(), totals, failure, self._sent)
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -114,8 +117,9 @@ class Simulation:
 
     def _send(self, message: wire.ToEngine) -> None:
         self._note("sent", message)
-        waiting_requests = self._machine.stats().requests_waiting if isinstance(message, wire.Submit) else 0
-        self._books.note_sent(message, waiting_requests)
+        # Who waits is among the live: while those are few, nobody needs to be asked.
+        may_be_crowded = isinstance(message, wire.Submit) and len(self._books.live) >= self._world.limits.queue_max
+        self._books.note_sent(message, self._machine.stats().requests_waiting if may_be_crowded else 0)
         self._machine.receive(message)
         if self._books.is_unsure or self._timing.random() < self._world.temper.chatty:
             self._collect()
@@ -137,7 +141,9 @@ class Simulation:
         self._steps += len(plan.rows) > 0
         ticket = self._device.launch(decode_plan(packed))
         check_plan(plan, self._world, self._books, self._device, self._chunk_tokens)
-        self._books.totals["drafts offered"] += int(plan.draft_counts.sum())
+        if self._readers is not None:
+            self._readers.check_plan(plan, self._books, self._device)
+        self._books.totals["drafts offered"] += sum(plan.draft_counts.tolist())
         self._books.totals["copies"] += len(plan.copies)
         return ticket
 
@@ -147,7 +153,7 @@ class Simulation:
         ticket, self._in_flight = self._in_flight, None
         result = ticket.result()
         self._events.append((self._turn, "settled", result))
-        self._books.totals["drafts accepted"] += int((result.emitted[result.emitted > 0] - 1).sum())
+        self._books.totals["drafts accepted"] += sum([count - 1 for count in result.emitted.tolist() if count])
         self._machine.settle(result)
         self._audited = self._world.limits.audit_level >= 2
 
@@ -156,10 +162,12 @@ class Simulation:
         batch = self._machine.take_effects()
         if batch is not None:
             self._note("took", batch)
-            stats = self._machine.stats()
-            reclaims = stats.evicted_pages_total + stats.demoted_pages_total
-            self._books.note_batch(batch, reclaims, set(self._device.faulty_seeds))
+            self._books.note_batch(batch, self._reclaims() if batch.done else 0, self._device.faulty_seeds)
         self._books.check_settled()
+
+    def _reclaims(self) -> int:
+        stats = self._machine.stats()
+        return stats.evicted_pages_total + stats.demoted_pages_total
 
     def _note(self, verb: str, message: wire.ToEngine | wire.Batch) -> None:
         self._trace.update(msgspec.msgpack.encode(message))
@@ -196,7 +204,7 @@ class Simulation:
             check(turns_max > 0, "liveness", f"requests {list(self._books.live)} do not end")
         check(not self._books.live, "liveness", f"nothing to do, but {list(self._books.live)} have not ended")
         ops = iter(range(1 << 40, 1 << 41))
-        closes = [wire.CloseSession(next(ops), session) for session in self._books.sessions]
+        closes = [wire.CloseSession(next(ops), each.id, each.tenant) for each in self._books.sessions.values()]
         self._loop_once([*closes, wire.Flush(next(ops)), wire.GetStats(next(ops))])
         while self._machine.has_work or self._in_flight:
             self._loop_once(())

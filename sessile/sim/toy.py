@@ -10,6 +10,7 @@ computed when they are launched. Two tempers, chosen by the world's seed:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from sessile.contract.plan import (
     BIND_TOP_K,
     BIND_TOP_P,
     FROM_DEVICE,
+    NO_FLOATS,
+    NO_INTS,
     SAMPLE,
     SCRATCH_PAGE,
     Floats,
@@ -37,6 +40,7 @@ from sessile.contract.plan import (
 from sessile.sim import hashing
 
 NO_TOKEN = -1
+_NOBODY: frozenset[int] = frozenset()
 POISON = 0xDEADBEEF_DEADBEEF
 
 
@@ -45,6 +49,7 @@ class DeviceFault(AssertionError):
 
 
 def _require(holds: bool, message: str) -> None:
+    """For fixed messages; one that has to be put together is raised by hand, lest every step write it in vain."""
     if not holds:
         raise DeviceFault(message)
 
@@ -81,6 +86,60 @@ class _Write:
 
 
 @dataclass(slots=True)
+class _Part:
+    """What a plan asks of one row, as plain numbers: a plan is short, and numpy's fixed cost is not."""
+
+    row: int
+    start: int
+    count: int
+    drafts: int
+    flags: int
+    output_index: int
+    top: int
+    tokens: list[int]
+
+
+class _Pool:
+    """Pages of cells, and the sum of terms of each page as it was last read: a digest is a sum."""
+
+    def __init__(self, pages_total: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.cells = [[POISON] * page_size for _ in range(pages_total)]
+        self._sums: list[tuple[int, int] | None] = [None] * pages_total
+        """(slot at which the page was read, sum of its terms there); None since it was written to."""
+
+    def write(self, page: int, offset: int, cell: int) -> None:
+        """Change one cell."""
+        self.cells[page][offset] = cell
+        self._sums[page] = None
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first cells of a page."""
+        self.cells[target][:tokens] = self.cells[source][:tokens]
+        self._sums[target] = None
+
+    def term(self, slots: list[int], position: int) -> int:
+        """What the cell at a position adds to the digest, read through a page table."""
+        return hashing.term_of(self.cells[slots[position // self.page_size]][position % self.page_size], position)
+
+    def digest(self, slots: list[int], tokens: int) -> int:
+        """Digest of positions 0..tokens - 1, read through a page table."""
+        size, sums = self.page_size, self._sums
+        full = tokens // size
+        digest = 0
+        for slot in range(full):
+            page = slots[slot]
+            known = sums[page]
+            if known is None or known[0] != slot:
+                terms = map(hashing.term_of, self.cells[page], range(slot * size, (slot + 1) * size))
+                known = sums[page] = slot, sum(terms)
+            digest += known[1]
+        for position in range(full * size, tokens):
+            digest += self.term(slots, position)
+        return digest & hashing.MASK
+
+
+@dataclass(slots=True)
 class _Flight:
     """A launched step whose result has not been taken: the pages its rows touch, and writes held back."""
 
@@ -108,7 +167,7 @@ class ToyTicket:
 
 
 class ToyDevice:
-    """An Executor over numpy arrays.
+    """An Executor whose pool is a list of pages.
 
     is_late(): asked once a step in loose temper, whether its writes are held back. is_faulty(): asked once a row and
     step, whether its logits shall come out as not finite; `faulty_seeds` lists whom it hit.
@@ -127,37 +186,42 @@ class ToyDevice:
         is_late: Callable[[], bool] = lambda: False,
         is_faulty: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._page_size = page_size
         self._vocab_size = vocab_size
         self._strict = strict
         self._is_late = is_late
         self._is_faulty = is_faulty
-        slots = (context_tokens + drafts_max) // page_size + 1
-        self._table = np.full((rows_max, slots), SCRATCH_PAGE, np.int32)
-        self._cells = np.full((pages_total, page_size), POISON, np.uint64)
+        self._slots = (context_tokens + drafts_max) // page_size + 1
+        self._table = [[SCRATCH_PAGE] * self._slots for _ in range(rows_max)]
+        self._pool = _Pool(pages_total, page_size)
         self._rows = [_Row() for _ in range(rows_max)]
         self._flights: list[_Flight] = []
         self._last_step = 0
-        self.faulty_seeds: list[int] = []
+        self.faulty_seeds: set[int] = set()
 
     def seed_of(self, row: int) -> int:
         """The noise seed that the row was bound with, which names its request in a simulation."""
         return self._rows[row].seed
 
+    def pages_of(self, row: int) -> list[int]:
+        """The row's page table as the device has it; read only."""
+        return self._table[row]
+
     def launch(self, plan: StepPlan) -> ToyTicket:
         """Run a step; its rows see their writes at once, the pool sees them at the latest when the result is taken."""
-        self._check(plan)
-        flight = _Flight(plan.step, rows=frozenset(plan.rows.tolist()))
-        self._land_before(plan)
+        parts = self._parts(plan)
+        flight = _Flight(plan.step, rows=frozenset([part.row for part in parts]))
+        self._land_before(plan, flight)
         self._bind(plan)
         self._write_table(plan)
-        self._note_touches(plan, flight)
+        self._note_touches(plan, parts, flight)
         self._copy(plan)
-        writes = self._compute_cells(plan)
+        writes = self._compute_cells(parts)
         for row_writes in writes.values():
             self._land(row_writes)
-        result = self._sample(plan, [len(writes[row]) for row in plan.rows.tolist()])
-        self._spoil([write for row in plan.rows[result.faulty].tolist() for write in writes[row]])
+        result = self._sample(plan, parts, [len(writes[part.row]) for part in parts])
+        for part, is_faulty in zip(parts, result.faulty.tolist(), strict=True):
+            if is_faulty:
+                self._spoil(writes[part.row])
         if not self._strict and self._is_late():
             self._hold_back(flight, writes)
         self._flights.append(flight)
@@ -165,7 +229,7 @@ class ToyDevice:
 
     def take(self, flight: _Flight) -> None:
         """Settle the oldest step in flight: let the writes it held back land."""
-        _require(bool(self._flights) and self._flights[0] is flight, f"step {flight.step} taken twice or out of order")
+        _require(bool(self._flights) and self._flights[0] is flight, "a step was taken twice or out of order")
         self._flights.pop(0)
         for writes in flight.late.values():
             self._land(writes)
@@ -175,21 +239,30 @@ class ToyDevice:
 
     # What changes before the step: occupants, page tables, copies.
 
-    def _check(self, plan: StepPlan) -> None:
-        rows = plan.rows.tolist()
-        _require(plan.step > self._last_step, f"step {plan.step} after step {self._last_step}")
+    def _parts(self, plan: StepPlan) -> list[_Part]:
+        """What each row has to do; raises where the plan's arrays contradict each other."""
+        rows, starts, counts = plan.rows.tolist(), plan.starts.tolist(), plan.query_counts.tolist()
+        drafts, flags, tops = plan.draft_counts.tolist(), plan.flags.tolist(), plan.logprob_tops.tolist()
+        indices, tokens = plan.output_indices.tolist(), plan.tokens.tolist()
+        if plan.step <= self._last_step:
+            raise DeviceFault(f"step {plan.step} after step {self._last_step}")
         self._last_step = plan.step
         _require(len(self._flights) <= 1, "a launch while two steps are in flight")
-        for name in ("starts", "query_counts", "draft_counts", "flags", "output_indices", "logprob_tops"):
-            _require(len(getattr(plan, name)) == len(rows), f"{name} is not one a row")
+        _require(len(rows) == len(starts) == len(counts) == len(drafts) == len(flags) == len(indices) == len(tops),
+                 "an array that is not one a row")
         _require(len(set(rows)) == len(rows), "a row runs twice in one step")
-        _require(all(0 <= row < len(self._rows) for row in rows), "a row that does not exist")
-        _require(bool((plan.query_counts >= 1).all()), "a row without query tokens")
-        _require(bool((plan.starts >= 0).all()), "a row that starts below 0")
-        _require(int(plan.query_counts.sum()) == len(plan.tokens), "tokens do not match the query counts")
-        samples = (plan.flags & SAMPLE) != 0
-        _require(bool((plan.draft_counts[~samples] == 0).all()), "drafts on a row that does not sample")
-        _require(bool((plan.draft_counts < plan.query_counts).all()), "a row of nothing but drafts")
+        _require(sum(counts) == len(tokens), "tokens do not match the query counts")
+        parts, at = [], 0
+        for part in map(_Part, rows, starts, counts, drafts, flags, indices, tops, repeat(tokens)):
+            _require(0 <= part.row < len(self._rows), "a row that does not exist")
+            _require(part.count >= 1, "a row without query tokens")
+            _require(part.start >= 0, "a row that starts below 0")
+            _require(not part.drafts or bool(part.flags & SAMPLE), "drafts on a row that does not sample")
+            _require(part.drafts < part.count, "a row of nothing but drafts")
+            part.tokens = tokens[at : at + part.count]
+            at += part.count
+            parts.append(part)
+        return parts
 
     def _bind(self, plan: StepPlan) -> None:
         biases, bans, seen = 0, 0, 0
@@ -198,7 +271,7 @@ class ToyDevice:
             bias_end, ban_end = biases + int(plan.bias_counts[i]), bans + int(plan.ban_counts[i])
             output_start = seen + int(plan.prompt_counts[i])
             output_end = output_start + int(plan.output_counts[i])
-            self._table[row] = SCRATCH_PAGE
+            self._table[row] = [SCRATCH_PAGE] * self._slots
             self._rows[row] = _bound_row(
                 plan.bind_ints[i],
                 plan.bind_floats[i],
@@ -220,45 +293,51 @@ class ToyDevice:
 
     def _write_table(self, plan: StepPlan) -> None:
         at = 0
+        table_pages = plan.table_pages.tolist()
         runs = zip(plan.table_rows.tolist(), plan.table_starts.tolist(), plan.table_counts.tolist(), strict=True)
         for row, start, count in runs:
-            pages = plan.table_pages[at : at + count]
+            pages = table_pages[at : at + count]
             at += count
-            _require(0 <= start and start + count <= self._table.shape[1], f"row {row}: run past its page table")
-            _require(bool((pages > SCRATCH_PAGE).all() and (pages < len(self._cells)).all()),
-                     f"row {row}: page table run of {pages.tolist()}")
-            self._table[row, start : start + count] = pages
-        _require(at == len(plan.table_pages), "page table runs do not use up their pages")
+            if not 0 <= start <= start + count <= self._slots:
+                raise DeviceFault(f"row {row}: run past its page table")
+            if not all([SCRATCH_PAGE < page < len(self._pool.cells) for page in pages]):
+                raise DeviceFault(f"row {row}: page table run of {pages}")
+            self._table[row][start : start + count] = pages
+        _require(at == len(table_pages), "page table runs do not use up their pages")
 
     def _copy(self, plan: StepPlan) -> None:
         for source, target, tokens in plan.copies.tolist():
-            _require(SCRATCH_PAGE not in (source, target) and source != target and 0 < tokens <= self._page_size,
+            _require(SCRATCH_PAGE not in (source, target) and source != target and 0 < tokens <= self._pool.page_size,
                      f"copy of {tokens} tokens from page {source} to page {target}")
-            self._cells[target, :tokens] = self._cells[source, :tokens]
+            self._pool.copy(source, target, tokens)
 
     # The step itself.
 
-    def _pages_of(self, plan: StepPlan, i: int) -> tuple[list[int], list[int]]:
-        """Pages that the i-th row reads, then those it writes; a page may be among both."""
-        start, count = int(plan.starts[i]), int(plan.query_counts[i])
-        slots = self._table[int(plan.rows[i])]
-        last_slot = (start + count - 1) // self._page_size
-        _require(last_slot < len(slots), f"step {plan.step}: row {plan.rows[i]} runs past its page table")
-        pages = slots[: last_slot + 1].tolist()
-        _require(SCRATCH_PAGE not in pages,
-                 f"step {plan.step}: row {plan.rows[i]} has no page for one of its {start + count} positions")
-        return pages[: -(-start // self._page_size)], pages[start // self._page_size :]
+    def _pages_of(self, part: _Part, step: int) -> tuple[list[int], list[int]]:
+        """Pages that a row reads, then those it writes; a page may be among both."""
+        size, end = self._pool.page_size, part.start + part.count
+        slots = self._table[part.row]
+        last_slot = (end - 1) // size
+        if last_slot >= len(slots):
+            raise DeviceFault(f"step {step}: row {part.row} runs past its page table")
+        pages = slots[: last_slot + 1]
+        if SCRATCH_PAGE in pages:
+            raise DeviceFault(f"step {step}: row {part.row} has no page for one of its {end} positions")
+        return pages[: -(-part.start // size)], pages[part.start // size :]
 
-    def _note_touches(self, plan: StepPlan, flight: _Flight) -> None:
+    def _note_touches(self, plan: StepPlan, parts: list[_Part], flight: _Flight) -> None:
         """Record which pages this step's rows touch; strict: raise where a step in flight has another claim."""
-        for i, row in enumerate(plan.rows.tolist()):
-            reads, writes = self._pages_of(plan, i)
+        for part in parts:
+            reads, writes = self._pages_of(part, plan.step)
+            if not self._strict:
+                continue
             for page in reads:
-                flight.reads.setdefault(page, set()).add(row)
+                flight.reads.setdefault(page, set()).add(part.row)
             for page in writes:
                 others = flight.writes.setdefault(page, set())
-                _require(not (self._strict and others), f"step {plan.step}: two rows write page {page}")
-                others.add(row)
+                if others:
+                    raise DeviceFault(f"step {plan.step}: two rows write page {page}")
+                others.add(part.row)
         if not self._strict:
             return
         for earlier in self._flights:
@@ -267,135 +346,122 @@ class ToyDevice:
                 _require(source not in earlier.writes and target not in earlier.writes and target not in earlier.reads,
                          f"step {plan.step} copies page {source} to {target}, which step {earlier.step} still uses")
             for page, rows in flight.writes.items():
-                users = earlier.reads.get(page, set()) | earlier.writes.get(page, set())
-                _require(users <= rows, f"step {plan.step} writes page {page}, which step {earlier.step} still uses")
+                if not (earlier.reads.get(page, _NOBODY) | earlier.writes.get(page, _NOBODY)) <= rows:
+                    raise DeviceFault(f"step {plan.step} writes page {page}, which step {earlier.step} still uses")
             for page, rows in flight.reads.items():
-                writers = earlier.writes.get(page, rows)
-                _require(writers >= rows, f"step {plan.step} reads page {page}, which step {earlier.step} still writes")
+                if not earlier.writes.get(page, rows) >= rows:
+                    raise DeviceFault(f"step {plan.step} reads page {page}, which step {earlier.step} still writes")
 
-    def _digests(self, plan: StepPlan) -> hashing.Cells:
-        """Digest of the pool's content over positions 0..p, as each row reads it: uint64[n, longest]."""
-        ends = plan.starts + plan.query_counts
-        positions = np.arange(int(ends.max()), dtype=np.int64)
-        slots = np.minimum(positions // self._page_size, self._table.shape[1] - 1)
-        cells = self._cells[self._table[plan.rows][:, slots], positions % self._page_size]
-        digests: hashing.Cells = np.cumsum(hashing.terms_array(cells, positions), axis=1, dtype=np.uint64)
-        return digests
-
-    def _compute_cells(self, plan: StepPlan) -> dict[int, list[_Write]]:
+    def _compute_cells(self, parts: list[_Part]) -> dict[int, list[_Write]]:
         """What each row writes, from what it reads before the step and its query tokens; rows last to first."""
-        if not len(plan.rows):
-            return {}
-        digests = self._digests(plan)
-        ends = np.cumsum(plan.query_counts).tolist()
         writes: dict[int, list[_Write]] = {}
-        for i in reversed(range(len(ends))):
-            row, start = int(plan.rows[i]), int(plan.starts[i])
-            tokens = plan.tokens[ends[i] - int(plan.query_counts[i]) : ends[i]].tolist()
-            if plan.flags[i] & FROM_DEVICE:
-                _require(tokens[0] == NO_TOKEN, f"row {row}: a token where the device's own is to be used")
-                tokens[0] = self._rows[row].last_token
-            _require(all(0 <= token < self._vocab_size for token in tokens), f"row {row}: query tokens {tokens}")
-            digest = int(digests[i, start - 1]) if start else 0
+        size = self._pool.page_size
+        for part in reversed(parts):
+            row, tokens = part.row, part.tokens
+            if part.flags & FROM_DEVICE:
+                _require(tokens[0] == NO_TOKEN, "a row has a token where the device's own is to be used")
+                tokens = [self._rows[row].last_token, *tokens[1:]]
+            if not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+                raise DeviceFault(f"row {row}: query tokens {tokens}")
+            slots = self._table[row]
+            digest = self._pool.digest(slots, part.start)
             writes[row] = []
-            for position, token in enumerate(tokens, start):
+            for position, token in enumerate(tokens, part.start):
                 cell = hashing.cell_of(digest, token, position)
                 digest = digest + hashing.term_of(cell, position) & hashing.MASK
-                page = int(self._table[row, position // self._page_size])
-                writes[row].append(_Write(page, position % self._page_size, cell))
+                writes[row].append(_Write(slots[position // size], position % size, cell))
         return writes
 
-    def _sample(self, plan: StepPlan, written_counts: list[int]) -> StepResult:
+    def _digests(self, part: _Part, queries: int) -> list[int]:
+        """Digests behind the last `queries` query positions of a row, from the pool's content as the row reads it."""
+        slots, end = self._table[part.row], part.start + part.count
+        digests = [self._pool.digest(slots, end - queries + 1)] if queries else []
+        for position in range(end - queries + 1, end):
+            digests.append(digests[-1] + self._pool.term(slots, position) & hashing.MASK)
+        return digests
+
+    def _sample(self, plan: StepPlan, parts: list[_Part], written_counts: list[int]) -> StepResult:
         """Sample and verify drafts from what the rows read after all writes; cells written are what is counted."""
-        if not len(plan.rows):
-            none = np.empty(0, np.int32)
-            return StepResult(plan.step, none, none, none, none, np.empty(0, np.bool_))
-        digests = self._digests(plan)
-        faulty = np.array([self._is_faulty() for _ in plan.rows], np.bool_)
-        self.faulty_seeds += [self._rows[row].seed for row in plan.rows[faulty].tolist()]
-        emitted, logprobs, tops, flat_digests, first_query = [], [], [], [], 0
-        for i, row in enumerate(plan.rows.tolist()):
-            start, count = int(plan.starts[i]), int(plan.query_counts[i])
-            row_digests = digests[i, start : start + count].tolist()
-            flat_digests += row_digests
-            tokens = self._emit(plan, i, row_digests, plan.tokens[first_query : first_query + count].tolist())
-            first_query += count
-            if faulty[i] and tokens:
+        faulty = [self._is_faulty() for _ in parts]
+        scores, score_tops = self._score(plan, parts)
+        emitted, logprobs = [], []
+        tops: list[tuple[int, float]] = []
+        for part, is_faulty in zip(parts, faulty, strict=True):
+            if is_faulty:
+                self.faulty_seeds.add(self._rows[part.row].seed)
+            digests = self._digests(part, 1 + part.drafts if part.flags & SAMPLE else 0)
+            tokens = self._emit(part, digests)
+            if is_faulty and tokens:
                 tokens = [0]
             if tokens:
-                self._rows[row].last_token = tokens[-1]
+                self._rows[part.row].last_token = tokens[-1]
             emitted.append(tokens)
-            if plan.logprob_tops[i] >= 0:
-                sampled_at = row_digests[count - 1 - int(plan.draft_counts[i]) :]
-                for digest, token in zip(sampled_at, tokens, strict=False):
+            if part.top >= 0:
+                for digest, token in zip(digests, tokens, strict=False):
                     logprobs.append(hashing.logprob_of(digest, token))
-                    tops += hashing.top_of(digest, int(plan.logprob_tops[i]), self._vocab_size)
-        scores, score_top_ids, score_top_logprobs = self._score(plan, flat_digests)
-        top_ids, top_logprobs = _split_tops(tops)
+                    tops += hashing.top_of(digest, part.top, self._vocab_size)
         return StepResult(
             plan.step,
             plan.rows.copy(),
             np.array(written_counts, np.int32),
             np.array([len(tokens) for tokens in emitted], np.int32),
             np.array([token for tokens in emitted for token in tokens], np.int32),
-            faulty,
-            np.array(logprobs, np.float32),
-            top_ids,
-            top_logprobs,
-            scores,
-            score_top_ids,
-            score_top_logprobs,
+            np.array(faulty, np.bool_),
+            np.array(logprobs, np.float32) if logprobs else NO_FLOATS,
+            *_split_tops(tops),
+            np.array(scores, np.float32) if scores else NO_FLOATS,
+            *_split_tops(score_tops),
         )
 
-    def _emit(self, plan: StepPlan, i: int, digests: list[int], queries: list[int]) -> list[int]:
-        """Tokens that the i-th row emits: its next token, then one more for each draft that was right."""
-        if not plan.flags[i] & SAMPLE:
-            return []
-        row = self._rows[int(plan.rows[i])]
-        draft_count, output_index = int(plan.draft_counts[i]), int(plan.output_indices[i])
-        drafts = queries[len(queries) - draft_count :]
+    def _emit(self, part: _Part, digests: list[int]) -> list[int]:
+        """Tokens that a row emits: its next token, then one more for each draft that was right."""
+        row = self._rows[part.row]
+        drafts = part.tokens[part.count - part.drafts :]
         tokens: list[int] = []
-        for digest in digests[len(queries) - 1 - draft_count :]:
-            tokens.append(row.choose(digest, output_index + len(tokens), self._vocab_size))
+        for digest in digests:
+            tokens.append(row.choose(digest, part.output_index + len(tokens), self._vocab_size))
             row.seen = row.seen + hashing.seen_term(tokens[-1], is_output=True) & hashing.MASK
-            if len(tokens) > draft_count or drafts[len(tokens) - 1] != tokens[-1]:
+            if len(tokens) > part.drafts or drafts[len(tokens) - 1] != tokens[-1]:
                 break
         return tokens
 
-    def _score(self, plan: StepPlan, flat_digests: list[int]) -> tuple[Floats, Ints, Floats]:
+    def _score(self, plan: StepPlan, parts: list[_Part]) -> tuple[list[float], list[tuple[int, float]]]:
+        if not len(plan.score_queries):
+            return [], []
+        digests = [digest for part in parts for digest in self._digests(part, part.count)]
         queries, targets = plan.score_queries.tolist(), plan.score_targets.tolist()
         tops: list[tuple[int, float]] = []
         for query, top in zip(queries, plan.score_tops.tolist(), strict=True):
-            tops += hashing.top_of(flat_digests[query], top, self._vocab_size)
-        scores = [hashing.logprob_of(flat_digests[q], t) for q, t in zip(queries, targets, strict=True)]
-        return np.array(scores, np.float32), *_split_tops(tops)
+            tops += hashing.top_of(digests[query], top, self._vocab_size)
+        return [hashing.logprob_of(digests[q], t) for q, t in zip(queries, targets, strict=True)], tops
 
     def _spoil(self, writes: list[_Write]) -> None:
         """What a row without finite logits wrote is worth nothing either: whoever reads it later shall stumble."""
         for write in writes:
             write.cell = POISON
-            self._cells[write.page, write.offset] = POISON
+            self._pool.write(write.page, write.offset, POISON)
 
     # Writes that arrive when they please.
 
     def _land(self, writes: list[_Write]) -> None:
+        cells = self._pool.cells
         for write in writes:
-            write.before = int(self._cells[write.page, write.offset])
-            self._cells[write.page, write.offset] = write.cell
+            write.before = cells[write.page][write.offset]
+            self._pool.write(write.page, write.offset, write.cell)
 
     def _hold_back(self, flight: _Flight, writes: dict[int, list[_Write]]) -> None:
         """Undo the step's writes in the pool, last first; they land when the row runs again or the result is taken."""
         for row_writes in reversed(writes.values()):
             for write in reversed(row_writes):
-                self._cells[write.page, write.offset] = write.before
+                self._pool.write(write.page, write.offset, write.before)
         flight.late = writes
 
-    def _land_before(self, plan: StepPlan) -> None:
+    def _land_before(self, plan: StepPlan, flight: _Flight) -> None:
         """Let held-back writes of rows that go on in this step land: a row always sees what it wrote itself."""
-        continuing = set(plan.rows.tolist()) - set(plan.bind_rows.tolist())
-        for flight in self._flights:
-            for row in [row for row in flight.late if row in continuing]:
-                self._land(flight.late.pop(row))
+        bound = plan.bind_rows.tolist()
+        for earlier in self._flights:
+            for row in [row for row in earlier.late if row in flight.rows and row not in bound]:
+                self._land(earlier.late.pop(row))
 
 
 def _bound_row(
@@ -416,7 +482,7 @@ def _bound_row(
     seen += sum(hashing.seen_term(token, is_output=True) for token in output)
     return _Row(
         seed=(int(ints[BIND_SEED_HIGH]) & 0xFFFFFFFF) << 32 | int(ints[BIND_SEED_LOW]) & 0xFFFFFFFF,
-        flavour=hashing.flavour_of(settings, biases),
+        flavour=hashing.flavour_of(tuple(settings), tuple(biases)),
         is_greedy=is_greedy,
         min_new_tokens=int(ints[BIND_MIN_NEW_TOKENS]),
         banned=banned,
@@ -426,4 +492,6 @@ def _bound_row(
 
 
 def _split_tops(tops: list[tuple[int, float]]) -> tuple[Ints, Floats]:
+    if not tops:
+        return NO_INTS, NO_FLOATS
     return np.array([token for token, _ in tops], np.int32), np.array([score for _, score in tops], np.float32)

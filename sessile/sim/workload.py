@@ -2,8 +2,11 @@
 
 from random import Random
 
+import msgspec.structs
+
 from sessile.contract import messages as wire
 from sessile.sim.books import Books
+from sessile.sim.origins import context_of
 from sessile.sim.records import RequestBook, SessionBook
 from sessile.sim.world import BOS, World
 
@@ -39,13 +42,15 @@ class Workload:
         if self._chance(temper.cancel_rate):
             sent.append(self._cancel())
         if self._chance(temper.close_rate) and self._books.sessions:
-            sent.append(wire.CloseSession(self._op(), self._draw.choice(list(self._books.sessions))))
+            sent.append(self._close(self._draw.choice(list(self._books.sessions))))
         if self._chance(temper.cancel_all_rate):
             sent.append(wire.CancelAll(self._op()))
         if self._chance(temper.flush_rate):
             sent.append(wire.Flush(self._op()))
         if self._books.sessions and self._chance(temper.fork_rate):
             sent.append(self._fork_or_rewind())
+        if self._chance(temper.replay_rate):
+            sent += self._replay()
         if self._echoed or self._doomed in self._books.live:
             sent += self._follow_up()
         elif self._chance(temper.echo_rate):
@@ -80,16 +85,35 @@ class Workload:
                 sent.append(self._open())
             elif idle := [session for session in self._books.sessions.values() if session.turn is None]:
                 session = self._draw.choice(idle)
-                is_full = len(session.history) >= self._longest(session) - 1
+                is_full = len(session.history) >= self._longest(session) - 1 or len(session.nodes) > 12
                 ends = is_full and self._chance(0.8)
-                sent.append(wire.CloseSession(self._op(), session.id) if ends else self._submit(session.id))
+                sent.append(self._close(session.id) if ends else self._submit(session.id))
         return sent
 
+    def _tenant_of(self, session_id: str) -> str:
+        """Who uses a session id: always the same tenant, so that ids are not mixed up by their clients."""
+        tenants = self._world.limits.tenants
+        return tenants[sum(session_id.encode()) % len(tenants)].name if tenants else ""
+
+    def _any_tenant(self) -> str:
+        tenants = self._world.limits.tenants
+        return self._draw.choice(tenants).name if tenants else ""
+
+    def _close(self, session_id: str) -> wire.CloseSession:
+        return wire.CloseSession(self._op(), session_id, self._tenant_of(session_id))
+
     def _open(self) -> wire.OpenSession:
-        draw, temper = self._draw, self._world.temper
+        draw, temper, limits = self._draw, self._world.temper, self._world.limits
+        session_id = f"s{draw.randrange(2 * temper.sessions_wanted)}"
+        is_branching = self._chance(temper.branch_share)
+        reserves = self._chance(temper.reserve_rate) and (not is_branching or self._chance(0.1))
+        reserved = draw.randint(1, 2 * limits.sequence_tokens_max) // draw.choice([1, 4, 16])
         return wire.OpenSession(
             op=self._op(),
-            session=f"s{draw.randrange(2 * temper.sessions_wanted)}",
+            session=session_id,
+            tenant=self._tenant_of(session_id),
+            branching=is_branching,
+            reserve_tokens=reserved if reserves else 0,
             idle_timeout_s=draw.choice([None, 0.03, 0.3, 2.0]) if temper.timeouts else None,
             tokens_max=draw.choice([None, None, None, self._world.facts.context_tokens // 2]),
             metadata={"colour": "blue"} if self._chance(0.1) else {},
@@ -103,15 +127,62 @@ class Workload:
             tokens = said
         else:
             tokens = self._turn_tokens(session) if session else self._prompt()
+        branches = session is not None and session.branching
+        is_named = branches or (session is not None and self._chance(min(1.0, 5 * temper.replay_rate)))
         return wire.Submit(
             key=self._keys,
             tokens=wire.pack_tokens(tokens),
             sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance()),
+            tenant=self._any_tenant() if session_id is None else self._tenant_of(session_id),
+            priority=draw.choice([0, 0, -1, 5]) if temper.priorities else 0,
             session=session_id,
+            rid=self._turn_name(session) if is_named else "",
+            branch=self._branch(session) if branches else None,
             expect_tokens=self._expectation(session) if session else -1,
             logprobs=draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
             prompt_logprobs_from=draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
         )
+
+    def _turn_name(self, session: SessionBook | None) -> str:
+        """Mostly a fresh one; now and then one that is in use."""
+        if session is not None and session.nodes and self._chance(0.03):
+            return self._draw.choice(list(session.nodes))
+        return f"t{self._keys}"
+
+    def _branch(self, session: SessionBook | None) -> wire.Branch | None:
+        """Where a turn goes on: mostly from a finished turn, at its end; seldom from one that runs or is unknown."""
+        assert session is not None
+        draw, nodes = self._draw, session.nodes
+        finished = [node.rid for node in nodes.values() if node.turn is None]
+        replaces = self._chance(0.1)
+        if not nodes or self._chance(0.15):
+            return wire.Branch(replace=True) if replaces else None
+        parent = draw.choice(finished if finished and self._chance(0.9) else list(nodes))
+        length = len(context_of(nodes[parent]))
+        return wire.Branch(
+            parent="nobody" if self._chance(0.02) else parent,
+            offset=draw.randint(-length - 1, length + 1) if self._chance(0.2) else 0,
+            replace=replaces,
+            drop_previous_output=self._chance(0.1),
+        )
+
+    def _replay(self) -> list[wire.ToEngine]:
+        """Send a finished turn again, as a client does whose reply was lost; sometimes it remembers it wrongly."""
+        replies = [line.reply for session in self._books.sessions.values() for line in session.lines if line.reply]
+        if not replies:
+            return []
+        reply = self._draw.choice(replies).submit
+        self._keys += 1
+        again = wire.Submit(
+            key=self._keys,
+            tokens=reply.tokens if self._chance(0.9) else wire.pack_tokens(self._tokens(3)),
+            sampling=self._sampling(3),
+            tenant=reply.tenant,
+            session=reply.session,
+            rid=reply.rid,
+            branch=reply.branch,
+        )
+        return [again]
 
     def _prompt(self) -> list[int]:
         draw, temper = self._draw, self._world.temper
@@ -147,9 +218,15 @@ class Workload:
         tokens = draw.choice([None, None, draw.randint(0, len(session.history)), len(session.history) + 1])
         turn = draw.randint(0, len(session.turn_ends) + 1) if tokens is None and self._chance(0.4) else None
         if self._chance(0.5):
-            return wire.RewindSession(op=self._op(), session=session.id, to_tokens=tokens, to_turn=turn)
+            return wire.RewindSession(
+                op=self._op(), session=session.id, tenant=session.tenant, to_tokens=tokens, to_turn=turn
+            )
         child = f"s{draw.randrange(2 * self._world.temper.sessions_wanted)}"
-        return wire.ForkSession(op=self._op(), session=session.id, child=child, at_tokens=tokens, at_turn=turn)
+        if self._tenant_of(child) != session.tenant:
+            child = next(id for n in range(99) if self._tenant_of(id := f"{child}{n}") == session.tenant)
+        return wire.ForkSession(
+            op=self._op(), session=session.id, child=child, tenant=session.tenant, at_tokens=tokens, at_turn=turn
+        )
 
     def _echo(self) -> list[wire.ToEngine]:
         """Make a session cold if that is possible now, and let a plain prompt run ahead of its next turn."""
@@ -157,7 +234,8 @@ class Workload:
         if not idle:
             return []
         self._echoed = self._draw.choice(idle)
-        ahead = self._submit(None, self._resent(self._books.sessions[self._echoed]))
+        session = self._books.sessions[self._echoed]
+        ahead = msgspec.structs.replace(self._submit(None, self._resent(session)), tenant=session.tenant)
         self._ahead = ahead.key
         return [wire.Flush(self._op()), ahead]
 
@@ -259,18 +337,22 @@ class Workload:
             self._submit(draw.choice(busy) if busy else None),
             self._submit(known),
             wire.CloseSession(self._op(), "nobody"),
-            wire.CloseSession(self._op(), known),
+            self._close(known),
+            wire.CloseSession(self._op(), known, "mallory"),
+            msgspec.structs.replace(self._submit(known), tenant="mallory"),
+            wire.RewindSession(op=self._op(), session=known, tenant="mallory", to_tokens=0),
             wire.GetSession(self._op(), "nobody"),
             wire.SessionTokens(self._op(), "nobody"),
-            wire.OpenSession(op=self._op(), session=known),
+            wire.OpenSession(op=self._op(), session=known, tenant=self._tenant_of(known)),
             wire.Cancel(0),
             wire.Flush(self._op()),
         ]
         return draw.choice(candidates)
 
     def _looks(self) -> list[wire.ToEngine]:
-        looks: list[wire.ToEngine] = [wire.GetStats(self._op()), wire.ListSessions(self._op(), None, 3)]
-        for session_id in list(self._books.sessions)[:4]:
-            looks.append(wire.GetSession(self._op(), session_id))
-            looks.append(wire.SessionTokens(self._op(), session_id))
+        listing = wire.ListSessions(self._op(), None, 3, self._any_tenant())
+        looks: list[wire.ToEngine] = [wire.GetStats(self._op()), listing]
+        for session in list(self._books.sessions.values())[:4]:
+            looks.append(wire.GetSession(self._op(), session.id, session.tenant))
+            looks.append(wire.SessionTokens(self._op(), session.id, session.tenant))
         return looks

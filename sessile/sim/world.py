@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from random import Random
 
 from sessile.contract.model import ModelFacts
-from sessile.core.limits import Limits
+from sessile.core.limits import Limits, TenantPolicy
 
 EOS, BOS, SPECIAL = 2, 1, 3
 """Special tokens of the toy vocabulary; all others add one to three letters to the text."""
 
-FAULTS = ("retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush", "fork")
+FAULTS = (
+    "retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush", "fork", "branch", "reserve", "tenants",
+    "replay",
+)  # fmt: skip
 """What `--faults` can switch on: forced retraction, cancels and disconnects, closes at any time, late and delayed
-results, rows whose logits are not finite, drafts, idle timeouts, flushes,
-forks and rewinds."""
+results, rows whose logits are not finite, drafts, idle timeouts, flushes, forks and rewinds, branching sessions,
+reservations, several tenants and priorities, lost replies."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Temper:
     flush_rate: float
     fork_rate: float
     """Forks and rewinds."""
+    branch_share: float
+    """Of all sessions, those that branch."""
+    reserve_rate: float
+    """Chance that a session opens with a reservation."""
+    replay_rate: float
+    """Lost replies: turns that are sent again."""
+    priorities: bool
     echo_rate: float
     """Plain prompts that say what a session is about to say."""
     nonsense_rate: float
@@ -95,7 +105,7 @@ def _facts(draw: Random) -> ModelFacts:
         token_bytes.append(bytes(draw.choice(b"abc") for _ in range(draw.choice([1, 1, 2, 3]))))
     return ModelFacts(
         vocab_size=vocab_size,
-        context_tokens=draw.choice([8, 32, 100, 200, 400]),
+        context_tokens=draw.choice([8, 16, 32, 100, 200, 400]),
         eos_ids=(EOS,),
         bos_id=BOS if draw.random() < 0.7 else None,
         token_bytes=tuple(token_bytes),
@@ -127,6 +137,25 @@ def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str]) -> Limits:
         admissions_max=draw.choice([1, 2, 64]),
         share_wait_steps=draw.choice([0, 2, 16, 256]),
         output_estimate_tokens=draw.choice([1, 8, 64, 4096]),
+        tenants=_tenants(draw) if "tenants" in faults else (),
+    )
+
+
+def _tenants(draw: Random) -> tuple[TenantPolicy, ...]:
+    """None, or two or three with their limits; requests are then always somebody's."""
+    if draw.random() < 0.5:
+        return ()
+    return tuple(
+        TenantPolicy(
+            name,
+            weight=draw.choice([1, 1, 3, 10]),
+            requests_max=draw.choice([None, None, 2, 6]),
+            tokens_max=draw.choice([None, None, 20, 200]),
+            sessions_max=draw.choice([None, None, 1, 3]),
+            held_tokens_max=draw.choice([None, None, 30, 300]),
+            shares_prefixes=draw.random() < 0.3,
+        )
+        for name in ("ada", "bob", "eve")[: draw.choice([2, 3])]
     )
 
 
@@ -147,6 +176,10 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         cancel_all_rate=rate("cancel", 0.0, 0.0, 0.005),
         flush_rate=rate("flush", 0.0, 0.0, 0.005, 0.03),
         fork_rate=rate("fork", 0.0, 0.05, 0.2, 0.5),
+        branch_share=rate("branch", 0.0, 0.0, 0.3, 0.8),
+        reserve_rate=rate("reserve", 0.0, 0.3, 0.8),
+        replay_rate=rate("replay", 0.0, 0.05, 0.2),
+        priorities="tenants" in faults and draw.random() < 0.3,
         echo_rate=rate("", 0.0, 0.1, 0.3),
         nonsense_rate=rate("", 0.0, 0.02, 0.1),
         look_rate=rate("", 0.02, 0.1),

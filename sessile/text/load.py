@@ -21,4 +21,5 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         return tokenizer_from_folder(path)
     if path.is_file() and path.suffix == ".gguf":
         return tokenizer_from_gguf(GgufFile(path))
-    raise StartupError(f"no model at {path}. Give --model a hub folder, a .gguf file, or 'default'.")
+    wrong = f"{path} is no .gguf file" if path.is_file() else f"no model at {path}"
+    raise StartupError(f"{wrong}. Give --model a hub folder, a .gguf file, or 'default'.")

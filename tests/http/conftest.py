@@ -22,6 +22,9 @@ from sessile.server.config import ServerOptions
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import FakeEngine, byte_tokenizer
 
+PATIENCE_S = 60.0
+"""How long anything may take that has to come: on a loaded machine much is slow, and a failure need not be quick."""
+
 
 @dataclass
 class Running:
@@ -33,7 +36,7 @@ class Running:
     loop: asyncio.AbstractEventLoop
     url: str
 
-    def generate(self, text: str = "hello", *, timeout_s: float = 20, **body: object) -> httpx.Response:
+    def generate(self, text: str = "hello", *, timeout_s: float = PATIENCE_S, **body: object) -> httpx.Response:
         return self.client.post("/generate", json={"text": text, **body}, timeout=timeout_s)
 
     @contextlib.contextmanager
@@ -45,7 +48,7 @@ class Running:
             self.wait_until(lambda: len(self.engine.submits()) > submitted)
             yield reply
 
-    def wait_until(self, holds: Callable[[], bool], limit_s: float = 5) -> None:
+    def wait_until(self, holds: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
         """Wait for something to become true; fail if it does not."""
         deadline_s = time.monotonic() + limit_s
         while not holds():
@@ -82,13 +85,13 @@ def running_server(make_engine: Callable[[str], Any] = FakeEngine, **options: ob
 
         thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
         thread.start()
-        assert started.wait(10), "the server did not start"
+        assert started.wait(PATIENCE_S), "the server did not start"
         try:
-            with httpx.Client(base_url=url, timeout=20) as client:
+            with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
                 yield Running(client, engine, shared["service"], shared["loop"], url)
         finally:
             shared["server"].should_exit = True
-            thread.join(10)
+            thread.join(PATIENCE_S)
             engine.stop()
         assert not thread.is_alive(), "the server did not stop"
 

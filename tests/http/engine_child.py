@@ -18,7 +18,7 @@ def main(address: str) -> int:
         time.sleep(60)
     engine = FakeEngine(address)
     engine.script = [ord("x")] * 400
-    engine.token_interval_s = 0.004
+    engine.token_interval_s = 0.01  # slow enough for a test to act while 300 tokens come
     if mode == "fails":
         engine.fail("no page fits into the memory: lower --kv-memory")
     engine.start()

@@ -20,6 +20,8 @@ from sessile.server.run import serve
 from tests.http.fake_engine import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 120.0
+"""How long processes may take to start, answer and end; a loaded machine is slow, and a failure need not be quick."""
 
 
 @dataclass
@@ -41,7 +43,12 @@ class Deployment:
 
 @contextlib.contextmanager
 def deployed(
-    folder: Path, *, mode: str = "echo", drain_s: float = 10, start_timeout_s: float = 20, wait: bool = True
+    folder: Path,
+    *,
+    mode: str = "echo",
+    drain_s: float = PATIENCE_S,
+    start_timeout_s: float = PATIENCE_S,
+    wait: bool = True,
 ) -> Iterator[Deployment]:
     """Start a deployment, wait until it is healthy, and make sure that it is gone afterwards."""
     port = free_port()
@@ -62,7 +69,7 @@ def deployed(
 
 
 def wait_until_healthy(deployment: Deployment) -> None:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline_s:
         assert deployment.process.poll() is None, deployment.said()
         with contextlib.suppress(httpx.TransportError):

@@ -1,12 +1,18 @@
 """Whatever is wrong with a request is a 4xx that names the field, and nothing of it reaches the engine."""
 
+import gzip
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.http.conftest import Running, running_server
+from sessile.contract.messages import unpack_tokens
+from sessile.server.app import create_app
+from sessile.server.config import ServerOptions
+from tests.http.conftest import PATIENCE_S, Running, running_server
 
 BODY_BYTES_MAX = 20_000
 
@@ -148,13 +154,13 @@ def test_a_prompt_over_the_context_is_400_with_the_words_clients_look_for(server
 
 
 def test_an_announced_body_over_the_limit_is_refused_unread(server: Running) -> None:
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=PATIENCE_S) as client:
         client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n{")
         assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_over_the_limit_is_refused_while_reading(server: Running) -> None:
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=PATIENCE_S) as client:
         client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(3):  # and no end of it
             client.sendall(b"%x\r\n%s\r\n" % (10_000, b"x" * 10_000))
@@ -205,3 +211,91 @@ def test_other_native_calls_name_the_field_too(server: Running, path: str, body:
 
 def test_deeply_nested_json_is_refused(server: Running) -> None:
     assert "JSON" in refused(server, "/generate", "[" * 9000)
+
+
+@pytest.mark.parametrize("value", ["18446744073709551616", "1" + "0" * 400, "2147483648", "-2"])
+def test_a_start_of_logprobs_that_no_prompt_has_is_refused_in_a_session_too(server: Running, value: str) -> None:
+    content = f'{{"text": "a", "session_params": {{"id": "x"}}, "return_logprob": true, "logprob_start_len": {value}}}'
+    assert "logprob_start_len" in refused(server, "/generate", content)
+    assert server.service.link.in_flight == 0
+
+
+def test_a_compressed_body_is_refused_as_such(server: Running) -> None:
+    reply = server.client.post("/tokenize", content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"] == "content-encoding: send the body as it is; 'gzip' is not supported"
+
+
+def test_a_field_name_as_long_as_the_body_is_not_repeated(server: Running) -> None:
+    assert len(refused(server, "/generate", json.dumps({"text": "a", "k" * 10_000: 1}))) < 200
+
+
+@pytest.mark.parametrize(("method", "path", "allowed"), [("GET", "/generate", "POST"), ("POST", "/v1/models", "GET")])
+def test_a_wrong_method_is_told_the_right_one(server: Running, method: str, path: str, allowed: str) -> None:
+    reply = server.client.request(method, path)
+    assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+    assert reply.json()["error"]["message"] == f"{path} takes {allowed}, not {method}"
+
+
+def test_h56_no_field_of_any_body_names_a_file_of_the_server() -> None:
+    paths = create_app(NotImplemented, NotImplemented, ServerOptions()).openapi()["paths"]
+    named = {word for route in paths.values() for call in route.values() for word in _property_names(call)}
+    assert {"input_ids", "metadata"} <= named
+    assert [name for name in named if {"path", "file", "url"} & set(name.split("_"))] == []
+
+
+def _property_names(schema: object) -> Iterator[str]:
+    """Names of all properties in a piece of an OpenAPI document."""
+    if isinstance(schema, dict):
+        yield from schema.get("properties", {})
+        for part in schema.values():
+            yield from _property_names(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from _property_names(part)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        ("/generate", {"text": "a", "lora_path": "/etc/passwd"}, "lora_path"),
+        ("/generate", {"text": "a", "image_data": "file:///etc/passwd"}, "image_data"),
+        ("/v1/completions", {"prompt": "a", "lora_path": "/etc"}, "lora_path"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{
+            "type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}, "messages[0].content[0]"),
+    ],
+)  # fmt: skip
+def test_h56_what_would_name_a_file_in_peers_is_refused(server: Running, path: str, fields: dict, named: str) -> None:
+    assert named in refused(server, path, json.dumps(fields))
+
+
+def test_h57_a_client_brings_no_template_of_its_own(server: Running) -> None:
+    body = {"messages": [{"role": "user", "content": "{{ 7 * 7 }}"}], "chat_template": "{% for x in y %}{% endfor %}"}
+    assert "chat_template" in refused(server, "/v1/chat/completions", json.dumps(body))
+    del body["chat_template"]
+    sent = server.client.post("/v1/chat/completions", json={**body, "max_tokens": 1})
+    assert sent.status_code == 200
+    assert bytes(unpack_tokens(server.engine.submits()[0].tokens).tolist()) == b"user:{{ 7 * 7 }}\n"
+
+
+def test_h57_a_template_that_takes_long_holds_up_nobody_else(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renders, go_on = threading.Event(), threading.Event()
+
+    def render(*arguments: object, **variables: object) -> str:
+        renders.set()
+        assert go_on.wait(PATIENCE_S)
+        return "slow"
+
+    monkeypatch.setattr("sessile.text.template.ChatTemplate.render", render)
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(server.client.post, "/v1/chat/completions", json=chat)
+        assert renders.wait(PATIENCE_S)
+        try:
+            assert server.generate("quick").json()["text"] == "quick"
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result().status_code == 200

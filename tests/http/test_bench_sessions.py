@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sessile.bench.sessions import SessionBenchOptions, Summary, TurnTimes, measure_sessions, percentile
+from sessile.bench.client import percentile
+from sessile.bench.sessions import SessionBenchOptions, Summary, TurnTimes, measure_sessions
 from sessile.contract.messages import CloseSession, Done, OpenSession, unpack_tokens
 from sessile.errors import StartupError
 from tests.http.conftest import Running

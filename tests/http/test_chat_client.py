@@ -150,12 +150,12 @@ class Terminal:
         os.write(self._ours, keys.encode())
 
     def wait_for(self, text: str) -> None:
-        wait_until(lambda: text in self.shown, 30)
+        wait_until(lambda: text in self.shown, 90)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._reader.join(5)
+        self._reader.join(60)
         os.close(self._ours)
 
 

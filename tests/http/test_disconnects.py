@@ -1,12 +1,13 @@
 """Clients that leave, lag or abort, and an engine that dies: each request ends once, and for everyone."""
 
+import logging
 import socket
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from tests.http.conftest import Running, running_server
+from tests.http.conftest import PATIENCE_S, Running, running_server
 
 LONG = b'{"text": "a", "sampling_params": {"ignore_eos": true, "max_new_tokens": null}, "stream": %s}'
 
@@ -20,7 +21,7 @@ def own_server() -> Iterator[Running]:
 def connect(server: Running, *, stream: bool) -> socket.socket:
     """A client that has sent a long request; returns once the engine has it."""
     before = len(server.engine.submits())
-    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5)
+    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=PATIENCE_S)
     content = LONG % (b"true" if stream else b"false")
     client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
     server.wait_until(lambda: len(server.engine.submits()) > before)
@@ -43,6 +44,18 @@ def test_h34_a_client_that_leaves_before_its_request_ran_ends_it_too(server: Run
     connect(server, stream=True).close()
     server.wait_until(lambda: server.engine.running == 0)
     assert server.service.link.in_flight == 0
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="sessile")
+    client = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5)
+    client.sendall(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 90\r\n\r\n{"text": ')
+    client.close()
+    server.wait_until(lambda: "disconnected" in caplog.messages)
+    assert server.client.get("/health").status_code == 200
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_turn_whose_client_left_leaves_the_session_as_it_was(server: Running) -> None:
@@ -97,7 +110,7 @@ def test_h53_a_stream_that_is_not_read_is_ended_before_its_buffer_grows(own_serv
     own_server.engine.script = [ord("x")] * 100_000
     client = connect(own_server, stream=True)
     # Cumulative text fills the socket's buffers soon; from then on tokens wait in the server.
-    own_server.wait_until(lambda: bool(own_server.engine.cancels()), limit_s=20)
+    own_server.wait_until(lambda: bool(own_server.engine.cancels()))
     assert own_server.engine.cancels()[0].message.startswith("the client reads too slowly: over 200 tokens")
     client.close()
 

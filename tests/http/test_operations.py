@@ -37,7 +37,7 @@ def test_h54_a_stuck_step_loop_is_not_healthy(impatient_server: Running) -> None
     assert impatient_server.client.get("/health_generate").status_code == 503
     assert samples(impatient_server)["sessile_engine_up"] == 0
     impatient_server.engine.resume()
-    assert impatient_server.client.get("/health").status_code == 200
+    impatient_server.wait_until(lambda: impatient_server.client.get("/health").status_code == 200)
 
 
 def test_health_generate_runs_one_token_end_to_end(server: Running) -> None:

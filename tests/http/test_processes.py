@@ -15,7 +15,7 @@ import pytest
 from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
 from sessile.server.run import bind
-from tests.http.serving import ROOT, Deployment, deployed
+from tests.http.serving import PATIENCE_S, ROOT, Deployment, deployed
 
 SLOW = {"text": "a", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
 
@@ -28,7 +28,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_gone(pid: int, limit_s: float = 5) -> bool:
+def wait_gone(pid: int, limit_s: float = PATIENCE_S) -> bool:
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:
         if gone(pid):
@@ -46,10 +46,10 @@ class Streaming(threading.Thread):
         self.started = threading.Event()
         self._url = deployment.url
         self.start()
-        assert self.started.wait(10), "no first token"
+        assert self.started.wait(PATIENCE_S), "no first token"
 
     def run(self) -> None:
-        with httpx.stream("POST", f"{self._url}/generate", json={**SLOW, "stream": True}, timeout=20) as reply:
+        with httpx.stream("POST", f"{self._url}/generate", json={**SLOW, "stream": True}, timeout=PATIENCE_S) as reply:
             for line in reply.iter_lines():
                 if line:
                     self.lines.append(line)
@@ -62,11 +62,11 @@ def test_sigterm_lets_running_requests_end_and_refuses_new_ones(tmp_path: Path) 
         engine = deployment.engine_pid()
         deployment.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        refused = httpx.post(f"{deployment.url}/generate", json=SLOW)
+        refused = httpx.post(f"{deployment.url}/generate", json=SLOW, timeout=PATIENCE_S)
         assert refused.status_code == 503
         assert "shutting down" in refused.json()["error"]["message"]
-        assert deployment.process.wait(15) == 0
-        client.join(5)
+        assert deployment.process.wait(PATIENCE_S) == 0
+        client.join(PATIENCE_S)
         assert client.lines[-1] == "data: [DONE]"
         assert '"completion_tokens":300' in client.lines[-2]
         assert gone(engine)
@@ -76,8 +76,8 @@ def test_requests_over_the_drain_time_end_as_aborts(tmp_path: Path) -> None:
     with deployed(tmp_path, drain_s=0.1) as deployment:
         client = Streaming(deployment)
         deployment.process.send_signal(signal.SIGINT)
-        assert deployment.process.wait(10) == 0
-        client.join(5)
+        assert deployment.process.wait(PATIENCE_S) == 0
+        client.join(PATIENCE_S)
         assert client.lines[-1] == "data: [DONE]"
         assert '"type":"abort"' in client.lines[-2]
 
@@ -87,10 +87,10 @@ def test_killing_the_engine_gives_clients_an_error_at_once_and_ends_the_server(t
         client = Streaming(deployment)
         os.kill(deployment.engine_pid(), signal.SIGKILL)
         killed_s = time.monotonic()
-        client.join(5)
-        assert time.monotonic() - killed_s < 1
+        client.join(PATIENCE_S)
+        assert time.monotonic() - killed_s < 5, "at once, where a loaded machine is allowed for"
         assert "killed by signal 9 (SIGKILL)" in client.lines[-2]
-        assert deployment.process.wait(10) == 1
+        assert deployment.process.wait(PATIENCE_S) == 1
         assert "the engine process was killed by signal 9 (SIGKILL)" in deployment.said()
 
 
@@ -103,14 +103,14 @@ def test_killing_the_server_ends_the_engine(tmp_path: Path) -> None:
 
 def test_an_engine_that_cannot_start_is_one_line_and_status_1(tmp_path: Path) -> None:
     with deployed(tmp_path, mode="fails", wait=False) as deployment:
-        assert deployment.process.wait(10) == 1
+        assert deployment.process.wait(PATIENCE_S) == 1
         assert "lower --kv-memory" in deployment.said()
         assert "Traceback" not in deployment.said()
 
 
 def test_an_engine_that_never_gets_ready_is_given_up(tmp_path: Path) -> None:
     with deployed(tmp_path, mode="silent", start_timeout_s=1, wait=False) as deployment:
-        assert deployment.process.wait(15) == 1
+        assert deployment.process.wait(PATIENCE_S) == 1
         assert "not ready after 1 s" in deployment.said()
 
 
@@ -123,7 +123,7 @@ def test_until_the_engine_is_ready_requests_get_503_and_a_signal_ends_both(tmp_p
         assert "still loading" in reply.json()["error"]["message"]
         engine = deployment.engine_pid()
         deployment.process.terminate()
-        assert deployment.process.wait(10) == 0
+        assert deployment.process.wait(PATIENCE_S) == 0
         assert gone(engine)
 
 
@@ -158,6 +158,6 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         time.sleep(0.2)
         assert deployment.process.poll() is None
         deployment.process.send_signal(signal.SIGINT)
-        client.join(5)
+        client.join(PATIENCE_S)
         assert '"type":"abort"' in client.lines[-2]
-        assert deployment.process.wait(10) == 0
+        assert deployment.process.wait(PATIENCE_S) == 0

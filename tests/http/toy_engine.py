@@ -41,7 +41,7 @@ class ToyEngine:
     def stop(self) -> None:
         assert self._loop is not None, "the engine did not start, or what it ran raised"
         self._loop.begin_shutdown(0)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the engine did not stop"
 
     def _run(self) -> None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sessile.contract.messages import Sampling
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import SAMPLE, StepPlan
-from sessile.sim import hashing
 from sessile.sim.reference import Speaker
 from sessile.sim.toy import ToyDevice
 
@@ -55,10 +54,3 @@ def test_chunks_and_pages_do_not_matter(prompt, cuts, page_size, order, seed, te
         said += device.launch(plan).result().tokens.tolist()
         bind = {}
     assert said == [Speaker(prompt, sampling, FACTS).peek()]
-
-
-@given(value=st.integers(0, 2**64 - 1), position=st.integers(0, 10_000))
-def test_array_twins_agree_with_scalars(value: int, position: int) -> None:
-    cells = np.array([value], np.uint64)
-    assert int(hashing.mix_array(cells)[0]) == hashing.mix(value)
-    assert int(hashing.terms_array(cells, np.array([position]))[0]) == hashing.term_of(value, position)

@@ -12,7 +12,7 @@ from sessile.sim.world import FAULTS, make_world
 def test_one_seed_prints_its_steps_and_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seed", "5", "--steps", "50"]) == 0
     out = capsys.readouterr().out
-    assert "trace" in out and "turns" in out
+    assert "trace" in out and "tokens" in out
 
 
 def test_several_seeds_print_totals_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def test_a_row_without_a_page_for_a_position_is_refused() -> None:
         make_device().launch(plan)
 
 
-def test_binding_a_row_clears_its_page_table() -> None:
+def test_h31_binding_a_row_clears_its_page_table() -> None:
     device = make_device()
     device.launch(StepPlan.empty(1, **bound(0, [3, 5]), **run_of(0, 0, PROMPT))).result()
     with pytest.raises(DeviceFault, match="no page"):

@@ -19,7 +19,7 @@ from tests.unit.tiny_folder import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--context-tokens=512", "--kv-memory=64M")
-WAIT_S = 90
+WAIT_S = 200
 
 
 def start(*arguments: str, **options: object) -> "subprocess.Popen[str]":

@@ -64,7 +64,7 @@ def test_a_fork_at_the_end_computes_only_what_is_new(page_size: int) -> None:
     assert stage.done[1].cached_tokens == tokens - 1
 
 
-def test_a_fork_shares_full_pages_and_copies_one() -> None:
+def test_h29_a_fork_shares_full_pages_and_copies_one() -> None:
     stage = stage_with_turns(page_size=4, pages=64)
     free = stage.stats().pages_free
     view = fork(stage, at_tokens=20)

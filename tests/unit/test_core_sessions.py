@@ -249,7 +249,7 @@ def test_h25_a_turn_refused_beside_another_does_not_clear_the_mark_when_it_is_ca
 # -- closing ------------------------------------------------------------------------------------------------------
 
 
-def test_closing_frees_everything_at_once() -> None:
+def test_h19_closing_frees_everything_at_once() -> None:
     stage = open_stage(Stage())
     turn(stage, 1, PROMPT)
     reply: Any = stage.close("s")
@@ -257,6 +257,7 @@ def test_closing_frees_everything_at_once() -> None:
     assert refusal(stage, GetSession, "s")[0] == 404
     stats = stage.stats()
     assert (stats.pages_sessions, stats.pages_tree_pinned, stats.sessions_open) == (0, 0, 0)
+    assert (stats.rows_held, stats.session_tokens) == (0, 0)
     assert stage.gone == []
 
 

@@ -80,7 +80,7 @@ def test_without_sample_a_row_emits_nothing_but_counts(device: Worker) -> None:
     assert result.query_counts.tolist() == [len(PROMPT)]
 
 
-def test_binding_a_row_clears_its_page_table(device: Worker) -> None:
+def test_h31_binding_a_row_clears_its_page_table(device: Worker) -> None:
     bound = prompt_plan(2, pages=(), table_rows=ints(), table_starts=ints(), table_counts=ints(), table_pages=ints())
     run(device, prompt_plan())
     with pytest.raises(PlanError, match="lacks a page"), small_copy(device) as copy:

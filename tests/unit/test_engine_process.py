@@ -14,7 +14,7 @@ import zmq
 from sessile.contract.messages import EngineFailed, EngineReady, FromEngine, GetStats, Shutdown, Stats, ToEngine
 from sessile.engine.process import EXIT_CANNOT_START, EXIT_FAILED, EXIT_ORPHANED
 
-WAIT_S = 20
+WAIT_S = 90
 ROOT = Path(__file__).parents[2]
 
 

@@ -141,9 +141,9 @@ def test_a_huge_count_is_refused_without_work_or_memory(tmp_path: Path, claim: s
     tensors, values, rest = CLAIMS[claim]
     path = tmp_path / "huge.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + rest + b"\0" * 64)
-    started = time.perf_counter()
+    started = time.process_time()
     assert "corrupt or truncated" in refusal(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -182,11 +182,11 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_default_model_is_found_and_its_metadata_decoded_at_once() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     file = GgufFile(default_gguf_path())
     assert len(file.metadata["tokenizer.ggml.tokens"]) == 49_152
     assert len(file.metadata["tokenizer.ggml.merges"]) == 48_900
-    assert time.perf_counter() - started < 1.5, "0.1 s on an idle core"
+    assert time.process_time() - started < 1.5, "0.1 s of a core"
     assert file.tensors["token_embd.weight"].shape == (49_152, 576)
     assert file.tensors["blk.0.attn_k.weight"].type == "Q4_1"
 

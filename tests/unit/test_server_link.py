@@ -251,9 +251,9 @@ def test_splitting_a_step_of_256_requests_is_quick(tmp_path: Path) -> None:
         message = batch({key: [key] for key in keys})
         times = []
         for _ in range(20):
-            start_s = time.perf_counter()
+            start_s = time.process_time()
             link._take_batch(message)
-            times.append(time.perf_counter() - start_s)
+            times.append(time.process_time() - start_s)
         assert min(times) < 0.005
         assert len((await streams[-1].next()).tokens) == 20
 

@@ -112,10 +112,10 @@ def test_a_token_costs_the_same_however_long_the_text() -> None:
     stream = tokenizer.stream(stops=[b"never", b"\n\nUser:"])
     half, times = len(tokens) // 2, []
     for run in (tokens[:half], tokens[half:]):
-        started = time.perf_counter()
+        started = time.process_time()
         for token in run:
             stream.push((token,))
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert times[1] < 3 * times[0] + 0.05
 
 

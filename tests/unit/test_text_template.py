@@ -99,7 +99,7 @@ def test_a_template_that_fails_is_the_requests_fault(source: str) -> None:
         "{{ raise_exception.__globals__.keys() }}",
     ],
 )
-def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
+def test_h57_a_template_cannot_leave_the_sandbox(source: str) -> None:
     messages = check_messages(TURNS)
     with pytest.raises(InvalidRequest):
         template(source).render(messages)

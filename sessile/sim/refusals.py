@@ -1,0 +1,55 @@
+"""What has to be refused, counted from what clients know: the statuses of which one must come."""
+
+from collections.abc import Iterable
+
+from sessile.contract.messages import Submit
+from sessile.core.limits import Limits, TenantPolicy
+from sessile.sim.records import RequestBook, SessionBook
+
+
+def refusals_of_prompt(prompt: list[int], longest: int, wanted: int | None) -> set[int]:
+    """An empty prompt, or one that is too long. longest: tokens that a sequence may have; wanted: of output."""
+    refusals = set()
+    if not prompt:
+        refusals.add(400)
+    # A prompt as long as the limit leaves room for no token, so only a turn that wants none may have it.
+    if len(prompt) > longest - (wanted != 0):
+        refusals.add(413)
+    return refusals
+
+
+def refusals_of_tenant(
+    submit: Submit, new_tokens: int, limits: Limits, live: Iterable[RequestBook], sessions: Iterable[SessionBook]
+) -> set[int]:
+    """{429} if the submit is beyond what its tenant may have in flight, or hold in sessions."""
+    policy = _policy(limits, submit.tenant)
+    own = [request for request in live if request.submit.tenant == submit.tenant and not request.is_over]
+    tokens = sum([request.input_tokens for request in own])
+    held = sum([len(line.history) for each in sessions if each.tenant == submit.tenant for line in each.lines])
+    beyond = (
+        _exceeds(len(own) + 1, policy.requests_max)
+        or _exceeds(tokens + new_tokens, policy.tokens_max)
+        or (submit.session is not None and _exceeds(held + new_tokens, policy.held_tokens_max))
+    )
+    return {429} if beyond else set()
+
+
+def refusals_of_room(tenant: str, limits: Limits, sessions: Iterable[SessionBook]) -> list[int]:
+    """[429] if no further session may be opened."""
+    every = list(sessions)
+    own = sum([session.tenant == tenant for session in every])
+    most = _policy(limits, tenant).sessions_max
+    return [429] * (count_lines(every) >= limits.sessions_max or _exceeds(own + 1, most))
+
+
+def count_lines(sessions: Iterable[SessionBook]) -> int:
+    """Sessions and turns of branching ones, which share one limit."""
+    return sum([len(session.lines) for session in sessions])
+
+
+def _policy(limits: Limits, tenant: str) -> TenantPolicy:
+    return next((each for each in limits.tenants if each.name == tenant), TenantPolicy(tenant))
+
+
+def _exceeds(count: int, most: int | None) -> bool:
+    return most is not None and count > most
