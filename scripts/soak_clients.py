@@ -79,11 +79,12 @@ class Findings:
         return self.statuses.total()
 
     def expect(self, holds: bool, failure: str) -> None:
-        """Note a failure unless something holds."""
+        """Note a failure unless something holds; the first few are told at once."""
         if not holds:
             self.failure_count += 1
             if len(self.failures) < FAILURES_SHOWN:
                 self.failures.append(failure)
+                print(f"FAILED {failure}", flush=True)
 
 
 class Client:
