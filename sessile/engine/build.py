@@ -154,5 +154,6 @@ def limits_for(scheduler: SchedulerOptions, facts: DeviceFacts, rows_max: int, *
         queue_max=scheduler.queue_max,
         queue_tokens_max=scheduler.queue_tokens_max,
         audit_level=scheduler.audit_level,
+        contain_violations=True,
         retract_every=scheduler.retract_every,
     )
