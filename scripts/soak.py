@@ -31,7 +31,7 @@ from tests.unit.tiny_folder import write_tiny_model  # noqa: E402
 CONTEXT_TOKENS, BODY_BYTES_MAX = 512, 100_000
 SETTINGS = {
     "load-format": "dummy", "dtype": "float32", "context-tokens": CONTEXT_TOKENS, "kv-memory": "1M", "rows-max": 16,
-    "sessions-max": 60, "queue-max": 40, "body-bytes-max": BODY_BYTES_MAX, "stream-lag-tokens-max": 64, "threads": 1,
+    "sessions-max": 16, "queue-max": 4, "body-bytes-max": BODY_BYTES_MAX, "stream-lag-tokens-max": 64, "threads": 1,
     "log-level": "warning", "retract-every": 97,
 }  # fmt: skip
 """A pool of four contexts, limits that many clients reach, and a preemption now and then even so."""
@@ -77,7 +77,9 @@ def deployed(folder: Path, port: int, audit_level: int) -> Iterator[Deployment]:
     settings = SETTINGS | {"model": write_tiny_model(folder), "port": port, "audit-level": audit_level}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     with log.open("w") as sink:
-        process = subprocess.Popen([sys.executable, "-m", "sessile", "serve", *flags], stderr=sink, cwd=ROOT, text=True)
+        # It ends with its standard input, should this process die without stopping it.
+        command = [sys.executable, "-m", "sessile", "serve", "--exit-with-stdin", *flags]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=sink, cwd=ROOT, text=True)
     try:
         yield Deployment(process, f"http://127.0.0.1:{port}", log)
     finally:
