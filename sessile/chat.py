@@ -18,6 +18,7 @@ import httpx
 import orjson
 from rich.console import Console
 
+from sessile.config import API_KEY_VARIABLE
 from sessile.errors import InvalidRequest, NotReady, StartupError, UserError
 from sessile.text.template import Message
 from sessile.text.tokenizer import Tokenizer
@@ -112,11 +113,16 @@ class ChatSession:
     Raises NotReady if the server cannot be reached, UserError for what it refuses.
     """
 
-    def __init__(self, base_url: str, *, max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, base_url: str, *, max_new_tokens: int, temperature: float, api_key: str | None = None
+    ) -> None:
         self._base_url = base_url
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         # Only the connection has a time limit: a long prompt may take minutes to its first token.
-        self._client = httpx.Client(base_url=base_url, timeout=httpx.Timeout(None, connect=10), trust_env=False)
+        self._client = httpx.Client(
+            base_url=base_url, headers=self._headers, timeout=httpx.Timeout(None, connect=10), trust_env=False
+        )
         self._id = ""
 
     def __enter__(self) -> Self:
@@ -178,7 +184,13 @@ class ChatSession:
         """Ask the server to end a request; its stream then ends by itself. Safe in a signal handler."""
         # On a connection of its own: the client's may be locked by the very code that was interrupted.
         with contextlib.suppress(httpx.TransportError):  # the stream reports a server that is gone
-            httpx.post(f"{self._base_url}/abort_request", json={"rid": rid}, timeout=5, trust_env=False)
+            httpx.post(
+                f"{self._base_url}/abort_request",
+                json={"rid": rid},
+                headers=self._headers,
+                timeout=5,
+                trust_env=False,
+            )
 
     def _open(self) -> None:
         self._id = self._post("/open_session", {"capacity_of_str_len": 1_000_000, "streaming": True})
@@ -210,8 +222,9 @@ def run_chat(
     stdout: TextIO,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    api_key: str | None = None,
 ) -> int:
-    """Talk until the input ends; the exit status: 1 if the server was lost or, from a pipe, refused a turn.
+    """Talk until the input ends; the exit status: 1 if the server was lost or refused us or, from a pipe, a turn.
 
     From a terminal Ctrl-C ends an answer, not the conversation. Raises StartupError if the model cannot chat.
     """
@@ -219,7 +232,9 @@ def run_chat(
     interactive = stdin is sys.stdin and stdin.isatty()
     transcript = Transcript(tokenizer)
     try:
-        with ChatSession(base_url, max_new_tokens=max_new_tokens, temperature=temperature) as session:
+        with ChatSession(
+            base_url, max_new_tokens=max_new_tokens, temperature=temperature, api_key=api_key
+        ) as session:
             conversation = _Conversation(session, transcript, tokenizer, console, interactive=interactive)
             refused = False
             for line in _typed_lines(console) if interactive else _piped_lines(stdin, console):
@@ -227,7 +242,7 @@ def run_chat(
                     break
                 refused |= not conversation.take(line)
             return int(refused and not interactive)
-    except NotReady as error:
+    except UserError as error:  # the server is gone, or has no session for us
         _say(console, f"sessile: {error.message}", "red")
         return 1
 
@@ -368,6 +383,8 @@ def _checked(status: int, content: bytes) -> Any:
         parsed = None
     if status == httpx.codes.OK:
         return parsed
+    if status == httpx.codes.UNAUTHORIZED:
+        raise InvalidRequest(f"the server wants a valid key: put one into the environment variable {API_KEY_VARIABLE}")
     error = parsed.get("error") if isinstance(parsed, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
     raise _refusal(status, message or f"the server answered {status}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sessile import __version__, commands
-from sessile.config import Config, Setting, compose, nearest, settings, settings_of
+from sessile.config import API_KEY_VARIABLE, Config, Setting, compose, nearest, settings, settings_of
 from sessile.errors import StartupError
 
 EXIT_WRONG_USE = 2
@@ -156,7 +156,11 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def add_chat_flags(parser: Parser) -> None:
     """Flags of `sessile chat`: its own and those of the server that it starts."""
-    parser.add_argument("--url", help="talk to the server that runs there instead of starting one")
+    parser.add_argument(
+        "--url",
+        help=f"talk to the server that runs there instead of starting one; if it wants a key, it gets the one in the "
+        f"environment variable {API_KEY_VARIABLE}",
+    )
     parser.add_settings("chat", settings_of(commands.ChatOptions))
     parser.add_config()
 
@@ -168,7 +172,24 @@ def chat(arguments: argparse.Namespace) -> int:
     server_flags = [f"--{name.replace('_', '-')}={text}" for name, text in arguments.flags.items()]
     if arguments.config:
         server_flags.append(f"--config={arguments.config}")
-    return commands.chat(config_from(arguments), options, server_flags=server_flags, url=arguments.url)
+    return commands.chat(
+        config_from(arguments),
+        options,
+        server_flags=server_flags,
+        url=arguments.url,
+        api_key=os.environ.get(API_KEY_VARIABLE),
+    )
+
+
+def add_key_flags(parser: Parser) -> None:
+    """Flags of `sessile key`."""
+    parser.add_argument("--tenant", required=True, metavar="NAME", help="whom the key stands for")
+    parser.add_argument("--role", choices=("user", "admin"), default="user", help="what it allows [user]")
+
+
+def key(arguments: argparse.Namespace) -> int:
+    """`sessile key`."""
+    return commands.key(arguments.tenant, arguments.role)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -202,6 +223,7 @@ def bench(name: str, summary: str) -> Command:
 COMMANDS = {
     "serve": Command("serve a model over HTTP", add_serve_flags, serve),
     "chat": Command("talk to a model in this terminal; starts a server, or uses --url", add_chat_flags, chat),
+    "key": Command("draw a key and print its entry for the keys file of serve", add_key_flags, key),
     "doctor": Command("say what this machine has, what is wrong with it, and what to do", Parser.add_config, doctor),
     "bench step": bench("step", "measure the host time of a step of the scheduler"),
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),

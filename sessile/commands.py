@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Self
 
 from sessile.config import Config
@@ -33,15 +34,20 @@ class ChatOptions:
 
 def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
     """Serve over HTTP until told to stop; with exit_with_stdin, also when standard input ends."""
+    from sessile.keyfile import read_keys
     from sessile.server.run import serve as run_server
     from sessile.text.load import load_tokenizer
 
+    keys = read_keys(Path(config.server.keys)) if config.server.keys else None
+    if keys:
+        config = dataclasses.replace(config, tenants=keys.policies)
     return run_server(
         config.server,
         lambda: load_tokenizer(config.model.model),
         engine_argv=[sys.executable, "-m", "sessile", "engine"],
         engine_config=config.to_json(),
         settings=dataclasses.asdict(config),
+        key_ring=keys.ring if keys else None,
         exit_with_stdin=exit_with_stdin,
     )
 
@@ -66,9 +72,25 @@ def engine(address: str) -> int:
     return run_engine(
         address,
         lambda clock: open_configured_engine(
-            config.model, config.device, config.scheduler, config.engine, clock=clock, report=report
+            config.model,
+            config.device,
+            config.scheduler,
+            config.engine,
+            clock=clock,
+            report=report,
+            tenants=config.tenants,
         ),
     )
+
+
+def key(tenant: str, role: str) -> int:
+    """Draw a key: itself on standard error, its entry for the keys file on standard output."""
+    from sessile.keyfile import draw_key
+
+    drawn, entry = draw_key(tenant, role)
+    say(f"the key, shown this once: {drawn}")
+    print(entry, end="", file=sys.stdout)
+    return 0
 
 
 def doctor(config: Config) -> int:
@@ -99,8 +121,13 @@ def bench(name: str) -> tuple[Any, Callable[[Any], int]]:
     return getattr(module, options), getattr(module, measure)
 
 
-def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], url: str | None) -> int:
-    """Talk to the server at url, or to one of our own that is started for the purpose and stopped afterwards."""
+def chat(
+    config: Config, options: ChatOptions, *, server_flags: Sequence[str], url: str | None, api_key: str | None = None
+) -> int:
+    """Talk to the server at url, or to one of our own that is started for the purpose and stopped afterwards.
+
+    api_key: sent with every request, for a server that wants one.
+    """
     from sessile.model.config import resolve_model_path
 
     resolve_model_path(config.model.model)  # Before a server is started that would only say the same.
@@ -120,6 +147,7 @@ def chat(config: Config, options: ChatOptions, *, server_flags: Sequence[str], u
             stdout=sys.stdout,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
+            api_key=api_key,
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from sessile.core.limits import SchedulerOptions
+from sessile.core.limits import SchedulerOptions, TenantPolicy
 from sessile.device.config import DeviceOptions
 from sessile.engine.config import EngineOptions
 from sessile.errors import StartupError
@@ -29,6 +29,8 @@ from sessile.server.config import ServerOptions
 
 ENVIRONMENT_PREFIX = "SESSILE_"
 CONFIG_FILE_VARIABLE = "SESSILE_CONFIG"
+API_KEY_VARIABLE = "SESSILE_API_KEY"
+"""The key that our own clients send; not a setting, and never shown."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Config:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
+    tenants: tuple[TenantPolicy, ...] = ()
+    """Not a setting: what the keys file says of tenants, added by who reads it."""
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` reads back."""
@@ -165,7 +169,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _sections() -> dict[str, Any]:
     """The dataclass of each section by its name in Config."""
-    return typing.get_type_hints(Config)
+    return {name: options for name, options in typing.get_type_hints(Config).items() if name != "tenants"}
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:
@@ -183,7 +187,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     known = {ENVIRONMENT_PREFIX + key.upper(): setting for key, setting in _by_key().items()}
     values: dict[str, Any] = {}
     for variable in sorted(environment):
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_FILE_VARIABLE or not environment[variable]:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not environment[variable]:
+            continue
+        if variable in (CONFIG_FILE_VARIABLE, API_KEY_VARIABLE):
             continue
         if variable not in known:
             raise StartupError(f"unknown environment variable {variable}{nearest(variable, known)}")

@@ -4,6 +4,8 @@ SessileError
 ├── UserError            a request we refuse; state is untouched; becomes a 4xx with message, code and param
 │   ├── InvalidRequest   400: malformed, out of range, unsupported
 │   │   └── DuplicateSession  a session with this id is open already
+│   ├── Unauthenticated  401: no valid key
+│   ├── Forbidden        403: a valid key that may not do this
 │   ├── NotFound         404: no such session, model or request
 │   ├── SessionBusy      409: a turn is in flight
 │   ├── SessionClosed    410: close was requested
@@ -43,6 +45,20 @@ class DuplicateSession(InvalidRequest):
     """A session with this id is open already."""
 
     code = "duplicate_session"
+
+
+class Unauthenticated(UserError):
+    """The request has no valid key."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(UserError):
+    """The request's key is valid, and does not allow this."""
+
+    status = 403
+    code = "forbidden"
 
 
 class NotFound(UserError):

@@ -26,7 +26,7 @@ from sessile.contract.messages import (
     pack_tokens,
     unpack_tokens,
 )
-from sessile.core.limits import SchedulerOptions
+from sessile.core.limits import SchedulerOptions, TenantPolicy
 from sessile.device.config import DeviceOptions
 from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import Clock, MonotonicClock
@@ -213,10 +213,11 @@ def open_configured_engine(
     clock: Clock,
     tokenizer: Tokenizer | None = None,
     report: Callable[[str], None] = lambda line: None,
+    tenants: tuple[TenantPolicy, ...] = (),
 ) -> Engine:
     """Join a model's tokenizer (loaded here unless given), its device and the scheduler to an engine.
 
-    report: is given a line for each part of a long start. Raises StartupError.
+    report: is given a line for each part of a long start. tenants: those with limits of their own. Raises StartupError.
     """
     # Here, because importing torch takes longer than finding out that there is no such model.
     tokenizer = tokenizer or load_tokenizer(model.model)
@@ -235,7 +236,7 @@ def open_configured_engine(
         )
 
     on_cpu = chosen_kind(device) == "cpu"
-    return open_engine(scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock)
+    return open_engine(scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock, tenants=tenants)
 
 
 def sections_of(

@@ -76,8 +76,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     session: str | None = None
     rid: str = ""
     """With a session, the name of this turn: the same name again within the last turn repeats its reply."""
+    rid_drawn: bool = False
+    """The server drew `rid`: it names a turn of a branching session, but nobody can send it again, so the reply is not
+    kept."""
     branch: Branch | None = None
-    """For branching sessions; None is a new root there, and the only choice in a streaming session."""
+    """For branching sessions; None is a new root there. In a streaming session it may only name a parent, which is
+    ignored."""
     expect_tokens: int = -1
     """-1, or the length that the client believes the session's history has: another length is 409."""
     logprobs: int = -1
@@ -323,6 +327,19 @@ class SessionGone(msgspec.Struct, frozen=True):
     tenant: str = ""
 
 
+class TenantFigures(msgspec.Struct, frozen=True):
+    """What one tenant has at this moment."""
+
+    name: str
+    requests: int
+    """Running or waiting."""
+    input_tokens: int
+    """Of these requests, committed histories not included."""
+    sessions: int
+    held_tokens: int
+    """Of its sessions' histories together."""
+
+
 class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Live figures and running totals of the engine; gauges are of this moment, totals only grow."""
 
@@ -348,7 +365,11 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     page_size: int
     sessions_open: int
     sessions_idle: int
+    sessions_by_phase: dict[str, int]
+    """As in SessionView."""
     session_tokens: int
+    tenants: list[TenantFigures]
+    """Of every tenant that has a name."""
     finished_total: dict[str, int]
     """By reason: stop, length, abort, error."""
     turns_committed_total: int
@@ -364,6 +385,9 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     generated_tokens_total: int
     preemptions_total: int
     recomputed_tokens_total: int
+    """Computed again after a preemption."""
+    reclaimed_tokens_total: int
+    """Of session histories: their KV was gone when a turn was admitted, so they were computed again."""
     evicted_pages_total: int
     demoted_pages_total: int
     drafts_offered_total: int

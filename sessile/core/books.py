@@ -43,6 +43,7 @@ class Totals:
     generated_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    reclaimed_tokens: int = 0
     evicted_pages: int = 0
     demoted_pages: int = 0
     drafts_offered: int = 0

@@ -117,6 +117,8 @@ def _send(books: Books, request: Request, done: Done, commits: bool) -> None:
     totals.finished[done.reason] += 1
     totals.prompt_tokens += done.prompt_tokens
     totals.cached_tokens += done.cached_tokens
+    if request.cached_tokens >= 0:
+        totals.reclaimed_tokens += max(0, request.base_tokens - 1 - request.cached_tokens)
     books.events.ended(request.key, done.reason, done.completion_tokens, done.message)
     books.effects.done(done)
     if session is not None and commits:

@@ -98,9 +98,9 @@ class Request:
         self.key = message.key
         self.session = session
         self.tenant = tenant
-        self.rid = message.rid if session is not None else ""
+        self.rid = message.rid if session is not None and not message.rid_drawn else ""
         self.input = message.tokens if self.rid else b""
-        """What a turn with a name was sent with, to know it again."""
+        """What a turn that a client named was sent with, to know it again."""
         self.replied: list[Scores | TokenDetail] = []
         """What such a turn was told beside its tokens."""
         self.priority = message.priority

@@ -3,14 +3,15 @@
 from heapq import nlargest
 from itertools import islice
 
-from sessile.contract.messages import PoolHolder, PoolView, SessionPage, SessionView, Stats
+from sessile.contract.messages import PoolHolder, PoolView, SessionPage, SessionView, Stats, TenantFigures
 from sessile.core.books import Books
 from sessile.core.ledger import LIMBO, QUARANTINE, SCRATCH, TREE
-from sessile.core.request import Phase
+from sessile.core.request import Phase, Request
 from sessile.core.session import Session
 from sessile.core.tenants import Tenant
 
 _NS = 1_000_000_000
+PHASES = ("idle", "queued", "running", "preempted", "closing")
 
 
 def session_view(books: Books, session: Session) -> SessionView:
@@ -22,7 +23,7 @@ def session_view(books: Books, session: Session) -> SessionView:
         id=session.id,
         tenant=session.tenant.policy.name,
         branching=session.branching,
-        phase=_phase(books, session, lines),
+        phase=_phase(session, [books.requests[line.turn] for line in lines if line.turn is not None]),
         tokens=committed,
         kv_tokens=max([min(tokens, max(0, committed - 1)) for tokens, _, _ in kv], default=0),
         own_pages=sum([own for _, own, _ in kv]),
@@ -37,8 +38,8 @@ def session_view(books: Books, session: Session) -> SessionView:
     )
 
 
-def _phase(books: Books, session: Session, lines: list[Session]) -> str:
-    turns = [books.requests[line.turn] for line in lines if line.turn is not None]
+def _phase(session: Session, turns: list[Request]) -> str:
+    """The phase of a session with these turns in flight."""
     if session.closing:
         return "closing"
     if not turns:
@@ -70,10 +71,27 @@ def session_page(books: Books, tenant: Tenant, after_serial: int, limit: int) ->
     return SessionPage(views, len(found) > limit, tenant.sessions)
 
 
+def sessions_by_phase(books: Books) -> dict[str, int]:
+    """How many sessions are in each phase. Looks at requests only: there may be very many idle sessions."""
+    turns: dict[int, list[Request]] = {}
+    sessions: dict[int, Session] = {}
+    for request in books.requests.values():
+        if request.session is not None:
+            session = request.session.root or request.session
+            sessions[session.serial] = session
+            turns.setdefault(session.serial, []).append(request)
+    phases = dict.fromkeys(PHASES, 0)
+    phases["idle"] = len(books.sessions) - len(sessions)
+    for serial, session in sessions.items():
+        phases[_phase(session, turns[serial])] += 1
+    return phases
+
+
 def stats(books: Books) -> Stats:
     """Every figure of this moment, and all totals."""
     ledger, tree, totals = books.ledger, books.tree, books.totals
     running = [request for request in books.requests.values() if request.phase is Phase.RUNNING]
+    phases = sessions_by_phase(books)
     return Stats(
         steps_total=books.planned_step,
         settled_steps_total=books.settled_step,
@@ -94,8 +112,14 @@ def stats(books: Books) -> Stats:
         pages_scratch=ledger.balance(SCRATCH),
         page_size=books.limits.page_size,
         sessions_open=len(books.sessions),
-        sessions_idle=sum(not session.in_flight for session in books.sessions.values()),
+        sessions_idle=phases["idle"],
+        sessions_by_phase=phases,
         session_tokens=sum(tenant.held_tokens for tenant in books.tenants.all),
+        tenants=[
+            TenantFigures(each.policy.name, each.requests, each.tokens, each.sessions, each.held_tokens)
+            for each in books.tenants.all
+            if each.policy.name
+        ],
         finished_total=dict(totals.finished),
         turns_committed_total=totals.turns_committed,
         turns_rolled_back_total=totals.turns_rolled_back,
@@ -109,6 +133,7 @@ def stats(books: Books) -> Stats:
         generated_tokens_total=totals.generated_tokens,
         preemptions_total=totals.preemptions,
         recomputed_tokens_total=totals.recomputed_tokens,
+        reclaimed_tokens_total=totals.reclaimed_tokens,
         evicted_pages_total=totals.evicted_pages,
         demoted_pages_total=totals.demoted_pages,
         drafts_offered_total=totals.drafts_offered,
@@ -178,7 +203,7 @@ def _holders(books: Books) -> list[PoolHolder]:
                 PoolHolder(
                     session=line.id,
                     tenant=line.tenant.policy.name,
-                    phase=_phase(books, line, [line]),
+                    phase=_phase(line, [] if line.turn is None else [books.requests[line.turn]]),
                     own_pages=reserve + (0 if parked is None else len(parked.lease)),
                     shared_pages=0 if parked is None else len(parked.pin.pages),
                     reserve_pages=reserve,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
-from sessile.core.limits import Limits, SchedulerOptions
+from sessile.core.limits import Limits, SchedulerOptions, TenantPolicy
 from sessile.core.machine import Machine
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
@@ -111,15 +111,17 @@ def open_engine(
     *,
     on_cpu: bool,
     clock: Clock,
+    tenants: tuple[TenantPolicy, ...] = (),
 ) -> Engine:
     """Open the device and build the machine that its facts allow.
 
-    on_cpu decides defaults. The clock's origin is taken as the begin of the start. Raises StartupError.
+    on_cpu decides defaults. tenants: those with limits of their own. The clock's origin is taken as the begin of the
+    start. Raises StartupError.
     """
     rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
     device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max))
     facts = device.facts
-    limits = limits_for(scheduler, facts, rows_max, on_cpu=on_cpu)
+    limits = limits_for(scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants)
     machine = Machine(limits, describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens))
     ready = EngineReady(
         model_name=Path(facts.model_path).name.removesuffix(".gguf"),
@@ -140,7 +142,14 @@ def open_engine(
     return Engine(machine, device, ready, options)
 
 
-def limits_for(scheduler: SchedulerOptions, facts: DeviceFacts, rows_max: int, *, on_cpu: bool) -> Limits:
+def limits_for(
+    scheduler: SchedulerOptions,
+    facts: DeviceFacts,
+    rows_max: int,
+    *,
+    on_cpu: bool,
+    tenants: tuple[TenantPolicy, ...] = (),
+) -> Limits:
     """The bounds of a core on this device: what the settings say, else what suits the kind of device."""
     return Limits(
         pages_total=facts.pages_total,
@@ -156,4 +165,5 @@ def limits_for(scheduler: SchedulerOptions, facts: DeviceFacts, rows_max: int, *
         audit_level=scheduler.audit_level,
         contain_violations=True,
         retract_every=scheduler.retract_every,
+        tenants=tenants,
     )

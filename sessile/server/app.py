@@ -3,27 +3,35 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from sessile import __version__
 from sessile.server import generate, openai, operations, sessions
+from sessile.server.auth import authenticate
 from sessile.server.body import BodyLimit
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.server.replies import add_error_replies
 from sessile.text.tokenizer import Tokenizer
 
 
 def create_app(
-    link: EngineLink, tokenizer: Tokenizer, options: ServerOptions, *, settings: Mapping[str, Any] | None = None
+    link: EngineLink,
+    tokenizer: Tokenizer,
+    options: ServerOptions,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    key_ring: KeyRing | None = None,
 ) -> FastAPI:
     """The application over a link to an engine; `app.state.service` is the Service that its routes share.
 
-    settings: all settings of the deployment by section, to be shown by /get_server_info. The link stays the caller's.
+    settings: all settings of the deployment by section, to be shown by /get_server_info. key_ring: the keys that are
+    accepted; None: none is needed. The link stays the caller's.
     """
-    service = Service(link, tokenizer, options, settings or {})
-    app = FastAPI(title="Sessile", version=__version__)
+    service = Service(link, tokenizer, options, settings or {}, key_ring)
+    app = FastAPI(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
     app.state.service = service
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max)
     for module in (generate, openai, sessions, operations):

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from starlette.types import Receive
 
-from sessile.contract.messages import Done, Sampling, Submit, pack_tokens
-from sessile.errors import InvalidRequest, NotReady
+from sessile.contract.messages import Branch, Done, Sampling, Submit, pack_tokens
+from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
+from sessile.server.keys import KeyRing
 from sessile.server.link import Arrival, EngineLink, Stream
 from sessile.server.metrics import Metrics
+from sessile.server.retry import RetryAdvice
 from sessile.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -36,18 +38,27 @@ class Service:
     """What all routes share: the link, the tokenizer, the options, and which requests are in flight."""
 
     def __init__(
-        self, link: EngineLink, tokenizer: Tokenizer, options: ServerOptions, settings: Mapping[str, Any]
+        self,
+        link: EngineLink,
+        tokenizer: Tokenizer,
+        options: ServerOptions,
+        settings: Mapping[str, Any],
+        key_ring: KeyRing | None = None,
     ) -> None:
         self.link = link
         self.tokenizer = tokenizer
         self.options = options
         self.settings = settings
         """All settings of the deployment by section, to be shown by /get_server_info."""
-        self.metrics = Metrics()
+        self.key_ring = key_ring
+        """The keys that are accepted; None: none is needed."""
+        self.metrics = Metrics(key_ring.tenants if key_ring else ())
+        self.retry_advice = RetryAdvice()
         self.started_s = int(time.time())
         self.draining = False
         self.keys = itertools.count(1)
-        self.keys_by_rid: dict[str, int] = {}
+        self.keys_by_rid: dict[tuple[str, str], int] = {}
+        """Requests in flight, by tenant and rid: nobody meets another's (H55)."""
 
     @property
     def model_name(self) -> str:
@@ -60,9 +71,14 @@ class Service:
             raise NotReady("the server is shutting down")
         self.link.check_ready()
 
-    def abort(self, rid: str) -> bool:
-        """End the request with this rid; False if there is none in flight."""
-        key = self.keys_by_rid.get(rid)
+    @property
+    def retry_after_s(self) -> int:
+        """What a client that met a limit is told to wait."""
+        return self.retry_advice.seconds(self.link.in_flight)
+
+    def abort(self, tenant: str, rid: str) -> bool:
+        """End a tenant's request with this rid; False if it has none in flight."""
+        key = self.keys_by_rid.get((tenant, rid))
         if key is None:
             return False
         self.link.cancel(key, "aborted by the client")
@@ -75,9 +91,13 @@ class Order:
 
     tokens: "list[int] | npt.NDArray[np.int32]"
     sampling: Sampling
+    tenant: str
+    priority: int = 0
     rid: str | None = None
-    """Names the call while it is in flight; None: a fresh one."""
+    """Names the call while it is in flight, and a session's turn beyond it; None: a fresh one."""
     session: str | None = None
+    branch: Branch | None = None
+    """With a session: where the turn goes on. None, for a turn without a name: in a streaming session only."""
     expect_tokens: int = -1
     logprobs: int = -1
     prompt_logprobs_from: int = -1
@@ -90,6 +110,7 @@ class Call:
         """whole: the reader wants the end only, not every step."""
         self.order = order
         self.rid = order.rid or uuid.uuid4().hex
+        self._place = (order.tenant, self.rid)
         self.started_s = time.perf_counter()
         self.done: Done | None = None
         self._service = service
@@ -106,25 +127,31 @@ class Call:
         """Send the request. Raises NotReady, or InvalidRequest if its rid is in flight already."""
         service, order = self._service, self.order
         service.check_open()
-        if self.rid in service.keys_by_rid:
+        if self._place in service.keys_by_rid:
             raise InvalidRequest(f"rid: a request {self.rid!r} is in flight already", param="rid")
         submit = Submit(
             key=next(service.keys),
             tokens=pack_tokens(order.tokens),
             sampling=order.sampling,
+            tenant=order.tenant,
+            priority=order.priority,
             session=order.session,
+            rid=self.rid if order.branch is not None else "",
+            rid_drawn=order.branch is not None and order.rid is None,
+            branch=order.branch,
             expect_tokens=order.expect_tokens,
             logprobs=order.logprobs,
             prompt_logprobs_from=order.prompt_logprobs_from,
         )
+        service.retry_advice.note_start(service.link.in_flight)
         self._stream = service.link.submit(submit, whole=self._whole)
-        service.keys_by_rid[self.rid] = submit.key
+        service.keys_by_rid[self._place] = submit.key
         return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._stream is not None
         self._service.link.abandon(self._stream.key, DISCONNECTED)
-        del self._service.keys_by_rid[self.rid]
+        del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
 
     def disconnect(self) -> None:
@@ -165,9 +192,12 @@ class Call:
                 gaps = done.completion_tokens - 1
                 metrics.inter_token_s.observe((stream.last_s - stream.first_s) / gaps, gaps)
         metrics.request_s.observe(self.seconds)
-        metrics.count_end(reason)
+        metrics.count_end(reason, self.order.tenant, done)
+        if done.status != LimitReached.status:  # what was turned away says nothing of how fast the line moves
+            self._service.retry_advice.note_end()
         fields = {
             "rid": self.rid,
+            "tenant": self.order.tenant or None,
             "session": self.order.session,
             "reason": reason,
             "status": done.status,

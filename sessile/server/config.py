@@ -9,12 +9,19 @@ from sessile.options import option
 class ServerOptions:
     """Where the server listens and how it treats its clients."""
 
-    host: str = option("127.0.0.1", "Address to listen on; only loopback addresses unless --allow-remote is on.")
+    host: str = option(
+        "127.0.0.1", "Address to listen on; only loopback addresses unless --keys is given or --allow-remote is on."
+    )
     port: int = option(30000, "Port to listen on; 0 picks a free one.", low=0, high=65535)
     allow_remote: str = option(
         "off",
-        "Listen on other addresses than loopback: whoever reaches the port can use the server, there are no keys.",
+        "Listen on other addresses than loopback without --keys: whoever reaches the port can use the server.",
         choices=("on", "off"),
+    )
+    keys: str | None = option(
+        None,
+        "YAML file of the keys that are accepted, the tenants they stand for and their limits (docs/HTTP.md); with it,"
+        " every request needs a key. `sessile key` draws one. Default: no key is needed, all are one tenant.",
     )
     served_name: str | None = option(
         None,

@@ -8,14 +8,24 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sessile.contract.messages import Done
+from sessile.contract.messages import Branch, Done
 from sessile.errors import InvalidRequest
+from sessile.server.auth import Asking
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
+from sessile.server.keys import Caller
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import JsonReply, engine_refusal
-from sessile.server.sampling import COUNT_MAX, LOGPROBS_MAX, Count, SamplingFields, check_vocabulary, to_sampling
+from sessile.server.sampling import (
+    COUNT_MAX,
+    LOGPROBS_MAX,
+    Count,
+    Priority,
+    SamplingFields,
+    check_vocabulary,
+    to_sampling,
+)
 from sessile.server.stream import EventStream, event
 
 ID_CHARS_MAX = 256
@@ -42,18 +52,27 @@ class SamplingParams(SamplingFields):
 
 
 class SessionParams(Body):
-    """session_params of /generate: the streaming session whose next turn this is."""
+    """session_params of /generate: the session whose next turn this is, and in a branching one where it goes on."""
 
     id: str = Field(min_length=1, max_length=ID_CHARS_MAX)
     expect_tokens: Count | None = None
     """What the client believes the history's length to be; the turn is refused with 409 if it is another."""
 
-    tolerated: ClassVar[Tolerated] = {
-        "rid": ANYTHING,  # names a parent turn in a branching session; in a streaming one there is no choice
-        "offset": (0,),
-        "replace": (False,),
-        "drop_previous_output": (False,),
-    }
+    rid: str | None = Field(default=None, max_length=ID_CHARS_MAX)
+    """The turn to go on from; null or empty: a new root. Ignored in a streaming session, where there is no choice."""
+    offset: int | None = Field(default=None, ge=-COUNT_MAX, le=COUNT_MAX)
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+    @property
+    def branch(self) -> Branch:
+        """Where the turn goes on. Whether the session has any such choice is the engine's to say."""
+        return Branch(
+            parent=self.rid or None,
+            offset=self.offset or 0,
+            replace=bool(self.replace),
+            drop_previous_output=bool(self.drop_previous_output),
+        )
 
 
 class GenerateBody(Body):
@@ -70,6 +89,7 @@ class GenerateBody(Body):
     top_logprobs_num: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
     return_text_in_logprobs: bool | None = None
     session_params: SessionParams | None = None
+    priority: Priority | None = None
 
     tolerated: ClassVar[Tolerated] = {
         "token_ids_logprob": ([],),
@@ -86,7 +106,6 @@ class GenerateBody(Body):
         "return_bytes": (False,),
         "return_entropy": (False,),
         "background": (False,),
-        "priority": (),
         "extra_key": (),
         "conversation_id": (),
         "data_parallel_rank": (),
@@ -119,10 +138,10 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/generate", openapi_extra=takes(GenerateBody))
-    async def generate(request: Request) -> Response:
+    async def generate(request: Request, caller: Asking) -> Response:
         body = await read_body(request, GenerateBody)
         service.check_open()
-        order = await _order(service, body)
+        order = await _order(service, caller, body)
         reply = _Reply(service, body, Call(service, order, whole=not body.stream))
         if body.stream:
             return EventStream([reply.call], reply.events())
@@ -132,7 +151,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _order(service: Service, body: GenerateBody) -> Order:
+async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
     params = body.sampling_params or SamplingParams()
     vocab_size = service.link.ready.vocab_size
     if body.input_ids is None:
@@ -155,8 +174,11 @@ async def _order(service: Service, body: GenerateBody) -> Order:
     return Order(
         tokens=tokens,
         sampling=sampling,
+        tenant=caller.tenant,
+        priority=body.priority or 0,
         rid=body.rid,
         session=body.session_params.id if body.session_params else None,
+        branch=body.session_params.branch if body.session_params else None,
         expect_tokens=_expected(body.session_params),
         logprobs=(body.top_logprobs_num or 0) if body.return_logprob else -1,
         prompt_logprobs_from=start if body.return_logprob else -1,

@@ -279,7 +279,8 @@ class EngineLink:
         for reply in batch.replies:
             self._take_reply(reply.op, reply.value, reply.error)
         for gone in batch.gone:
-            log.info("session ended", extra={"session": gone.session, "reason": gone.reason})
+            fields = {"session": gone.session, "tenant": gone.tenant or None, "reason": gone.reason}
+            log.info("session ended", extra=fields)
 
     def _take_deltas(self, batch: Batch, woken: dict[int, Stream]) -> None:
         keys = np.frombuffer(batch.delta_keys, "<i8").tolist()
@@ -287,12 +288,14 @@ class EngineLink:
         tokens = unpack_tokens(batch.delta_tokens).tolist()
         assert len(keys) == len(ends) and ends[-1] == len(tokens), "deltas of a batch do not add up"
         now_s = time.perf_counter()
+        # A request that ends here brings no more, however much it brings: a repeated reply comes all at once.
+        ending = {done.key for done in batch.done}
         start = 0
         for key, end in zip(keys, ends, strict=True):
             stream = self._streams.get(key)
             if stream is not None:
                 woken[key] = stream
-                if not stream.put_tokens(tokens[start:end], now_s):
+                if not stream.put_tokens(tokens[start:end], now_s) and key not in ending:
                     self.abandon(key, f"the client reads too slowly: over {self._lag_tokens_max} tokens wait for it")
             start = end
 

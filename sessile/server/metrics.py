@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from sessile.contract.messages import Stats
+from sessile.contract.messages import Done, Stats
 
 SECONDS = (
     0.001,
@@ -41,6 +41,9 @@ SECONDS = (
     320.0,
 )
 
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+"""Bounds of histograms of tokens."""
+
 # Field of Stats → its names, ours first, and help. Counters' names lose _total: the exposition adds it.
 GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "requests_running": (
@@ -58,6 +61,7 @@ GAUGES: dict[str, tuple[tuple[str, ...], str]] = {
     "sessions_open": (("sessile_sessions_open", "sglang:num_streaming_sessions"), "Open sessions."),
     "sessions_idle": (("sessile_sessions_idle",), "Open sessions without a turn in flight."),
     "session_tokens": (("sessile_session_tokens",), "Tokens of all session histories."),
+    "pages_reserved": (("sessile_reserved_pages",), "KV pages promised to sessions, used or not."),
 }
 PAGE_OWNERS = ("free", "limbo", "tree", "tree_pinned", "requests", "sessions", "quarantine", "scratch")
 COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -65,6 +69,9 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "settled_steps_total": (("sessile_settled_steps",), "Steps settled."),
     "turns_committed_total": (("sessile_turns_committed",), "Session turns that became history."),
     "turns_rolled_back_total": (("sessile_turns_rolled_back",), "Session turns that left no trace."),
+    "turns_replayed_total": (("sessile_turns_replayed",), "Replies said again to a client that had lost them."),
+    "forks_total": (("sessile_forks",), "Forks of sessions, branches included."),
+    "rewinds_total": (("sessile_rewinds",), "Sessions cut back to an earlier place."),
     "prompt_tokens_total": (
         ("sessile_prompt_tokens", "sglang:prompt_tokens", "vllm:prompt_tokens", "vllm:prefix_cache_queries"),
         "Prompt tokens of admitted requests, histories included.",
@@ -95,37 +102,61 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-class Histogram:
-    """Counts of seconds by bucket; its only writer is the event loop, so it needs no lock."""
+REPREFILLED = {
+    "preempted": "recomputed_tokens_total",
+    "reclaimed": "reclaimed_tokens_total",
+}
+"""Why tokens were computed again → field of Stats."""
+TENANT_GAUGES = {
+    "requests": ("sessile_tenant_requests_in_flight", "Requests of a tenant that run or wait."),
+    "input_tokens": ("sessile_tenant_input_tokens_in_flight", "Their tokens, committed histories not included."),
+    "sessions": ("sessile_tenant_sessions_open", "Open sessions of a tenant."),
+    "held_tokens": ("sessile_tenant_held_tokens", "Tokens of a tenant's session histories."),
+}
+"""Field of TenantFigures → name and help."""
+TENANT_COUNTERS = {
+    "prompt_tokens": ("sessile_tenant_prompt_tokens", "Prompt tokens of a tenant's ended requests."),
+    "cached_tokens": ("sessile_tenant_cached_tokens", "Of these, tokens whose KV was there already."),
+    "completion_tokens": ("sessile_tenant_generated_tokens", "Tokens that a tenant's ended requests were sent."),
+}
+"""Field of Done → name and help."""
 
-    def __init__(self, names: Sequence[str], help: str) -> None:
+
+class Histogram:
+    """Counts of values by bucket; its only writer is the event loop, so it needs no lock."""
+
+    def __init__(self, names: Sequence[str], help: str, bounds: Sequence[float] = SECONDS) -> None:
         self._names = names
         self._help = help
-        self._counts = [0] * (len(SECONDS) + 1)
-        self._sum_s = 0.0
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
 
-    def observe(self, seconds: float, count: int = 1) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
         """Add `count` observations of the same value."""
-        self._counts[bisect_left(SECONDS, seconds)] += count
-        self._sum_s += seconds * count
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
 
     def families(self, model: str) -> Iterator[Metric]:
         """The histogram under each of its names."""
         buckets: list[tuple[str, float]] = []
         cumulated = 0
-        for bound, count in zip((*map(str, SECONDS), "+Inf"), self._counts, strict=True):
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
             cumulated += count
             buckets.append((bound, float(cumulated)))
         for name in self._names:
             family = HistogramMetricFamily(name, self._help, labels=["model_name"])
-            family.add_metric([model], buckets, self._sum_s)
+            family.add_metric([model], buckets, self._sum)
             yield family
 
 
 class Metrics:
-    """What this server measures itself."""
+    """What this server measures itself. tenants: those that get figures of their own, all known from the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Sequence[str] = ()) -> None:
+        self._tenant_ends: dict[str, dict[str, int]] = {tenant: {} for tenant in tenants}
+        self._tenant_tokens = {tenant: dict.fromkeys(TENANT_COUNTERS, 0) for tenant in tenants}
+        self._earlier: Stats | None = None
         self.first_token_s = Histogram(
             (
                 "sessile_time_to_first_token_seconds",
@@ -139,6 +170,8 @@ class Metrics:
                 "sessile_inter_token_latency_seconds",
                 "sglang:inter_token_latency_seconds",
                 "vllm:inter_token_latency_seconds",
+                "sglang:time_per_output_token_seconds",
+                "vllm:time_per_output_token_seconds",
             ),
             "Between two tokens of one request.",
         )
@@ -146,21 +179,47 @@ class Metrics:
             ("sessile_request_seconds", "sglang:e2e_request_latency_seconds", "vllm:e2e_request_latency_seconds"),
             "From the request's arrival to its end.",
         )
+        self.prompt_tokens = Histogram(
+            ("sessile_request_prompt_tokens", "vllm:request_prompt_tokens"),
+            "Prompt tokens of a request, its history included.",
+            TOKENS,
+        )
+        self.completion_tokens = Histogram(
+            ("sessile_request_generated_tokens", "vllm:request_generation_tokens"),
+            "Output tokens of a request.",
+            TOKENS,
+        )
         self.ended: dict[str, int] = {}
         """Requests that ended, by reason: stop, length, abort, error, disconnect."""
 
-    def count_end(self, reason: str) -> None:
+    def count_end(self, reason: str, tenant: str, done: Done) -> None:
         """Count one ended request."""
         self.ended[reason] = self.ended.get(reason, 0) + 1
+        if done.prompt_tokens:
+            self.prompt_tokens.observe(done.prompt_tokens)
+            self.completion_tokens.observe(done.completion_tokens)
+        if tenant in self._tenant_ends:
+            ends, tokens = self._tenant_ends[tenant], self._tenant_tokens[tenant]
+            ends[reason] = ends.get(reason, 0) + 1
+            for field in TENANT_COUNTERS:
+                tokens[field] += getattr(done, field)
 
     def render(self, stats: Stats | None, *, model: str, in_flight: int) -> bytes:
         """The Prometheus text; without stats (the engine does not answer) only what the server itself knows."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collected([*self._families(model, in_flight), *_engine_families(stats, model)]))
+        families = [
+            *self._families(model, in_flight),
+            *self._tenant_families(model),
+            *_engine_families(stats, model),
+            *self._throughput(stats, model),
+        ]
+        registry.register(_Collected(families))
         return generate_latest(registry)
 
     def _families(self, model: str, in_flight: int) -> Iterator[Metric]:
-        for histogram in (self.first_token_s, self.inter_token_s, self.request_s):
+        for histogram in (
+            self.first_token_s, self.inter_token_s, self.request_s, self.prompt_tokens, self.completion_tokens
+        ):  # fmt: skip
             yield from histogram.families(model)
         yield _gauge("sessile_http_requests_in_flight", "Requests whose client waits.", in_flight, model)
         for name, label in (
@@ -174,6 +233,30 @@ class Metrics:
         total = CounterMetricFamily("sglang:num_requests", "Requests that ended.", labels=["model_name"])
         total.add_metric([model], sum(self.ended.values()))
         yield total
+        aborted = CounterMetricFamily("sglang:num_aborted_requests", "Requests that broke off.", labels=["model_name"])
+        aborted.add_metric([model], self.ended.get("abort", 0) + self.ended.get("disconnect", 0))
+        yield aborted
+
+    def _tenant_families(self, model: str) -> Iterator[Metric]:
+        labels = ["model_name", "tenant", "reason"]
+        ends = CounterMetricFamily("sessile_tenant_requests", "Ended requests of a tenant, by reason.", labels=labels)
+        for tenant, by_reason in self._tenant_ends.items():
+            for reason, count in sorted(by_reason.items()):
+                ends.add_metric([model, tenant, reason], count)
+        yield ends
+        for field, (name, help) in TENANT_COUNTERS.items():
+            counter = CounterMetricFamily(name, help, labels=["model_name", "tenant"])
+            for tenant, tokens in self._tenant_tokens.items():
+                counter.add_metric([model, tenant], tokens[field])
+            yield counter
+
+    def _throughput(self, stats: Stats | None, model: str) -> Iterator[Metric]:
+        """Tokens a second since the last look: a gauge that SGLang's dashboard shows as it is."""
+        earlier, self._earlier = self._earlier, stats or self._earlier
+        if stats is None or earlier is None or stats.time_s <= earlier.time_s:
+            return
+        rate = (stats.generated_tokens_total - earlier.generated_tokens_total) / (stats.time_s - earlier.time_s)
+        yield _gauge("sglang:gen_throughput", "Generated tokens a second since the last look.", rate, model)
 
 
 class _Collected:
@@ -202,6 +285,7 @@ def _engine_families(stats: Stats | None, model: str) -> Iterator[Metric]:
     for owner in PAGE_OWNERS:
         pages.add_metric([model, owner], getattr(stats, f"pages_{owner}"))
     yield pages
+    yield from _labelled_families(stats, model)
     labels = ["model_name", "reason"]
     finished = CounterMetricFamily("sessile_finished", "Ends the engine gave, by reason.", labels=labels)
     for reason, count in sorted(stats.finished_total.items()):
@@ -214,11 +298,33 @@ def _engine_families(stats: Stats | None, model: str) -> Iterator[Metric]:
     yield violations
     usable = stats.pages_total - stats.pages_scratch
     held = usable - stats.pages_free
+    yield _gauge("sglang:max_total_num_tokens", "Tokens that the KV pages hold.", usable * stats.page_size, model)
     yield _gauge("sglang:num_used_tokens", "Tokens of KV pages that have an owner.", held * stats.page_size, model)
     for name in ("sglang:token_usage", "vllm:kv_cache_usage_perc"):
         yield _gauge(name, "Share of KV pages that have an owner, 0 to 1.", held / usable, model)
     hit_rate = stats.cached_tokens_total / max(1, stats.prompt_tokens_total)
     yield _gauge("sglang:cache_hit_rate", "Cached share of all prompt tokens so far, 0 to 1.", hit_rate, model)
+
+
+def _labelled_families(stats: Stats, model: str) -> Iterator[Metric]:
+    """Figures of the engine that have a label of their own."""
+    sessions = GaugeMetricFamily("sessile_sessions", "Open sessions by phase.", labels=["model_name", "phase"])
+    for phase, count in stats.sessions_by_phase.items():
+        sessions.add_metric([model, phase], count)
+    yield sessions
+    again = CounterMetricFamily(
+        "sessile_reprefilled_tokens",
+        "Tokens computed again: after a preemption, or because a session's KV had been reclaimed.",
+        labels=["model_name", "cause"],
+    )
+    for cause, field in REPREFILLED.items():
+        again.add_metric([model, cause], getattr(stats, field))
+    yield again
+    for field, (name, help) in TENANT_GAUGES.items():
+        gauge = GaugeMetricFamily(name, help, labels=["model_name", "tenant"])
+        for figures in stats.tenants:
+            gauge.add_metric([model, figures.name], getattr(figures, field))
+        yield gauge
 
 
 def _gauge(name: str, help: str, value: float, model: str) -> Metric:

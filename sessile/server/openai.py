@@ -11,9 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sessile.errors import NotFound, UserError
+from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text, render_messages
+from sessile.server.keys import Caller
 from sessile.server.link import Arrival
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
 from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, Shape, error_chunk, usage
@@ -42,19 +44,19 @@ def routes(service: Service) -> APIRouter:
         return JsonReply(_model_content(service))
 
     @router.post("/completions", openapi_extra=takes(CompletionBody))
-    async def completions(request: Request) -> Response:
+    async def completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, CompletionBody)
         service.check_open()
         _check_model(service, body.model)
-        choices = await _completion_choices(service, body)
+        choices = await _completion_choices(service, caller, body)
         return await _reply(service, request, body, choices, CompletionShape(service.tokenizer, body.logprobs))
 
     @router.post("/chat/completions", openapi_extra=takes(ChatBody))
-    async def chat_completions(request: Request) -> Response:
+    async def chat_completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, ChatBody)
         service.check_open()
         _check_model(service, body.model)
-        choice = await _chat_choice(service, body)
+        choice = await _chat_choice(service, caller, body)
         return await _reply(
             service, request, body, [choice], ChatShape(service.tokenizer, logprobs=bool(body.logprobs))
         )
@@ -81,7 +83,7 @@ def _check_model(service: Service, name: str | None) -> None:
         raise ModelNotFound(f"model: {name!r} is not served here; {service.model_name!r} is", param="model")
 
 
-async def _completion_choices(service: Service, body: CompletionBody) -> list[Choice]:
+async def _completion_choices(service: Service, caller: Caller, body: CompletionBody) -> list[Choice]:
     vocab_size = service.link.ready.vocab_size
     max_tokens = COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens
     prompts = body.prompts
@@ -98,6 +100,8 @@ async def _completion_choices(service: Service, body: CompletionBody) -> list[Ch
             sampling=to_sampling(
                 body, max_new_tokens=max_tokens, min_new_tokens=body.min_tokens, vocab_size=vocab_size
             ),
+            tenant=caller.tenant,
+            priority=body.priority or 0,
             rid=rid if len(prompts) == 1 else f"{rid}-{index}",
             logprobs=-1 if body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
@@ -108,7 +112,7 @@ async def _completion_choices(service: Service, body: CompletionBody) -> list[Ch
     return choices
 
 
-async def _chat_choice(service: Service, body: ChatBody) -> Choice:
+async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choice:
     prompt = await render_messages(service.tokenizer, body.messages, body.chat_template_kwargs)
     order = Order(
         tokens=await encode_text(service.tokenizer, prompt, add_special_tokens=False),
@@ -118,6 +122,8 @@ async def _chat_choice(service: Service, body: ChatBody) -> Choice:
             min_new_tokens=body.min_tokens,
             vocab_size=service.link.ready.vocab_size,
         ),
+        tenant=caller.tenant,
+        priority=body.priority or 0,
         rid=body.rid or f"chatcmpl-{uuid.uuid4().hex}",
         logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
     )

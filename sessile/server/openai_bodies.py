@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
-from sessile.server.sampling import LOGPROBS_MAX, Count, SamplingFields
+from sessile.server.sampling import LOGPROBS_MAX, Count, Priority, SamplingFields
 
 PROMPTS_MAX = 128
 COMPLETION_TOKENS_DEFAULT = 16
@@ -55,7 +55,6 @@ TOLERATED: Tolerated = {
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
     "prompt_logprobs": (),
-    "priority": (0,),
 }
 
 Prompt = Annotated[
@@ -81,6 +80,7 @@ class OpenAIBody(SamplingFields):
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     rid: str | None = Field(default=None, min_length=1, max_length=256)
+    priority: Priority | None = None
 
     tolerated: ClassVar[Tolerated] = TOLERATED
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from sessile import __version__
 from sessile.contract.messages import CancelAll, Flush, GetPool, GetStats, PoolView, Sampling, Stats
 from sessile.errors import InvalidRequest, NotReady
+from sessile.server.auth import Asking, require_admin
 from sessile.server.body import Body, TokenIds, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
@@ -73,9 +74,10 @@ def _add_health(router: APIRouter, service: Service) -> None:
         return Response()
 
     @router.get("/health_generate")
-    async def health_generate(request: Request) -> Response:
+    async def health_generate(request: Request, caller: Asking) -> Response:
         service.check_open()
-        order = Order(tokens=[0], sampling=Sampling(seed=0, temperature=0.0, max_new_tokens=1, ignore_eos=True))
+        sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=1, ignore_eos=True)
+        order = Order(tokens=[0], sampling=sampling, tenant=caller.tenant)
         call = Call(service, order, whole=True)
         async with attended(request.receive, call):
             try:
@@ -136,7 +138,7 @@ def _add_figures(router: APIRouter, service: Service) -> None:
     async def pool(holders: Annotated[int, Query(ge=0, le=1000)] = 100) -> Response:
         view = await service.link.ask(lambda op: GetPool(op, holders))
         assert isinstance(view, PoolView)
-        return JsonReply(pool_content(view, {key: rid for rid, key in service.keys_by_rid.items()}))
+        return JsonReply(pool_content(view, {key: rid for (_, rid), key in service.keys_by_rid.items()}))
 
 
 def pool_content(view: PoolView, rids: Mapping[int, str]) -> dict[str, Any]:
@@ -183,16 +185,18 @@ def pool_content(view: PoolView, rids: Mapping[int, str]) -> dict[str, Any]:
 
 def _add_actions(router: APIRouter, service: Service) -> None:
     @router.post("/abort_request", openapi_extra=takes(AbortBody))
-    async def abort_request(request: Request) -> Response:
+    async def abort_request(request: Request, caller: Asking) -> Response:
         body = await read_body(request, AbortBody)
         if body.abort_all:
+            require_admin(caller, "abort_all")
             await service.link.ask(CancelAll)
         elif body.rid is None:
             raise InvalidRequest("rid: rid or abort_all: true is required", param="rid")
         else:
-            service.abort(body.rid)
+            service.abort(caller.tenant, body.rid)
         return Response()
 
+    @router.get("/flush_cache")
     @router.post("/flush_cache")
     async def flush_cache() -> Response:
         outcome = await service.link.ask(Flush)

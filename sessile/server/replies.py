@@ -16,7 +16,8 @@ from sessile.server.link import refusal_error
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+NOT_READY_RETRY_S = 1
+"""Retry-After of a 503. A server that starts is asked often; one that stops is soon gone, and asking costs nothing."""
 CLIENT_CLOSED_REQUEST = 499
 
 
@@ -73,13 +74,17 @@ def error_content(surface: Surface, error: UserError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
 
 
-def error_reply(surface: Surface, error: UserError) -> JsonReply:
-    """The whole reply for an error."""
+def error_reply(surface: Surface, error: UserError, *, retry_after_s: int = NOT_READY_RETRY_S) -> JsonReply:
+    """The whole reply for an error. retry_after_s: what a client that met a limit is told to wait."""
     status = error.status
     if surface is Surface.RESOURCES and status == 400:
         status = 409 if error.code == "duplicate_session" else 422
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
-    return JsonReply(error_content(surface, error), status, headers=headers)
+    headers = {
+        401: {"www-authenticate": "Bearer"},
+        429: {"retry-after": str(retry_after_s)},
+        503: {"retry-after": str(NOT_READY_RETRY_S)},
+    }
+    return JsonReply(error_content(surface, error), status, headers=headers.get(status))
 
 
 def add_error_replies(app: FastAPI) -> None:
@@ -87,19 +92,23 @@ def add_error_replies(app: FastAPI) -> None:
 
     async def user_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)
-        fields = {"method": request.method, "path": request.url.path, "status": error.status, "error": error.message}
-        log.debug("refused", extra=fields)
-        return error_reply(Surface.of(request.url.path), error)
+        path = request.scope["path"]
+        log.debug(
+            "refused",
+            extra={"method": request.method, "path": path, "status": error.status, "error": error.message},
+        )
+        return error_reply(Surface.of(path), error, retry_after_s=request.app.state.service.retry_after_s)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        path = request.scope["path"]
         code, message = "invalid_request", error.detail
         if error.status_code == 404:
-            code, message = "not_found", f"no such route: {request.method} {request.url.path}"
+            code, message = "not_found", f"no such route: {request.method} {path}"
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
-            code, message = "method_not_allowed", f"{request.url.path} takes {allowed}, not {request.method}"
-        reply = error_reply(Surface.of(request.url.path), refusal_error(error.status_code, code, message))
+            code, message = "method_not_allowed", f"{path} takes {allowed}, not {request.method}"
+        reply = error_reply(Surface.of(path), refusal_error(error.status_code, code, message))
         reply.headers.update(error.headers or {})
         return reply
 
@@ -107,7 +116,8 @@ def add_error_replies(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         fault = error.errors()[0]
         param = str(fault["loc"][-1])
-        return error_reply(Surface.of(request.url.path), InvalidRequest(f"{param}: {fault['msg']}", param=param))
+        message = fault["msg"].replace("String should", "must").replace("Input should", "must")
+        return error_reply(Surface.of(request.scope["path"]), InvalidRequest(f"{param}: {message}", param=param))
 
     async def client_left(request: Request, error: Exception) -> Response:
         # While its body was read: nobody is there to read a reply, and nothing has gone wrong on our side.
@@ -116,7 +126,7 @@ def add_error_replies(app: FastAPI) -> None:
 
     async def bug(request: Request, error: Exception) -> Response:
         refusal = refusal_error(500, "internal_error", f"internal error: {type(error).__name__}; see the server's log")
-        return error_reply(Surface.of(request.url.path), refusal)
+        return error_reply(Surface.of(request.scope["path"]), refusal)
 
     app.add_exception_handler(UserError, user_error)
     app.add_exception_handler(HTTPException, http_error)

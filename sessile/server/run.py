@@ -27,6 +27,7 @@ from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
 from sessile.server.engine_process import EngineProcess, describe_exit
+from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.server.logs import configure_logs
 from sessile.text.tokenizer import Tokenizer
@@ -53,13 +54,15 @@ def serve(
     engine_config: str,
     *,
     settings: Mapping[str, Any] | None = None,
+    key_ring: KeyRing | None = None,
     exit_with_stdin: bool = False,
 ) -> int:
     """Serve until a signal, the end of standard input (with exit_with_stdin), or the engine's death; the exit status.
 
     engine_argv: command of the engine process; `--address=ipc://…` is appended. engine_config: one line of JSON for
-    its standard input. load_tokenizer: called while the engine starts. settings: shown by /get_server_info. Raises
-    StartupError for an address we cannot listen on, and what load_tokenizer raises.
+    its standard input. load_tokenizer: called while the engine starts. settings: shown by /get_server_info. key_ring:
+    the keys that are accepted; None: none is needed. Raises StartupError for an address we cannot listen on, and what
+    load_tokenizer raises.
     """
     configure_logs(options.log_format, options.log_level)
     with ended_by_sigterm(), bind(options) as listener, private_folder() as folder:
@@ -68,7 +71,7 @@ def serve(
         try:
             tokenizer = load_tokenizer()
             host = Host(options, engine, listener, exit_with_stdin=exit_with_stdin)
-            return uvloop.run(host.run(address, tokenizer, settings))
+            return uvloop.run(host.run(address, tokenizer, settings, key_ring))
         finally:
             engine.stop()
 
@@ -100,10 +103,11 @@ def bind(options: ServerOptions) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise StartupError(f"--host {host} is not an address of this machine: {error.strerror}") from error
-    if options.allow_remote == "off" and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+    is_loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
+    if not is_loopback and options.keys is None and options.allow_remote == "off":
         raise StartupError(
-            f"--host {host} lets other machines in, and whoever reaches the port can use the server: "
-            "add --allow-remote on if that is what you want, or put a proxy that authenticates in front of 127.0.0.1"
+            f"--host {host} lets other machines in, and whoever reaches the port can use the server: require keys with "
+            "--keys FILE, put a proxy that authenticates in front of 127.0.0.1, or add --allow-remote on"
         )
     try:
         return socket.create_server((str(where[0]), port), family=family, backlog=BACKLOG)
@@ -117,10 +121,16 @@ def bind(options: ServerOptions) -> socket.socket:
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder that only this user may enter, for the link's socket; removed on leaving."""
-    # The path of a unix socket is short by nature; a long TMPDIR would not fit.
-    parent = "/tmp" if len(tempfile.gettempdir()) > SOCKET_PATH_MAX else None
-    with tempfile.TemporaryDirectory(prefix="sessile-", dir=parent) as folder:
+    """A folder that only this user may enter, for the link's socket; removed on leaving. Raises StartupError."""
+    try:
+        # The path of a unix socket is short by nature; a long TMPDIR would not fit.
+        parent = "/tmp" if len(tempfile.gettempdir()) > SOCKET_PATH_MAX else None
+        made = tempfile.TemporaryDirectory(prefix="sessile-", dir=parent)
+    except OSError as error:
+        raise StartupError(
+            f"cannot make a folder for the socket to the engine: {error}. Set TMPDIR to one that can be written to."
+        ) from error
+    with made as folder:
         yield folder
 
 
@@ -137,12 +147,14 @@ class Host:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
-    async def run(self, address: str, tokenizer: Tokenizer, settings: Mapping[str, Any] | None) -> int:
+    async def run(
+        self, address: str, tokenizer: Tokenizer, settings: Mapping[str, Any] | None, key_ring: KeyRing | None
+    ) -> int:
         """Serve until told to stop or the engine is gone; the exit status."""
         self._listen_to_signals()
         link = EngineLink(address, lag_tokens_max=self._options.stream_lag_tokens_max)
         link.start()
-        app = create_app(link, tokenizer, self._options, settings=settings)
+        app = create_app(link, tokenizer, self._options, settings=settings, key_ring=key_ring)
         http = HttpServer(app)
         serving = asyncio.create_task(http.serve([self._listener]))
         watching = asyncio.create_task(self._watch_engine(link))

@@ -14,12 +14,16 @@ GREEDY_BELOW = 1e-5
 
 COUNT_MAX = (1 << 31) - 1
 LOGPROBS_MAX = 20
+PRIORITY_MAX = 100
+"""Priorities are from minus this to this; higher goes first among the requests of a tenant."""
+
 STOPS_MAX = 64
 STOP_BYTES_MAX = 1024
 LISTED_TOKENS_MAX = 1024
 """Most entries of stop_token_ids and of logit_bias."""
 
 Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
+Priority = Annotated[int, Field(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 Stops = Annotated[str | list[str], says("must be a string or a list of strings")]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], says("must map token ids to -100 … 100")]
 

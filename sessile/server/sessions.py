@@ -2,10 +2,10 @@
 
 import logging
 import secrets
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import msgspec
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,10 +22,12 @@ from sessile.contract.messages import (
     SessionView,
     unpack_tokens,
 )
-from sessile.errors import InvalidRequest, NotFound, UserError
-from sessile.server.body import Body, TokenIds, Tolerated, field_fault, read_body, takes
+from sessile.errors import NotFound, UserError
+from sessile.server.auth import Asking
+from sessile.server.body import Body, TokenIds, field_fault, read_body, says, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
+from sessile.server.keys import Caller
 from sessile.server.link import refusal_error
 from sessile.server.replies import JsonReply, engine_refusal
 from sessile.server.sampling import COUNT_MAX, Count, check_vocabulary
@@ -34,8 +36,15 @@ log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S_MAX = 31_536_000
 METADATA_KEYS_MAX = 16
+ID_CHARS_MAX = 128
 
-SessionId = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_.:@=+-]{1,128}\z")]
+SessionId = Annotated[
+    str,
+    Field(pattern=rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z"),
+    says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-"),
+]
+SessionPath = Annotated[str, Path(max_length=ID_CHARS_MAX)]
+"""Of a session that may be open: whatever is in it, it cannot be longer than an id."""
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=METADATA_KEYS_MAX),
@@ -50,13 +59,14 @@ class OpenBody(Body):
     """Advisory, as in SGLang; a session grows as far as the context length."""
     session_id: SessionId | None = None
     streaming: bool | None = None
+    """Turns follow one another; else any finished turn may be gone on from."""
     timeout: IdleTimeout | None = None
 
 
 class CloseBody(Body):
     """The body of /close_session."""
 
-    session_id: str
+    session_id: str = Field(max_length=ID_CHARS_MAX)
 
 
 class CreateBody(Body):
@@ -65,9 +75,10 @@ class CreateBody(Body):
     id: SessionId | None = None
     idle_timeout_s: IdleTimeout | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=COUNT_MAX)
+    reserve_tokens: Count | None = None
+    """KV for so many tokens is the session's whether it uses it or not."""
+    branching: bool | None = None
     metadata: Metadata | None = None
-
-    tolerated: ClassVar[Tolerated] = {"reserve_tokens": (0,)}
 
 
 class AppendBody(Body):
@@ -105,31 +116,27 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     _add_native(router, service)
     _add_resources(router, service)
+    _add_places(router, service)
     return router
 
 
 def _add_native(router: APIRouter, service: Service) -> None:
     @router.post("/open_session", openapi_extra=takes(OpenBody))
-    async def open_session(request: Request) -> Response:
+    async def open_session(request: Request, caller: Asking) -> Response:
         body = await read_body(request, OpenBody)
         service.check_open()
-        if not body.streaming:
-            raise InvalidRequest(
-                "streaming: branching sessions are not supported; open the session with streaming: true",
-                param="streaming",
-            )
-        create = CreateBody(id=body.session_id, idle_timeout_s=body.timeout)
+        create = CreateBody(id=body.session_id, idle_timeout_s=body.timeout, branching=not body.streaming)
         try:
-            view = await _open(service, create)
+            view = await _open(service, caller, create)
         except UserError as error:
             raise engine_refusal(error.status, error.code, error.message, error.param) from None
         return JsonReply(view.id)
 
     @router.post("/close_session", openapi_extra=takes(CloseBody))
-    async def close_session(request: Request) -> Response:
+    async def close_session(request: Request, caller: Asking) -> Response:
         body = await read_body(request, CloseBody)
         try:
-            await _close(service, body.session_id)
+            await _close(service, caller, body.session_id)
         except UserError as error:
             if error.status != NotFound.status:  # closing is idempotent: an unknown session is closed
                 raise
@@ -140,31 +147,43 @@ def _add_resources(router: APIRouter, service: Service) -> None:
     link = service.link
 
     @router.post("/v1/sessions", openapi_extra=takes(CreateBody))
-    async def create(request: Request) -> Response:
+    async def create(request: Request, caller: Asking) -> Response:
         body = await read_body(request, CreateBody)
         service.check_open()
-        return JsonReply(session_content(await _open(service, body)))
+        return JsonReply(session_content(await _open(service, caller, body)))
 
     @router.get("/v1/sessions")
-    async def list_all(after: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-        page = await link.ask(lambda op: ListSessions(op, after, limit))
+    async def list_all(
+        caller: Asking,
+        after: Annotated[str | None, Query(max_length=ID_CHARS_MAX)] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> Response:
+        page = await link.ask(lambda op: ListSessions(op, after, limit, caller.tenant))
         listed = [session_content(view) for view in page.sessions]
         return JsonReply({"object": "list", "data": listed, "has_more": page.more, "total": page.total})
 
     @router.get("/v1/sessions/{session}")
-    async def get(session: str) -> Response:
-        return JsonReply(session_content(await link.ask(lambda op: GetSession(op, session))))
+    async def get(session: SessionPath, caller: Asking) -> Response:
+        return JsonReply(session_content(await link.ask(lambda op: GetSession(op, session, caller.tenant))))
 
     @router.get("/v1/sessions/{session}/tokens")
-    async def tokens(session: str) -> Response:
-        outcome = await link.ask(lambda op: SessionTokens(op, session))
+    async def tokens(session: SessionPath, caller: Asking) -> Response:
+        outcome = await link.ask(lambda op: SessionTokens(op, session, caller.tenant))
         return JsonReply({"id": session, "tokens": unpack_tokens(outcome.values["tokens"])})
 
+    @router.delete("/v1/sessions/{session}")
+    async def delete(session: SessionPath, caller: Asking) -> Response:
+        return JsonReply({"id": session, "object": "session", **await _close(service, caller, session)})
+
+
+def _add_places(router: APIRouter, service: Service) -> None:
+    link = service.link
+
     @router.post("/v1/sessions/{session}/append", openapi_extra=takes(AppendBody))
-    async def append(session: str, request: Request) -> Response:
+    async def append(session: SessionPath, request: Request, caller: Asking) -> Response:
         body = await read_body(request, AppendBody)
         service.check_open()
-        call = Call(service, await _append_order(service, session, body), whole=True)
+        call = Call(service, await _append_order(service, caller, session, body), whole=True)
         async with attended(request.receive, call):
             done = (await call.next()).done
         assert done is not None
@@ -175,34 +194,39 @@ def _add_resources(router: APIRouter, service: Service) -> None:
         return JsonReply({"id": session, "object": "session", "tokens": done.session_tokens, **computed})
 
     @router.post("/v1/sessions/{session}/fork", openapi_extra=takes(ForkBody))
-    async def fork(session: str, request: Request) -> Response:
+    async def fork(session: SessionPath, request: Request, caller: Asking) -> Response:
         body = await read_body(request, ForkBody)
         service.check_open()
         child = body.id or new_session_id()
         view = await link.ask(
             lambda op: ForkSession(
-                op=op, session=session, child=child, at_tokens=body.at_tokens, at_turn=body.at_turn
+                op=op,
+                session=session,
+                child=child,
+                tenant=caller.tenant,
+                at_tokens=body.at_tokens,
+                at_turn=body.at_turn,
             )
         )
-        log.info("session forked", extra={"session": session, "child": child, "tokens": view.tokens})
+        fields = {"session": session, "child": child, "tokens": view.tokens, "tenant": caller.tenant or None}
+        log.info("session forked", extra=fields)
         return JsonReply(session_content(view))
 
     @router.post("/v1/sessions/{session}/rewind", openapi_extra=takes(RewindBody))
-    async def rewind(session: str, request: Request) -> Response:
+    async def rewind(session: SessionPath, request: Request, caller: Asking) -> Response:
         body = await read_body(request, RewindBody)
         service.check_open()
         view = await link.ask(
-            lambda op: RewindSession(op=op, session=session, to_tokens=body.to_tokens, to_turn=body.to_turn)
+            lambda op: RewindSession(
+                op=op, session=session, tenant=caller.tenant, to_tokens=body.to_tokens, to_turn=body.to_turn
+            )
         )
-        log.info("session rewound", extra={"session": session, "tokens": view.tokens})
+        fields = {"session": session, "tokens": view.tokens, "tenant": caller.tenant or None}
+        log.info("session rewound", extra=fields)
         return JsonReply(session_content(view))
 
-    @router.delete("/v1/sessions/{session}")
-    async def delete(session: str) -> Response:
-        return JsonReply({"id": session, "object": "session", **await _close(service, session)})
 
-
-async def _append_order(service: Service, session: str, body: AppendBody) -> Order:
+async def _append_order(service: Service, caller: Caller, session: str, body: AppendBody) -> Order:
     """A turn that computes its input and generates nothing."""
     if body.input_ids is None:
         assert body.text is not None
@@ -213,31 +237,35 @@ async def _append_order(service: Service, session: str, body: AppendBody) -> Ord
     return Order(
         tokens=tokens,
         sampling=Sampling(seed=0, max_new_tokens=0),
+        tenant=caller.tenant,
         session=session,
         expect_tokens=-1 if body.expect_tokens is None else body.expect_tokens,
     )
 
 
-async def _open(service: Service, body: CreateBody) -> SessionView:
+async def _open(service: Service, caller: Caller, body: CreateBody) -> SessionView:
     """Open a session. Raises UserError as the engine refuses it."""
     view = await service.link.ask(
         lambda op: OpenSession(
             op=op,
             session=body.id or new_session_id(),
+            tenant=caller.tenant,
+            branching=bool(body.branching),
+            reserve_tokens=body.reserve_tokens or 0,
             idle_timeout_s=body.idle_timeout_s,
             tokens_max=body.max_tokens,
             metadata=body.metadata or {},
         )
     )
     assert isinstance(view, SessionView)
-    log.info("session opened", extra={"session": view.id})
+    log.info("session opened", extra={"session": view.id, "tenant": caller.tenant or None})
     return view
 
 
-async def _close(service: Service, session: str) -> dict[str, Any]:
+async def _close(service: Service, caller: Caller, session: str) -> dict[str, Any]:
     """Close a session; whether that is done or deferred to the end of its turn. Raises UserError if it is unknown."""
-    outcome = await service.link.ask(lambda op: CloseSession(op, session))
-    log.info("session closed", extra={"session": session, **outcome.values})
+    outcome = await service.link.ask(lambda op: CloseSession(op, session, caller.tenant))
+    log.info("session closed", extra={"session": session, "tenant": caller.tenant or None, **outcome.values})
     return dict(outcome.values)
 
 

@@ -19,11 +19,25 @@ import uvicorn
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import FakeEngine, byte_tokenizer
 
 PATIENCE_S = 60.0
 """How long anything may take that has to come: on a loaded machine much is slow, and a failure need not be quick."""
+
+
+def ring_of(**tenants: str) -> KeyRing:
+    """A key `TENANT-key` for each tenant, with the given role."""
+    keys = [
+        Key(digest_of(f"{tenant}-key"), Caller(tenant, is_admin=role == "admin")) for tenant, role in tenants.items()
+    ]
+    return KeyRing(tuple(keys), tuple(tenants))
+
+
+def bearer(tenant: str) -> dict[str, str]:
+    """The header of a tenant in `ring_of`."""
+    return {"authorization": f"Bearer {tenant}-key"}
 
 
 @dataclass
@@ -55,13 +69,19 @@ class Running:
             assert time.monotonic() < deadline_s, "it did not happen in time"
             time.sleep(0.002)
 
+    def as_tenant(self, tenant: str) -> httpx.Client:
+        """A client with the key of a tenant in `ring_of`; a context manager."""
+        return httpx.Client(base_url=self.url, headers=bearer(tenant), timeout=20)
+
     def call(self, function: object, *arguments: object) -> None:
         """Run a function on the server's event loop."""
         self.loop.call_soon_threadsafe(function, *arguments)
 
 
 @contextlib.contextmanager
-def running_server(make_engine: Callable[[str], Any] = FakeEngine, **options: object) -> Iterator[Running]:
+def running_server(
+    make_engine: Callable[[str], Any] = FakeEngine, *, key_ring: KeyRing | None = None, **options: object
+) -> Iterator[Running]:
     """Start a server in a thread, wait until it is ready, stop it on leaving. make_engine: takes the link's address."""
     bound = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -74,7 +94,7 @@ def running_server(make_engine: Callable[[str], Any] = FakeEngine, **options: ob
         async def serve() -> None:
             link = EngineLink(address, lag_tokens_max=ServerOptions(**options).stream_lag_tokens_max)
             link.start()
-            app = create_app(link, byte_tokenizer(), ServerOptions(**options))
+            app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring)
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
             shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
             engine.start()

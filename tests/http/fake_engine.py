@@ -342,13 +342,17 @@ class FakeEngine:
         )  # fmt: skip
 
     def _stats(self) -> Stats:
-        figures: dict[str, Any] = {name: 0 for name in Stats.__struct_fields__}
+        empty = {int: 0, float: 0.0}
+        figures: dict[str, Any] = {each.name: empty.get(each.type, {}) for each in msgspec.structs.fields(Stats)}
         figures |= {
             "pages_total": READY.pages_total, "pages_scratch": 1, "page_size": READY.page_size,
             "pages_free": READY.pages_total - 1, "requests_running": len(self._requests),
             "sessions_open": len(self._sessions), "steps_total": self._steps, "rows_total": READY.rows_max,
+            "tenants": [], "finished_total": {"stop": 1}, "sessions_by_phase": {"idle": len(self._sessions)},
+            "time_s": time.monotonic(),
         }  # fmt: skip
-        return Stats(**figures | {"finished_total": {"stop": 1}, "audit_violations_total": {"pages": 1}})
+        figures["audit_violations_total"] = {"pages": 1}
+        return Stats(**figures)
 
 
 def _detail(key: int, token: int, tops: int) -> TokenDetail:

@@ -105,7 +105,7 @@ def test_sampling_fields_that_are_unknown_or_not_built_are_refused_by_name(serve
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prompt": "a"}, {"image_data": "x"}, {"lora_path": "x"}, {"return_hidden_states": True}, {"priority": 1},
+        {"prompt": "a"}, {"image_data": "x"}, {"lora_path": "x"}, {"return_hidden_states": True}, {"priority": 101},
         {"input_embeds": [[0.1]]}, {"session_id": "x"}, {"background": True}, {"custom_logit_processor": "x"},
     ],
 )  # fmt: skip
@@ -141,6 +141,12 @@ def test_other_fields_that_are_unknown_or_not_built_are_refused_by_name(server: 
         ({"text": "a", "session_params": {"id": 3}}, "session_params.id"),
         ({"text": "a", "session_params": {"id": "x", "parent": 1}}, "session_params.parent"),
         ({"text": "a", "session_params": {"id": "x", "expect_tokens": -3}}, "session_params.expect_tokens"),
+        ({"text": "a", "session_params": {"id": "x" * 10_000}}, "session_params.id"),
+        ({"text": "a", "session_params": {"id": "x", "rid": 3}}, "session_params.rid"),
+        ({"text": "a", "session_params": {"id": "x", "offset": 1 << 40}}, "session_params.offset"),
+        ({"text": "a", "session_params": {"id": "x", "replace": 1}}, "session_params.replace"),
+        ({"text": "a", "priority": -101}, "priority"),
+        ({"text": "a", "priority": 1.5}, "priority"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_by_field(server: Running, body: dict, named: str) -> None:
@@ -197,7 +203,14 @@ def test_routes_that_do_not_exist_answer_json(server: Running, method: str, path
         ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "timeout": 0}, "timeout"),
         ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "session_id": "a b"}, "session_id"),
         ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "session_id": ""}, "session_id"),
+        ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "session_id": "a/b"},
+         "session_id: must be 1 to 128 letters, digits or characters of _.:@=+-, got 'a/b'"),
+        ("/generate", {"text": "a", "rid": "x" * 257}, "rid: must have at most 256 characters"),
         ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "colour": 1}, "colour"),
+        ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "timeout": -1}, "timeout"),
+        ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "session_id": "a/b"}, "session_id"),
+        ("/open_session", {"capacity_of_str_len": 1, "streaming": True, "session_id": "x" * 10_000}, "session_id"),
+        ("/close_session", {"session_id": "x" * 10_000}, "session_id"),
         ("/close_session", {}, "session_id"),
         ("/abort_request", {}, "rid"),
         ("/tokenize", {"prompt": 3}, "prompt"),

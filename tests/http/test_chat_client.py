@@ -180,6 +180,8 @@ def test_at_a_terminal_control_c_ends_the_answer_and_control_d_the_chat(server: 
     server.engine.script, server.engine.token_interval_s = [*b"done", EOS], 0.0
     terminal.type("again\n")
     terminal.wait_for("done")
+    # Before the prompt is back the terminal would take the key for itself.
+    wait_until(lambda: "> " in terminal.shown.rpartition("done")[2], 30)
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
     turns = [message for message in server.engine.received if isinstance(message, Submit)]

@@ -48,13 +48,17 @@ def test_health_generate_runs_one_token_end_to_end(server: Running) -> None:
 
 def test_metrics_have_our_names_and_those_of_peers(server: Running) -> None:
     server.generate("hello")
+    samples(server)  # a rate is of what happened since the last look
     server.generate("hello", stream=True)
     figures = samples(server)
     for name in (
         "sessile_pages", "sessile_requests_running", "sessile_time_to_first_token_seconds_count",
         "sglang:num_running_reqs", "sglang:token_usage", "sglang:time_to_first_token_seconds_count",
         "vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:e2e_request_latency_seconds_count",
-        "vllm:request_success_total",
+        "vllm:request_success_total", "vllm:request_generation_tokens_count", "vllm:request_prompt_tokens_sum",
+        "vllm:time_per_output_token_seconds_count", "sglang:max_total_num_tokens", "sglang:gen_throughput",
+        "sglang:num_aborted_requests_total", "sessile_sessions", "sessile_forks_total", "sessile_rewinds_total",
+        "sessile_turns_replayed_total", "sessile_reserved_pages", "sessile_reprefilled_tokens_total",
     ):  # fmt: skip
         assert name in figures
     assert figures["sessile_engine_up"] == 1

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sessile.contract.messages import OpenSession
 from tests.http.conftest import Running
 from tests.http.fake_engine import EOS
 
@@ -39,10 +40,12 @@ def test_an_open_id_is_refused_once_more(server: Running) -> None:
     assert "dup" in message_of(reply)
 
 
-def test_a_branching_session_is_refused_by_name(server: Running) -> None:
-    reply = server.client.post("/open_session", json={"capacity_of_str_len": 0})
-    assert reply.status_code == 400
-    assert message_of(reply).startswith("streaming: branching sessions")
+@pytest.mark.parametrize(
+    ("fields", "branching"), [({}, True), ({"streaming": False}, True), ({"streaming": True}, False)]
+)
+def test_a_session_that_is_not_streaming_is_branching(server: Running, fields: dict, branching: bool) -> None:
+    assert server.client.post("/open_session", json={"capacity_of_str_len": 0, **fields}).status_code == 200
+    assert [message.branching for message in server.engine.received if isinstance(message, OpenSession)] == [branching]
 
 
 def test_the_timeout_is_the_sessions_idle_timeout(server: Running) -> None:
@@ -63,15 +66,6 @@ def test_a_second_turn_sends_only_what_is_new(server: Running) -> None:
 def test_the_sessions_rid_is_ignored(server: Running) -> None:
     reply = server.generate("hi", session_params={"id": opened(server), "rid": "whatever"})
     assert reply.status_code == 200
-
-
-@pytest.mark.parametrize("fields", [{"replace": True}, {"drop_previous_output": True}, {"offset": 3}, {"offset": -1}])
-def test_what_a_streaming_session_cannot_do_is_refused_and_changes_nothing(server: Running, fields: dict) -> None:
-    session = opened(server)
-    reply = server.generate("hi", session_params={"id": session, **fields})
-    assert reply.status_code == 400
-    assert f"session_params.{next(iter(fields))}" in message_of(reply)
-    assert server.engine.submits() == []
 
 
 def test_an_empty_turn_is_left_to_the_session(server: Running) -> None:
@@ -150,7 +144,12 @@ def test_the_list_of_sessions_comes_in_pages(server: Running) -> None:
         ("POST", "/v1/sessions", {"idle_timeout_s": 0}, 422, "invalid_request", "idle_timeout_s"),
         ("POST", "/v1/sessions", {"max_tokens": -1}, 422, "invalid_request", "max_tokens"),
         ("POST", "/v1/sessions", {"metadata": {"a": 1}}, 422, "invalid_request", "metadata.a"),
-        ("POST", "/v1/sessions", {"reserve_tokens": 10}, 422, "invalid_request", "reserve_tokens"),
+        ("POST", "/v1/sessions", {"reserve_tokens": -1}, 422, "invalid_request", "reserve_tokens"),
+        ("POST", "/v1/sessions", {"branching": 1}, 422, "invalid_request", "branching"),
+        ("POST", "/v1/sessions", {"id": "x" * 10_000}, 422, "invalid_request", "id"),
+        ("GET", f"/v1/sessions/{'x' * 10_000}", None, 422, "invalid_request", "session"),
+        ("DELETE", "/v1/sessions/a%2Fb", None, 404, "not_found", None),
+        ("GET", "/v1/sessions/a/b", None, 404, "not_found", None),
         ("POST", "/v1/sessions", {"colour": "red"}, 422, "invalid_request", "colour"),
         ("GET", "/v1/sessions?limit=0", None, 422, "invalid_request", "limit"),
         ("POST", "/v1/sessions/x/append", {}, 422, "invalid_request", "text"),

@@ -1,15 +1,18 @@
 """The real core behind the link, on the simulator's toy device: every token depends on all KV that was read for it."""
 
 import threading
+import time
 
 import msgspec
 import zmq
 
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
+from sessile.contract.plan import StepPlan
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
 from sessile.engine.clock import MonotonicClock
+from sessile.engine.executor import Executor, Ticket
 from sessile.engine.inbox import SocketInbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import SocketOutbox
@@ -18,6 +21,21 @@ from sessile.sim.toy import ToyDevice
 VOCAB_SIZE = 256
 """Every byte is a token; no token ends an output."""
 CONTEXT_TOKENS = 512
+
+
+class Paced:
+    """A device whose steps take at least `step_s`, so that a test can act while a request runs."""
+
+    def __init__(self, device: Executor) -> None:
+        self.step_s = 0.0
+        self._device = device
+
+    def launch(self, plan: StepPlan) -> Ticket:
+        time.sleep(self.step_s)
+        return self._device.launch(plan)
+
+    def close(self) -> None:
+        self._device.close()
 
 
 class ToyEngine:
@@ -34,6 +52,11 @@ class ToyEngine:
         self.machine = Machine(self.limits, facts)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._loop: EngineLoop | None = None
+        device = ToyDevice(
+            pages_total=pages, page_size=self.limits.page_size, rows_max=self.limits.rows_max,
+            context_tokens=CONTEXT_TOKENS, drafts_max=0, vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+        self.device = Paced(device)
 
     def start(self) -> None:
         self._thread.start()
@@ -55,13 +78,8 @@ class ToyEngine:
             rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens, kv_bytes=0, weight_bytes=0, start_s=0.0,
         )  # fmt: skip
         socket.send(msgspec.msgpack.encode(ready))
-        device = ToyDevice(
-            pages_total=limits.pages_total, page_size=limits.page_size, rows_max=limits.rows_max,
-            context_tokens=CONTEXT_TOKENS, drafts_max=0, vocab_size=VOCAB_SIZE,
-        )  # fmt: skip
-        self._loop = EngineLoop(
-            self.machine, device, SocketInbox(socket), SocketOutbox(socket), MonotonicClock(), overlap=self._overlap
-        )
+        ends = SocketInbox(socket), SocketOutbox(socket)
+        self._loop = EngineLoop(self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap)
         self._loop.run()
         socket.close(linger=200)
         context.term()

@@ -92,7 +92,17 @@ def test_chat_passes_its_flags_on_to_the_server_it_starts(monkeypatch: pytest.Mo
     monkeypatch.setattr(commands, "chat", chat)
     main(["chat", "--page-size", "1", "--temperature=0.5", "--context-length=512"])
     assert chat.others == (commands.ChatOptions(temperature=0.5),)
-    assert chat.keywords == {"server_flags": ["--page-size=1", "--context-tokens=512"], "url": None}
+    assert chat.keywords == {
+        "server_flags": ["--page-size=1", "--context-tokens=512"], "url": None, "api_key": None
+    }  # fmt: skip
+
+
+def test_chat_takes_its_key_from_the_environment_where_nobody_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Calls()
+    monkeypatch.setattr(commands, "chat", chat)
+    monkeypatch.setenv("SESSILE_API_KEY", "sk-mine")
+    main(["chat", "--url", "http://x"])
+    assert chat.keywords["api_key"] == "sk-mine"
 
 
 def test_the_status_of_a_command_is_the_status_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """The configuration: flags, environment, file and defaults, from one declaration."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sessile.config import Config, compose, settings
+from sessile.core.limits import TenantPolicy
 from sessile.errors import StartupError
 
 WriteFile = Callable[[str], Path]
@@ -137,6 +139,16 @@ def test_a_configuration_survives_the_way_to_the_child_process() -> None:
     config = compose({"page_size": "1", "step_limit_ms": "12.5", "mixed_chunk": "off"})
     assert Config.from_json(config.to_json()) == config
     assert "\n" not in config.to_json()
+
+
+def test_tenants_reach_the_child_process_and_no_key_does() -> None:
+    policy = TenantPolicy("acme", weight=3, sessions_max=5, shares_prefixes=True)
+    config = replace(compose({"keys": "keys.yaml"}), tenants=(policy,))
+    assert Config.from_json(config.to_json()).tenants == (policy,)
+
+
+def test_the_key_of_our_own_clients_is_no_setting() -> None:
+    assert compose({}, {"SESSILE_API_KEY": "sk-secret"}) == Config()
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"scheduler": {"page_size": "x"}}'])

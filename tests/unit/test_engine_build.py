@@ -6,7 +6,7 @@ import pytest
 
 from sessile.contract.messages import Batch, GetStats, Sampling, Stats, Submit, pack_tokens
 from sessile.contract.model import ModelFacts
-from sessile.core.limits import SchedulerOptions
+from sessile.core.limits import SchedulerOptions, TenantPolicy
 from sessile.engine.build import CPU_ROWS_MAX, GPU_ROWS_MAX, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.config import EngineOptions
@@ -115,6 +115,14 @@ def test_a_step_limit_of_zero_leaves_prompts_whole() -> None:
     submit = Submit(key=1, tokens=pack_tokens([9] * 100), sampling=Sampling(seed=0, max_new_tokens=1))
     run_to_end(engine, submit)
     assert engine.machine.stats().steps_total == 1
+
+
+def test_the_limits_of_tenants_reach_the_core() -> None:
+    clock, tenants = MonotonicClock(), (TenantPolicy("acme", weight=3), TenantPolicy("umbra"))
+    engine = open_engine(
+        SchedulerOptions(), EngineOptions(), OpenedToy, describe, on_cpu=True, clock=clock, tenants=tenants
+    )
+    assert [tenant.name for tenant in engine.machine.stats().tenants] == ["acme", "umbra"]
 
 
 def test_stats_come_from_the_machine_through_the_loop() -> None:

@@ -153,6 +153,17 @@ def test_h53_a_reader_beyond_the_lag_limit_is_cancelled_with_a_reason(tmp_path: 
     run(tmp_path, scenario, lag_tokens_max=2)
 
 
+def test_what_comes_with_the_end_is_no_lag(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        stream = link.submit(submit(1), whole=False)
+        await peer.send(batch({1: [1, 2, 3]}, done=[Done(key=1, reason="stop")]))
+        arrival: Arrival = await stream.next()
+        assert arrival.tokens == [1, 2, 3]
+        assert arrival.done is not None and arrival.done.reason == "stop"
+
+    run(tmp_path, scenario, lag_tokens_max=2)
+
+
 def test_a_whole_answer_may_be_longer_than_the_lag_limit(tmp_path: Path) -> None:
     async def scenario(link: EngineLink, peer: Peer) -> None:
         stream = link.submit(submit(1), whole=True)
@@ -263,3 +274,12 @@ def test_splitting_a_step_of_256_requests_is_quick(tmp_path: Path) -> None:
 async def until(holds: Callable[[], bool]) -> None:
     while not holds():
         await asyncio.sleep(0.001)
+
+
+def test_a_request_that_cannot_be_sent_is_not_in_flight(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        with pytest.raises(OverflowError):
+            link.submit(Submit(key=1, tokens=b"", sampling=Sampling(seed=0), prompt_logprobs_from=1 << 64), whole=True)
+        assert link.in_flight == 0
+
+    run(tmp_path, scenario)

@@ -1,0 +1,52 @@
+"""Who may do what: every route needs a valid key but those listed here, where a keys file is in use.
+
+The decision hangs on the route that was matched, never on the path as it was sent nor on a Host header. It is made
+before the body is read. Without a keys file everybody is the operator.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from sessile.errors import Forbidden, Unauthenticated
+from sessile.server.keys import OPERATOR, Caller, KeyRing
+
+OPEN_ROUTES = frozenset({"/health"})
+"""Probes of load balancers and orchestrators carry no keys; what they learn is whether the server works."""
+
+ADMIN_ROUTES = frozenset({"/flush_cache", "/get_server_info", "/metrics", "/v1/pool"})
+"""What acts on, or shows, what all tenants have together."""
+
+
+async def authenticate(request: Request) -> Caller:
+    """Whom the request's key stands for. Raises Unauthenticated, or Forbidden on a route for administrators."""
+    ring: KeyRing | None = request.app.state.service.key_ring
+    if ring is None:
+        return OPERATOR
+    route: Any = request.scope["route"]
+    if route.path in OPEN_ROUTES:
+        return Caller("", is_admin=False)
+    caller = ring.caller_with(_bearer(request))
+    if caller is None:
+        raise Unauthenticated("the key is not valid; send one that is in this server's keys file")
+    if route.path in ADMIN_ROUTES:
+        require_admin(caller, f"{request.method} {route.path}")
+    return caller
+
+
+Asking = Annotated[Caller, Depends(authenticate)]
+"""A parameter of a route: who sends the request."""
+
+
+def require_admin(caller: Caller, what: str) -> None:
+    """Raise Forbidden unless the caller's key has the role."""
+    if not caller.is_admin:
+        raise Forbidden(f"{what} needs a key with the role admin; this one has the role user")
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, key = request.headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthenticated("a key is required: send the header Authorization: Bearer KEY")
+    return key.strip()
