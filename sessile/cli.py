@@ -227,6 +227,7 @@ COMMANDS = {
     "doctor": Command("say what this machine has, what is wrong with it, and what to do", Parser.add_config, doctor),
     "bench step": bench("step", "measure the host time of a step of the scheduler"),
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
+    "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),

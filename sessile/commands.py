@@ -103,6 +103,7 @@ def doctor(config: Config) -> int:
 _BENCHES = {
     "step": ("StepBenchOptions", "measure_steps"),
     "history": ("HistoryBenchOptions", "measure_history"),
+    "audit": ("AuditBenchOptions", "measure_audit"),
     "admission": ("AdmissionBenchOptions", "measure_admission"),
     "agents": ("AgentBenchOptions", "measure_agents"),
     "sessions": ("SessionBenchOptions", "measure_sessions"),

@@ -135,4 +135,24 @@ class PlanError(InvariantError):
 
 
 class AuditError(InvariantError):
-    """Books and holders differ; the message names the account, the page and both views."""
+    """Books and holders differ; the message names the account, the page and both views.
+
+    kind: which part of the books: "pages", "pins", "rows", "lengths", "sessions" or "counters". keys, sessions, nodes:
+    requests, sessions and tree nodes (both by serial) that the books cannot be right about; none if only a list or a
+    counter of ours is wrong.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        kind: str = "pages",
+        *,
+        keys: tuple[int, ...] = (),
+        sessions: tuple[int, ...] = (),
+        nodes: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.keys = keys
+        self.sessions = sessions
+        self.nodes = nodes

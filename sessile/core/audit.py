@@ -1,34 +1,39 @@
 """The exact check: tags against balances, and both against what every holder holds, page by page and row by row.
 
 It compares identities, not sums: a total stays right while one page has two owners (H06). `check` looks at everything
-and is for tests and audit level 2; `RollingAudit` looks at a few holders a step and covers all of them in turn.
+and is for tests and audit level 2; level 1 looks at a few places a step: see rolling.py. What is sound takes array
+operations; who is at fault is looked for, holder by holder, only when they have found that something is wrong.
 """
 
 from array import array
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from sessile.contract.plan import SCRATCH_PAGE
 from sessile.core.books import Books
 from sessile.core.history import TOKEN_BYTES
-from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE, Lease
+from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.prefix import Node, Pin
 from sessile.core.request import Phase, Request
-from sessile.core.session import Session
 from sessile.errors import AuditError
 from sessile.units import Account
 
-_HOLDERS_A_LOOK = 1
+_RUN_PAGES = 1 << 14
 
 
 def check(books: Books) -> None:
     """Raise AuditError naming the first account, page, pin or row about which books and holders differ."""
     books.totals.audit_checks += 1
     try:
-        _check_pages(books)
-        _check_pins(books)
+        nodes = list(books.tree.walk())
+        _check_pages(books, nodes)
+        _check_pins(books, nodes)
         _check_rows(books)
-        _check_lengths(books)
+        for request in books.requests.values():
+            if request.row is not None:
+                check_lengths(books, request)
         _check_sessions(books)
         _check_tenants(books)
     except AuditError:
@@ -36,108 +41,258 @@ def check(books: Books) -> None:
         raise
 
 
-def _holdings(books: Books) -> list[tuple[Account, str, "array[int]"]]:
-    """(account, holder's name, pages) of everybody who holds pages, QUARANTINE and SCRATCH aside."""
+# -- pages --------------------------------------------------------------------------------------------------------
+
+
+class Holding(NamedTuple):
+    """Some pages that a holder lists. keys, sessions, nodes: the holder, as in AuditError."""
+
+    account: Account
+    holder: str
+    pages: "array[int]"
+    keys: tuple[int, ...] = ()
+    sessions: tuple[int, ...] = ()
+    nodes: tuple[int, ...] = ()
+
+
+def holdings(books: Books) -> list[Holding]:
+    """Everybody who holds pages, SCRATCH aside."""
     ledger = books.ledger
-    held: list[tuple[Account, str, array[int]]] = [(FREE, "the free list", ledger.free_stack)]
-    held.extend((LIMBO, f"limbo until step {step}", pages) for step, pages in ledger.limbo_by_step())
-    held.extend((TREE, f"tree node {node.serial}", node.pages) for node in books.tree.walk())
+    held = [Holding(FREE, "the free list", ledger.free_stack)]
+    held.append(Holding(QUARANTINE, "the quarantine", ledger.quarantined))
+    held.extend(Holding(LIMBO, f"limbo until step {step}", pages) for step, pages in ledger.limbo_by_step())
+    held.extend(
+        Holding(TREE, f"tree node {node.serial}", node.pages, nodes=(node.serial,)) for node in books.tree.walk()
+    )
     for request in books.requests.values():
         if request.lease is not None:
-            held.append((request.lease.account, f"request {request.key}", request.lease.pages))
+            lease = request.lease
+            held.append(Holding(lease.account, f"request {request.key}", lease.pages, keys=(request.key,)))
     for session in books.lines():
+        named = (session.serial,)
         if session.parked is not None:
-            held.append((session.parked.lease.account, f"session {session.id!r}", session.parked.lease.pages))
+            lease = session.parked.lease
+            held.append(Holding(lease.account, f"session {session.id!r}", lease.pages, sessions=named))
         if session.reserve is not None:
-            held.append((session.reserve.account, f"the reserve of session {session.id!r}", session.reserve.pages))
+            lease = session.reserve
+            held.append(Holding(lease.account, f"the reserve of session {session.id!r}", lease.pages, sessions=named))
     return held
 
 
-def _check_pages(books: Books) -> None:
+def _check_pages(books: Books, nodes: list[Node]) -> None:
+    """Every page is listed by whom its tag names, and by nobody else, and every balance is the length of its lists."""
     ledger = books.ledger
     if ledger.lost:
         raise AuditError(f"a lease was lost: {ledger.lost[0]}")
-    held = _holdings(books)
+    if not _pages_are_right(books, nodes):
+        held = holdings(books)
+        _name_wrong_account(books, held)
+        _name_wrong_page(books, held)
+        raise AssertionError("the two ways to check pages disagree")
+    parked = sum([len(session.parked.lease) for session in books.lines() if session.parked is not None])
+    if parked != books.parked_pages:
+        raise AuditError(
+            f"parked sessions hold {parked} pages, the running counter says {books.parked_pages}", "counters"
+        )
+
+
+def _pages_are_right(books: Books, nodes: list[Node]) -> bool:
+    """Whether every list holds pages of its account's tag, as many as its balance says, and all of them are the pool.
+
+    nodes: all of the tree. If all pages but SCRATCH are listed, in as many listings as there are pages, each is listed
+    once.
+    """
+    ledger = books.ledger
+    leases = [request.lease for request in books.requests.values() if request.lease is not None]
+    leases += [session.parked.lease for session in books.lines() if session.parked is not None]
+    leases += [session.reserve for session in books.reserving if session.reserve is not None]
+    sequences = {lease.account: lease.pages for lease in leases}
+    limbo = [pages for _, pages in ledger.limbo_by_step()]
+    lists = [ledger.free_stack, ledger.quarantined, *limbo, *[node.pages for node in nodes], *sequences.values()]
+    accounts = [FREE, QUARANTINE, *[LIMBO] * len(limbo), *[TREE] * len(nodes), *sequences]
+    counts = [len(pages) for pages in lists]
+    first_node = 2 + len(limbo)
+    first_lease = first_node + len(nodes)
+    return (
+        len(sequences) == len(leases)
+        and sum(counts) == ledger.pages_total - 1 == ledger.balances_total - 1
+        and (counts[0], counts[1]) == (ledger.balance(FREE), ledger.balance(QUARANTINE))
+        and sum(counts[2:first_node]) == ledger.balance(LIMBO)
+        and sum(counts[first_node:first_lease]) == ledger.balance(TREE)
+        and ledger.balance(SCRATCH) == 1
+        and counts[first_lease:] == [ledger.balance(account) for account in sequences]
+        and _are_tagged(ledger.tags, accounts, lists)
+    )
+
+
+def _are_tagged(tags: npt.NDArray[np.uint32], accounts: list[Account], lists: "list[array[int]]") -> bool:
+    """Whether all pages of each list have the tag of its account, and all of them but SCRATCH are listed."""
+    seen = np.zeros(len(tags), np.bool_)
+    seen[SCRATCH_PAGE] = tags[SCRATCH_PAGE] == SCRATCH
+    # In runs that the processor's caches hold, and for which no memory has to be asked of the system.
+    owners: list[Account] = []
+    run: list[array[int]] = []
+    room = _RUN_PAGES
+    for account, pages in zip(accounts, lists, strict=True):
+        for start in range(0, len(pages), _RUN_PAGES):
+            part = pages[start : start + _RUN_PAGES] if len(pages) > _RUN_PAGES else pages
+            owners.append(account)
+            run.append(part)
+            room -= len(part)
+            if room <= 0:
+                if not _run_is_tagged(tags, owners, run, seen):
+                    return False
+                owners, run, room = [], [], _RUN_PAGES
+    return _run_is_tagged(tags, owners, run, seen) and bool(seen.all())
+
+
+def _run_is_tagged(
+    tags: npt.NDArray[np.uint32], owners: list[Account], run: "list[array[int]]", seen: npt.NDArray[np.bool_]
+) -> bool:
+    indices = np.frombuffer(b"".join(run), np.int32).astype(np.intp)
+    seen[indices] = True
+    expected = np.repeat(np.array(owners, np.uint32), [len(pages) for pages in run])
+    return np.array_equal(tags[indices], expected)
+
+
+def _name_wrong_account(books: Books, held: list[Holding]) -> None:
+    """Raise AuditError about the first account that differs from its holder or from the tags, if one does."""
+    ledger = books.ledger
     tags = ledger.tags
     if tags[SCRATCH_PAGE] != SCRATCH:
         raise AuditError(f"page {SCRATCH_PAGE} should be SCRATCH but is tagged {ledger.name(int(tags[SCRATCH_PAGE]))}")
+    accounts: dict[int, Holding] = {}
+    for each in held:
+        if each.account > QUARANTINE:
+            other = accounts.setdefault(each.account, each)
+            if other is not each:
+                raise AuditError(
+                    f"{each.holder} and {other.holder} hold the same account {each.account:#x}",
+                    keys=(*each.keys, *other.keys), sessions=(*each.sessions, *other.sessions),
+                )  # fmt: skip
+            if ledger.balance(each.account) != len(each.pages):
+                raise AuditError(
+                    f"{each.holder} holds {len(each.pages)} pages, its account says otherwise",
+                    keys=each.keys, sessions=each.sessions,
+                )  # fmt: skip
+    for account, balance in ledger.open_accounts():
+        if account not in accounts:
+            raise AuditError(f"{ledger.name(account)} owns {balance} pages but nobody holds it")
     counts = np.bincount(tags & 0xFFFFF, minlength=5)
     for fixed in (FREE, TREE, LIMBO, SCRATCH, QUARANTINE):
         if counts[fixed] != ledger.balance(fixed):
             raise AuditError(f"{ledger.name(fixed)} has a balance of {ledger.balance(fixed)} but {counts[fixed]} tags")
-    accounts: dict[int, str] = {}
-    joined, owed = array("i"), array("I")
-    for account, holder, pages in held:
-        joined.extend(pages)
-        owed.extend(array("I", (account,)) * len(pages))
-        if account > QUARANTINE:
-            if account in accounts:
-                raise AuditError(f"{holder} and {accounts[account]} hold the same account {account:#x}")
-            accounts[account] = holder
-            if ledger.balance(account) != len(pages):
-                raise AuditError(f"{holder} holds {len(pages)} pages, its account says otherwise")
-    for account, balance in ledger.open_accounts():
-        if account not in accounts:
-            raise AuditError(f"{ledger.name(account)} owns {balance} pages but nobody holds it")
-    every, owners = np.frombuffer(joined, np.int32), np.frombuffer(owed, np.uint32)
-    found = tags[every]
-    if np.count_nonzero(found != owners):
-        index = int(np.argmax(found != owners))
-        raise AuditError(
-            f"page {every[index]} is held by {ledger.name(int(owners[index]))} but tagged "
-            f"{ledger.name(int(found[index]))}"
-        )
-    times = np.bincount(every, minlength=ledger.pages_total)
-    # No holder's tag is SCRATCH or QUARANTINE, so if nothing is held twice and the count is right, all is held once.
-    apart = int(counts[SCRATCH] + counts[QUARANTINE])
-    if np.count_nonzero(times > 1) or len(every) + apart != ledger.pages_total:
-        times[(tags == SCRATCH) | (tags == QUARANTINE)] += 1
+
+
+def _name_wrong_page(books: Books, held: list[Holding]) -> None:
+    """Raise AuditError about the first page that is listed by whom its tag does not name, or not exactly once."""
+    ledger = books.ledger
+    tags = ledger.tags
+    for each in held:
+        for page in each.pages:
+            if tags[page] != each.account:
+                raise AuditError(
+                    f"page {page} is held by {ledger.name(each.account)} but tagged {ledger.name(int(tags[page]))}",
+                    keys=each.keys, sessions=each.sessions, nodes=each.nodes,
+                )  # fmt: skip
+    times = np.bincount(np.concatenate([np.array(each.pages, np.int64) for each in held]), minlength=len(tags))
+    times[SCRATCH_PAGE] += 1
+    if (times != 1).any():
         page = int(np.argmax(times != 1))
-        raise AuditError(f"page {page} ({ledger.name(int(tags[page]))}) is held {times[page]} times")
-    parked = sum(len(session.parked.lease) for session in books.lines() if session.parked is not None)
-    if parked != books.parked_pages:
-        raise AuditError(f"parked sessions hold {parked} pages, the running counter says {books.parked_pages}")
+        holders = [each for each in held if page in each.pages]
+        raise AuditError(
+            f"page {page} ({ledger.name(int(tags[page]))}) is held {times[page]} times",
+            keys=tuple(key for each in holders for key in each.keys),
+            sessions=tuple(serial for each in holders for serial in each.sessions),
+            nodes=tuple(serial for each in holders for serial in each.nodes),
+        )
 
 
-def _pins(books: Books) -> list[Pin]:
-    pins = [request.pin for request in books.requests.values() if request.pin is not None]
-    pins.extend(session.parked.pin for session in books.lines() if session.parked is not None)
-    return pins
+# -- pins ---------------------------------------------------------------------------------------------------------
 
 
-def _check_pins(books: Books) -> None:
+def pins(books: Books) -> list[Pin]:
+    """Every pin that somebody holds."""
+    found = [request.pin for request in books.requests.values() if request.pin is not None]
+    found += [session.parked.pin for session in books.lines() if session.parked is not None]
+    return found
+
+
+def readers(books: Books, pin: Pin) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Keys of the requests and serials of the sessions that hold a pin."""
+    keys = tuple(key for key, request in books.requests.items() if request.pin is pin)
+    parked = ((session.serial, session.parked) for session in books.lines())
+    return keys, tuple(serial for serial, kv in parked if kv is not None and kv.pin is pin)
+
+
+def _check_pins(books: Books, nodes: list[Node]) -> None:
     """Every lock in the tree has a known receipt, at any time, idle or not (H03, H21)."""
     hard: dict[int, int] = {}
     soft: dict[int, int] = {}
-    for pin in _pins(books):
+    receipts = pins(books)
+    for pin in receipts:
+        node = pin.node
+        if node is None or not _is_path(node, pin.pages):
+            keys, sessions = readers(books, pin)
+            raise AuditError(_receipt_fault(pin), "pins", keys=keys, sessions=sessions)
         counts = hard if pin.hard else soft
-        pages: list[Node] = list(pin.path())
-        for node in pages:
-            counts[node.serial] = counts.get(node.serial, 0) + 1
-        path = array("i")
-        for node in reversed(pages):
-            path.extend(node.pages)
-        if path != pin.pages:
-            raise AuditError(f"a receipt names pages {pin.pages[:8].tolist()}… but its path holds {path[:8].tolist()}…")
-    hard_pages = nodes = 0
-    for node in books.tree.walk():
-        nodes += 1
-        if node.hard != hard.get(node.serial, 0) or node.soft != soft.get(node.serial, 0):
+        counts[node.serial] = counts.get(node.serial, 0) + 1
+    # Children before their parents: a node is locked by the receipts that end at it and by all that end below it.
+    size = books.limits.page_size * TOKEN_BYTES
+    hard_pages = 0
+    for node in reversed(nodes):
+        serial, parent = node.serial, node.parent
+        locked, marked = hard.get(serial, 0), soft.get(serial, 0)
+        if node.hard != locked or node.soft != marked:
             raise AuditError(
-                f"tree node {node.serial} counts {node.hard} hard and {node.soft} soft pins, "
-                f"its receipts are {hard.get(node.serial, 0)} and {soft.get(node.serial, 0)}"
+                f"tree node {serial} counts {node.hard} hard and {node.soft} soft pins, "
+                f"its receipts are {locked} and {marked}",
+                "pins",
             )
-        if len(node.tokens) != len(node.pages) * books.limits.page_size * TOKEN_BYTES or not node.pages:
-            raise AuditError(
-                f"tree node {node.serial} has {len(node.tokens) // TOKEN_BYTES} tokens for {len(node.pages)} pages"
-            )
-        if node.hard:
-            hard_pages += len(node.pages)
-    if hard_pages != books.tree.hard_pages or nodes != books.tree.nodes:
+        count = len(node.pages)
+        if len(node.tokens) != count * size or not count:
+            tokens = len(node.tokens) // TOKEN_BYTES
+            raise AuditError(f"tree node {serial} has {tokens} tokens for {count} pages", "pins", nodes=(serial,))
+        assert parent is not None
+        if locked:
+            hard_pages += count
+            hard[parent.serial] = hard.get(parent.serial, 0) + locked
+        if marked:
+            soft[parent.serial] = soft.get(parent.serial, 0) + marked
+    hard_pins = sum([pin.hard for pin in receipts])
+    if hard_pins != books.tree.hard_pins:
+        raise AuditError(f"the tree counts {books.tree.hard_pins} hard pins, there are {hard_pins}", "counters")
+    if hard_pages != books.tree.hard_pages or len(nodes) != books.tree.nodes:
         raise AuditError(
             f"the tree counts {books.tree.hard_pages} pinned pages in {books.tree.nodes} nodes; "
-            f"there are {hard_pages} in {nodes}"
+            f"there are {hard_pages} in {len(nodes)}",
+            "counters",
         )
+
+
+def _is_path(node: Node, pages: "array[int]") -> bool:
+    """Whether these are the pages from the root to a node."""
+    end = len(pages)
+    above = node
+    while above.parent is not None:
+        start = end - len(above.pages)
+        if start < 0 or pages[start:end] != above.pages:
+            return False
+        end = start
+        above = above.parent
+    return end == 0
+
+
+def _receipt_fault(pin: Pin) -> str:
+    if pin.node is None:
+        return "a receipt was given back and is still held"
+    path = array("i")
+    for node in reversed(list(pin.path())):
+        path.extend(node.pages)
+    return f"a receipt names pages {pin.pages[:8].tolist()}… but its path holds {path[:8].tolist()}…"
+
+
+# -- rows, lengths, sessions --------------------------------------------------------------------------------------
 
 
 def _check_rows(books: Books) -> None:
@@ -146,59 +301,59 @@ def _check_rows(books: Books) -> None:
     for request in (*books.requests.values(), *books.draining):
         if request.row is not None:
             if request.row in owners:
-                raise AuditError(f"requests {request.key} and {owners[request.row].key} hold row {request.row}")
+                raise AuditError(f"requests {request.key} and {owners[request.row].key} hold row {request.row}", "rows")
             owners[request.row] = request
             if rows.occupants[request.row] is not request:
-                raise AuditError(f"request {request.key} holds row {request.row}, which has another occupant")
+                raise AuditError(f"request {request.key} holds row {request.row}, which has another occupant", "rows")
     free = sorted(rows.free_list)
     if len(free) + len(owners) != rows.rows_max or sorted((*free, *owners)) != list(range(rows.rows_max)):
-        raise AuditError(f"{len(free)} rows are free and {len(owners)} held, of {rows.rows_max}")
+        raise AuditError(f"{len(free)} rows are free and {len(owners)} held, of {rows.rows_max}", "rows")
     for request in books.requests.values():
         running = request.phase is Phase.RUNNING
         if running != (request.row is not None) or running != (request.lease is not None):
-            raise AuditError(f"request {request.key} is {request.phase.name} with row {request.row}")
+            raise AuditError(f"request {request.key} is {request.phase.name} with row {request.row}", "rows")
         if (request.phase is Phase.QUEUED) != (request in books.waiting):
-            raise AuditError(f"request {request.key} is {request.phase.name} but the waiting line says otherwise")
+            message = f"request {request.key} is {request.phase.name} but the waiting line says otherwise"
+            raise AuditError(message, "rows")
 
 
-def _check_lengths(books: Books) -> None:
-    """settled ≤ planned ≤ allocated, and KV ≤ tokens - 1, for every running request."""
-    rows, size = books.rows, books.limits.page_size
-    for request in books.requests.values():
-        row = request.row
-        if row is None:
-            continue
-        assert request.pin is not None and request.lease is not None
-        known = request.known_tokens + int(rows.filled[row])
-        settled, planned = int(rows.settled[row]), int(rows.planned[row])
-        pages = len(request.pin.pages) + len(request.lease)
-        if not settled <= planned <= pages * size or settled > known - 1:
-            raise AuditError(
-                f"request {request.key}: settled {settled}, planned {planned}, allocated {pages * size}, known {known}"
-            )
-        if int(rows.pages[row]) != pages or int(rows.pinned[row]) != len(request.pin.pages):
-            raise AuditError(f"request {request.key} has {pages} pages, its row says {int(rows.pages[row])}")
-        if int(rows.known[row]) != known or len(request.pin.pages) * size > settled:
-            raise AuditError(f"request {request.key} knows {known} tokens, its row {rows.known[row]}")
+def check_lengths(books: Books, request: Request) -> None:
+    """settled ≤ planned ≤ allocated, and KV ≤ tokens - 1, for a request that has a row."""
+    rows, size, row = books.rows, books.limits.page_size, request.row
+    assert row is not None
+    if request.pin is None or request.lease is None:
+        raise AuditError(f"request {request.key} runs without KV of its own", "lengths", keys=(request.key,))
+    known = request.known_tokens + int(rows.filled[row])
+    settled, planned = int(rows.settled[row]), int(rows.planned[row])
+    pinned = len(request.pin.pages)
+    pages = pinned + len(request.lease)
+    message = ""
+    if not settled <= planned <= pages * size or settled > known - 1:
+        message = f": settled {settled}, planned {planned}, allocated {pages * size}, known {known}"
+    elif int(rows.pages[row]) != pages or int(rows.pinned[row]) != pinned:
+        message = f" has {pages} pages, its row says {rows.pages[row]}; {pinned} and {rows.pinned[row]} are pinned"
+    elif int(rows.known[row]) != known or pinned * size > settled:
+        message = f" knows {known} tokens, its row {rows.known[row]}"
+    if message:
+        raise AuditError(f"request {request.key}{message}", "lengths", keys=(request.key,))
 
 
 def _check_sessions(books: Books) -> None:
     size = books.limits.page_size
     for session in books.lines():
         turn = books.requests.get(session.turn) if session.turn is not None else None
+        message = ""
         if session.turn is not None and (turn is None or turn.session is not session):
-            raise AuditError(f"session {session.id!r} is busy with request {session.turn}, which is not its own")
-        parked = session.parked
-        if parked is None:
-            continue
-        if turn is not None and turn.phase is Phase.RUNNING:
-            raise AuditError(f"session {session.id!r} holds KV while its turn runs")
-        tokens = len(session.history) if turn is None else turn.known_tokens
-        pages = len(parked.pin.pages) + len(parked.lease)
-        if not 0 < parked.tokens <= tokens - 1 or not (pages - 1) * size < parked.tokens <= pages * size:
-            raise AuditError(
-                f"session {session.id!r} has KV of {parked.tokens} tokens on {pages} pages for {tokens} tokens"
-            )
+            message = f"is busy with request {session.turn}, which is not its own"
+        elif (parked := session.parked) is not None:
+            tokens = len(session.history) if turn is None else turn.known_tokens
+            pages = len(parked.pin.pages) + len(parked.lease)
+            if turn is not None and turn.phase is Phase.RUNNING:
+                message = "holds KV while its turn runs"
+            elif not 0 < parked.tokens <= tokens - 1 or not (pages - 1) * size < parked.tokens <= pages * size:
+                message = f"has KV of {parked.tokens} tokens on {pages} pages for {tokens} tokens"
+        if message:
+            raise AuditError(f"session {session.id!r} {message}", "sessions", sessions=(session.serial,))
 
 
 def _check_tenants(books: Books) -> None:
@@ -219,35 +374,11 @@ def _check_tenants(books: Books) -> None:
                              f"there are {found}")
     in_flight = sum(session.turns_in_flight for session in books.sessions.values())
     if in_flight != sum(session.root is not None and session.turn is not None for session in books.lines()):
-        raise AuditError("branching sessions count other turns in flight than they have")
+        raise AuditError("branching sessions count other turns in flight than they have", "counters")
     if books.node_count != sum(len(session.nodes) for session in books.sessions.values()):
-        raise AuditError(f"{books.node_count} turns of branching sessions are counted, there are others")
+        raise AuditError(f"{books.node_count} turns of branching sessions are counted, there are others", "counters")
+    unused = sum(len(session.reserve) for session in books.reserving if session.reserve is not None)
+    if books.reserve_pages != unused:
+        raise AuditError(f"{books.reserve_pages} reserved pages are counted as unused, there are {unused}", "counters")
     if books.reserved_pages != sum(session.reserved_pages for session in books.reserving):
-        raise AuditError(f"{books.reserved_pages} pages are reserved in all, sessions say otherwise")
-
-
-def _lease(holder: Request | Session) -> Lease | None:
-    if isinstance(holder, Request):
-        return holder.lease
-    return None if holder.parked is None else holder.parked.lease
-
-
-class RollingAudit:
-    """Audit level 1: a few holders a step, all of them in turn, at a cost that does not depend on their number."""
-
-    def __init__(self) -> None:
-        self._queue: list[Request | Session] = []
-
-    def look(self, books: Books) -> None:
-        """Check the next few holders' pages against the tags. Raises AuditError."""
-        if not self._queue:
-            self._queue = [*books.requests.values(), *books.lines()]
-            books.totals.audit_checks += 1
-        for _ in range(min(_HOLDERS_A_LOOK, len(self._queue))):
-            holder = self._queue.pop()
-            lease = _lease(holder)
-            if lease is None or not len(lease):
-                continue
-            if not books.ledger.owns_all(lease):
-                books.totals.audit_failures += 1
-                raise AuditError(f"{books.ledger.name(lease.account)} holds pages that are tagged otherwise")
+        raise AuditError(f"{books.reserved_pages} pages are reserved in all, sessions say otherwise", "counters")

@@ -5,6 +5,7 @@ which one is due. Pages that leave a holder are stamped with the newest planned 
 still touch them.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from heapq import heappop, heappush
 from sessile.contract.model import ModelFacts
 from sessile.core.admission import Forecast
 from sessile.core.effects import Effects
+from sessile.core.events import EventRing
 from sessile.core.ledger import QUARANTINE, Lease, PageLedger
 from sessile.core.limits import Limits
 from sessile.core.line import WaitingLine
@@ -48,6 +50,9 @@ class Totals:
     drafts_accepted: int = 0
     audit_checks: int = 0
     audit_failures: int = 0
+    violations: dict[str, int] = field(default_factory=dict)
+    """By kind: those of AuditError, and "row" for a row that could not be settled."""
+    quarantined_pages: int = 0
 
 
 class Books:
@@ -68,6 +73,8 @@ class Books:
         """Sessions with a reservation, in the order of opening."""
         self.reserved_pages = 0
         """Pages promised to them."""
+        self.reserve_pages = 0
+        """Of these, pages without KV, which their reserves own: a running counter."""
         self.tenants = Tenants(limits.tenants)
         self.waiting = WaitingLine(limits.overtakes_max)
         self.draining: list[Request] = []
@@ -81,6 +88,11 @@ class Books:
         """The sessions at either end of these copies."""
         self.forecast = Forecast(limits.output_estimate_tokens)
         self.effects = Effects()
+        self.events = EventRing()
+        self.failures: list[str] = []
+        """Why requests were expelled since the books were restored last: see containment.py."""
+        self.suspects = array("i")
+        """The pages that they, and all others who were expelled, had listed."""
         self.totals = Totals()
         self.marks: Counter[Mark] = Counter()
         """How often each rare branch was taken."""

@@ -41,10 +41,11 @@ def end_request(
         session.last_used_ns = books.now_ns
         if commits:
             _commit(books, request, session)
-        else:
-            books.totals.turns_rolled_back += 1
-            books.marks[_ROLL_BACKS[request.phase]] += 1
+    phase = request.phase
     _take_kv(books, request, commits)
+    if session is not None and not commits:
+        books.totals.turns_rolled_back += 1
+        books.marks[_ROLL_BACKS[phase]] += 1
     done = _done(request, reason, matched, kept_bytes, message, status, commits=commits)
     _send(books, request, done, commits)
     del books.requests[request.key]
@@ -77,8 +78,9 @@ def _take_kv(books: Books, request: Request, commits: bool) -> None:
                 books.rank_parked(session)
         return
     assert request.phase is Phase.RUNNING and request.row is not None
-    settled = min(int(books.rows.settled[request.row]), request.known_tokens - 1)
-    books.vacate(request, settled, keep_tokens, publish=commits)
+    if request.lease is not None:  # Who is expelled has none: see containment.py.
+        settled = min(int(books.rows.settled[request.row]), request.known_tokens - 1)
+        books.vacate(request, settled, keep_tokens, publish=commits)
     books.leave_row(request)
 
 
@@ -117,6 +119,7 @@ def _send(books: Books, request: Request, done: Done, commits: bool) -> None:
     totals.cached_tokens += done.cached_tokens
     if request.cached_tokens >= 0:
         totals.reclaimed_tokens += max(0, request.base_tokens - 1 - request.cached_tokens)
+    books.events.ended(request.key, done.reason, done.completion_tokens, done.message)
     books.effects.done(done)
     if session is not None and commits:
         session.reply = request.stored_reply(done) if request.rid else None

@@ -123,6 +123,9 @@ class Limits:
     queue_max: int = 4096
     queue_tokens_max: int = 16_777_216
     audit_level: int = 2
+    contain_violations: bool = False
+    """What a violation of an invariant does. False: it raises, and ends whoever drives the core. True: whoever it names
+    leaves, with an error, and everybody else is served on."""
     retract_every: int = 0
     overtakes_max: int = 64
     """Times the request at the head of the line may be overtaken by later ones that fit."""

@@ -15,11 +15,13 @@ from sessile.contract.messages import (
     Done,
     Flush,
     ForkSession,
+    GetPool,
     GetSession,
     GetStats,
     ListSessions,
     OpenSession,
     Outcome,
+    PoolView,
     Refusal,
     Reply,
     RewindSession,
@@ -37,6 +39,7 @@ from sessile.contract.plan import StepPlan, StepResult
 from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
+from sessile.core.containment import guarded
 from sessile.core.ending import close_session, end_request
 from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
 from sessile.core.forking import fork_session, rewind_session
@@ -46,6 +49,7 @@ from sessile.core.planned import Planned
 from sessile.core.planning import Drafter, Planner
 from sessile.core.session import Session
 from sessile.core.settling import settle_step
+from sessile.core.watch import Report, Watch
 from sessile.errors import (
     InvalidRequest,
     NotFound,
@@ -72,12 +76,13 @@ class Machine:
         self._bos = pack_tokens([facts.bos_id or 0])
         self._flights: deque[Flight] = deque()
         self._flushes: list[int] = []
-        self._rolling = audit.RollingAudit()
+        self._watch = Watch(self._books)
 
     # -- events -------------------------------------------------------------------------------------------------
 
     def receive(self, message: ToEngine) -> None:
         """Take one message. A user's mistake becomes a Done or a Reply with an error; state is untouched then."""
+        self._books.events.received(message)
         try:
             match message:
                 case Submit():
@@ -105,6 +110,8 @@ class Machine:
                     self.flush(message.op)
                 case GetStats():
                     self._reply(message.op, self.stats())
+                case GetPool():
+                    self._reply(message.op, views.pool_view(self._books, message.holders))
                 case Shutdown():
                     raise AssertionError("shutting down is the engine loop's affair")
         except UserError as error:
@@ -121,7 +128,7 @@ class Machine:
         """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored."""
         request = self._books.requests.get(key)
         if request is not None:
-            end_request(self._books, request, "abort", message=message)
+            guarded(self._books, request, end_request, self._books, request, "abort", message=message)
 
     def cancel_all(self) -> Outcome:
         """End every request as an abort."""
@@ -233,6 +240,7 @@ class Machine:
     def plan(self) -> Planned | None:
         """The early part of the next step; None if nothing can run now. At most one launched step may be unsettled."""
         assert len(self._flights) <= 1, "two steps are in flight already"
+        self._watch.planning()
         self._flush_if_drained()
         if self._flushes:
             return None  # A flush waits for the last rows to drain; what arrived behind it waits for the flush.
@@ -252,17 +260,16 @@ class Machine:
             self._books.drain()
             return None
         self._flights.append(flight)
+        self._books.events.planned(flight.plan)
         return flight.plan
 
     def settle(self, result: StepResult) -> None:
         """Apply the result of the oldest launched step."""
         assert self._flights, "a step settled that was never launched"
+        self._books.events.settled(result)
         settle_step(self._books, self._flights[0], result)
         self._flights.popleft()
-        if self._limits.audit_level >= 2:
-            self.audit()
-        elif self._limits.audit_level == 1:
-            self._rolling.look(self._books)
+        self._watch.settled()
 
     def take_effects(self) -> Batch | None:
         """Everything to be told to the world since the last call, once; None if nothing."""
@@ -293,6 +300,14 @@ class Machine:
         """Check everything against everything; raises AuditError."""
         audit.check(self._books)
 
+    def take_reports(self) -> list[Report]:
+        """Violations that were contained since the last call, for the log."""
+        return self._watch.take_reports()
+
+    def event_lines(self) -> list[str]:
+        """The last events, oldest first, one line each: what to log when the machine has failed."""
+        return self._books.events.lines()
+
     # -- answers ------------------------------------------------------------------------------------------------
 
     def _session(self, tenant: str, session_id: str) -> Session:
@@ -302,7 +317,7 @@ class Machine:
             raise NotFound(f"session {session_id!r} does not exist", param="session_params.id")
         return session
 
-    def _reply(self, op: int, value: SessionView | SessionPage | Stats | Outcome) -> None:
+    def _reply(self, op: int, value: SessionView | SessionPage | Stats | PoolView | Outcome) -> None:
         self._books.effects.reply(Reply(op, value))
 
     def _refuse(self, message: ToEngine, error: UserError) -> None:

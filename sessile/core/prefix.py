@@ -7,7 +7,7 @@ who must shrink first. Only the receipt unlocks what it locked, and it survives 
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
@@ -19,7 +19,9 @@ from sessile.errors import OwnershipError
 class Node:
     """A run of whole pages. `hard` and `soft` count the pins of this node and of all below it."""
 
-    __slots__ = ("children", "hard", "last_step", "last_use", "pages", "parent", "serial", "soft", "tokens")
+    __slots__ = (
+        "children", "hard", "last_step", "last_use", "looked", "pages", "parent", "place", "serial", "soft", "tokens",
+    )  # fmt: skip
 
     def __init__(self, parent: "Node | None", tokens: Packed, pages: "array[int]", serial: int, last_use: int) -> None:
         self.parent = parent
@@ -29,6 +31,10 @@ class Node:
         self.hard = 0
         self.soft = 0
         self.serial = serial
+        self.place = -1
+        """Where it stands in `PrefixTree.places`."""
+        self.looked = 0
+        """The rolling audit's last round that has looked at all its pages."""
         self.last_use = last_use
         self.last_step = 0
         """The newest step that may still touch the pages, once no hard pin is left."""
@@ -79,12 +85,19 @@ class PrefixTree:
         self._evictable: list[tuple[int, int, Node]] = []
         self._offers = 0
         self._serial = 0
+        self.places: list[Node | None] = []
+        """Every node but the roots at a place of its own as long as it lives, for the rolling audit; read only."""
+        self._vacant_places: list[int] = []
+        self.splits = 0
+        """Nodes split so far: how the rolling audit knows that halves may have got places that it has passed."""
         self.clock = 0
         self.step = 0
         """The newest planned step: what is unlocked or published now, it may still touch."""
         self.nodes = 0
         self.hard_pages = 0
         """Pages under at least one hard pin."""
+        self.hard_pins = 0
+        """Receipts given out and hard now: as many as requests run."""
 
     @property
     def unpinned_pages(self) -> int:
@@ -156,6 +169,7 @@ class PrefixTree:
             pages.extend(part)
         assert len(pages) == match.pages, "the tree changed between match and pin"
         receipt = Pin(node, pages)
+        self.hard_pins += 1
         for each in receipt.path():
             self._harden(each)
         return receipt
@@ -163,6 +177,7 @@ class PrefixTree:
     def unpin(self, pin: Pin, *, used: bool) -> None:
         """Unlock what the receipt locked, and consume it. used: count this as a use in the order of eviction."""
         self.clock += used
+        self.hard_pins -= pin.hard
         for node in pin.path():
             if pin.hard:
                 self._soften(node)
@@ -183,6 +198,7 @@ class PrefixTree:
         """Hard → soft: the holder parks; the path may be evicted after the holder has shrunk."""
         assert pin.hard
         self.use()
+        self.hard_pins -= 1
         for node in pin.path():
             self._soften(node)
             node.soft += 1
@@ -192,6 +208,7 @@ class PrefixTree:
     def harden(self, pin: Pin) -> None:
         """Soft → hard: the holder runs again."""
         assert not pin.hard
+        self.hard_pins += 1
         for node in pin.path():
             self._harden(node)
             node.soft -= 1
@@ -282,8 +299,8 @@ class PrefixTree:
 
     def _attach(self, parent: Node, tokens: Packed, pages: "array[int]") -> Node:
         self._serial += 1
-        self.nodes += 1
         node = Node(parent, tokens, pages, self._serial, self.clock)
+        self._enlist(node)
         node.last_step = self.step
         key = tokens[: self._page_bytes]
         assert key not in parent.children, "two nodes would begin with the same page"
@@ -295,15 +312,31 @@ class PrefixTree:
         assert 0 < pages < len(node.pages) and node.parent is not None
         size = self._page_bytes
         self._serial += 1
-        self.nodes += 1
         upper = Node(node.parent, node.tokens[: pages * size], node.pages[:pages], self._serial, node.last_use)
         upper.hard, upper.soft, upper.last_step = node.hard, node.soft, node.last_step
+        upper.looked = node.looked
+        self.splits += 1
+        self._enlist(upper)
         node.parent.children[upper.tokens[:size]] = upper
         node.tokens = node.tokens[pages * size :]
         node.pages = node.pages[pages:]
         node.parent = upper
         upper.children[node.tokens[:size]] = node
         return upper
+
+    def _enlist(self, node: Node) -> None:
+        self.nodes += 1
+        if self._vacant_places:
+            node.place = self._vacant_places.pop()
+            self.places[node.place] = node
+        else:
+            node.place = len(self.places)
+            self.places.append(node)
+
+    def _delist(self, node: Node) -> None:
+        self.nodes -= 1
+        self.places[node.place] = None
+        self._vacant_places.append(node.place)
 
     # -- eviction -----------------------------------------------------------------------------------------------
 
@@ -341,7 +374,7 @@ class PrefixTree:
         del parent.children[node.tokens[: self._page_bytes]]
         node.parent = None
         node.pages = array("i")
-        self.nodes -= 1
+        self._delist(node)
         self._offer(parent)
 
     def _touch(self, node: Node) -> None:
@@ -363,3 +396,43 @@ class PrefixTree:
     @staticmethod
     def _is_evictable(node: Node) -> bool:
         return node.parent is not None and not node.children and node.hard == 0 and node.soft == 0
+
+    # -- after a violation --------------------------------------------------------------------------------------
+
+    def cut(self, node: Node) -> None:
+        """Forget a node and all below it; nobody's pin may cover it. Their pages are left to `PageLedger.restore`."""
+        parent = node.parent
+        assert parent is not None
+        # By identity: the key of a faulty node may be as wrong as the rest of it.
+        parent.children = {key: child for key, child in parent.children.items() if child is not node}
+        pending = [node]
+        while pending:
+            lost = pending.pop()
+            pending.extend(lost.children.values())
+            lost.children = {}
+            lost.parent = None
+            lost.pages = array("i")
+            self._delist(lost)
+
+    def restore(self, pins: "Iterable[Pin]") -> None:
+        """Count pins, nodes and pinned pages anew from the receipts that are left."""
+        nodes = list(self.walk())
+        locked = [node for node in nodes if node.hard]
+        for node in nodes:
+            node.hard = node.soft = 0
+        self.hard_pins = 0
+        for pin in pins:
+            self.hard_pins += pin.hard
+            for node in pin.path():
+                if pin.hard:
+                    node.hard += 1
+                else:
+                    node.soft += 1
+        for node in locked:
+            if not node.hard:
+                node.last_step = self.step
+        self.nodes = len(nodes)
+        self.hard_pages = sum(len(node.pages) for node in nodes if node.hard)
+        self._evictable.clear()
+        for node in nodes:
+            self._offer(node)

@@ -27,6 +27,7 @@ def release_reserve(books: Books, session: Session) -> None:
         return
     books.reserved_pages -= session.reserved_pages
     books.reserving.remove(session)
+    books.reserve_pages -= len(session.reserve)
     books.ledger.release(session.reserve, 0)
     books.ledger.settle(books.settled_step)
     session.reserve = None
@@ -39,7 +40,7 @@ def top_up(books: Books) -> None:
         assert session.reserve is not None
         owed = session.reserved_pages - len(session.reserve) - _held_pages(books, session)
         if owed < 0:
-            books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) + owed), 0)
+            books.reserve_pages -= books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) + owed), 0)
             books.ledger.settle(books.settled_step)
         if owed <= 0:
             continue
@@ -49,6 +50,7 @@ def top_up(books: Books) -> None:
         books.marks[Mark.RESERVE_OWED] += granted < owed
         if granted:
             books.ledger.draw(session.reserve, granted)
+            books.reserve_pages += granted
 
 
 def spend(books: Books, request: Request, pages: int) -> None:
@@ -57,7 +59,7 @@ def spend(books: Books, request: Request, pages: int) -> None:
     if session is None or session.reserve is None or pages <= 0:
         return
     books.marks[Mark.RESERVE_SPENT] += len(session.reserve) > 0
-    books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) - pages), 0)
+    books.reserve_pages -= books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) - pages), 0)
     books.ledger.settle(books.settled_step)
 
 

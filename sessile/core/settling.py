@@ -1,7 +1,8 @@
 """What a step's result changes: tokens become facts, KV becomes settled, requests end.
 
 A result is validated whole before anything changes; then rows are applied one by one, each all or nothing. Rows that
-only append one token are applied together, as array operations; all others take the long way.
+only append one token are applied together, as array operations; all others take the long way. Where violations are
+contained, a row that cannot be applied costs its request alone (H74).
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from sessile.contract.messages import Scores, TokenDetail
 from sessile.contract.plan import Ints, StepResult
 from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
+from sessile.core.containment import guarded
 from sessile.core.ending import end_request
 from sessile.core.planned import PromptPart
 from sessile.core.request import Phase, Request
@@ -38,7 +40,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
         _settle_plain(books, flight, flight.sampling, result)
     for request in books.victims:
         if request.phase is Phase.RUNNING:
-            books.preempt(request)
+            guarded(books, request, books.preempt, request)
     books.victims.clear()
     books.drain()
 
@@ -66,7 +68,7 @@ def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
     for index, part in enumerate(flight.parts, flight.decodes):
         # A faulty row's KV is worth nothing: it may be neither kept nor published. Its request ends further down.
         if part.request.phase is Phase.RUNNING and not result.faulty[index]:
-            _settle_prompt(books, part.request, part, result, scores)
+            guarded(books, part.request, _settle_prompt, books, part.request, part, result, scores)
 
 
 def _settle_plain(books: Books, flight: Flight, sampling: Flags, result: StepResult) -> None:
@@ -120,9 +122,9 @@ def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> Non
     for row in ended.nonzero()[0].tolist():
         request = rows.occupant(row)
         if row in stopped:
-            end_request(books, request, "stop", matched=stopped[row])
+            guarded(books, request, end_request, books, request, "stop", matched=stopped[row])
         else:
-            end_request(books, request, "length")
+            guarded(books, request, end_request, books, request, "length")
 
 
 def _settle_others(books: Books, flight: Flight, result: StepResult, indices: Iterable[int]) -> None:
@@ -138,16 +140,30 @@ def _settle_others(books: Books, flight: Flight, result: StepResult, indices: It
             request = flight.parts[index - decodes].request
         if request.phase is not Phase.RUNNING:
             continue  # It ended while this step was in flight: its tokens were never promised to anybody.
-        if result.faulty[index]:
-            end_request(books, request, "error", message="the model's output was not finite", status=500)
-            continue
-        books.collect_output(request)
         emitted = tokens[ends[index - 1] if index else 0 : ends[index]]
-        if index < decodes:
-            drafts = int(plan.draft_counts[index])
-            _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(emitted) - 1)
-        if emitted:
-            _emit(books, request, emitted, result, details[index] if details else None)
+        detail = details[index] if details else None
+        guarded(books, request, _settle_other, books, request, flight, result, index, emitted, detail)
+
+
+def _settle_other(
+    books: Books,
+    request: Request,
+    flight: Flight,
+    result: StepResult,
+    index: int,
+    emitted: list[int],
+    detail: tuple[int, int, int] | None,
+) -> None:
+    plan = flight.plan
+    if result.faulty[index]:
+        end_request(books, request, "error", message="the model's output was not finite", status=500)
+        return
+    books.collect_output(request)
+    if index < flight.decodes:
+        drafts = int(plan.draft_counts[index])
+        _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(emitted) - 1)
+    if emitted:
+        _emit(books, request, emitted, result, detail)
 
 
 def _settle_prompt(

@@ -1,8 +1,9 @@
 """What the core shows of itself: sessions to their owners, figures to the operator. Reads only."""
 
+from heapq import nlargest
 from itertools import islice
 
-from sessile.contract.messages import SessionPage, SessionView, Stats, TenantFigures
+from sessile.contract.messages import PoolHolder, PoolView, SessionPage, SessionView, Stats, TenantFigures
 from sessile.core.books import Books
 from sessile.core.ledger import LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.request import Phase, Request
@@ -22,7 +23,7 @@ def session_view(books: Books, session: Session) -> SessionView:
         id=session.id,
         tenant=session.tenant.policy.name,
         branching=session.branching,
-        phase=_phase(session, [books.requests[line.turn] for line in lines if line.turn is not None]),
+        phase=_phase(session, _turns_of(books, lines)),
         tokens=committed,
         kv_tokens=max([min(tokens, max(0, committed - 1)) for tokens, _, _ in kv], default=0),
         own_pages=sum([own for _, own, _ in kv]),
@@ -35,6 +36,10 @@ def session_view(books: Books, session: Session) -> SessionView:
         reserved_tokens=session.reserved_pages * books.limits.page_size,
         metadata=session.metadata,
     )
+
+
+def _turns_of(books: Books, lines: list[Session]) -> list[Request]:
+    return [books.requests[line.turn] for line in lines if line.turn is not None]
 
 
 def _phase(session: Session, turns: list[Request]) -> str:
@@ -139,4 +144,75 @@ def stats(books: Books) -> Stats:
         drafts_accepted_total=totals.drafts_accepted,
         audit_checks_total=totals.audit_checks,
         audit_failures_total=totals.audit_failures,
+        audit_violations_total=dict(totals.violations),
+        quarantined_pages_total=totals.quarantined_pages,
     )
+
+
+def pool_view(books: Books, holders_max: int) -> PoolView:
+    """Every page and row by owner. Walks over tree, requests and sessions: for an operator, not for a scraper."""
+    ledger, tree = books.ledger, books.tree
+    parked = sum(len(node.pages) for node in tree.walk() if node.soft and not node.hard)
+    holders = _holders(books)
+    named = nlargest(holders_max, holders, key=lambda holder: holder.own_pages)
+    running = [holder for holder in holders if holder.key is not None]
+    request_pages = sum(holder.own_pages for holder in running)
+    owned_pages = sum(holder.own_pages for holder in holders)
+    named_requests = sum(holder.key is not None for holder in named)
+    return PoolView(
+        page_size=books.limits.page_size,
+        pages_total=ledger.pages_total,
+        free=ledger.free_pages,
+        limbo=sorted((step, len(pages)) for step, pages in ledger.limbo_by_step()),
+        tree_pinned=tree.hard_pages,
+        tree_parked=parked,
+        tree_unpinned=tree.unpinned_pages - parked,
+        scratch=ledger.balance(SCRATCH),
+        quarantine=ledger.balance(QUARANTINE),
+        request_pages=request_pages,
+        session_pages=owned_pages - request_pages,
+        rows_total=books.rows.rows_max,
+        requests_running=len(running),
+        requests_waiting=len(books.waiting),
+        requests_draining=len(books.draining),
+        sessions_open=len(books.sessions),
+        sessions_idle=sum(not session.in_flight for session in books.sessions.values()),
+        session_tokens=sum(tenant.held_tokens for tenant in books.tenants.all),
+        holders=named,
+        rest_requests=len(running) - named_requests,
+        rest_sessions=len(holders) - len(running) - (len(named) - named_requests),
+        rest_own_pages=owned_pages - sum(holder.own_pages for holder in named),
+    )
+
+
+def _holders(books: Books) -> list[PoolHolder]:
+    holders = [
+        PoolHolder(
+            key=request.key,
+            session=None if request.session is None else request.session.id,
+            tenant=request.tenant.policy.name,
+            phase="running",
+            own_pages=len(request.lease),
+            shared_pages=len(request.pin.pages),
+            row=request.row,
+        )
+        for request in books.requests.values()
+        if request.lease is not None and request.pin is not None
+    ]
+    for line in books.lines():
+        parked = line.parked
+        reserve = 0 if line.reserve is None else len(line.reserve)
+        if parked is not None or reserve:
+            holders.append(
+                PoolHolder(
+                    session=line.id,
+                    tenant=line.tenant.policy.name,
+                    phase=_phase(line, _turns_of(books, [line])),
+                    own_pages=reserve + (0 if parked is None else len(parked.lease)),
+                    shared_pages=0 if parked is None else len(parked.pin.pages),
+                    reserve_pages=reserve,
+                )
+            )
+    return holders
+
+

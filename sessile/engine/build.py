@@ -163,6 +163,7 @@ def limits_for(
         queue_max=scheduler.queue_max,
         queue_tokens_max=scheduler.queue_tokens_max,
         audit_level=scheduler.audit_level,
+        contain_violations=True,
         retract_every=scheduler.retract_every,
         tenants=tenants,
     )

@@ -1,11 +1,13 @@
 """The step loop: plan and launch step k+1 while the device runs step k, then settle k."""
 
+import logging
 from dataclasses import dataclass
 
 from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
 from sessile.contract.plan import StepPlan
 from sessile.core.machine import Machine
 from sessile.core.planned import Planned
+from sessile.core.watch import Report
 from sessile.engine.clock import Clock
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
@@ -14,6 +16,8 @@ from sessile.engine.metrics import StepTimes
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
 from sessile.errors import NotReady
+
+log = logging.getLogger("sessile.engine")
 
 IDLE_WAIT_NS_MAX = 500_000_000
 """Longest wait of an idle loop, so that a signal is noticed and garbage is collected soon."""
@@ -88,6 +92,8 @@ class EngineLoop:
         self._in_flight = launched
         if not self._overlap:
             self._settle()
+        for report in self._machine.take_reports():
+            log_report(report)
         if effects := self._machine.take_effects():
             self._outbox.send(self._times.stamp(effects))
         self._finish_shutdown()
@@ -169,6 +175,14 @@ class EngineLoop:
             self._machine.receive(CancelAll(SHUTDOWN_OP))
         elif not self._machine.has_work and self._in_flight is None:
             self.stopped = True
+
+
+def log_report(report: Report) -> None:
+    """A violation was contained: one line, with the last events of the machine before it."""
+    log.error(
+        "an invariant was violated; whoever it names was ended, everybody else is served on",
+        extra={"found": report.found, "quarantined_pages": report.quarantined_pages, "events": report.events},
+    )
 
 
 def refused_while_stopping(message: Submit | OpenSession) -> Batch:

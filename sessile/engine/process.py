@@ -66,6 +66,9 @@ def drive(engine: Engine, inbox: SocketInbox, outbox: SocketOutbox, clock: Clock
     collector.take_over()
     try:
         loop.run()
+    except Exception:
+        log.error("the last events before the failure", extra={"events": engine.machine.event_lines()})
+        raise
     finally:
         collector.release()
         engine.device.close()

@@ -96,6 +96,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "audit_checks_total": (("sessile_audit_checks",), "Audits of page and row ownership."),
     "audit_failures_total": (("sessile_audit_failures",), "Audits that found a difference."),
+    "quarantined_pages_total": (("sessile_quarantined_pages",), "Pages taken out of circulation after a violation."),
     "step_wall_s_total": (("sessile_step_seconds",), "Wall time of steps."),
     "plan_wall_s_total": (("sessile_plan_seconds",), "Wall time of planning."),
 }
@@ -290,6 +291,11 @@ def _engine_families(stats: Stats | None, model: str) -> Iterator[Metric]:
     for reason, count in sorted(stats.finished_total.items()):
         finished.add_metric([model, reason], count)
     yield finished
+    labels = ["model_name", "kind"]
+    violations = CounterMetricFamily("sessile_audit_violations", "Invariants found violated, by kind.", labels=labels)
+    for kind, count in sorted(stats.audit_violations_total.items()):
+        violations.add_metric([model, kind], count)
+    yield violations
     usable = stats.pages_total - stats.pages_scratch
     held = usable - stats.pages_free
     yield _gauge("sglang:max_total_num_tokens", "Tokens that the KV pages hold.", usable * stats.page_size, model)

@@ -2,22 +2,22 @@
 
 import asyncio
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
 from sessile import __version__
-from sessile.contract.messages import CancelAll, Flush, GetStats, Sampling, Stats
+from sessile.contract.messages import CancelAll, Flush, GetPool, GetStats, PoolView, Sampling, Stats
 from sessile.errors import InvalidRequest, NotReady
 from sessile.server.auth import Asking, require_admin
 from sessile.server.body import Body, TokenIds, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
-from sessile.server.metrics import PAGE_OWNERS
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary
 
@@ -135,29 +135,52 @@ def _add_figures(router: APIRouter, service: Service) -> None:
         )
 
     @router.get("/v1/pool")
-    async def pool() -> Response:
-        stats = await current_stats(service)
-        return JsonReply(
+    async def pool(holders: Annotated[int, Query(ge=0, le=1000)] = 100) -> Response:
+        view = await service.link.ask(lambda op: GetPool(op, holders))
+        assert isinstance(view, PoolView)
+        return JsonReply(pool_content(view, {key: rid for (_, rid), key in service.keys_by_rid.items()}))
+
+
+def pool_content(view: PoolView, rids: Mapping[int, str]) -> dict[str, Any]:
+    """The body of /v1/pool. rids: names of requests in flight by their keys."""
+    return {
+        "object": "pool",
+        "page_tokens": view.page_size,
+        "pages": {
+            "total": view.pages_total,
+            "free": view.free,
+            "limbo": sum(pages for _, pages in view.limbo),
+            "tree": view.tree_pinned + view.tree_parked + view.tree_unpinned,
+            "requests": view.request_pages,
+            "sessions": view.session_pages,
+            "quarantine": view.quarantine,
+            "scratch": view.scratch,
+        },
+        "tree": {"pinned": view.tree_pinned, "parked": view.tree_parked, "unpinned": view.tree_unpinned},
+        "limbo": [{"step": step, "pages": pages} for step, pages in view.limbo],
+        "rows": {"total": view.rows_total, "held": view.requests_running + view.requests_draining},
+        "requests": {
+            "running": view.requests_running,
+            "waiting": view.requests_waiting,
+            "draining": view.requests_draining,
+        },
+        "sessions": {"open": view.sessions_open, "idle": view.sessions_idle, "tokens": view.session_tokens},
+        "holders": [
             {
-                "object": "pool",
-                "page_tokens": stats.page_size,
-                "pages": {
-                    "total": stats.pages_total,
-                    **{owner: getattr(stats, f"pages_{owner}") for owner in PAGE_OWNERS},
-                },
-                "rows": {"total": stats.rows_total, "held": stats.rows_held},
-                "requests": {
-                    "running": stats.requests_running,
-                    "waiting": stats.requests_waiting,
-                    "draining": stats.requests_draining,
-                },
-                "sessions": {
-                    "open": stats.sessions_open,
-                    "idle": stats.sessions_idle,
-                    "tokens": stats.session_tokens,
-                },
+                "kind": "session" if holder.key is None else "request",
+                "rid": None if holder.key is None else rids.get(holder.key),
+                "session": holder.session,
+                "tenant": holder.tenant,
+                "phase": holder.phase,
+                "own_pages": holder.own_pages,
+                "shared_pages": holder.shared_pages,
+                "reserve_pages": holder.reserve_pages,
+                "row": holder.row,
             }
-        )
+            for holder in view.holders
+        ],
+        "rest": {"requests": view.rest_requests, "sessions": view.rest_sessions, "own_pages": view.rest_own_pages},
+    }
 
 
 def _add_actions(router: APIRouter, service: Service) -> None:

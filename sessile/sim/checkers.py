@@ -92,7 +92,8 @@ def check_stats(stats: Stats, world: World, books: Books, totals: Counter[str]) 
         sum([not session.in_flight for session in sessions]),
         totals["turns"],
         totals["tokens"],
-        0,
+        # Where violations are contained, somebody plants them.
+        stats.audit_failures_total if world.limits.contain_violations else 0,
     )
     shown = (
         stats.sessions_open,

@@ -192,6 +192,76 @@ _FORKS = (
     ),
 )
 
+_BRANCHES = (
+    _fault(
+        "parent branched while it runs", "H25, H26", "a turn goes on from one that has not finished",
+        "entering", "    if node.turn is not None and not branch.replace:\n", "    if False:\n",
+    ),
+    _fault(
+        "replaced turn goes on", "H27", "descendants that a replacement drops are forgotten while they run",
+        "ending", "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
+        "        if node.turn is not None:\n",
+        "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
+        "        if node.turn is not None and len(node.history):\n            continue\n"
+        "        if node.turn is not None:\n",
+    ),
+    _fault(
+        "aborted branch kept", "H18, H19", "the node of a turn that was rolled back stays, with what it holds",
+        "ending", "        if not commits:\n            _discard(books, session)\n", "",
+    ),
+    _fault(
+        "output kept in a branch without it", "H11", "drop_previous_output cuts at the end of the parent's output",
+        "entering", "    if branch.drop_previous_output:\n        length = input_end\n", "",
+    ),
+    _fault(
+        "closed beside a running branch", "H23", "a branching session closes while a turn of it runs",
+        "session", "return self.turn is not None or self.turns_in_flight > 0", "return self.turn is not None",
+    ),
+    _fault(
+        "lost reply commits again", "H59", "a turn that is sent again is run and committed twice",
+        "entering", "    if _replays(books, message, session):\n        return\n", "",
+    ),
+    _fault(
+        "reply of an undone turn", "H59", "a rewind leaves the reply of the turn that it undid",
+        "forking", "    session.reply = None\n", "",
+    ),
+)
+
+_RESERVATIONS = (
+    _fault(
+        "reservation reclaimed", "H36, H68", "parked KV within a reservation is reclaimed like any other",
+        "books", "len(parked.lease) - min(len(parked.lease), max(0, reserved - shared)))", "len(parked.lease))",
+    ),
+    _fault(
+        "reserve kept at close", "H19", "a closing session forgets the pages of its reserve",
+        "ending", "    release_reserve(books, session)\n", "",
+    ),
+    _fault(
+        "reservation never counted", "H68", "what was reserved before does not count against the next reservation",
+        "entering", "if books.reserved_pages + pages > room:", "if pages > room:",
+    ),
+)
+
+_TENANTS = (
+    _fault(
+        "another tenant's session found", "H55", "sessions are found by their id alone",
+        "machine", "self._books.sessions.get((tenant, session_id))",
+        "next((each for (_, id), each in self._books.sessions.items() if id == session_id), None)",
+    ),
+    _fault(
+        "one tree for all tenants", "H71", "the prefix tree does not look at whose prompt it is",
+        "tenants", "SHARED_NAMESPACE if shared else f\"tenant {policy.name}\"", "SHARED_NAMESPACE",
+    ),
+    _fault(
+        "limit of a tenant forgotten", "H43", "a tenant's requests in flight are not limited",
+        "entering", "if policy.requests_max is not None and tenant.requests >= policy.requests_max:", "if False:",
+    ),
+    _fault(
+        "ended request counts as in flight", "H33", "a tenant's counters keep requests that have ended",
+        "tenants", "        tenant.tokens -= tokens\n", "",
+    ),
+)
+
 _STEPS = (
     _fault(
         "wrong page id", "H08, H22", "a new page overwrites the last entry of the row's page table",
@@ -267,9 +337,11 @@ _STEPS = (
     ),
     _fault(
         "faulty row served", "H74", "tokens of a row whose logits were not finite are delivered",
-        "settling", "        if result.faulty[index]:", "        if False:",
+        "settling", "    if result.faulty[index]:", "    if False:",
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*_LEDGER, *_TREE, *_TURNS, *_FORKS, *_STEPS)
+MUTANTS: tuple[Mutant, ...] = (
+    *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS,
+)  # fmt: skip
 """Every fault, in the order of the table."""

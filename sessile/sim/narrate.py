@@ -6,7 +6,8 @@ import msgspec
 import numpy as np
 
 from sessile.contract.messages import Batch, Submit, unpack_tokens
-from sessile.contract.plan import SAMPLE, StepPlan, StepResult
+from sessile.contract.plan import StepPlan, StepResult
+from sessile.core.events import plan_in_words
 
 Event = tuple[int, str, object]
 """Turn of the loop, verb, and the message, batch, plan or result it is about."""
@@ -16,7 +17,11 @@ def narrate(event: Event) -> str:
     """One event as one line."""
     turn, verb, subject = event
     if isinstance(subject, StepPlan):
-        text = _plan(subject)
+        text = plan_in_words(
+            subject.step, subject.rows, subject.starts, subject.query_counts, subject.draft_counts, subject.flags,
+            subject.bind_rows, subject.table_rows, subject.table_starts, subject.table_counts, subject.table_pages,
+            subject.copies,
+        )  # fmt: skip
     elif isinstance(subject, StepResult):
         text = f"{subject.step}: tokens {subject.tokens.tolist()}, emitted {subject.emitted.tolist()}"
         text += f", faulty {subject.faulty.tolist()}" if subject.faulty.any() else ""
@@ -28,19 +33,6 @@ def narrate(event: Event) -> str:
     else:
         text = str(subject)
     return f"turn {turn}: {verb} {text}"
-
-
-def _plan(plan: StepPlan) -> str:
-    parts = []
-    for row, start, count, drafts, flags in zip(
-        plan.rows, plan.starts, plan.query_counts, plan.draft_counts, plan.flags, strict=True
-    ):
-        kind = ("samples" if flags & SAMPLE else "fills") + (f" with {drafts} drafts" if drafts else "")
-        parts.append(f"row {row} {kind} {count} at {start}")
-    runs = list(zip(plan.table_rows.tolist(), plan.table_starts.tolist(), plan.table_counts.tolist(), strict=True))
-    pages = plan.table_pages.tolist()
-    copies = f"; copies {plan.copies.tolist()}" if len(plan.copies) else ""
-    return f"{plan.step}: {'; '.join(parts)}; binds {plan.bind_rows.tolist()}; runs {runs} of pages {pages}{copies}"
 
 
 def _batch(batch: Batch) -> str:

@@ -87,7 +87,8 @@ def make_world(seed: int, faults: frozenset[str] = frozenset(FAULTS)) -> World:
     """The world of a seed, with only the named faults at work."""
     draw = Random(f"world {seed}")
     facts = _facts(draw)
-    limits = _limits(draw, facts, faults)
+    # The simulation checks everything after each turn of the loop, whatever the machine does by itself.
+    limits = _limits(draw, facts, faults, audit_level=Random(f"audit {seed}").choice([1, 2]))
     return World(
         seed=seed,
         limits=limits,
@@ -113,7 +114,7 @@ def _facts(draw: Random) -> ModelFacts:
     )
 
 
-def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str]) -> Limits:
+def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str], audit_level: int) -> Limits:
     drafts_max = draw.choice([0, 1, 2, 4]) if "drafts" in faults else 0
     page_size = draw.choice([1, 1, 2, 3, 4, 8, 16])
     pages_total = 1 + draw.randint(4, 40)
@@ -131,7 +132,7 @@ def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str]) -> Limits:
         sessions_max=draw.choice([1, 3, 8, 100]),
         queue_max=draw.choice([2, 8, 100, 100]),
         queue_tokens_max=draw.choice([100, 1000, 100_000, 100_000]),
-        audit_level=2,
+        audit_level=audit_level,
         retract_every=draw.choice([0, 0, 0, 3, 7, 20]) if "retract" in faults else 0,
         overtakes_max=draw.choice([0, 1, 4, 64]),
         admissions_max=draw.choice([1, 2, 64]),

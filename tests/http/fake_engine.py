@@ -24,11 +24,14 @@ from sessile.contract.messages import (
     EngineFailed,
     EngineReady,
     Flush,
+    GetPool,
     GetSession,
     GetStats,
     ListSessions,
     OpenSession,
     Outcome,
+    PoolHolder,
+    PoolView,
     Refusal,
     Reply,
     Scores,
@@ -282,6 +285,8 @@ class FakeEngine:
     def _answer(self, message: Any) -> Any:
         if isinstance(message, GetStats):
             return self._stats()
+        if isinstance(message, GetPool):
+            return self._pool(message.holders)
         if isinstance(message, CancelAll):
             requests = list(self._requests.values())
             for request in requests:
@@ -323,6 +328,19 @@ class FakeEngine:
             metadata=session.opened.metadata,
         )  # fmt: skip
 
+    def _pool(self, holders: int) -> PoolView:
+        named = [PoolHolder(key=key, phase="running", own_pages=2, shared_pages=1, row=0) for key in self._requests]
+        named = named[:holders]
+        rest = len(self._requests) - len(named)
+        return PoolView(
+            page_size=READY.page_size, pages_total=READY.pages_total, limbo=[(7, 3)], tree_pinned=4, tree_parked=2,
+            tree_unpinned=1, scratch=1, quarantine=0, rows_total=READY.rows_max, requests_running=len(self._requests),
+            requests_waiting=0, requests_draining=0, sessions_open=len(self._sessions), sessions_idle=0,
+            session_tokens=0, request_pages=2 * len(self._requests), session_pages=0, holders=named,
+            rest_requests=rest, rest_sessions=0, rest_own_pages=2 * rest,
+            free=READY.pages_total - 3 - 7 - 1 - 2 * len(self._requests),
+        )  # fmt: skip
+
     def _stats(self) -> Stats:
         empty = {int: 0, float: 0.0}
         figures: dict[str, Any] = {each.name: empty.get(each.type, {}) for each in msgspec.structs.fields(Stats)}
@@ -331,6 +349,7 @@ class FakeEngine:
             "pages_free": READY.pages_total - 1, "requests_running": len(self._requests),
             "sessions_open": len(self._sessions), "steps_total": self._steps, "rows_total": READY.rows_max,
             "tenants": [], "finished_total": {"stop": 1}, "sessions_by_phase": {"idle": len(self._sessions)},
+            "audit_violations_total": {"pages": 1},
             "time_s": time.monotonic(),
         }  # fmt: skip
         return Stats(**figures)

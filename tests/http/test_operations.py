@@ -89,10 +89,18 @@ def test_a_request_in_flight_shows_until_its_client_leaves(server: Running) -> N
     assert samples(server)["sessile_requests_running"] == 0
 
 
-def test_the_pool_shows_pages_by_owner(server: Running) -> None:
-    pool = server.client.get("/v1/pool").json()
-    owners = ("free", "limbo", "tree", "requests", "sessions", "quarantine", "scratch")
-    assert pool["pages"]["total"] == 64 == sum(pool["pages"][owner] for owner in owners)
+def test_violations_are_counted_by_kind(server: Running) -> None:
+    text = server.client.get("/metrics").text
+    assert 'sessile_audit_violations_total{kind="pages",model_name="echo"} 1.0' in text
+    assert {"sessile_audit_checks_total", "sessile_quarantined_pages_total"} <= set(samples(server))
+
+
+def test_the_pool_names_requests_by_their_rid(server: Running) -> None:
+    server.engine.pause()
+    with server.in_background(rid="shown"):
+        pool = server.client.get("/v1/pool").json()
+        server.client.post("/abort_request", json={"rid": "shown"})
+    assert [(holder["kind"], holder["rid"]) for holder in pool["holders"]] == [("request", "shown")]
 
 
 def test_model_and_server_say_what_they_are(server: Running) -> None:

@@ -90,7 +90,15 @@ class LedgerAgainstDictionary(RuleBasedStateMachine):
     def quarantine(self, choice: int) -> None:
         lease = self.leases.pop(choice % len(self.leases))
         self.owners |= dict.fromkeys(lease.pages, "quarantine")
-        self.ledger.quarantine(lease)
+        pages = len(lease)
+        lease.abandon()
+        held = [(each.account, each.pages) for each in self.leases] + [(TREE, array("i", self.published))]
+        assert self.ledger.restore(held, array("i"), self.step) == pages
+
+    @rule()
+    def free_quarantined(self) -> None:
+        self.ledger.free_quarantined()
+        self.owners |= {page: "free" for page, owner in self.owners.items() if owner == "quarantine"}
 
     @rule()
     def settle(self) -> None:

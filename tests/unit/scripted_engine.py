@@ -6,6 +6,7 @@ import numpy as np
 
 from sessile.contract.messages import Batch, CancelAll, Done, GetStats, Reply
 from sessile.contract.plan import StepPlan, StepResult
+from sessile.core.watch import Report
 from tests.unit.stats import stats_of_nothing
 
 
@@ -40,6 +41,7 @@ class ScriptedMachine:
     step: int = 0
     unsettled: int = 0
     effects: Batch | None = None
+    reports: list[Report] = field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
@@ -51,6 +53,13 @@ class ScriptedMachine:
             self.effects = Batch(step=self.step, replies=[Reply(op=message.op, value=stats_of_nothing())])
         if isinstance(message, CancelAll):
             self.steps_left, self.stuck = 0, False
+
+    def take_reports(self) -> list[Report]:
+        reports, self.reports = self.reports, []
+        return reports
+
+    def event_lines(self) -> list[str]:
+        return [f"planned {self.step}"]
 
     def tick(self, now_ns: int) -> None:
         self.log.append(f"tick {now_ns}")

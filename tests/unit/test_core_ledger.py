@@ -1,5 +1,6 @@
 """The page ledger beyond its plain arrows: what a wrong caller gets, in what order pages come and go."""
 
+from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_the_tags_of_a_large_move_are_all_rewritten() -> None:
 
 CONSUMING: dict[str, Callable[[PageLedger, Lease], object]] = {
     "release": lambda ledger, lease: ledger.release(lease, step=1),
-    "quarantine": lambda ledger, lease: ledger.quarantine(lease),
+    "abandon": lambda ledger, lease: lease.abandon(),
 }
 USING: dict[str, Callable[[PageLedger, Lease], object]] = {
     "draw": lambda ledger, lease: ledger.draw(lease, 1),
@@ -176,7 +177,8 @@ USING: dict[str, Callable[[PageLedger, Lease], object]] = {
     "hand over": lambda ledger, lease: lease.hand_over(),
     "count": lambda ledger, lease: len(lease),
     "read": lambda ledger, lease: lease.pages,
-} | CONSUMING
+    "release": CONSUMING["release"],
+}
 
 
 @pytest.mark.parametrize("use", USING.values(), ids=USING)
@@ -192,12 +194,58 @@ def test_a_consumed_lease_is_of_no_more_use(
     assert ledger.free_pages == 5
 
 
-def test_a_sequence_in_quarantine_is_out_of_circulation() -> None:
-    ledger = PageLedger(4)
-    lease = drawn(ledger, 3)
-    ledger.quarantine(lease)
+NO_PAGES = array("i")
+
+
+def test_h07_pages_of_an_abandoned_lease_are_out_of_circulation_until_they_are_proven_free() -> None:
+    ledger = PageLedger(8)
+    kept, suspect = drawn(ledger, 2), drawn(ledger, 3)
+    pages, account = list(suspect.pages), suspect.account
+    suspect.abandon()
+    assert ledger.restore([(kept.account, kept.pages)], NO_PAGES, step=4) == 3
     ledger.settle(99)
-    assert (ledger.free_pages, ledger.balance(QUARANTINE)) == (0, 3)
+    assert (ledger.free_pages, ledger.balance(QUARANTINE), ledger.quarantine_step) == (2, 3, 4)
+    assert sorted(ledger.quarantined) == pages
+    assert account not in [drawn_account for drawn_account, _ in ledger.open_accounts()]
+    ledger.free_quarantined()
+    assert (ledger.free_pages, ledger.balance(QUARANTINE)) == (5, 0)
+    ledger.release(kept, step=5)
+
+
+def test_restoring_sound_books_changes_nothing() -> None:
+    ledger = PageLedger(12)
+    lease, other = drawn(ledger, 4), drawn(ledger, 3)
+    published = ledger.publish(lease, 0, 1)
+    ledger.release(other, step=2)
+    before = (ledger.tags.tolist(), list(ledger.free_stack), dict(ledger.limbo_by_step()), ledger.balances_total)
+    assert ledger.restore([(lease.account, lease.pages), (TREE, published)], NO_PAGES, step=2) == 0
+    after = (ledger.tags.tolist(), list(ledger.free_stack), dict(ledger.limbo_by_step()), ledger.balances_total)
+    assert after == before
+    ledger.release(lease, step=3)
+
+
+def test_h06_restoring_leaves_a_page_to_whom_its_tag_names_if_it_is_listed_there_and_takes_all_others() -> None:
+    ledger = PageLedger(10)
+    lease = drawn(ledger, 3)
+    mine, stale, free = lease.pages[0], lease.pages[1], ledger.free_stack[-1]
+    ledger._tags[stale] = FREE  # tagged FREE, but not listed there
+    ledger.free_stack[0] = mine  # listed as free, but tagged with the sequence
+    ledger.free_stack.append(free)  # listed twice
+    restored = ledger.restore([(lease.account, lease.pages)], NO_PAGES, step=1)
+    assert (restored, stale in ledger.quarantined) == (2, True)
+    assert (list(ledger.free_stack).count(free), mine in ledger.free_stack) == (1, False)
+    assert ledger.balances_total == ledger.pages_total == len(ledger.free_stack) + 2 + 2 + 1
+    lease.pages.remove(stale)
+    ledger.release(lease, step=1)
+
+
+def test_h24_free_pages_that_a_suspect_listed_wait_in_quarantine_for_the_steps_that_may_touch_them() -> None:
+    ledger = PageLedger(8)
+    ledger.release(drawn(ledger, 1), step=9)
+    suspects = array("i", [ledger.free_stack[-1], next(ledger.limbo_by_step())[1][0]])
+    assert ledger.restore([], suspects, step=9) == 2
+    assert sorted(ledger.quarantined) == sorted(suspects)
+    assert (ledger.limbo_pages, ledger.free_pages) == (0, 5)
 
 
 def test_dropping_a_lease_that_owns_nothing_is_nobodys_loss() -> None:

@@ -131,3 +131,21 @@ def test_stats_come_from_the_machine_through_the_loop() -> None:
     engine.loop(LocalInbox([GetStats(op=4)]), outbox, MonotonicClock()).turn()
     (batch,) = outbox.take()
     assert batch.replies[0].op == 4 and isinstance(batch.replies[0].value, Stats)
+
+
+def test_h07_an_engine_that_serves_contains_violations() -> None:
+    engine = opened(on_cpu=True)
+    outbox = LocalOutbox()
+    sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=8)
+    submits = [Submit(key=key, tokens=pack_tokens([key] * 20), sampling=sampling) for key in (1, 2)]
+    loop = engine.loop(LocalInbox(submits), outbox, MonotonicClock())
+    for _ in range(3):
+        loop.turn()
+    lease = engine.machine._books.requests[1].lease
+    assert lease is not None
+    lease.pages.append(lease.pages[0])
+    done: dict[int, str] = {}
+    while len(done) < 2:
+        loop.turn()
+        done |= {each.key: each.reason for batch in outbox.take() for each in batch.done}
+    assert done == {1: "error", 2: "length"}

@@ -6,6 +6,7 @@ import pytest
 
 from sessile.contract.messages import Cancel, CancelAll, GetStats, OpenSession, Sampling, Shutdown, Submit
 from sessile.contract.plan import StepPlan
+from sessile.core.watch import Report
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.loop import IDLE_WAIT_NS_MAX, STUCK_WAIT_NS_MAX, EngineLoop
 from sessile.engine.outbox import LocalOutbox
@@ -194,3 +195,16 @@ def test_a_failing_step_ends_the_loop_with_the_devices_own_error() -> None:
     r.device.launch = launch  # type: ignore[method-assign]
     with pytest.raises(MemoryError, match="the pool is gone"):
         r.loop.run()
+
+
+def test_h07_a_contained_violation_is_one_line_in_the_log_with_the_events_before_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    r = rig(steps_left=2, reports=[Report(["pages: page 7 is held twice"], 3, ["planned 1", "settled 1"])])
+    for _ in range(3):
+        r.loop.turn()
+    (line,) = [record for record in caplog.records if record.name == "sessile.engine"]
+    assert "whoever it names was ended" in line.getMessage()
+    fields = vars(line)
+    assert (fields["found"], fields["quarantined_pages"]) == (["pages: page 7 is held twice"], 3)
+    assert fields["events"] == ["planned 1", "settled 1"]

@@ -114,6 +114,7 @@ def test_a_failing_device_is_reported_in_one_line_with_the_traceback_in_the_log(
     assert child.wait() == EXIT_FAILED
     _, log = child.process.communicate()
     assert b"Traceback" in log and b"and more lines" in log
+    assert b"the last events before the failure" in log
 
 
 def test_an_engine_that_cannot_start_says_why_without_a_traceback(start: Callable[[str], Child]) -> None:

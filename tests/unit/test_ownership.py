@@ -49,7 +49,9 @@ def test_every_arrow_keeps_the_sum_of_all_balances() -> None:
     ledger.draw(second, 2)
     published = ledger.publish(first, 0, 2)
     ledger.evict(published[1:], step=3)
-    ledger.quarantine(second)
+    second.abandon()
+    held = [(first.account, first.pages), (TREE, published[:1])]
+    assert ledger.restore(held, suspects=array("i"), step=5) == 2
     ledger.release(first, step=4)
     assert balances(ledger) == {"free": 3, "tree": 1, "limbo": 3, "scratch": 1, "quarantine": 2}
     assert sum(balances(ledger).values()) == ledger.pages_total
