@@ -176,7 +176,7 @@ def pool_view(books: Books, holders_max: int) -> PoolView:
         requests_waiting=len(books.waiting),
         requests_draining=len(books.draining),
         sessions_open=len(books.sessions),
-        sessions_idle=sum(not session.in_flight for session in books.sessions.values()),
+        sessions_idle=sessions_by_phase(books)["idle"],
         session_tokens=sum(tenant.held_tokens for tenant in books.tenants.all),
         holders=named,
         rest_requests=len(running) - named_requests,
