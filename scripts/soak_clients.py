@@ -79,11 +79,12 @@ class Findings:
         return self.statuses.total()
 
     def expect(self, holds: bool, failure: str) -> None:
-        """Note a failure unless something holds."""
+        """Note a failure unless something holds; the first few are told at once."""
         if not holds:
             self.failure_count += 1
             if len(self.failures) < FAILURES_SHOWN:
                 self.failures.append(failure)
+                print(f"FAILED {failure}", flush=True)
 
 
 class Client:
@@ -203,24 +204,30 @@ class Client:
         body = greedy(self._tokens(10), 300) | {"stream": True, "return_logprob": True, "top_logprobs_num": 5}
         async with self._socket(receive_bytes=32_768) as (reader, writer):
             writer.write(http_post("/generate", json.dumps(body).encode()))
+            end: bytes | None = await reader.readexactly(len(b"HTTP/1.1 200"))
+            if end != b"HTTP/1.1 200":
+                self._expect(end == b"HTTP/1.1 429", f"a stream was answered {end!r}")
+                return
             for _ in range(self._dice.randint(5, 60)):
-                if not await reader.read(self._dice.randint(1, 400)):
-                    break
+                if (end := await self._read_on(reader, end, self._dice.randint(1, 400))) is None:
+                    return
                 await asyncio.sleep(0.02)
             if self._dice.random() < 0.5:
                 await asyncio.sleep(self._dice.uniform(0, 10))
-                await self._read_to_done(reader)
+                while end is not None:
+                    end = await self._read_on(reader, end, 65_536)
 
-    async def _read_to_done(self, reader: asyncio.StreamReader) -> None:
-        """Read a stream of events on to its end, which may be that the server has lost patience."""
-        end = b""
-        while b"[DONE]" not in end:
-            content = end + await reader.read(65_536)
-            self._findings.lagging_streams_ended += b"reads too slowly" in content
-            self._expect(len(content) > len(end), f"a slow stream ended with {end!r}")
-            if len(content) == len(end):
-                return
-            end = content[-15:]  # Enough for what may be cut in two, too little to count a reason twice.
+    async def _read_on(self, reader: asyncio.StreamReader, end: bytes, bytes_max: int) -> bytes | None:
+        """Read a stream that is known up to `end` a little further; its new end, or None where it is over.
+
+        Over it may be because the server lost patience with its reader.
+        """
+        content = end + await reader.read(bytes_max)
+        self._findings.lagging_streams_ended += b"reads too slowly" in content
+        self._expect(len(content) > len(end), f"a slow stream ended with {end!r}")
+        if len(content) == len(end) or b"[DONE]" in content:
+            return None
+        return content[-15:]  # Enough for what is cut in two, too little to count a reason twice.
 
     async def _send_half(self) -> None:
         """A request that ends in the middle of its headers or its body."""

@@ -14,10 +14,15 @@ from sessile.config import settings
 from sessile.server.app import create_app
 from sessile.server.body import ANYTHING, Body
 from sessile.server.config import ServerOptions
+from sessile.sim.faults import MUTANTS
+from sessile.sim.mutants import BALANCED_MIN
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 DOC_IDS = [str(path.relative_to(ROOT)) for path in DOCS]
+HAZARDS = (ROOT / "docs" / "HAZARDS.md").read_text("utf-8")
+WAITING = {"H32", "H44", "H45", "H46", "H47", "H50", "H51", "H63"}
+"""Hazards of what is not built yet: tiers, speculation and corpora, several ranks."""
 every_document = pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
 
 
@@ -163,8 +168,42 @@ def test_every_field_that_is_accepted_without_effect_is_listed() -> None:
     assert listed == ignored
 
 
+def claims_by_hazard() -> dict[str, set[str]]:
+    """Every test whose name begins with hazards, test_h24_… or test_h26_h66_…, by hazard."""
+    named: dict[str, set[str]] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for name, ids in re.findall(r"def (test_((?:h\d\d_)+)\w+)\(", path.read_text("utf-8")):
+            for hazard in ids.upper().strip("_").split("_"):
+                named.setdefault(hazard, set()).add(name)
+    return named
+
+
+def test_every_hazard_of_what_is_built_is_named_by_a_test() -> None:
+    described = set(re.findall(r"^\| (H\d\d) \|", HAZARDS, re.MULTILINE))
+    assert described - WAITING == set(claims_by_hazard())
+
+
+def test_every_row_of_the_hazards_shows_tests_of_that_hazard_or_what_it_waits_for() -> None:
+    named = claims_by_hazard()
+    rows = re.findall(r"^\| (H\d\d) \| [^|]+ \| ([^|]+) \| ([^|]*) \|$", HAZARDS, re.MULTILINE)
+    assert len(rows) == 77
+    for hazard, reason, tests in rows:
+        shown = re.findall(r"`(test_\w+)`", tests)
+        assert set(shown) <= named.get(hazard, set()), f"{hazard} shows a test that does not name it"
+        assert bool(shown) != (hazard in WAITING), f"{hazard} shows no test"
+        assert hazard not in WAITING or reason.startswith("**waiting** for")
+
+
+def test_the_page_of_planted_faults_lists_those_that_are_planted() -> None:
+    page = (ROOT / "docs" / "MUTANTS.md").read_text("utf-8")
+    listed = re.findall(r"^\| (?!fault \|)([^|-][^|]*) \|", page, re.MULTILINE)
+    assert listed == [mutant.name for mutant in MUTANTS], "run make mutants ARGS='--write docs/MUTANTS.md'"
+    balanced = len(re.findall(r"\| balanced \|", page))
+    assert len(listed) >= 30 and balanced >= BALANCED_MIN
+
+
 def test_every_hazard_that_code_or_tests_name_is_described() -> None:
-    described = set(re.findall(r"^\| (H\d\d) \|", (ROOT / "docs" / "HAZARDS.md").read_text("utf-8"), re.MULTILINE))
+    described = set(re.findall(r"^\| (H\d\d) \|", HAZARDS, re.MULTILINE))
     sources = [*(ROOT / "sessile").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     text = "\n".join(path.read_text("utf-8") for path in sources)
     named = set(re.findall(r"\bH\d\d\b", text)) | {each.upper() for each in re.findall(r"\btest_(h\d\d)_", text)}

@@ -4,10 +4,10 @@ By the bound a request may fill its whole context, so that only a few could run 
 and preempts when it was too low (H67). Here requests end by a stop token, far below their context, at lengths that vary
 as those of real answers do; they run once with max_tokens unset and once with exactly the length that they will have.
 A null device answers, so the figures are the same on every machine. Time is counted in steps and in tokens: a step
-costs as much as it computes tokens, and a fixed part besides.
+costs as much as it computes tokens, and a fixed part besides. With --model a model answers, and time is time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sessile.bench.null_device import EOS_ID, FIRST_PLAIN_ID, VOCAB_SIZE, OverlappedDriver, null_result
-from sessile.contract.messages import Batch, Sampling, Submit, pack_tokens, unpack_tokens
+from sessile.contract.messages import Batch, Sampling, Submit, pack_tokens
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import BIND_SEED_LOW, Ints, StepPlan, StepResult
 from sessile.core.limits import Limits
@@ -43,6 +43,9 @@ class AdmissionBenchOptions:
 
     requests: int = option(256, "Requests, all sent at once.", unit="requests", low=8, high=100_000)
     seed: int = option(1, "Seed of the lengths.", low=0)
+    model: str | None = option(
+        None, "Measure on this model as well, on this machine: a folder, a .gguf file, or `default`."
+    )
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class Run:
 
     steps: int = 0
     computed_tokens: int = 0
-    output_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    lengths_tokens: dict[int, int] = field(default_factory=dict)
+    """By request: its output."""
     first_steps: dict[int, int] = field(default_factory=dict)
     """By request: the step of its first token."""
     pauses_steps: dict[int, int] = field(default_factory=dict)
@@ -81,6 +85,11 @@ class Run:
     def throughput(self) -> float:
         """Output tokens for each thousand tokens of cost."""
         return 1000 * self.output_tokens / self.cost_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all requests."""
+        return sum(self.lengths_tokens.values())
 
 
 def needs(requests: int, seed: int) -> list[Need]:
@@ -117,42 +126,50 @@ def run_needs(wanted: list[Need], pages: int, *, exact: bool) -> Run:
     )  # fmt: skip
     machine = Machine(limits, ModelFacts(VOCAB_SIZE, CONTEXT_TOKENS, eos_ids=(EOS_ID,)))
     device = EndingDevice({key: need.output_tokens for key, need in enumerate(wanted)})
-    driver = OverlappedDriver(machine, device.answer)
     dice = np.random.default_rng(0)
+    submits = []
     for key, need in enumerate(wanted):
         tokens: Ints = dice.integers(FIRST_PLAIN_ID, VOCAB_SIZE, need.prompt_tokens, np.int32)
         sampling = Sampling(seed=key, max_new_tokens=need.output_tokens if exact else None)
-        machine.receive(Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling))
+        submits.append(Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling))
+    run = run_to_ends(machine, device.answer, submits)
+    for key, need in enumerate(wanted):
+        assert run.lengths_tokens[key] == need.output_tokens, "a request ended too early or too late"
+    return run
+
+
+def run_to_ends(machine: Machine, answer: Callable[[StepPlan], StepResult], submits: list[Submit]) -> Run:
+    """Send all requests at once and turn the machine until the last one has ended."""
+    driver = OverlappedDriver(machine, answer)
+    for submit in submits:
+        machine.receive(submit)
     run = Run()
     last_steps: dict[int, int] = {}
-    ended = 0
-    while ended < len(wanted):
+    while len(run.lengths_tokens) < len(submits):
         times, effects = driver.turn()
         run.steps += times.rows > 0
         run.computed_tokens += times.tokens
         if effects:
-            ended += _follow(run, effects, last_steps, wanted)
+            _follow(run, effects, last_steps)
     machine.audit()
     stats = machine.stats()
     run.preemptions, run.recomputed_tokens = stats.preemptions_total, stats.recomputed_tokens_total
     return run
 
 
-def _follow(run: Run, effects: Batch, last_steps: dict[int, int], wanted: list[Need]) -> int:
-    """Note who was given tokens in this step, and how long it had waited; how many have ended."""
-    keys = memoryview(effects.delta_keys).cast("q").tolist()
-    run.output_tokens += int(unpack_tokens(effects.delta_counts).sum())
-    for key in keys:
+def _follow(run: Run, effects: Batch, last_steps: dict[int, int]) -> None:
+    """Note who was given tokens in this step, and how long it had waited, and who has ended."""
+    for key in memoryview(effects.delta_keys).cast("q").tolist():
         run.first_steps.setdefault(key, run.steps)
         run.pauses_steps[key] = max(run.pauses_steps.get(key, 0), run.steps - last_steps.get(key, run.steps))
         last_steps[key] = run.steps
     for done in effects.done:
-        assert done.completion_tokens == wanted[done.key].output_tokens, "a request ended too early or too late"
-    return len(effects.done)
+        assert done.reason in ("stop", "length"), f"a request of the bench ended with {done.reason}: {done.message}"
+        run.lengths_tokens[done.key] = done.completion_tokens
 
 
 def measure_admission(options: AdmissionBenchOptions) -> int:
-    """Measure and print; 0 if the target is met with every pool, else 1."""
+    """Measure and print; 0 if the target is met with every pool, and on the model if there is one, else 1."""
     console = Console()
     wanted = needs(options.requests, options.seed)
     table = Table(box=None, pad_edge=False)
@@ -160,18 +177,27 @@ def measure_admission(options: AdmissionBenchOptions) -> int:
                "throughput", "share", f"≥ {SHARE_MIN:g}")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="right")
-    all_met = True
+    shares = []
     for share in POOL_SHARES:
         pages = pool_pages(wanted, share)
         exact, unset = (run_needs(wanted, pages, exact=each) for each in (True, False))
-        relative = unset.throughput / exact.throughput
-        met = relative >= SHARE_MIN
-        all_met = all_met and met
-        table.add_row(f"{pages * PAGE_SIZE:,}", "exact", *figures(exact))
-        table.add_row("", "unset", *figures(unset), f"{relative:.3f}", "[green]met" if met else "[red]missed")
-    console.print(f"{options.requests} requests, all at once. Waits in steps, throughput in tokens a thousand of cost.")
+        shares.append(add_lines(table, pages, exact, unset))
+    console.print(f"{options.requests} requests at once. Waits in steps; throughput: tokens out for 1,000 of cost.")
     console.print(table)
-    return 0 if all_met else 1
+    if options.model is not None:
+        from sessile.bench.admission_model import measure_on_model
+
+        shares.append(measure_on_model(options.model, options.requests, console))
+    return 0 if min(shares) >= SHARE_MIN else 1
+
+
+def add_lines(table: Table, pages: int, exact: Run, unset: Run) -> float:
+    """Add a pair of runs to the table; the throughput of the second, relative to the first."""
+    share = unset.throughput / exact.throughput
+    verdict = "[green]met" if share >= SHARE_MIN else "[red]missed"
+    table.add_row(f"{pages * PAGE_SIZE:,}", "exact", *figures(exact))
+    table.add_row("", "unset", *figures(unset), f"{share:.3f}", verdict)
+    return share
 
 
 def pool_pages(wanted: list[Need], share: float) -> int:

@@ -9,22 +9,25 @@ others. A set of rows fits if the peak of what they will hold together stays wit
 agree.
 """
 
+from bisect import bisect_right
 from collections import deque
 
 import numpy as np
 import numpy.typing as npt
 
+Tokens = npt.NDArray[np.int64]
+
 _UNIT = 1024
 """Shares, margins and fates are in 1/1024."""
 _WINDOW = 64
 """Ended requests that are remembered for each size of allowance."""
-_TYPICAL_TOKENS = 256
+_TYPICAL_TOKENS = 128
 """Mean output that is expected before anything has ended."""
 _EXPONENTIAL = (33, 101, 174, 253, 338, 431, 534, 648, 776, 922, 1093, 1299, 1556, 1901, 2424, 3549)
 """Sixteen outputs of exponentially distributed length, their mean being 1024: the memory to begin with."""
 _GOLDEN = 633
 """1024 × 0.618: consecutive arrivals have fates that spread evenly."""
-_MARGIN_JUMP = 64
+_MARGIN_JUMP = 24
 _MARGIN_DECAY_STEPS = 8
 
 
@@ -34,7 +37,7 @@ class Forecast:
     def __init__(self, output_cap_tokens: int) -> None:
         self._cap_tokens = output_cap_tokens
         self._shares = [_prior(size) for size in range(output_cap_tokens.bit_length() + 1)]
-        self._sorted: dict[int, npt.NDArray[np.int64]] = {}
+        self._sorted: dict[int, list[int]] = {}
         """By size, in ascending order: only what was asked for since it last changed, since few steps ask."""
         self._margin = 0
         self._quiet_steps = 0
@@ -58,13 +61,24 @@ class Forecast:
             self._quiet_steps = 0
             self._margin = max(0, self._margin - 1)
 
-    def remaining_tokens(
-        self, output: npt.NDArray[np.int64], allowed: npt.NDArray[np.int64], arrivals: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Expected further output of requests, from 1 to what they are still allowed.
+    def remaining_of(self, output: int, allowed: int, arrival: int) -> int:
+        """Expected further output of a request, from 1 to what it is still allowed.
 
-        output: tokens so far; allowed: the most that they may become; arrivals: what tells the requests apart.
+        output: tokens so far; allowed: the most that they may become; arrival: what tells requests apart.
         """
+        capped = max(1, min(allowed, self._cap_tokens))
+        used = output * _UNIT // capped
+        shares = self._ascending(capped.bit_length())
+        first = bisect_right(shares, used)
+        further = len(shares) - first
+        # Of those that got further, the one that is as far up as the request's fate says; if nobody did, as much again
+        # as the longest.
+        end = shares[first + further * (arrival * _GOLDEN % _UNIT) // _UNIT] if further else used + shares[-1]
+        expected = (end - used) * capped // _UNIT
+        return max(1, min(expected + expected * self._margin // _UNIT, allowed - output))
+
+    def remaining_tokens(self, output: Tokens, allowed: Tokens, arrivals: Tokens) -> Tokens:
+        """The same for many requests."""
         capped = np.maximum(1, np.minimum(allowed, self._cap_tokens))
         used = output * _UNIT // capped
         fates = arrivals * _GOLDEN % _UNIT
@@ -72,31 +86,24 @@ class Forecast:
         ends = np.zeros(len(output), np.int64)
         for size in np.flatnonzero(np.bincount(sizes)).tolist():
             mine = np.flatnonzero(sizes == size)
-            shares = self._ascending(size)
-            # Among those that got further, the one that is as far up as the request's fate says.
+            shares = np.array(self._ascending(size), np.int64)
             first = np.searchsorted(shares, used[mine], "right")
-            chosen = first + (len(shares) - first) * fates[mine] // _UNIT
-            # Nobody got further: as much again as the longest.
-            beyond = used[mine] + shares[-1]
-            ends[mine] = np.where(first < len(shares), shares[np.minimum(chosen, len(shares) - 1)], beyond)
-        further = (ends - used) * capped // _UNIT
-        further += further * self._margin // _UNIT
-        return np.asarray(np.maximum(1, np.minimum(further, allowed - output)), np.int64)
+            further = len(shares) - first
+            chosen = np.minimum(first + further * fates[mine] // _UNIT, len(shares) - 1)
+            ends[mine] = np.where(further > 0, shares[chosen], used[mine] + shares[-1])
+        expected = (ends - used) * capped // _UNIT
+        expected += expected * self._margin // _UNIT
+        return np.asarray(np.maximum(1, np.minimum(expected, allowed - output)), np.int64)
 
-    def _ascending(self, size: int) -> npt.NDArray[np.int64]:
+    def _ascending(self, size: int) -> list[int]:
         shares = self._sorted.get(size)
         if shares is None:
-            shares = self._sorted[size] = np.sort(np.array(self._shares[size], np.int64))
+            shares = self._sorted[size] = sorted(self._shares[size])
         return shares
-
-    def remaining_of(self, output: int, allowed: int, arrival: int) -> int:
-        """The same for one request."""
-        one = (np.array([figure], np.int64) for figure in (output, allowed, arrival))
-        return int(self.remaining_tokens(*one)[0])
 
 
 def _prior(size: int) -> "deque[int]":
-    """The memory to begin with, for allowances of so many bits: all of a small one, a typical output of a large one."""
+    """The memory to begin with, for allowances of so many bits: all of a small one, of a large one a typical output."""
     allowed = max(1, 3 << size >> 2)  # the middle of [2^(size - 1), 2^size)
     shares = (min(_UNIT, -(-tokens * _TYPICAL_TOKENS // allowed)) for tokens in _EXPONENTIAL)
     return deque(shares, maxlen=_WINDOW)

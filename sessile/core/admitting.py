@@ -213,6 +213,8 @@ class _Outlook:
         self._growth: Column = NO_ROWS
         self._added: list[tuple[Request, int]] = []
         """Who was admitted in this step, with what it shares: not among the rows yet."""
+        self._added_figures: list[tuple[int, int]] = []
+        """Of the first of these: made when they are needed."""
 
     def admits(self, request: Request, shared: int) -> bool:
         """Whether the pool will do for this request beside all others. shared: pages that others read already."""
@@ -223,7 +225,8 @@ class _Outlook:
         if self._held is None:
             self._look_at_rows()
         assert self._held is not None
-        added = np.array([self._figures(*each) for each in (*self._added, (request, shared))], np.int64)
+        self._added_figures.extend(self._figures(*each) for each in self._added[len(self._added_figures) :])
+        added = np.array([*self._added_figures, self._figures(request, shared)], np.int64)
         held = np.concatenate((self._held, added[:, 0]))
         return peak_pages(held, np.concatenate((self._growth, added[:, 1])), self._capacity) <= self._capacity
 

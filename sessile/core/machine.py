@@ -235,6 +235,20 @@ class Machine:
         assert 1 <= tokens <= self._limits.chunk_tokens
         self._planner.budget_tokens = tokens
 
+    def preempt(self, key: int) -> None:
+        """Make a running request give way as if pages were short: it waits, and resumes. Others are left alone."""
+        request = self._books.requests.get(key)
+        if request is not None and request.row is not None and self._books.rows.plannable[request.row]:
+            self._planner.preempt(request)
+
+    def demote(self, tenant: str, session_id: str) -> int:
+        """Let go of the KV that a session holds while no turn of it runs; returns its own pages. Raises NotFound."""
+        session = self._session(tenant, session_id)
+        pages = 0 if session.parked is None else len(session.parked.lease)
+        self._books.drop_parked(session)
+        self._books.totals.demoted_pages += pages
+        return pages
+
     # -- steps --------------------------------------------------------------------------------------------------
 
     def plan(self) -> Planned | None:

@@ -88,7 +88,7 @@ class Planner:
             # Only one that got further than the last time, or a forced retraction could undo all progress for ever.
             if victim is not None and self._books.rows.settled[victim.row] > victim.preempted_tokens:
                 self._retracted_step = self._books.planned_step
-                self._preempt(victim)
+                self.preempt(victim)
 
     def _newest_running(self, *, sparing_reserved: bool) -> Request | None:
         """The newest arrival that runs. sparing_reserved: not one whose pages would stay with its session anyway."""
@@ -106,7 +106,7 @@ class Planner:
         session = rows.occupant(row).session
         return session is None or int(rows.pages[row]) > session.reserved_pages
 
-    def _preempt(self, victim: Request) -> None:
+    def preempt(self, victim: Request) -> None:
         """Preempt now, or, while a step that has the row is in flight, when it settles."""
         books = self._books
         row = victim.row
@@ -273,7 +273,7 @@ class Planner:
             if victim is None or victim.row == first_denied[1]:
                 books.marks[Mark.NEWEST_SAT_OUT] += 1
                 break
-            self._preempt(victim)
+            self.preempt(victim)
         short = set()
         for _, row, pages in wants:
             granted = min(pages, books.ledger.free_pages)

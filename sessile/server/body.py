@@ -5,6 +5,7 @@ that nobody defines. The first fault becomes an InvalidRequest that names the fi
 """
 
 import asyncio
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -22,6 +23,9 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sessile.errors import InvalidRequest, TooLong
+
+SUBJECT = re.compile(r"^\w+ should\b")
+"""How pydantic's messages begin (Input should, String should, List should …), where ours name the field instead."""
 
 NAME_CHARS_MAX = 100
 """Most that is repeated of a field's name: it is the client's, and may be as long as the body."""
@@ -155,7 +159,7 @@ def _refusal(fault: ErrorDetails) -> InvalidRequest:
     elif fault["type"] == "missing":
         message = "is required"
     else:
-        message = message.replace("Input should", "must", 1)
+        message = SUBJECT.sub("must", message)
     path = shortened(path)
     if not path:
         return InvalidRequest(f"the body {message}" if fault["type"] == "model_type" else message)

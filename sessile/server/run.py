@@ -121,10 +121,16 @@ def bind(options: ServerOptions) -> socket.socket:
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder that only this user may enter, for the link's socket; removed on leaving."""
-    # The path of a unix socket is short by nature; a long TMPDIR would not fit.
-    parent = "/tmp" if len(tempfile.gettempdir()) > SOCKET_PATH_MAX else None
-    with tempfile.TemporaryDirectory(prefix="sessile-", dir=parent) as folder:
+    """A folder that only this user may enter, for the link's socket; removed on leaving. Raises StartupError."""
+    try:
+        # The path of a unix socket is short by nature; a long TMPDIR would not fit.
+        parent = "/tmp" if len(tempfile.gettempdir()) > SOCKET_PATH_MAX else None
+        made = tempfile.TemporaryDirectory(prefix="sessile-", dir=parent)
+    except OSError as error:
+        raise StartupError(
+            f"cannot make a folder for the socket to the engine: {error}. Set TMPDIR to one that can be written to."
+        ) from error
+    with made as folder:
         yield folder
 
 

@@ -24,7 +24,7 @@ from sessile.contract.messages import (
 )
 from sessile.errors import NotFound, UserError
 from sessile.server.auth import Asking
-from sessile.server.body import Body, TokenIds, field_fault, read_body, takes
+from sessile.server.body import Body, TokenIds, field_fault, read_body, says, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.keys import Caller
@@ -38,7 +38,11 @@ IDLE_TIMEOUT_S_MAX = 31_536_000
 METADATA_KEYS_MAX = 16
 ID_CHARS_MAX = 128
 
-SessionId = Annotated[str, Field(pattern=rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z")]
+SessionId = Annotated[
+    str,
+    Field(pattern=rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z"),
+    says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-"),
+]
 SessionPath = Annotated[str, Path(max_length=ID_CHARS_MAX)]
 """Of a session that may be open: whatever is in it, it cannot be longer than an id."""
 Metadata = Annotated[

@@ -13,4 +13,5 @@ Nothing here waits, reads a clock or depends on hash order: a seed is a world, a
     narrate      what happened, in words
     run          many seeds, totals, replay, shrinking
     mutants      planted faults (faults, planting) that must be caught
+    closure      small worlds (small_world, canonical, twin) explored to their last state
 """

@@ -172,8 +172,8 @@ _FORKS = (
         "self.copies.append((source, target, max(1, tokens - 1)))",
     ),
     _fault(
-        "page copied in flight", "H24, H29, H73", "a fork copies a page that the step in flight still writes to",
-        "forking", "drains = parked.ready_step > books.settled_step", "drains = False",
+        "wrong page copied", "H29, H64", "a fork copies the page before the one that it begins with",
+        "forking", "page_at(parked, full), target", "page_at(parked, max(0, full - 1)), target",
     ),
     _fault(
         "fork shares its history", "H28", "parent and child append to the same history",
@@ -199,10 +199,8 @@ _BRANCHES = (
     ),
     _fault(
         "replaced turn goes on", "H27", "descendants that a replacement drops are forgotten while they run",
-        "ending", "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
-        "        if node.turn is not None:\n",
-        "    for node in [node for node in session.nodes.values() if origin is None or _descends(node, origin)]:\n"
-        "        if node.turn is not None and len(node.history):\n            continue\n"
+        "ending", "_descends(node, origin)]:\n        if node.turn is not None:\n",
+        "_descends(node, origin)]:\n        if node.turn is not None and len(node.history):\n            continue\n"
         "        if node.turn is not None:\n",
     ),
     _fault(

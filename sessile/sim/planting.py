@@ -9,7 +9,12 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
 
-_PRIVATE = ("sessile.core", "sessile.sim.simulation", "sessile.sim.checkers", "sessile.sim.drafter")
+_PRIVATE = (
+    "sessile.core",
+    *(f"sessile.sim.{name}" for name in (
+        "simulation", "checkers", "drafter", "closure", "small_world", "canonical", "twin",
+    )),
+)  # fmt: skip
 """What is imported anew: the core and all of the simulator that holds references into it."""
 
 
@@ -61,8 +66,8 @@ class _Planter(MetaPathFinder):
 
 
 @contextmanager
-def planted(edits: Sequence[Edit]) -> Iterator[ModuleType]:
-    """The module `sessile.sim.simulation`, imported over a core with these edits; the real one comes back after.
+def planted(edits: Sequence[Edit], entry: str = "sessile.sim.simulation") -> Iterator[ModuleType]:
+    """A module of the simulator, imported over a core with these edits; the real one comes back after.
 
     Raises NoPlace if an edit does not apply.
     """
@@ -72,9 +77,9 @@ def planted(edits: Sequence[Edit]) -> Iterator[ModuleType]:
     planter = _Planter(edits)
     sys.meta_path.insert(0, planter)
     try:
-        simulation = importlib.import_module("sessile.sim.simulation")
+        module = importlib.import_module(entry)
         assert not planter.pending, f"nobody imports {list(planter.pending)}"
-        yield simulation
+        yield module
     finally:
         sys.meta_path.remove(planter)
         for name in [name for name in sys.modules if name.startswith(_PRIVATE)]:

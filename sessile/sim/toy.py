@@ -8,7 +8,7 @@ computed when they are launched. Two tempers, chosen by the world's seed:
            whatever was written meanwhile, and have to show in a token
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -118,11 +118,11 @@ class _Pool:
         self.cells[target][:tokens] = self.cells[source][:tokens]
         self._sums[target] = None
 
-    def term(self, slots: list[int], position: int) -> int:
+    def term(self, slots: Sequence[int], position: int) -> int:
         """What the cell at a position adds to the digest, read through a page table."""
         return hashing.term_of(self.cells[slots[position // self.page_size]][position % self.page_size], position)
 
-    def digest(self, slots: list[int], tokens: int) -> int:
+    def digest(self, slots: Sequence[int], tokens: int) -> int:
         """Digest of positions 0..tokens - 1, read through a page table."""
         size, sums = self.page_size, self._sums
         full = tokens // size
@@ -158,12 +158,13 @@ class ToyTicket:
     def __init__(self, device: "ToyDevice", flight: _Flight, result: StepResult) -> None:
         self._device = device
         self._flight = flight
-        self._result = result
+        self.outcome = result
+        """What the result will be, without taking it."""
 
     def result(self) -> StepResult:
         """The step's result; steps must be taken in order, each once."""
         self._device.take(self._flight)
-        return self._result
+        return self.outcome
 
 
 class ToyDevice:
@@ -233,6 +234,19 @@ class ToyDevice:
         self._flights.pop(0)
         for writes in flight.late.values():
             self._land(writes)
+
+    def digest_of(self, pages: Sequence[int], tokens: int) -> int:
+        """Digest of the first tokens of KV on these pages, as a row with such a page table would read it."""
+        return self._pool.digest(pages, tokens)
+
+    def scramble(self, pages: Iterable[int], rows: Iterable[int]) -> None:
+        """Spoil what nobody owns: whoever reads it afterwards stumbles, whatever was there before."""
+        for page in pages:
+            for offset in range(self._pool.page_size):
+                self._pool.write(page, offset, POISON)
+        for row in rows:
+            self._table[row] = [SCRATCH_PAGE] * self._slots
+            self._rows[row] = _Row()
 
     def close(self) -> None:
         """Nothing to release."""

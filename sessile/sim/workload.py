@@ -9,6 +9,7 @@ from sessile.sim.books import Books
 from sessile.sim.origins import context_of
 from sessile.sim.records import RequestBook, SessionBook
 from sessile.sim.world import BOS, World
+from sessile.units import ceil_div
 
 _LETTERS = b"abc"
 
@@ -39,16 +40,20 @@ class Workload:
             sent += self._submits()
         if self._books.just_idle and self._chance(0.5):
             sent.append(self._submit(self._draw.choice(self._books.just_idle)))
+        drains = list(self._books.just_idle)
         if self._chance(temper.cancel_rate):
-            sent.append(self._cancel())
+            cancel = self._cancel()
+            sent.append(cancel)
+            drains += self._left_by(cancel)
         if self._chance(temper.close_rate) and self._books.sessions:
             sent.append(self._close(self._draw.choice(list(self._books.sessions))))
         if self._chance(temper.cancel_all_rate):
             sent.append(wire.CancelAll(self._op()))
         if self._chance(temper.flush_rate):
             sent.append(wire.Flush(self._op()))
-        if self._books.sessions and self._chance(temper.fork_rate):
-            sent.append(self._fork_or_rewind())
+        is_quick = bool(drains) and temper.fork_rate > 0 and self._chance(0.5)
+        if self._books.sessions and (is_quick or self._chance(temper.fork_rate)):
+            sent.append(self._fork_or_rewind(drains))
         if self._chance(temper.replay_rate):
             sent += self._replay()
         if self._echoed or self._doomed in self._books.live:
@@ -107,7 +112,9 @@ class Workload:
         session_id = f"s{draw.randrange(2 * temper.sessions_wanted)}"
         is_branching = self._chance(temper.branch_share)
         reserves = self._chance(temper.reserve_rate) and (not is_branching or self._chance(0.1))
-        reserved = draw.randint(1, 2 * limits.sequence_tokens_max) // draw.choice([1, 4, 16])
+        longest_pages = ceil_div(limits.sequence_tokens_max + limits.drafts_max, limits.page_size)
+        room_tokens = max(1, (limits.pages_total - 1 - longest_pages) * limits.page_size)
+        reserved = draw.choice([1, draw.randint(1, room_tokens), room_tokens, room_tokens + 1])
         return wire.OpenSession(
             op=self._op(),
             session=session_id,
@@ -210,20 +217,32 @@ class Workload:
         kind = self._draw.random()
         return -1 if kind < 0.8 else len(session.history) + (kind > 0.97)
 
-    def _fork_or_rewind(self) -> wire.ToEngine:
-        """At the end, at a token, at a turn; now and then where there is no place, or while a turn is in flight."""
+    def _left_by(self, cancel: wire.Cancel) -> list[str]:
+        """The session whose turn this cancels, if it is one: its client may go on at once."""
+        request = self._books.live.get(cancel.key)
+        return [request.session.id] if request is not None and request.session and not request.session.root else []
+
+    def _fork_or_rewind(self, drains: list[str]) -> wire.ToEngine:
+        """At the end, at a token, at a turn; now and then where there is no place, or while a turn is in flight.
+
+        drains: sessions whose last turn may still drain.
+        """
         draw, sessions = self._draw, list(self._books.sessions.values())
         idle = [session for session in sessions if session.turn is None and len(session.history) > 1]
         session = draw.choice(idle if idle and self._chance(0.8) else sessions)
+        known = [name for name in drains if name in self._books.sessions]
+        if known and self._chance(0.7):
+            session = self._books.sessions[draw.choice(known)]
         tokens = draw.choice([None, None, draw.randint(0, len(session.history)), len(session.history) + 1])
         turn = draw.randint(0, len(session.turn_ends) + 1) if tokens is None and self._chance(0.4) else None
         if self._chance(0.5):
             return wire.RewindSession(
                 op=self._op(), session=session.id, tenant=session.tenant, to_tokens=tokens, to_turn=turn
             )
-        child = f"s{draw.randrange(2 * self._world.temper.sessions_wanted)}"
-        if self._tenant_of(child) != session.tenant:
-            child = next(id for n in range(99) if self._tenant_of(id := f"{child}{n}") == session.tenant)
+        names = [f"s{n}" for n in range(3 * self._world.temper.sessions_wanted + 3)]
+        own = [name for name in names if self._tenant_of(name) == session.tenant]
+        unused = [name for name in own if name not in self._books.sessions]
+        child = draw.choice(unused if unused and self._chance(0.9) else own)
         return wire.ForkSession(
             op=self._op(), session=session.id, child=child, tenant=session.tenant, at_tokens=tokens, at_turn=turn
         )

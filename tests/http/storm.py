@@ -180,6 +180,9 @@ class Conversation:
         assert reply.status_code == 200, reply.text
         return bool(reply.json()["deferred"])
 
+    async def phase(self) -> str:
+        return str((await self.client.get(f"/v1/sessions/{self.name}"))["phase"])
+
     async def check_history(self) -> None:
         """The server's history is the one that its client believes in."""
         assert (await self.client.get(f"/v1/sessions/{self.name}/tokens"))["tokens"] == self.history
@@ -246,10 +249,14 @@ async def abort_stream(conversation: Conversation, rid: str) -> None:
 
 
 async def leave_whole(conversation: Conversation, rid: str) -> None:
-    """The client of a reply that is not streamed closes the connection, wherever its turn may be."""
+    """The client of a reply that is not streamed closes the connection once its turn waits or runs."""
     body = conversation.body(conversation.tokens(30), ENDLESS, rid)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(conversation.client.post("/generate", body), 0.05)
+    reply = asyncio.create_task(conversation.client.post("/generate", body))
+    while (await conversation.phase()) == "idle":
+        assert not reply.done(), reply.result()
+    reply.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reply
 
 
 async def abort_whole(conversation: Conversation, rid: str) -> None:
@@ -266,7 +273,7 @@ async def abort_whole(conversation: Conversation, rid: str) -> None:
 async def until_idle(conversation: Conversation) -> None:
     """Wait until the server has noticed that a turn has lost its client."""
     deadline_s = time.monotonic() + PATIENCE_S
-    while (await conversation.client.get(f"/v1/sessions/{conversation.name}"))["phase"] != "idle":
+    while (await conversation.phase()) != "idle":
         assert time.monotonic() < deadline_s, f"the turn of {conversation.name} goes on without a client"
         await asyncio.sleep(0.002)
 

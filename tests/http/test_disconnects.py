@@ -39,6 +39,19 @@ def test_h27_a_client_that_leaves_ends_its_request(server: Running, stream: bool
     assert server.service.keys_by_rid == {}
 
 
+def test_the_log_says_what_a_client_that_left_had_got(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    server.engine.token_interval_s = 0.005
+    with caplog.at_level(logging.INFO, "sessile.server.calls"):
+        with connect(server, stream=True) as client:
+            received = b""
+            while b'"completion_tokens":1' not in received:
+                received += client.recv(4096)
+        server.wait_until(lambda: bool(caplog.records))
+    line = vars(caplog.records[0])
+    assert (line["reason"], line["status"]) == ("disconnect", 499)
+    assert line["completion_tokens"] >= 1
+
+
 def test_h34_a_client_that_leaves_before_its_request_ran_ends_it_too(server: Running) -> None:
     server.engine.pause()
     connect(server, stream=True).close()

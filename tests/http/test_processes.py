@@ -14,7 +14,7 @@ import pytest
 
 from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
-from sessile.server.run import bind
+from sessile.server.run import bind, private_folder
 from tests.http.serving import PATIENCE_S, ROOT, Deployment, deployed
 
 SLOW = {"text": "a", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
@@ -132,6 +132,12 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"port {port} of 127.0.0.1 is in use.*--port"):
             bind(ServerOptions(port=port))
+
+
+def test_without_a_folder_for_the_socket_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StartupError, match="Set TMPDIR"), private_folder():
+        raise AssertionError("there was a folder")
 
 
 def test_other_than_loopback_addresses_must_be_asked_for() -> None:

@@ -32,7 +32,7 @@ ROWS = 8
 """Fewer than there are clients, so that turns wait, and are ended while they wait."""
 KV_MEMORY = "32M"
 """Room for all that is ever warm: then nobody's KV is given up, and it is known what a turn must find."""
-START_S = 120
+START_S = 240
 """The first start of all compiles kernels."""
 DOUBLE_COUNT = "double count at the borrow"
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from sessile.contract.plan import SCRATCH_PAGE
 from sessile.device import gpu_factory
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
@@ -105,3 +106,13 @@ def test_accepted_drafts_are_emitted_together(device: Any, cpu: Any) -> None:
     Driver(device, chunk_tokens=24).run_all([drafted])
     assert drafted.output == plain.output
     assert drafted.steps < plain.steps
+
+
+def test_h72_padding_writes_to_the_scratch_page_alone(device: Any) -> None:
+    keys = device._runner._pool.keys
+    keys.fill_(3.0)
+    driver = Driver(device, chunk_tokens=24)
+    page = driver.free_pages[-1]
+    driver.run_all([Run(PROMPTS[1], NEW_TOKENS)])
+    written = (keys != 3.0).flatten(2).any(dim=2).any(dim=0).reshape(-1, COMMON["page_size"]).any(dim=1)
+    assert written.nonzero().flatten().tolist() == [SCRATCH_PAGE, page]

@@ -123,3 +123,15 @@ def test_chat_answers_a_pipe_and_leaves_nothing_behind() -> None:
     assert "Paris" in output and "Rome" in output
     reused = [line for line in output.splitlines() if "reused" in line]
     assert "· 0 reused" in reused[0] and "· 0 reused" not in reused[1]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0])
+def test_sigterm_while_the_model_loads_leaves_nothing_behind(seconds: float, tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = start("serve", f"--port={free_port('127.0.0.1')}", *SMALL, env=environment)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in error and "ERROR" not in error
+    assert list(tmp_path.iterdir()) == []

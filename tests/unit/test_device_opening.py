@@ -114,3 +114,15 @@ def test_auto_dtype_is_one_that_the_processor_multiplies() -> None:
     expected = torch.bfloat16 if factory.cpu_multiplies_bfloat16() else torch.float32
     assert factory.choose_dtype("auto") == expected
     assert factory.choose_dtype("bfloat16") == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kv_memory", "message"), [("1K", "--kv-memory of 1.0 KiB holds"), ("900T", "too little")])
+def test_a_pool_that_cannot_be_is_refused_before_the_weights_are_read(
+    tmp_path: Path, kv_memory: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # There are no weights: reading them would be an error.
+    with pytest.raises(StartupError, match=message):
+        open_device(
+            ModelOptions(str(tmp_path)), DeviceOptions(kv_memory=kv_memory), page_size=16, context_tokens=256,
+            rows_max=2, progress=lambda stage, done: None,
+        )  # fmt: skip

@@ -274,3 +274,12 @@ def test_splitting_a_step_of_256_requests_is_quick(tmp_path: Path) -> None:
 async def until(holds: Callable[[], bool]) -> None:
     while not holds():
         await asyncio.sleep(0.001)
+
+
+def test_a_request_that_cannot_be_sent_is_not_in_flight(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        with pytest.raises(OverflowError):
+            link.submit(Submit(key=1, tokens=b"", sampling=Sampling(seed=0), prompt_logprobs_from=1 << 64), whole=True)
+        assert link.in_flight == 0
+
+    run(tmp_path, scenario)

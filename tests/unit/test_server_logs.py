@@ -4,6 +4,9 @@ import json
 import logging
 import sys
 
+import pytest
+
+from sessile import commands
 from sessile.server.logs import JsonLines, TextLines
 
 
@@ -36,3 +39,12 @@ def test_an_exception_comes_with_its_traceback() -> None:
         failed = record("failed", exc_info=sys.exc_info())
     assert "ValueError: broken" in TextLines().format(failed)
     assert "ValueError: broken" in json.loads(JsonLines().format(failed))["exception"]
+
+
+def test_what_takes_long_is_told_once_in_a_while_to_whom_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "QUIET_S", 0)
+    told: list[str] = []
+    patience = commands.Patience(every_s=3600, tell=told.append)
+    patience.report("loading weights, 0%")
+    patience.report("loading weights, 1%")
+    assert told == ["loading weights, 0%"]
