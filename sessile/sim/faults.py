@@ -200,7 +200,7 @@ _BRANCHES = (
     _fault(
         "replaced turn goes on", "H27", "descendants that a replacement drops are forgotten while they run",
         "ending", "_descends(node, origin)]:\n        if node.turn is not None:\n",
-        "_descends(node, origin)]:\n        if node.turn is not None and len(node.history):\n            continue\n"
+        "_descends(node, origin)]:\n        if node.turn is not None:\n            continue\n"
         "        if node.turn is not None:\n",
     ),
     _fault(
