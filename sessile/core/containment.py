@@ -9,11 +9,10 @@ that the books say of who is left is counted anew: balances, pins, counters.
 from array import array
 from collections.abc import Callable
 
-from sessile.core.audit import pins
 from sessile.core.books import Books
 from sessile.core.ending import end_request
 from sessile.core.ledger import TREE, Lease
-from sessile.core.prefix import Node
+from sessile.core.prefix import Node, Pin
 from sessile.core.request import Phase, Request
 from sessile.core.session import Session
 from sessile.errors import AuditError
@@ -106,13 +105,17 @@ def contain(books: Books, error: AuditError) -> None:
 def _cut(books: Books, node: Node) -> None:
     """Take a node and all below it out of the tree, after everybody who reads there has left."""
     for request in list(books.requests.values()):
-        if request.pin is not None and node in request.pin.path():
+        if request.pin is not None and _reads(request.pin, node):
             expel(books, request)
     for session in books.lines():
-        if session.parked is not None and node in session.parked.pin.path():
+        if session.parked is not None and _reads(session.parked.pin, node):
             go_cold(books, session)
     books.suspects.extend(node.pages)
     books.tree.cut(node)
+
+
+def _reads(pin: Pin, node: Node) -> bool:
+    return any([each is node for each in pin.path()])
 
 
 def _check_turn(books: Books, session: Session) -> None:
@@ -126,10 +129,12 @@ def _check_turn(books: Books, session: Session) -> None:
 
 def restore(books: Books) -> int:
     """Make the books anew from who is left; returns how many pages went to QUARANTINE."""
-    books.tree.restore(pins(books))
+    parked = [session.parked for session in books.lines() if session.parked is not None]
+    pins = [request.pin for request in books.requests.values() if request.pin is not None]
+    books.tree.restore(pins + [kv.pin for kv in parked])
     held = [(TREE, node.pages) for node in books.tree.walk()]
     leases = [request.lease for request in books.requests.values() if request.lease is not None]
-    leases += [session.parked.lease for session in books.lines() if session.parked is not None]
+    leases += [kv.lease for kv in parked]
     leases += [session.reserve for session in books.reserving if session.reserve is not None]
     held += [(lease.account, lease.pages) for lease in leases]
     pages = books.ledger.restore(held, books.suspects, books.planned_step)

@@ -67,12 +67,12 @@ def page_at(parked: ParkedKv, index: int) -> int:
 
 
 def _publish_parked(books: Books, session: Session, parked: ParkedKv, full: int) -> None:
-    """Move a parked session's own full pages to the tree, as far as the tree lacks them, and pin them for it."""
+    """Move a parked session's own full pages to the tree, or give them up where the tree has them, and pin them."""
     books.harden(parked.pin)
     shared, size = len(parked.pin.pages), books.limits.page_size
     if full > shared:
         before = len(parked.lease.pages)
-        books.tree.publish_live(parked.pin, parked.lease, session.history.slice(shared * size, full * size))
+        books.tree.publish_parked(parked.pin, parked.lease, session.history.slice(shared * size, full * size))
         books.parked_pages -= before - len(parked.lease.pages)
     books.soften_parked(session, parked)
     books.rank_parked(session)

@@ -6,7 +6,7 @@ arrows, all of them:
 
     FREE → sequence                 draw
     sequence → TREE                 publish
-    sequence, TREE → LIMBO → FREE   drop_tail, release, evict; then settle
+    sequence, TREE → LIMBO → FREE   drop_tail, drop_head, release, evict; then settle
     anything → QUARANTINE → FREE    restore; then free_quarantined
 
 An account belongs to one line of tokens (a request's, a session's). A `Lease` is the right to that account: an affine
@@ -240,6 +240,13 @@ class PageLedger:
             self._to_limbo(pages, lease.account, step)
             del lease.pages[pages_kept:]
         return len(pages)
+
+    def drop_head(self, lease: Lease, count: int, step: int) -> None:
+        """sequence → LIMBO: the first `count` pages, whose tokens somebody else holds as well; free as above."""
+        pages = lease.pages[:count]
+        assert len(pages) == count > 0, "dropped more pages than the sequence owns"
+        self._to_limbo(pages, lease.account, step)
+        del lease.pages[:count]
 
     def release(self, lease: Lease, step: int) -> None:
         """sequence → LIMBO for all pages, and close the account: the one way a sequence ends. Consumes the lease."""

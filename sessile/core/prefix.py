@@ -270,6 +270,33 @@ class PrefixTree:
         pin.pages.extend(pages)
         return True
 
+    def publish_parked(self, pin: Pin, lease: Lease, tokens: Packed) -> None:
+        """Adopt a parked sequence's full pages behind its pin, and extend the pin, hard, over all of them.
+
+        Where the tree has a page already, the sequence gives its own copy up and reads the tree's: it has no row, so
+        nothing is remapped, and what a step in flight may still read of the copy waits in LIMBO.
+        """
+        above = pin.node
+        assert above is not None and pin.hard
+        wanted = len(tokens) // self._page_bytes
+        match = self._match_below(above, tokens, wanted)
+        if match.pages:
+            node = match.node
+            if match.node_pages < len(node.pages):
+                node = self._split(node, match.node_pages)
+            path = [node]
+            while path[-1].parent is not above:
+                parent = path[-1].parent
+                assert parent is not None
+                path.append(parent)
+            for each in reversed(path):
+                self._harden(each)
+                pin.pages.extend(each.pages)
+            pin.node = node
+            self._ledger.drop_head(lease, match.pages, self.step)
+        if wanted > match.pages:
+            self.publish_live(pin, lease, tokens[match.pages * self._page_bytes :])
+
     def publish_ended(self, pin: Pin, lease: Lease, tokens: Packed) -> int:
         """Adopt what the tree lacks of an ended sequence; copies of what it has stay in the lease. Returns how many.
 

@@ -23,7 +23,7 @@ def session_view(books: Books, session: Session) -> SessionView:
         id=session.id,
         tenant=session.tenant.policy.name,
         branching=session.branching,
-        phase=_phase(session, [books.requests[line.turn] for line in lines if line.turn is not None]),
+        phase=_phase(session, _turns_of(books, lines)),
         tokens=committed,
         kv_tokens=max([min(tokens, max(0, committed - 1)) for tokens, _, _ in kv], default=0),
         own_pages=sum([own for _, own, _ in kv]),
@@ -36,6 +36,10 @@ def session_view(books: Books, session: Session) -> SessionView:
         reserved_tokens=session.reserved_pages * books.limits.page_size,
         metadata=session.metadata,
     )
+
+
+def _turns_of(books: Books, lines: list[Session]) -> list[Request]:
+    return [books.requests[line.turn] for line in lines if line.turn is not None]
 
 
 def _phase(session: Session, turns: list[Request]) -> str:
@@ -172,7 +176,7 @@ def pool_view(books: Books, holders_max: int) -> PoolView:
         requests_waiting=len(books.waiting),
         requests_draining=len(books.draining),
         sessions_open=len(books.sessions),
-        sessions_idle=sum(not session.in_flight for session in books.sessions.values()),
+        sessions_idle=sessions_by_phase(books)["idle"],
         session_tokens=sum(tenant.held_tokens for tenant in books.tenants.all),
         holders=named,
         rest_requests=len(running) - named_requests,
@@ -203,7 +207,7 @@ def _holders(books: Books) -> list[PoolHolder]:
                 PoolHolder(
                     session=line.id,
                     tenant=line.tenant.policy.name,
-                    phase=_phase(line, [] if line.turn is None else [books.requests[line.turn]]),
+                    phase=_phase(line, _turns_of(books, [line])),
                     own_pages=reserve + (0 if parked is None else len(parked.lease)),
                     shared_pages=0 if parked is None else len(parked.pin.pages),
                     reserve_pages=reserve,

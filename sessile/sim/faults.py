@@ -200,7 +200,7 @@ _BRANCHES = (
     _fault(
         "replaced turn goes on", "H27", "descendants that a replacement drops are forgotten while they run",
         "ending", "_descends(node, origin)]:\n        if node.turn is not None:\n",
-        "_descends(node, origin)]:\n        if node.turn is not None and len(node.history):\n            continue\n"
+        "_descends(node, origin)]:\n        if node.turn is not None:\n            continue\n"
         "        if node.turn is not None:\n",
     ),
     _fault(
@@ -274,7 +274,7 @@ _STEPS = (
     _fault(
         "one page to two rows", "H06, H22", "two rows that need a page in the same step get the same one",
         "planning", "planned.grown_pages = ledger.draw_each(leases)",
-        "planned.grown_pages = array('i', [ledger.draw_each(leases)[0]] * len(leases))",
+        "planned.grown_pages = ledger.draw_each(leases)[:1] * len(leases)",
     ),
     _fault(
         "row reused before its drain", "H24, H31", "a row is given back while a step in flight still runs it",

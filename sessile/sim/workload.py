@@ -165,6 +165,9 @@ class Workload:
         if not nodes or self._chance(0.15):
             return wire.Branch(replace=True) if replaces else None
         parent = draw.choice(finished if finished and self._chance(0.9) else list(nodes))
+        above = [node.parent.rid for node in nodes.values() if node.turn is not None and node.parent is not None]
+        if replaces and above and self._chance(0.7):
+            parent = draw.choice(above)  # Something that runs has to end.
         length = len(context_of(nodes[parent]))
         return wire.Branch(
             parent="nobody" if self._chance(0.02) else parent,

@@ -118,7 +118,6 @@ class Conversation:
         self.client = client
         self.name = name
         self.history = history or []
-        self.is_fork = bool(history)
         self.warm_tokens = warm or None
         """KV tokens that the next turn must find; None while nobody can say: it may find what others have computed."""
         self._dice = random.Random(name)
@@ -188,12 +187,9 @@ class Conversation:
         assert (await self.client.get(f"/v1/sessions/{self.name}/tokens"))["tokens"] == self.history
 
     def _check_place(self, view: dict[str, Any], tokens: int) -> None:
-        """Less than a page may be recomputed, as the session may still drain.
-
-        A fork of a fork may share less: it does not exchange its own copy of a page for the one that the tree has.
-        """
+        """Less than a page may be recomputed, as the session may still drain."""
         size, most = self.client.page_size, max(0, tokens - 1)
-        least = 0 if self.is_fork else most // size * size
+        least = most // size * size
         assert view["tokens"] == tokens and least <= view["kv_tokens"] <= most, view
 
 

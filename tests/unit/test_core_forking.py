@@ -216,3 +216,24 @@ def test_any_order_of_turns_forks_and_rewinds_says_what_fresh_prompts_would(seed
     for session in names:
         stage.close(session)
     assert stage.stats().pages_sessions == 0
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_h62_a_fork_of_a_fork_reads_the_trees_pages_where_it_has_copies_of_its_own(page_size: int) -> None:
+    stage = Stage(page_size=page_size, pages=400 // page_size, rows=2)
+    stage.open("s")
+    say(stage, 1, "s", PROMPT * 3 + QUESTION)
+    history = stage.history("s")
+    fork(stage, "other", at_tokens=len(history) - 5)
+    # The same tokens as in the parent, computed into pages of its own, and a page of which the fork copied the head.
+    say(stage, 2, "other", history[len(history) - 5 :])
+    say(stage, 3, "other", QUESTION)
+    tokens = len(stage.history("other"))
+    stage.run()
+    stage.settle()
+    view = fork(stage, "third", session="other")
+    assert view.kv_tokens == tokens - 1
+    say(stage, 4, "third", [9])
+    assert stage.done[4].cached_tokens == tokens - 1
+    say(stage, 5, "other", [9])
+    assert stage.done[5].cached_tokens == tokens - 1
