@@ -44,6 +44,8 @@ class HostTimes:
     settle_ns: int = 0
     effects_ns: int = 0
     """Gathering the message that goes to the server; not part of a step's target."""
+    look_ns: int = 0
+    """The rolling audit, which follows when that message is on its way; not part of it either."""
 
     @property
     def step_ns(self) -> int:
@@ -82,5 +84,8 @@ class OverlappedDriver:
         self.in_flight = result
         taking_ns = time.perf_counter_ns()
         effects = self.machine.take_effects()
-        times.effects_ns = time.perf_counter_ns() - taking_ns
+        looking_ns = time.perf_counter_ns()
+        times.effects_ns = looking_ns - taking_ns
+        self.machine.look()
+        times.look_ns = time.perf_counter_ns() - looking_ns
         return times, effects

@@ -285,6 +285,10 @@ class Machine:
         self._flights.popleft()
         self._watch.settled()
 
+    def look(self) -> None:
+        """The next part of the rolling audit, at level 1: once a step, when nobody waits for its effects any more."""
+        self._watch.look()
+
     def take_effects(self) -> Batch | None:
         """Everything to be told to the world since the last call, once; None if nothing."""
         return self._books.effects.take(self._books.settled_step)

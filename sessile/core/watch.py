@@ -29,13 +29,22 @@ class Watch:
         self._reports: list[Report] = []
 
     def settled(self) -> None:
-        """A step has settled: audit; contain what is found, or raise it, as the limits say."""
+        """A step has settled: at level 2, audit; contain what is found, or raise it, as the limits say."""
         books = self._books
         # Whoever was expelled meanwhile left the books to be restored: there is nothing to look at before.
-        error = None if books.failures else self._look()
+        error = self._checked() if books.limits.audit_level >= 2 and not books.failures else None
         if error is not None or books.failures:
             self._contain(error)
         self.planning()
+
+    def look(self) -> None:
+        """Level 1: the next part of the rolling audit; contain what is found, or raise it."""
+        if self._books.limits.audit_level != 1:
+            return
+        try:
+            self._rolling.look()
+        except AuditError as error:
+            self._contain(self._caught(error))
 
     def planning(self) -> None:
         """A step is about to be planned, or could be: what was expelled between steps must not wait for another one."""
@@ -54,17 +63,6 @@ class Watch:
         """What was contained since the last call."""
         reports, self._reports = self._reports, []
         return reports
-
-    def _look(self) -> AuditError | None:
-        level = self._books.limits.audit_level
-        if level >= 2:
-            return self._checked()
-        if level == 1:
-            try:
-                self._rolling.look()
-            except AuditError as error:
-                return self._caught(error)
-        return None
 
     def _checked(self) -> AuditError | None:
         try:

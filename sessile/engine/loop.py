@@ -96,6 +96,8 @@ class EngineLoop:
             log_report(report)
         if effects := self._machine.take_effects():
             self._outbox.send(self._times.stamp(effects))
+        if self._turned:
+            self._machine.look()
         self._finish_shutdown()
 
     def begin_shutdown(self, drain_s: float) -> None:

@@ -42,6 +42,8 @@ class ScriptedMachine:
     unsettled: int = 0
     effects: Batch | None = None
     reports: list[Report] = field(default_factory=list)
+    looked: list[bool] = field(default_factory=list)
+    """For each look of the rolling audit: whether all effects had been taken."""
 
     @property
     def has_work(self) -> bool:
@@ -82,6 +84,9 @@ class ScriptedMachine:
         self.log.append(f"complete {planned.step}")
         self.unsettled += 1
         return StepPlan.empty(planned.step, tokens=np.zeros(64, np.int32))
+
+    def look(self) -> None:
+        self.looked.append(self.effects is None)
 
     def settle(self, result: StepResult) -> None:
         self.log.append(f"settle {result.step}")

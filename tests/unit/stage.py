@@ -123,6 +123,7 @@ class Stage:
             self.queries += int(result.query_counts.sum())
             self._in_flight = None
             self.machine.settle(result)
+            self.machine.look()
         self._gather()
 
     def step(self, count: int = 1) -> None:

@@ -91,6 +91,13 @@ def test_effects_of_a_step_go_out_in_the_turn_that_settled_it() -> None:
     assert [batch.done[0].key for batch in r.outbox.take()] == [1]
 
 
+def test_h07_the_rolling_audit_looks_once_a_turn_when_the_effects_have_been_sent() -> None:
+    r = rig(steps_left=2)
+    for _ in range(5):
+        r.loop.turn()
+    assert r.machine.looked == [True, True, True]
+
+
 def test_the_loop_does_not_wait_for_messages_while_anything_turns() -> None:
     r = rig(steps_left=1)
     for _ in range(4):
