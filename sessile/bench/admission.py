@@ -173,16 +173,16 @@ def measure_admission(options: AdmissionBenchOptions) -> int:
     console = Console()
     wanted = needs(options.requests, options.seed)
     table = Table(box=None, pad_edge=False)
-    columns = ("pool, tokens", "max_tokens", "steps", "tokens", "preempted", "recomputed", "first wait", "pause",
-               "throughput", "share", f"≥ {SHARE_MIN:g}")  # fmt: skip
+    columns = ("pool,\ntokens", "limits", "steps", "preempted", "tokens\nrecomputed", "first\nwait", "pause",
+               "tokens a\n1,000 cost", "share", f"≥ {SHARE_MIN:g}")  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     shares = []
     for share in POOL_SHARES:
         pages = pool_pages(wanted, share)
         exact, unset = (run_needs(wanted, pages, exact=each) for each in (True, False))
         shares.append(add_lines(table, pages, exact, unset))
-    console.print(f"{options.requests} requests at once. Waits in steps; throughput: tokens out for 1,000 of cost.")
+    console.print(f"{options.requests} requests at once. Waits and pauses are the longest, in steps.")
     console.print(table)
     if options.model is not None:
         from sessile.bench.admission_model import measure_on_model
@@ -207,6 +207,6 @@ def pool_pages(wanted: list[Need], share: float) -> int:
 
 def figures(run: Run) -> list[str]:
     """A run as cells of the table."""
-    counts = (run.steps, run.computed_tokens, run.preemptions, run.recomputed_tokens)
+    counts = (run.steps, run.preemptions, run.recomputed_tokens)
     waits = (max(run.first_steps.values()), max(run.pauses_steps.values()))
     return [*(f"{count:,}" for count in (*counts, *waits)), f"{run.throughput:.1f}"]
