@@ -127,8 +127,29 @@ def _check_turn(books: Books, session: Session) -> None:
         books.start_idle_timer(session.root or session)
 
 
+def _expel_who_shares(books: Books) -> None:
+    """Whoever else lists a page of somebody who left may read what that one wrote there: it leaves as well."""
+    left = 0
+    while left < len(books.suspects):
+        suspect = bytearray(books.limits.pages_total)
+        for page in books.suspects:
+            suspect[page] = 1
+        left = len(books.suspects)
+        for request in list(books.requests.values()):
+            if request.lease is not None and any([suspect[page] for page in request.lease.pages]):
+                expel(books, request)
+        for session in books.lines():
+            leases = [session.parked.lease if session.parked is not None else None, session.reserve]
+            if any([suspect[page] for lease in leases if lease is not None for page in lease.pages]):
+                go_cold(books, session)
+        for node in list(books.tree.walk()):
+            if any([suspect[page] for page in node.pages]):
+                _cut(books, node)
+
+
 def restore(books: Books) -> int:
     """Make the books anew from who is left; returns how many pages went to QUARANTINE."""
+    _expel_who_shares(books)
     parked = [session.parked for session in books.lines() if session.parked is not None]
     pins = [request.pin for request in books.requests.values() if request.pin is not None]
     books.tree.restore(pins + [kv.pin for kv in parked])

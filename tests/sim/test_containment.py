@@ -69,6 +69,7 @@ class CorruptedSimulation(Simulation):
             ledger.tags[page] = other.account
         elif kind == 2:
             lease.pages[index] = theirs
+            return True
         elif kind == 3:
             lease.pages.append(page)
         else:
