@@ -13,7 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, which Triton decides when it is imported, by whichever test comes first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Same examples on every run: a failure in CI is a failure here. Timing says nothing on a shared machine.
 settings.register_profile(

@@ -1,13 +1,7 @@
-"""Triton's kernels run in its interpreter where there is no GPU; without Triton their tests are not collected."""
+"""Without Triton the tests of its kernels are not collected; without a GPU they run in its interpreter."""
 
 import importlib.util
-import os
-
-import torch
 
 GPU_TESTS = "test_triton_*.py"
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else [GPU_TESTS]

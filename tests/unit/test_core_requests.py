@@ -227,12 +227,12 @@ def about_to_be_preempted(stage: Stage) -> None:
     stage.step(5)
     stage.launch()
     planner = stage.machine._planner
-    planner._preempt(stage.machine._books.requests[1])
+    planner.preempt(stage.machine._books.requests[1])
 
 
 def preempted(stage: Stage) -> None:
     stage.step(5)
-    stage.machine._planner._preempt(stage.machine._books.requests[1])
+    stage.machine._planner.preempt(stage.machine._books.requests[1])
 
 
 PHASES: dict[Callable[[Stage], None], Phase] = {

@@ -112,7 +112,7 @@ def test_a_view_says_where_a_session_is() -> None:
     phases.append(stage.view("s").phase)
     stage.step(2)
     phases.append(stage.view("s").phase)
-    stage.machine._planner._preempt(stage.machine._books.requests[1])
+    stage.machine._planner.preempt(stage.machine._books.requests[1])
     phases.append(stage.view("s").phase)
     stage.close("s")
     phases.append(stage.view("s").phase)
