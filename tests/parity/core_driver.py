@@ -10,7 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from sessile.contract.messages import Batch, CloseSession, Done, OpenSession, Sampling, Submit, ToEngine, pack_tokens
+from sessile.contract.messages import (
+    Batch,
+    Branch,
+    CloseSession,
+    Done,
+    ForkSession,
+    OpenSession,
+    RewindSession,
+    Sampling,
+    Submit,
+    ToEngine,
+    pack_tokens,
+)
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
@@ -39,21 +51,31 @@ class Core:
         self.scores: dict[int, list[float]] = defaultdict(list)
         """Log-probabilities of the prompt's tokens, from the second one on."""
 
-    def open(self, session: str) -> None:
-        self._send(OpenSession(op=0, session=session))
+    def open(self, session: str, *, branching: bool = False) -> None:
+        self._send(OpenSession(op=0, session=session, branching=branching))
+
+    def fork(self, session: str, child: str, tokens: int) -> None:
+        self._send(ForkSession(op=0, session=session, child=child, at_tokens=tokens))
+
+    def rewind(self, session: str, tokens: int) -> None:
+        self._send(RewindSession(op=0, session=session, to_tokens=tokens))
+
+    def demote(self, session: str) -> None:
+        """Take a session's KV away; its tokens stay."""
+        self._machine.demote("", session)
 
     def close(self, session: str) -> None:
         self._send(CloseSession(0, session))
 
     def submit(
         self, key: int, prompt: list[int], new_tokens: int, *, session: str | None = None, top: int = -1,
-        scored: bool = False,
+        scored: bool = False, rid: str = "", branch: Branch | None = None,
     ) -> None:  # fmt: skip
         sampling = Sampling(seed=key, temperature=0.0, max_new_tokens=new_tokens)
         self._send(
             Submit(
                 key=key, tokens=pack_tokens(prompt), sampling=sampling, session=session, logprobs=top,
-                prompt_logprobs_from=0 if scored else -1,
+                prompt_logprobs_from=0 if scored else -1, rid=rid, branch=branch,
             )
         )  # fmt: skip
 
