@@ -4,6 +4,7 @@ Twenty prompts × 64 tokens. CI runs nine corners of the grid, in which any two 
 and every prompt in one; `make parity` runs every prompt in every corner.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
@@ -38,6 +39,10 @@ class Corner(NamedTuple):
     mixed: bool
     hit: bool
     turns: bool
+
+    def __str__(self) -> str:
+        sides = "side by side" if self.mixed else "alone"
+        return f"chunk {self.chunk_tokens}, {sides}{', hit' if self.hit else ''}{', in turns' if self.turns else ''}"
 
 
 def fifth(first: int) -> slice:
@@ -91,10 +96,23 @@ def twin() -> Twin:
     return Twin(logits)
 
 
-@pytest.fixture(params=PAIRWISE)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a corner and page size, so that the whole grid shows how far it is."""
+    if "corner" not in metafunc.fixturenames:
+        return
+    some = PAIRWISE
+    if metafunc.config.getoption("--whole-grid"):
+        some = {page_size: [(corner, slice(None)) for corner in WHOLE] for page_size in PAIRWISE}
+    cases = [(page_size, corner, which) for page_size, corners in some.items() for corner, which in corners]
+    names = [f"page {page_size}, {corner}" for page_size, corner, _ in cases]
+    metafunc.parametrize(("device", "corner", "which"), cases, ids=names, indirect=["device"], scope="module")
+
+
+@pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> Iterator[Any]:
+    options = DeviceOptions(kv_memory="400M", threads=int(os.environ["OMP_NUM_THREADS"]))
     device = open_device(
-        ModelOptions(dtype="float32"), DeviceOptions(kv_memory="400M", threads=2), page_size=request.param,
+        ModelOptions(dtype="float32"), options, page_size=request.param,
         context_tokens=1024, rows_max=20, progress=lambda stage, done: None,
     )  # fmt: skip
     yield device
@@ -117,11 +135,9 @@ def check(device: Any, twin: Twin, corner: Corner, prompts: list[list[int]]) -> 
 
 
 def test_smollm2_gives_the_tokens_and_logprobs_of_transformers(
-    device: Any, twin: Twin, prompts: list[list[int]], whole_grid: bool
+    device: Any, twin: Twin, prompts: list[list[int]], corner: Corner, which: slice
 ) -> None:
-    some = PAIRWISE[device.facts.page_size]
-    for corner, which in [(corner, slice(None)) for corner in WHOLE] if whole_grid else some:
-        check(device, twin, corner, prompts[which])
+    check(device, twin, corner, prompts[which])
 
 
 def test_ci_runs_every_prompt_and_any_two_settings_together() -> None:
