@@ -31,7 +31,7 @@ from sessile.errors import (
 from sessile.units import RequestKey, ceil_div
 
 _NS = 1_000_000_000
-_STREAMING_ONLY = Branch()
+_NEW_ROOT = Branch()
 
 
 def enter_plain(books: Books, message: Submit) -> None:
@@ -134,7 +134,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
         return
     if message.rid in session.nodes:
         raise InvalidRequest(f"rid: session {session.id!r} has a turn {message.rid!r} already", param="rid")
-    branch = message.branch or _STREAMING_ONLY
+    branch = message.branch or _NEW_ROOT
     origin = _origin(books, session, branch)
     _expect(session, message, origin.tokens)
     tokens = _without_bos(books, message.tokens, origin.tokens)
