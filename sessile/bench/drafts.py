@@ -241,7 +241,7 @@ def measure_cost(
     rate, size = index.tokens / build_s, index.resident_bytes / index.tokens
     table.add_row("build, million tokens/s", f"{rate / 1e6:.2f}", "", f"≥ {BUILD_MIN / 1e6:g}")
     table.add_row("bytes a token", f"{size:.2f}", "", f"≤ {TOKEN_BYTES_MAX:g}")
-    name = f"search, {lines_searched:,} lines in one call, µs each"
+    name = f"search, {lines_searched:,} at once, µs each"
     table.add_row(name, f"{search_us:.1f}", f"{search.processor_us / lines_searched:.1f}", f"≤ {SEARCH_MAX_US:g}")
     table.add_row("limits of one line, p50, µs", f"{look.wall_us:.1f}", f"{look.processor_us:.1f}", "")
     name = "drafts of one line, p50, µs"
@@ -342,7 +342,7 @@ def measure_drafts(options: DraftBenchOptions) -> int:
         f"{index.tokens:,} tokens in {index.documents:,} files; {tokens:,} tokens of {len(texts)} files held out, "
         f"{copies} near-copies left out; at most {options.drafts_max} drafts, {options.threads} threads."
     )
-    table = Table("", "measured", "of the processor", "target", box=None, pad_edge=False)
+    table = Table("", "measured", "processor", "target", box=None, pad_edge=False)
     met = measure_quality(table, index, texts, options)
     met &= measure_cost(table, index, build_s, texts, options)
     met &= measure_rows(table, corpus, texts, options)
