@@ -1,25 +1,22 @@
 """Paged attention on the GPU equals its plain twin, for any heads, page size, raggedness and split."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sessile.kernels import reference, triton_attention
-from sessile.kernels.triton_attention import HeadShape, Tile, paged_attention
+from sessile.kernels import reference
+from sessile.kernels.triton_attention import paged_attention
+from sessile.kernels.triton_work import HeadShape, Tile
 from tests.kernels.layouts import DEVICE, Row, layout_of
 
-TILES = {"narrow": Tile(16, 16, 4, 2), "wide": Tile(32, 32, 4, 2)}
+TILES = {"narrow": Tile(16, 16, 4, 2, programs=16), "wide": Tile(32, 32, 4, 2, programs=16)}
 STEPS = {
     "decode": [Row(0, 1), Row(31, 1), Row(32, 1), Row(100, 1)],
     "appended": [Row(40, 5), Row(0, 7), Row(63, 2)],
     "prompt": [Row(0, 40)],
     "chunk of a prompt beside decoding": [Row(33, 20), Row(12, 1)],
 }
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs programs one after the other."""
-    monkeypatch.setattr(triton_attention, "PROGRAMS_WANTED", 16)
 
 
 def attend_by_twin(
@@ -44,7 +41,7 @@ def assert_equal_to_twin(
     query = torch.randn(tokens, shape.heads, shape.head_dim, device=DEVICE).to(dtype)
     layout = layout_of(rows, shape, tile)
     out = torch.full_like(query, float("nan"))
-    paged_attention(query, pool[0], pool[1], table, layout, layout.narrow, tile, page_size, out)
+    paged_attention(query, pool[0], pool[1], table, layout, layout.narrow, page_size, out)
     expected = attend_by_twin(query, pool, table, rows, page_size)
     torch.testing.assert_close(out.float(), expected, atol=atol, rtol=atol)
 
@@ -52,11 +49,9 @@ def assert_equal_to_twin(
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("programs", [1, 16])
-def test_any_mixture_of_rows_whole_or_split(
-    step: str, tile: str, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_attention, "PROGRAMS_WANTED", programs)
-    assert_equal_to_twin(HeadShape(4, 2, 16), STEPS[step], 16, TILES[tile], torch.float32, 1e-5)
+def test_any_mixture_of_rows_whole_or_split(step: str, tile: str, programs: int) -> None:
+    shared = replace(TILES[tile], programs=programs)
+    assert_equal_to_twin(HeadShape(4, 2, 16), STEPS[step], 16, shared, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize(
