@@ -88,8 +88,11 @@ def laid_out(case: Case, narrow: Tile, wide: Tile) -> StepLayout:
     for count in case.counts:
         tile = narrow if count <= few else wide
         blocks[count > few] += triton.cdiv(count, case.shape.block_tokens(tile.queries))
-    works = [AttentionWork.empty(n, case.shape, tile, _GPU) for n, tile in zip(blocks, (narrow, wide), strict=True)]
-    layout = StepLayout.empty(int(counts.sum()), counts.numel(), counts.numel(), *works, few)
+    layout = StepLayout.empty(
+        int(counts.sum()), counts.numel(), counts.numel(),
+        AttentionWork.empty(blocks[0], case.shape, narrow, _GPU), AttentionWork.empty(blocks[1], case.shape, wide, _GPU),
+        few,
+    )  # fmt: skip
     layout.rows.copy_(torch.arange(counts.numel(), dtype=torch.int32, device=_GPU))
     layout.starts.fill_(case.history)
     layout.counts.copy_(counts)

@@ -36,7 +36,7 @@ class TracedTicket:
     def result(self) -> StepResult:
         """Wait for the step and return its result, or raise what the device raised."""
         self._step.host_ms = (time.perf_counter_ns() - self._device.answered_ns) / 1e6
-        result = self._ticket.result()
+        result: StepResult = self._ticket.result()
         self._device.answered_ns = time.perf_counter_ns()
         return result
 

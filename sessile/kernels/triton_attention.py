@@ -103,11 +103,11 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One piece of one KV head."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    # Programs without a piece come last: between the others they would leave some multiprocessors without work.
-    pieces = tl.load(piece_total)
-    if tl.program_id(0) >= pieces * KV_HEADS:
+    # Programs without a piece come last: between the others they would leave some multiprocessors without work. KV
+    # heads come first, as what they read lies side by side.
+    piece, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    if piece >= tl.load(piece_total):
         return
-    piece, kv_head = tl.program_id(0) % pieces, tl.program_id(0) // pieces
     row = tl.load(piece_rows + piece)
     first = tl.load(piece_firsts + piece)
     # Multiples of the tile, which the compiler must see, so that keys of one page are one load.

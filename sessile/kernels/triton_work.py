@@ -40,7 +40,7 @@ class Tile:
     """Shape of one program's work and how it is compiled.
 
     queries: rows of the tile, tokens × query heads of a KV head. keys: history tokens folded in at a time. programs:
-    how many should share a step's work. part_tiles: fewest tiles of keys that are worth a part of their own.
+    how many should share a step's work. part_tiles: tiles of keys that are worth a part of their own.
     """
 
     queries: int
@@ -77,10 +77,14 @@ class AttentionWork:
     def empty(cls, blocks: int, shape: HeadShape, tile: Tile, device: torch.device) -> "AttentionWork":
         """Room for a step of at most so many blocks; none if there are no blocks."""
         pieces = blocks + wanted_pieces(shape.kv_heads, tile) if blocks else 0
-        lists = [torch.empty(length, dtype=torch.int32, device=device) for length in [1] + [pieces] * 4 + [blocks]]
+        total, rows, firsts, lows, sizes, merges = (
+            torch.empty(length, dtype=torch.int32, device=device) for length in [1, *[pieces] * 4, blocks]
+        )
         partial_bytes = shape.kv_heads * tile.queries * shape.head_dim * 4
         split_pieces = min(pieces, _PARTIAL_BYTES_MAX // partial_bytes)
-        return cls(*lists, split_pieces=split_pieces, tokens=shape.block_tokens(tile.queries), tile=tile)
+        return cls(
+            total, rows, firsts, lows, sizes, merges, split_pieces, shape.block_tokens(tile.queries), tile
+        )  # fmt: skip
 
     @property
     def pieces(self) -> int:
@@ -124,8 +128,8 @@ def _tiles_of(starts, counts, j, rows_total, KEYS: tl.constexpr):  # type: ignor
 
 @triton.jit
 def _parts_of(tiles, part_tiles):  # type: ignore[no-untyped-def]
-    """(parts of a row, tiles of each): as equal as whole tiles allow, none shorter than part_tiles unless it is all."""
-    own_tiles = tl.cdiv(tiles, tl.maximum(tiles // part_tiles, 1))
+    """(parts of a row, tiles of each): as near to part_tiles as equal parts of whole tiles come."""
+    own_tiles = tl.cdiv(tiles, tl.maximum((tiles + part_tiles // 2) // part_tiles, 1))
     return tl.cdiv(tiles, tl.maximum(own_tiles, 1)), own_tiles
 
 
@@ -146,7 +150,7 @@ def _share_out(  # type: ignore[no-untyped-def]
         tiles = _tiles_of(starts, counts, j, rows_total, KEYS)
         blocks_total += tl.sum(blocks)
         tiles_total += tl.sum(tl.where(blocks > 0, blocks * tiles, 0))
-    # Parts of the mean size or more: then there are no more pieces than wanted and one for each block.
+    # Parts of about the mean size: then there are no more pieces than wanted and one for each block.
     spare = tl.minimum(wanted, split_pieces - blocks_total)
     part_tiles = tl.where(spare > 0, tl.maximum(tl.cdiv(tiles_total, tl.maximum(spare, 1)), PART_TILES), 1 << 30)
     pieces_total, pieces_before, blocks_before = 0, 0, 0

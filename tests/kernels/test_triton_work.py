@@ -8,13 +8,13 @@ from sessile.kernels.triton_work import AttentionWork, HeadShape, Tile, share_ou
 from tests.kernels.layouts import DEVICE, Row, ints
 
 SHAPE = HeadShape(4, 2, 16)
-TILE = Tile(16, 32, 4, 2, programs=48)  # blocks of 8 query tokens
+TILE = Tile(16, 32, 4, 2, programs=16)  # blocks of 8 query tokens
 STEPS = {
     "decoding": [Row(start, 1) for start in (0, 31, 32, 700, 1090)],
     "one long row among short ones": [Row(5, 1), Row(9000, 1), Row(17, 1), Row(40, 1)],
     "a prompt": [Row(0, 300)],
     "turns and a long chunk": [Row(2000, 20), Row(64, 8), Row(5000, 33)],
-    "more rows than programs": [Row(index, 1) for index in range(300)],
+    "more rows than programs": [Row(index, 1) for index in range(30)],
 }
 
 
@@ -47,17 +47,17 @@ def test_every_block_attends_to_its_whole_history_once(step: str) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_no_piece_is_longer_than_twice_the_mean(step: str) -> None:
+def test_no_piece_is_much_longer_than_the_mean(step: str) -> None:
     rows = STEPS[step]
     pieces, _ = shared(rows)
     tiles = sum(-(-row.count // 8) * -(-(row.start + row.count) // TILE.keys) for row in rows)
     mean = max(-(-tiles // wanted_pieces(SHAPE.kv_heads, TILE)), TILE.part_tiles)
-    assert max(size for _, _, _, size in pieces) < 2 * mean * TILE.keys
+    assert max(size for _, _, _, size in pieces) <= (1.5 * mean + 1) * TILE.keys
 
 
 def test_short_parts_are_left_whole() -> None:
-    pieces, _ = shared([Row(200, 1)], replace(TILE, part_tiles=4))
-    assert [(low, size) for _, _, low, size in pieces] == [(0, 224)]
+    pieces, _ = shared([Row(150, 1)], replace(TILE, part_tiles=4))
+    assert [(low, size) for _, _, low, size in pieces] == [(0, 160)]
 
 
 def test_only_rows_of_the_kind_are_listed() -> None:
