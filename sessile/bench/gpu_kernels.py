@@ -90,7 +90,8 @@ def laid_out(case: Case, narrow: Tile, wide: Tile) -> StepLayout:
         blocks[count > few] += triton.cdiv(count, case.shape.block_tokens(tile.queries))
     layout = StepLayout.empty(
         int(counts.sum()), counts.numel(), counts.numel(),
-        AttentionWork.empty(blocks[0], case.shape, narrow, _GPU), AttentionWork.empty(blocks[1], case.shape, wide, _GPU),
+        AttentionWork.empty(blocks[0], case.shape, narrow, _GPU),
+        AttentionWork.empty(blocks[1], case.shape, wide, _GPU),
         few,
     )  # fmt: skip
     layout.rows.copy_(torch.arange(counts.numel(), dtype=torch.int32, device=_GPU))

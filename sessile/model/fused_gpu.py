@@ -96,9 +96,7 @@ class FusedDecoder:
             return norm_linear(chosen, norm_of(norm), plain(head), head.bias)
         return head(rms_norm(chosen, norm.weight, norm.epsilon))
 
-    def _layer(
-        self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout
-    ) -> Tensor:
+    def _layer(self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
         """Add the last layer's output x to the residual stream, and return this one's."""
         norm = layer.input_layernorm
         x = add_rms_norm(x, residual, norm.weight, norm.epsilon)
@@ -107,9 +105,7 @@ class FusedDecoder:
         x = add_rms_norm(layer.self_attn.o_proj(attended), residual, norm.weight, norm.epsilon)
         return layer.mlp.down_proj(silu_mul(layer.mlp.gate_up_proj(x)))
 
-    def _one_token_layer(
-        self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout
-    ) -> None:
+    def _one_token_layer(self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout) -> None:
         """Run a layer on the residual stream in place, with norms, gating and sums inside the products."""
         attention, mlp = layer.self_attn, layer.mlp
         qkv = norm_linear(
@@ -120,9 +116,7 @@ class FusedDecoder:
         gated = norm_gated_linear(residual, norm_of(layer.post_attention_layernorm), plain(mlp.gate_up_proj))
         add_linear(gated, plain(mlp.down_proj), mlp.down_proj.bias, residual)
 
-    def _attend(
-        self, module: Attention, qkv: Tensor, angles: Angles, layout: StepLayout
-    ) -> Tensor:
+    def _attend(self, module: Attention, qkv: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
         """Rotate, store and attend; [t, heads × head_dim]."""
         cache = self._cache
         keys, values = cache.keys[module.layer], cache.values[module.layer]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sessile.engine.build import CPU_CHUNK_TOKENS_MIN
+from sessile.engine.build import CPU_CHUNK_TOKENS_MIN, GPU_CHUNK_TOKENS_MIN, GPU_STEP_LIMIT_MS
 from sessile.engine.pace import Pace
 
 
@@ -37,6 +37,11 @@ def test_a_step_that_was_short_for_lack_of_work_does_not_raise_the_budget() -> N
 def test_the_budget_never_falls_below_a_useful_chunk() -> None:
     pace = Pace(250, 512, CPU_CHUNK_TOKENS_MIN)
     assert pace.observe(step_tokens=64, step_ms=60_000) == CPU_CHUNK_TOKENS_MIN
+
+
+def test_a_hiccup_of_a_gpu_leaves_it_chunks_that_fill_it() -> None:
+    pace = Pace(GPU_STEP_LIMIT_MS, 8192, GPU_CHUNK_TOKENS_MIN)
+    assert pace.observe(step_tokens=64, step_ms=900) == GPU_CHUNK_TOKENS_MIN
 
 
 @pytest.mark.parametrize("configured", [1, 7, 40])
