@@ -80,13 +80,12 @@ def paged_attention(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     blocks = work.merges.numel()
-    if work.split_pieces > blocks:
-        queries, parts = merge_tile(blocks, tile.queries)
-        _merge[(blocks, kv_heads, triton.cdiv(work.tokens * heads // kv_heads, queries))](
-            partials, sums, out, work.merges, *lists,
-            HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TOKENS=work.tokens, QUERIES=tile.queries,
-            KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, num_warps=4 if queries > 1 else 2,
-        )  # fmt: skip
+    queries, parts = merge_tile(blocks, tile.queries)
+    _merge[(blocks, kv_heads, triton.cdiv(work.tokens * heads // kv_heads, queries))](
+        partials, sums, out, work.merges, *lists,
+        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TOKENS=work.tokens, QUERIES=tile.queries,
+        KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, num_warps=4 if queries > 1 else 2,
+    )  # fmt: skip
 
 
 def merge_tile(blocks: int, queries: int) -> tuple[int, int]:

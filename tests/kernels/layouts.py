@@ -22,11 +22,11 @@ def ints(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def layout_of(rows: list[Row], shape: HeadShape, tile: Tile) -> StepLayout:
+def layout_of(rows: list[Row], shape: HeadShape, tile: Tile, spare_blocks: int = 0) -> StepLayout:
     """A layout whose every row is cut into pieces of this tile; batch rows are the plan's rows in reverse."""
     tokens = sum(row.count for row in rows)
     blocks = sum(-(-row.count // shape.block_tokens(tile.queries)) for row in rows)
-    work = AttentionWork.empty(blocks, shape, tile, DEVICE)
+    work = AttentionWork.empty(blocks + spare_blocks, shape, tile, DEVICE)
     layout = StepLayout.empty(tokens, len(rows), len(rows), work, work, 0)
     offset = 0
     for index, row in enumerate(rows):
