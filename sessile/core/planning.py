@@ -42,6 +42,8 @@ class Planner:
         self._retracted_step = 0
         self._decoded_last = False
         self._took_turns = False
+        self._denied: list[RowId] = []
+        """Rows that got no page for what this plan was to run of them."""
         self.budget_tokens = books.limits.chunk_tokens
         self._admitter = Admitter(books)
 
@@ -58,12 +60,7 @@ class Planner:
             top_up(books)
         self._retract_by_force()
         planned = Planned(books.planned_step + 1)
-        self._took_turns = False
-        self._choose(planned)
-        if planned.is_empty and self._took_turns:
-            # Whose turn it was cannot run. The others can, or take pages from the newest, which for itself sits out.
-            self._decoded_last = not self._decoded_last
-            self._choose(planned)
+        self._choose_who_can(planned)
         if planned.is_empty and not books.copies:
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
         if planned.is_empty:
@@ -76,7 +73,27 @@ class Planner:
         self._decoded_last = bool(len(planned.decodes))
         return planned
 
+    def _choose_who_can(self, planned: Planned) -> None:
+        """Choose until somebody runs, or nobody is left to ask.
+
+        Who was to run may get no page: the newest sits out rather than preempt itself. Others may go on then, or may
+        take its pages; a row that was denied is not asked again, and without mixed steps the turn changes once.
+        """
+        self._denied.clear()
+        self._choose(planned)
+        denied, turns = 0, 1
+        while planned.is_empty:
+            if len(self._denied) > denied:
+                denied = len(self._denied)
+            elif self._took_turns and turns:
+                self._decoded_last = not self._decoded_last
+                turns = 0
+            else:
+                return
+            self._choose(planned)
+
     def _choose(self, planned: Planned) -> None:
+        self._took_turns = False
         if self._choose_running(planned):
             decoding = len(planned.decodes) > 0
             self._admitter.admit(planned, self._budget(decoding) - planned.tokens)
@@ -131,6 +148,8 @@ class Planner:
         ahead -= rows.planned
         ready = rows.planned < rows.kv_goal
         ready &= rows.plannable
+        if self._denied:
+            ready[self._denied] = False
         single = ahead == 1
         single &= ready
         decodes = single.nonzero()[0]
@@ -284,6 +303,8 @@ class Planner:
                 self._draw(planned, row, granted)
             if granted < pages:
                 short.add(row)
+            if not granted:
+                self._denied.append(row)
         size = books.limits.page_size
         kept = [row for row in planned.decodes.tolist() if rows.plannable[row] and row not in short]
         planned.decodes = np.array(kept, np.int64)

@@ -462,3 +462,15 @@ def test_prompts_take_their_turn_when_decoding_cannot_go_on(tokens: int) -> None
     stage.submit(2, new, tenant="new", max_new_tokens=20)
     stage.run()
     assert stage.output[1] == expected(old, 2) and stage.output[2] == expected(new, 20)
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_a_partial_prompt_goes_on_when_the_budget_went_to_a_row_that_gets_no_page(tokens: int) -> None:
+    """Mixed steps of one token: the newest decodes and sits out, and an older prompt must have its token instead."""
+    tenants = TenantPolicy("old"), TenantPolicy("new")
+    stage = Stage(pages=20, page_size=1, chunk=2, mixed_chunk_tokens=1, output_estimate_tokens=1, tenants=tenants)
+    old, new = prompt(1, tokens), prompt(2, 3)
+    stage.submit(1, old, tenant="old", max_new_tokens=2)
+    stage.submit(2, new, tenant="new", max_new_tokens=15)
+    stage.run()
+    assert stage.output[1] == expected(old, 2) and stage.output[2] == expected(new, 15)
