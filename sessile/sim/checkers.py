@@ -2,9 +2,12 @@
 
 from collections import Counter
 
+from sessile.contract.drafting import SequenceIndex
 from sessile.contract.messages import Stats
 from sessile.contract.plan import SAMPLE, StepPlan
+from sessile.core.machine import Machine
 from sessile.sim.books import Books
+from sessile.sim.drafter import ListIndex
 from sessile.sim.records import check, fail
 from sessile.sim.replies import check_pages
 from sessile.sim.toy import ToyDevice
@@ -51,6 +54,26 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
     if decodes:
         check(len(plan.tokens) <= limits.mixed_chunk_tokens, "bounds", f"{len(plan.tokens)} tokens beside decoding")
         check(limits.mixed_chunk or not prompts, "bounds", "a mixed step, though they are off")
+
+
+def check_indexes(machine: Machine, books: Books) -> None:
+    """Every draft index holds the first tokens of what its holder has, and each has one holder."""
+    held = machine._books
+    for key, request in held.requests.items():
+        if request.line is not None:
+            known = [*books.requests[key].prompt, *books.requests[key].output]
+            _check_index(request.line.index, known, f"request {key}")
+    for session in held.sessions.values():
+        for line in (session, *session.nodes.values()):
+            if line.index is not None:
+                book = books.sessions[session.id]
+                _check_index(line.index, (book.nodes[line.rid] if line.root else book).history, f"session {session.id}")
+
+
+def _check_index(index: SequenceIndex, known: list[int], holder: str) -> None:
+    assert isinstance(index, ListIndex)
+    if index.known.tolist() != known[: index.tokens]:
+        fail("index", f"the index of {holder} holds {index.tokens} tokens, not the first of its {len(known)}")
 
 
 class Readers:
