@@ -67,7 +67,7 @@ def _check_masks(plan: StepPlan, vocab_size: int) -> None:
     if plan.mask_words.size != queries.size * words:
         raise PlanError(f"step {plan.step}: {queries.size} masks have {plan.mask_words.size} words, not {words} each")
     if np.unique(queries).size != queries.size or not np.isin(queries, sample_positions(plan).flat).all():
-        raise PlanError(f"step {plan.step}: masks at {queries.tolist()}, where nothing is sampled or one is there already")
+        raise PlanError(f"step {plan.step}: nothing is sampled at one of {queries.tolist()}, or it has two masks")
     masks = plan.mask_words.reshape(-1, words).copy()
     if vocab_size % 32:
         masks[:, -1] &= np.int32((1 << vocab_size % 32) - 1)

@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from sessile.contract.drafting import Drafter
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import Limits, SchedulerOptions, TenantPolicy
 from sessile.core.machine import Machine
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
+from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import Inbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
+from sessile.errors import StartupError
 
 CPU_STEP_LIMIT_MS = 250.0
 CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
@@ -49,6 +52,11 @@ class DeviceFacts(Protocol):
     def kv_bytes(self) -> int: ...
     @property
     def weight_bytes(self) -> int: ...
+
+    @property
+    def step_ms(self) -> StepTable:
+        """How long steps of few tokens take; empty if nobody drafts, or if the kind of device is not measured."""
+        ...
 
 
 class Device(Executor, Protocol):
@@ -85,6 +93,7 @@ class Engine:
     device: Device
     ready: EngineReady
     options: EngineOptions
+    drafter: TimedDrafter | None = None
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""
@@ -100,7 +109,13 @@ class Engine:
             overlap=self.options.overlap == "on",
             pace=Pace(limit_ms, self.ready.chunk_tokens) if limit_ms else None,
             collector=collector,
+            drafter=self.drafter,
         )
+
+
+def default_drafter(table: StepTable) -> Drafter:
+    """The drafter of sessile/draft, with what is on the shelf."""
+    raise StartupError("--speculate: there is no drafter yet")
 
 
 def open_engine(
@@ -112,17 +127,25 @@ def open_engine(
     on_cpu: bool,
     clock: Clock,
     tenants: tuple[TenantPolicy, ...] = (),
+    make_drafter: MakeDrafter = default_drafter,
 ) -> Engine:
     """Open the device and build the machine that its facts allow.
 
-    on_cpu decides defaults. tenants: those with limits of their own. The clock's origin is taken as the begin of the
-    start. Raises StartupError.
+    on_cpu decides defaults. tenants: those with limits of their own. make_drafter: called if drafts are to be looked
+    up, with the step times of the device. The clock's origin is taken as the begin of the start. Raises StartupError.
     """
     rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
-    device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max))
+    drafts_max = 0 if options.speculate == "off" else options.drafts_max
+    device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max, drafts_max))
     facts = device.facts
-    limits = limits_for(scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants)
-    machine = Machine(limits, describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens))
+    drafter = None
+    if options.speculate == "on" or (drafts_max and can_pay(facts.step_ms, drafts_max)):
+        drafter = TimedDrafter(make_drafter(facts.step_ms), clock)
+    limits = limits_for(
+        scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants, drafts_max=drafts_max if drafter else 0
+    )
+    model = describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens)
+    machine = Machine(limits, model, drafter=drafter)
     ready = EngineReady(
         model_name=Path(facts.model_path).name.removesuffix(".gguf"),
         model_path=facts.model_path,
@@ -139,7 +162,7 @@ def open_engine(
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options)
+    return Engine(machine, device, ready, options, drafter)
 
 
 def limits_for(
@@ -149,6 +172,7 @@ def limits_for(
     *,
     on_cpu: bool,
     tenants: tuple[TenantPolicy, ...] = (),
+    drafts_max: int = 0,
 ) -> Limits:
     """The bounds of a core on this device: what the settings say, else what suits the kind of device."""
     return Limits(
@@ -159,6 +183,7 @@ def limits_for(
         chunk_tokens=scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS),
         mixed_chunk=scheduler.mixed_chunk == "on",
         mixed_chunk_tokens=scheduler.mixed_chunk_tokens,
+        drafts_max=drafts_max,
         sessions_max=scheduler.sessions_max,
         queue_max=scheduler.queue_max,
         queue_tokens_max=scheduler.queue_tokens_max,

@@ -239,7 +239,7 @@ def test_prompt_scores_do_not_depend_on_chunks(device: Worker) -> None:
         ({"mask_queries": ints(9), "mask_words": ints(0, 0, 0, 0)}, "no token"),
         ({"mask_queries": ints(9), "mask_words": ints(1)}, "words"),
         ({"mask_queries": ints(8), "mask_words": ints(1, 0, 0, 0)}, "nothing is sampled"),
-        ({"mask_queries": ints(9, 9), "mask_words": ints(1, 0, 0, 0, 1, 0, 0, 0)}, "there already"),
+        ({"mask_queries": ints(9, 9), "mask_words": ints(1, 0, 0, 0, 1, 0, 0, 0)}, "two masks"),
         ({"copies": np.array([[0, 2, 1]], np.int32)}, "out of bounds"),
     ],
 )
