@@ -92,7 +92,8 @@ def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
     """The most drafts worth verifying for each decoding row, int64[d], in a step of so many tokens without them."""
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
-    # A row that comes to its goal has nothing to draft: the last token needs no successor.
+    # `planned` counts what is in flight as accepted, so no later settlement brings the end nearer than this. The last
+    # token needs no successor.
     caps: Column = np.minimum(rows.drafts[decodes], rows.kv_goal[decodes] - rows.planned[decodes] - 1)
     np.maximum(caps, 0, out=caps)
     asked = caps.nonzero()[0]
@@ -108,8 +109,6 @@ def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Col
     """(how many drafts each decoding row gets int64[d], all of them end to end int64); every step has settled."""
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
-    # What was accepted meanwhile may have brought the end nearer.
-    caps = np.minimum(caps, rows.kv_goal[decodes] - rows.known[decodes])
     counts = np.zeros(len(decodes), np.int64)
     asked = (caps > 0).nonzero()[0]
     if not len(asked):
@@ -118,7 +117,7 @@ def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Col
     lines = [caught_up(books, rows.occupant(row)) for row in decodes[asked].tolist()]
     proposed: list[Sequence[int]] = list(drafter.draft(lines, wanted))
     counts[asked] = [len(each) for each in proposed]
-    assert len(proposed) == len(lines) and (counts <= caps.clip(0)).all(), "a drafter proposed more than was asked for"
+    assert len(proposed) == len(lines) and (counts <= caps).all(), "a drafter proposed more than it was asked for"
     drafts = np.array([token for each in proposed for token in each], np.int64)
     assert not len(drafts) or 0 <= drafts.min() <= drafts.max() < books.facts.vocab_size, "a draft is no token"
     return counts, drafts

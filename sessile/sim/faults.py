@@ -384,16 +384,12 @@ _DRAFTS = (
     ),
     _fault(
         "drafts beyond the last token", "H11", "the number of drafts does not look at what the request may still say",
-        "drafting", "    caps = np.minimum(caps, rows.kv_goal[decodes] - rows.known[decodes])\n", "",
+        "drafting", "np.minimum(rows.drafts[decodes], rows.kv_goal[decodes] - rows.planned[decodes] - 1)",
+        "rows.drafts[decodes]",
     ),
     _fault(
         "drafts beyond the budget", "H15, H50", "drafts are not counted against what a step may run",
         "planning", "            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
-    ),
-    _fault(
-        "drafts in the wrong order", "H49", "two rows get each other's drafts",
-        "drafting", "for each in proposed for token in each], np.int64)",
-        "for each in reversed(proposed) for token in each], np.int64)",
     ),
     _fault(
         "drafts of a row that said no", "H50", "a request that turned drafts off gets some",

@@ -106,7 +106,7 @@ class Simulation:
                 self._machine.audit()
             check_stats(self._machine.stats(), self._world, self._books, self._books.totals)
             if self._drafter is not None:
-                check_indexes(self._machine, self._books)
+                check_indexes(self._machine, self._books, self._drafter.indexes)
         return moved
 
     def _messages(self) -> Sequence[wire.ToEngine]:

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -159,7 +159,7 @@ def test_h19_nobody_keeps_an_index_that_nobody_can_use(ends: str) -> None:
 
 def test_an_index_is_told_each_token_once_and_only_when_drafts_are_asked_for() -> None:
     class Counting(ListIndex):
-        told: list[int] = []
+        told: ClassVar[list[int]] = []
 
         def extend(self, tokens: bytes) -> None:
             self.told.append(len(tokens) // 4)
