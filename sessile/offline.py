@@ -28,10 +28,10 @@ from sessile.contract.messages import (
 )
 from sessile.core.limits import SchedulerOptions, TenantPolicy
 from sessile.device.config import DeviceOptions
-from sessile.engine.build import Device, DeviceRequest, Engine, default_drafter, open_engine
+from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.config import EngineOptions
-from sessile.engine.drafting import MakeDrafter
+from sessile.engine.drafting import MakeDrafter, lookup_drafter
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.errors import StartupError, UserError
@@ -215,7 +215,7 @@ def open_configured_engine(
     tokenizer: Tokenizer | None = None,
     report: Callable[[str], None] = lambda line: None,
     tenants: tuple[TenantPolicy, ...] = (),
-    make_drafter: MakeDrafter = default_drafter,
+    make_drafter: MakeDrafter = lookup_drafter,
 ) -> Engine:
     """Join a model's tokenizer (loaded here unless given), its device and the scheduler to an engine.
 

@@ -5,21 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sessile.contract.drafting import Drafter
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import Limits, SchedulerOptions, TenantPolicy
 from sessile.core.machine import Machine
+from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
-from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay
+from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import Inbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
-from sessile.errors import StartupError
 
 CPU_STEP_LIMIT_MS = 250.0
 CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
@@ -113,11 +112,6 @@ class Engine:
         )
 
 
-def default_drafter(table: StepTable) -> Drafter:
-    """The drafter of sessile/draft, with what is on the shelf."""
-    raise StartupError("--speculate: there is no drafter yet")
-
-
 def open_engine(
     scheduler: SchedulerOptions,
     options: EngineOptions,
@@ -127,20 +121,20 @@ def open_engine(
     on_cpu: bool,
     clock: Clock,
     tenants: tuple[TenantPolicy, ...] = (),
-    make_drafter: MakeDrafter = default_drafter,
+    make_drafter: MakeDrafter = lookup_drafter,
 ) -> Engine:
     """Open the device and build the machine that its facts allow.
 
     on_cpu decides defaults. tenants: those with limits of their own. make_drafter: called if drafts are to be looked
-    up, with the step times of the device. The clock's origin is taken as the begin of the start. Raises StartupError.
+    up. The clock's origin is taken as the begin of the start. Raises StartupError.
     """
     rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
     drafts_max = 0 if options.speculate == "off" else options.drafts_max
     device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max, drafts_max))
     facts = device.facts
-    drafter = None
+    shelf, drafter = Shelf(), None
     if options.speculate == "on" or (drafts_max and can_pay(facts.step_ms, drafts_max)):
-        drafter = TimedDrafter(make_drafter(facts.step_ms), clock)
+        drafter = TimedDrafter(make_drafter(shelf, facts.step_ms), clock)
     limits = limits_for(
         scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants, drafts_max=drafts_max if drafter else 0
     )
