@@ -86,13 +86,19 @@ class DescribeModel(Protocol):
 
 @dataclass
 class Engine:
-    """An opened engine: machine and device, ready to be driven by a loop. Owns the device."""
+    """An opened engine: machine, device and drafter, ready to be driven by a loop. Owns the last two until `close`."""
 
     machine: Machine
     device: Device
     ready: EngineReady
     options: EngineOptions
     drafter: TimedDrafter | None = None
+
+    def close(self) -> None:
+        """Give back the device and what the drafter runs on. May be called again."""
+        self.device.close()
+        if self.drafter is not None:
+            self.drafter.close()
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""

@@ -218,7 +218,7 @@ class Script:
         if dice.random() < 0.3:
             settings["min_new_tokens"] = int(dice.integers(1, 8))
         if dice.random() < 0.4:
-            settings["stop"] = tuple(bytes(dice.integers(97, 123, 2).tolist()) for _ in range(3))
+            settings["stop"] = tuple(bytes(dice.integers(97, 123, size).tolist()) for size in (1, 2, 2))
         if dice.random() < 0.3:
             settings["stop_token_ids"] = tuple(dice.integers(3, self._vocab_size, 6).tolist())
         return Sampling(
