@@ -191,7 +191,7 @@ class Script:
         sessions = sorted(clients.histories)
         for session in self._dice.choice(sessions, 5, replace=False).tolist():
             kind = self._dice.integers(3)
-            place = int(self._dice.integers(1, len(clients.histories[session])))
+            place = int(self._dice.integers(1, len(clients.histories[session]) + 1))
             if kind == 0:
                 clients.fork(session, next(names), place)
             elif kind == 1:

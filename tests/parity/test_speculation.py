@@ -106,7 +106,7 @@ def test_h49_unseeded_requests_are_distributed_as_the_model_says(device: Any, ti
                  for key, seed in enumerate(seeds)])  # fmt: skip
     seen = Counter(tuple(output) for output in clients.told.output.values())
     assert set(seen) <= set(expected)
-    assert sum(line.verdicts == [1] for line in drafter.lines) > SAMPLES // 5 * drafts
+    assert sum(line.verdicts == [1] for line in drafter.lines) >= SAMPLES // 5 * drafts
     assert _chi_square_p(seen, expected) > 0.01
 
 
