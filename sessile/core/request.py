@@ -1,9 +1,11 @@
 """A request: one prompt or one turn of a session, from its submission to its one Done."""
 
 from array import array
+from dataclasses import dataclass
 from enum import Enum, auto
 from struct import Struct
 
+from sessile.contract.drafting import DraftLine, DraftWish
 from sessile.contract.messages import Done, Sampling, Scores, Submit, TokenDetail
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
@@ -31,6 +33,21 @@ class Phase(Enum):
     """Holds nothing."""
 
 
+@dataclass(slots=True)
+class Drafts:
+    """What a request has to do with drafts. wish: what it allows. remembered: whether it asked to be.
+
+    line: with it the index of its sequence, from its first admission to its end if it drafts. offered, accepted: drafts
+    that were verified, and tokens that it got beyond one a step.
+    """
+
+    wish: DraftWish
+    remembered: bool = False
+    line: DraftLine | None = None
+    offered: int = 0
+    accepted: int = 0
+
+
 class Request:
     """Tokens and settings of one request; the counters of a running one are in its row, not here.
 
@@ -50,6 +67,7 @@ class Request:
         "cached_tokens",
         "computed_tokens",
         "delta",
+        "drafts",
         "goal_tokens",
         "input",
         "key",
@@ -89,11 +107,8 @@ class Request:
         base: History,
         delta: Packed,
         *,
-        goal_tokens: int,
-        stop_ids: tuple[int, ...],
-        session: Session | None,
-        tenant: Tenant,
-    ) -> None:
+        goal_tokens: int, stop_ids: tuple[int, ...], session: Session | None, tenant: Tenant, drafts: Drafts,
+    ) -> None:  # fmt: skip
         sampling = message.sampling
         self.key = message.key
         self.session = session
@@ -146,6 +161,7 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
+        self.drafts = drafts
         self.slow = (
             self.matcher is not None
             or self.logprobs >= 0
@@ -176,6 +192,7 @@ class Request:
             step,
             self.logprobs,
             self.tenant.index,
+            0 if self.drafts.line is None else self.drafts.wish.drafts_max,
         )
 
     def note_admission(self, start_tokens: int) -> None:

@@ -13,6 +13,7 @@ from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
 from sessile.draft.pace import Acceptance, StepTimes, path_chances, worthwhile
 from sessile.draft.session_index import SessionIndex
 from sessile.draft.shelf import Shelf, Snapshot
+from sessile.errors import NotFound
 from sessile.units import TokenId
 
 SESSION, HISTORY, CORPUS = "session", "history", "corpus:"
@@ -161,6 +162,15 @@ class LookupDrafter:
         self._rules = rules or DraftRules()
         self._merger = Merger(self._rules, threads)
         self._shown: dict[tuple[str, tuple[str, ...] | None], _Shown] = {}
+
+    def check(self, wish: DraftWish) -> None:
+        """Raise NotFound that names the first of the wished corpora that its tenant has none of."""
+        if not wish.corpora:
+            return
+        there = {entry.corpus_id for entry in self._shelf.snapshot.visible_to(wish.tenant, wish.corpora)}
+        for corpus_id in wish.corpora:
+            if corpus_id not in there:
+                raise NotFound(f"corpora: {corpus_id!r} does not exist, or is not loaded yet", param="corpora")
 
     def new_index(self) -> SessionIndex:
         """An empty index, for a sequence that has none yet."""

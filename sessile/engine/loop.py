@@ -9,6 +9,7 @@ from sessile.core.machine import Machine
 from sessile.core.planned import Planned
 from sessile.core.watch import Report
 from sessile.engine.clock import Clock
+from sessile.engine.drafting import TimedDrafter
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import Inbox
@@ -53,7 +54,9 @@ class EngineLoop:
         overlap: bool = True,
         pace: Pace | None = None,
         collector: IdleCollector | None = None,
+        drafter: TimedDrafter | None = None,
     ) -> None:
+        """drafter: the machine's, if it has one, to tell how long it took."""
         self._machine = machine
         self._executor = executor
         self._inbox = inbox
@@ -62,7 +65,7 @@ class EngineLoop:
         self._overlap = overlap
         self._pace = pace
         self._collector = collector
-        self._times = StepTimes()
+        self._times = StepTimes(drafter)
         self._in_flight: StepInFlight | None = None
         self._settled_ns = 0
         self._turned = False

@@ -6,6 +6,7 @@ import time
 import msgspec
 import zmq
 
+from sessile.contract.drafting import Drafter
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan
@@ -41,7 +42,9 @@ class Paced:
 class ToyEngine:
     """An engine in a thread: connects to a server's link on start(), and is audited after every step."""
 
-    def __init__(self, address: str, *, pages: int = 400, overlap: bool = True, **limits: object) -> None:
+    def __init__(
+        self, address: str, *, pages: int = 400, overlap: bool = True, drafter: Drafter | None = None, **limits: object
+    ) -> None:
         self._address = address
         self._overlap = overlap
         settings = {"page_size": 4, "rows_max": 8, "chunk_tokens": 32, "audit_level": 2} | limits
@@ -49,12 +52,12 @@ class ToyEngine:
         facts = ModelFacts(
             VOCAB_SIZE, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([byte]) for byte in range(VOCAB_SIZE))
         )
-        self.machine = Machine(self.limits, facts)
+        self.machine = Machine(self.limits, facts, drafter=drafter)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._loop: EngineLoop | None = None
         device = ToyDevice(
             pages_total=pages, page_size=self.limits.page_size, rows_max=self.limits.rows_max,
-            context_tokens=CONTEXT_TOKENS, drafts_max=0, vocab_size=VOCAB_SIZE,
+            context_tokens=CONTEXT_TOKENS, drafts_max=self.limits.drafts_max, vocab_size=VOCAB_SIZE,
         )  # fmt: skip
         self.device = Paced(device)
 
