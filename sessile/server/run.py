@@ -27,6 +27,7 @@ from sessile.errors import NotReady, StartupError
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.connections import BoundedHttp
 from sessile.server.engine_process import EngineProcess, describe_exit
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
@@ -261,6 +262,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
