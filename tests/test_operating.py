@@ -1,10 +1,23 @@
-"""What operators are given is there and right: the tests behind docs/SECURITY.md."""
+"""What operators are given is there and right: docs/SECURITY.md, and the files under deploy/."""
 
+import json
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sessile.cli import COMMANDS, parser_for
+from sessile.config import Config, compose
 
 ROOT = Path(__file__).resolve().parents[1]
+DEPLOY = ROOT / "deploy"
+DOCKERFILES = [DEPLOY / "Dockerfile", DEPLOY / "Dockerfile.cuda"]
 TESTS = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+each_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 
 
 def page(name: str) -> str:
@@ -19,3 +32,155 @@ def test_every_class_of_vulnerability_shows_tests_that_exist() -> None:
         shown = re.findall(r"`(test_\w+)`", tests)
         assert shown and reason, f"{name} shows no test"
         assert [test for test in shown if f"def {test}(" not in TESTS] == [], name
+
+
+# -- the files under deploy/ -------------------------------------------------------------------------------------------
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile with their arguments, lines joined."""
+    text = re.sub(r"^#.*\n", "", path.read_text("utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]  # type: ignore[misc]
+
+
+def configured_by(argv: list[str], environment: dict[str, str] | None = None) -> Config:
+    """The configuration of a command line as it would start, by our own parser."""
+    assert Path(argv[0]).name == "sessile" and argv[1] in COMMANDS
+    arguments = parser_for(argv[1]).parse(argv[2:])
+    return compose(arguments.flags, environment or {}, arguments.config)
+
+
+@each_dockerfile
+def test_an_image_starts_a_server_and_only_one_that_is_protected(path: Path) -> None:
+    said = dict(instructions(path))
+    config = configured_by(json.loads(said["ENTRYPOINT"]) + json.loads(said["CMD"]))
+    assert (config.server.host, config.server.port) == ("0.0.0.0", int(said["EXPOSE"]))
+    assert config.server.keys is None and config.server.allow_remote == "off", "the operator chooses one of them"
+    assert config.device.device == ("cuda" if path.suffix == ".cuda" else "auto")
+    assert said["STOPSIGNAL"] == "SIGTERM" and f":{said['EXPOSE']}/health" in said["HEALTHCHECK"]
+
+
+@each_dockerfile
+def test_an_image_is_built_in_stages_and_run_by_a_user_of_its_own(path: Path) -> None:
+    order = [word for word, _ in instructions(path)]
+    assert order.count("FROM") == 2
+    last = order[len(order) - 1 - order[::-1].index("FROM") :]
+    assert "USER" in last and last.index("USER") < last.index("ENTRYPOINT")
+    assert dict(instructions(path))["USER"] not in ("root", "0")
+    assert all(re.search(r":\d+\.\d+", rest) for word, rest in instructions(path) if word == "FROM")
+
+
+@each_dockerfile
+def test_what_an_image_copies_is_there_and_not_ignored(path: Path) -> None:
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    copied = [name for word, rest in instructions(path) if word == "COPY" and "--from" not in rest
+              for name in rest.split()[:-1]]  # fmt: skip
+    assert {"constraints.txt", "pyproject.toml", "sessile"} <= set(copied)
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in ignored, name
+
+
+@each_dockerfile
+def test_an_image_has_the_versions_that_were_tested(path: Path) -> None:
+    steps = " ".join(rest for word, rest in instructions(path) if word == "RUN")
+    assert "-c constraints.txt ." in steps
+    pins = (ROOT / "constraints.txt").read_text("utf-8")
+    patterns = re.findall(r"sed -n 's/([^']+?)/\\1/p' constraints.txt", steps)
+    assert len(patterns) == 2
+    for pattern in patterns:
+        sought = pattern.replace("\\(", "(").replace("\\)", ")")
+        assert re.search(sought, pins, re.MULTILINE), f"constraints.txt pins nothing like {sought}"
+
+
+def test_no_file_for_deployment_names_a_host_of_someones() -> None:
+    texts = [path for path in DEPLOY.rglob("*") if path.is_file()]
+    assert len(texts) >= 9
+    hosts = {
+        host for path in texts for host in re.findall(r"https?://([\w.-]+)", path.read_text("utf-8"))
+    }
+    assert hosts <= {"127.0.0.1", "prometheus"}
+
+
+def compose_services() -> dict[str, Any]:
+    services: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))["services"]
+    return services
+
+
+def test_compose_publishes_nothing_beyond_this_machine() -> None:
+    ports = [port for service in compose_services().values() for port in service["ports"]]
+    assert len(ports) == 3
+    assert all(re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port) for port in ports)
+
+
+def test_compose_mounts_files_that_are_there_and_pins_images() -> None:
+    services = compose_services()
+    content = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    for service in services.values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert source in content["volumes"] or (DEPLOY / source).exists(), volume
+        if "image" in service:
+            assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), service["image"]
+    assert (DEPLOY / services["sessile"]["build"]["context"] / services["sessile"]["build"]["dockerfile"]).exists()
+
+
+def test_compose_starts_the_server_with_settings_that_exist() -> None:
+    service = compose_services()["sessile"]
+    said = dict(instructions(DEPLOY / "Dockerfile"))
+    config = configured_by(json.loads(said["ENTRYPOINT"]) + json.loads(said["CMD"]), service["environment"])
+    assert config.server.allow_remote == "on"
+    assert int(service["stop_grace_period"].removesuffix("s")) > config.server.drain_timeout_s + 10
+
+
+def test_prometheus_scrapes_the_server_of_compose_and_reads_our_rules() -> None:
+    prometheus = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text("utf-8"))
+    (job,) = prometheus["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    name, _, port = target.partition(":")
+    assert compose_services()[name]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    mounted = " ".join(compose_services()["prometheus"]["volumes"])
+    for rules in prometheus["rule_files"]:
+        assert (DEPLOY / "prometheus" / rules).exists() and f"/etc/prometheus/{rules}" in mounted
+
+
+def test_grafana_is_provisioned_with_our_dashboard_and_prometheus() -> None:
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text("utf-8"))["datasources"]
+    assert source["url"] == "http://prometheus:9090" and source["type"] == "prometheus"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "sessile.yaml").read_text("utf-8"))["providers"]
+    mounted = compose_services()["grafana"]["volumes"]
+    assert f"./grafana/sessile.json:{provider['options']['path']}/sessile.json:ro" in mounted
+
+
+def unit_entries() -> Iterator[tuple[str, str]]:
+    for line in (DEPLOY / "sessile.service").read_text("utf-8").splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            yield name, value
+
+
+def test_the_unit_starts_a_server_with_keys_and_our_settings(tmp_path: Path) -> None:
+    unit = dict(unit_entries())
+    argv = shlex.split(unit["ExecStart"])
+    assert argv[argv.index("--config") + 1] == "/etc/sessile/sessile.yaml"
+    argv[argv.index("--config") + 1] = str(DEPLOY / "sessile.yaml")
+    config = configured_by(argv)
+    assert config.server.keys == "${CREDENTIALS_DIRECTORY}/keys.yaml"
+    assert unit["LoadCredential"].startswith("keys.yaml:")
+    assert int(unit["TimeoutStopSec"]) > config.server.drain_timeout_s + 10
+    assert unit["KillMode"] == "mixed", "the server drains; its engine is not signalled by anybody else"
+
+
+HARDENED = {
+    "NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes",
+    "DynamicUser": "yes", "CapabilityBoundingSet": "", "RestrictNamespaces": "yes", "RestrictSUIDSGID": "yes",
+    "LockPersonality": "yes", "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6", "PrivateDevices": "yes",
+    "ProtectKernelModules": "yes", "ProtectKernelTunables": "yes", "ProtectControlGroups": "yes",
+    "SystemCallArchitectures": "native",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARDENED)
+def test_the_unit_takes_away_what_a_server_does_not_need(name: str) -> None:
+    assert dict(unit_entries())[name] == HARDENED[name]
+    assert "MemoryMax" in dict(unit_entries())

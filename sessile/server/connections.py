@@ -37,10 +37,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._expect(None)
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, received: bytes) -> None:
         """Feed the parser; what a read adds beyond the limit is seen after it, and reads are bounded themselves."""
-        self._bare_bytes += len(data)
-        super().data_received(data)
+        self._bare_bytes += len(received)
+        super().data_received(received)
         if self._bare_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self._refuse()
 
