@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,26 @@ HARDENED = {
 def test_the_unit_takes_away_what_a_server_does_not_need(name: str) -> None:
     assert dict(unit_entries())[name] == HARDENED[name]
     assert "MemoryMax" in dict(unit_entries())
+
+
+# -- releases ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_workflow_runs_our_own_script_on_the_versions_that_we_name() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yaml").read_text("utf-8"))
+    job = workflow["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["classifiers"]
+    named = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(classifiers))
+    assert job["strategy"]["matrix"]["python"] == named
+    assert workflow["permissions"] == {"contents": "read"}
+    used = [step["uses"] for each in workflow["jobs"].values() for step in each["steps"] if "uses" in step]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", name) for name in used)
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_every_file_that_the_release_and_the_workflow_name_exists() -> None:
+    text = page("RELEASE.md") + (ROOT / ".github" / "workflows" / "ci.yaml").read_text("utf-8")
+    named = set(re.findall(r"\b((?:scripts|tests|deploy|docs|sessile)/[\w./-]+\.(?:py|yaml|md))\b", text))
+    assert {"scripts/check_package.py", "deploy/compose.yaml", "sessile/__init__.py"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
