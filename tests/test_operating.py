@@ -1,4 +1,4 @@
-"""What operators are given is there and right: docs/SECURITY.md, and the files under deploy/."""
+"""What operators are given is there and right: docs/SECURITY.md and OPERATIONS.md, releases, the files in deploy/."""
 
 import json
 import re
@@ -8,11 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from sessile.cli import COMMANDS, parser_for
 from sessile.config import Config, compose
+from sessile.contract.messages import PoolView, Stats
+from sessile.core.watch import Report
+from sessile.engine.loop import log_report
+from sessile.errors import UserError
+from sessile.server.logs import fields_of
+from sessile.server.metrics import Metrics
+from sessile.server.operations import pool_content
+from sessile.server.replies import CLIENT_CLOSED_REQUEST
+from tests.unit.stats import stats_of_nothing
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -208,3 +218,61 @@ def test_every_file_that_the_release_and_the_workflow_name_exists() -> None:
     named = set(re.findall(r"\b((?:scripts|tests|deploy|docs|sessile)/[\w./-]+\.(?:py|yaml|md))\b", text))
     assert {"scripts/check_package.py", "deploy/compose.yaml", "sessile/__init__.py"} <= named
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+OPERATIONS = page("OPERATIONS.md")
+
+
+def table_after(heading: str) -> list[str]:
+    """The first cells of the table under a heading of the page."""
+    section = OPERATIONS.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [cell.strip().strip("`") for cell in re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)][1:]
+
+
+def test_every_alert_is_explained_and_no_other() -> None:
+    alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text("utf-8"))
+    assert table_after("What to alert on") == [rule["alert"] for group in alerts["groups"] for rule in group["rules"]]
+
+
+def errors(kind: type[UserError]) -> Iterator[type[UserError]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from errors(each)
+
+
+def test_every_status_that_is_answered_is_explained() -> None:
+    explained = {int(status) for status in table_after("What each status means")}
+    beside = {405, 422, 431, CLIENT_CLOSED_REQUEST, 500}  # no exceptions of ours, or on one surface only
+    assert explained == {each.status for each in errors(UserError)} | beside
+
+
+def test_every_page_of_the_pool_is_explained() -> None:
+    fields = msgspec.structs.fields(PoolView)
+    view = PoolView(**{field.name: [] if "list" in str(field.type) else 0 for field in fields})
+    shown = pool_content(view, {})
+    assert {"total", *table_after("The pool")} == set(shown["pages"])
+    assert {"holders", "rest"} <= set(shown)
+
+
+def test_every_field_of_a_containment_report_is_explained(caplog: pytest.LogCaptureFixture) -> None:
+    log_report(Report(found=["pages: x"], quarantined_pages=1, events=["e"]))
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and "an invariant was violated" in record.getMessage()
+    assert set(fields_of(record)) == set(table_after("A containment report"))
+
+
+def test_every_metric_that_is_named_is_exposed() -> None:
+    text = Metrics(("acme",)).render(stats_of_something(), model="m", in_flight=0).decode()
+    for name in set(re.findall(r"`(sessile_\w+)`", OPERATIONS)):
+        assert re.search(rf"^# TYPE {name} ", text, re.MULTILINE), name
+
+
+def stats_of_something() -> Stats:
+    return msgspec.structs.replace(stats_of_nothing(), pages_total=10)
+
+
+def test_every_file_for_deployment_that_is_named_exists() -> None:
+    named = set(re.findall(r"`(deploy/[\w./-]*)`", OPERATIONS + page("SECURITY.md") + page("RELEASE.md")))
+    assert len(named) >= 6 and [name for name in named if not (ROOT / name).exists()] == []
