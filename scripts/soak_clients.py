@@ -133,6 +133,8 @@ class Client:
                     self._fail(f"did not end within {ACT_LIMIT_S:g} s")
                 except httpx.TransportError as error:
                     self._fail(f"the connection broke: {error!r}")
+                except ValueError as error:
+                    self._fail(f"a reply is not the JSON that it should be: {error!r}")
 
     # ---- what is right ----
 

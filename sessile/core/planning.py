@@ -34,13 +34,14 @@ class Drafter(Protocol):
 
 
 class Planner:
-    """Chooses rows, token counts and pages. Holds no state of its own but the step of the last forced retraction."""
+    """Chooses rows, token counts and pages. Of its own it knows the last forced retraction and whose turn it is."""
 
     def __init__(self, books: Books, drafter: Drafter | None) -> None:
         self._books = books
         self._drafter = drafter
         self._retracted_step = 0
         self._decoded_last = False
+        self._took_turns = False
         self.budget_tokens = books.limits.chunk_tokens
         self._admitter = Admitter(books)
 
@@ -57,10 +58,11 @@ class Planner:
             top_up(books)
         self._retract_by_force()
         planned = Planned(books.planned_step + 1)
+        self._took_turns = False
         self._choose(planned)
-        if planned.is_empty and not books.limits.mixed_chunk and self._decoded_last:
-            # It was the prompts' turn, but none can run: let the decoding rows go on.
-            self._decoded_last = False
+        if planned.is_empty and self._took_turns:
+            # Whose turn it was cannot run. The others can, or take pages from the newest, which for itself sits out.
+            self._decoded_last = not self._decoded_last
             self._choose(planned)
         if planned.is_empty and not books.copies:
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
@@ -140,6 +142,7 @@ class Planner:
             planned.sampling = single
             return True
         if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
+            self._took_turns = True
             # Without mixed steps prompts and decoding take turns, so that neither starves.
             if self._decoded_last:
                 decodes = NO_ROWS

@@ -18,9 +18,11 @@ from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
 
-CPU_STEP_LIMIT_MS = 250.0
+CPU_STEP_LIMIT_MS, GPU_STEP_LIMIT_MS = 250.0, 100.0
 CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 8192
+CPU_CHUNK_TOKENS_MIN, GPU_CHUNK_TOKENS_MIN = 16, 512
+"""Chunks that the pace never goes below: a GPU runs 512 tokens in about the time that it needs for one."""
 
 
 class DeviceFacts(Protocol):
@@ -88,9 +90,11 @@ class Engine:
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""
+        on_cpu = self.device.facts.device == "cpu"
         limit_ms = self.options.step_limit_ms
         if limit_ms is None:
-            limit_ms = CPU_STEP_LIMIT_MS if self.device.facts.device == "cpu" else 0.0
+            limit_ms = CPU_STEP_LIMIT_MS if on_cpu else GPU_STEP_LIMIT_MS
+        tokens_min = CPU_CHUNK_TOKENS_MIN if on_cpu else GPU_CHUNK_TOKENS_MIN
         return EngineLoop(
             self.machine,
             self.device,
@@ -98,7 +102,7 @@ class Engine:
             outbox,
             clock,
             overlap=self.options.overlap == "on",
-            pace=Pace(limit_ms, self.ready.chunk_tokens) if limit_ms else None,
+            pace=Pace(limit_ms, self.ready.chunk_tokens, tokens_min) if limit_ms else None,
             collector=collector,
         )
 
@@ -151,14 +155,15 @@ def limits_for(
     tenants: tuple[TenantPolicy, ...] = (),
 ) -> Limits:
     """The bounds of a core on this device: what the settings say, else what suits the kind of device."""
+    chunk_tokens = scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     return Limits(
         pages_total=facts.pages_total,
         page_size=facts.page_size,
         rows_max=rows_max,
         context_tokens=facts.context_tokens,
-        chunk_tokens=scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS),
+        chunk_tokens=chunk_tokens,
         mixed_chunk=scheduler.mixed_chunk == "on",
-        mixed_chunk_tokens=scheduler.mixed_chunk_tokens,
+        mixed_chunk_tokens=scheduler.mixed_chunk_tokens or chunk_tokens,
         sessions_max=scheduler.sessions_max,
         queue_max=scheduler.queue_max,
         queue_tokens_max=scheduler.queue_tokens_max,

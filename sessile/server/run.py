@@ -24,6 +24,7 @@ import uvloop
 
 from sessile.contract.messages import EngineReady, Shutdown
 from sessile.errors import NotReady, StartupError
+from sessile.server.allocator import return_freed_memory
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
@@ -67,6 +68,7 @@ def serve(
     load_tokenizer raises.
     """
     configure_logs(options.log_format, options.log_level)
+    return_freed_memory()
     with ended_by_sigterm(), bind(options) as listener, private_folder() as folder:
         address = f"ipc://{folder}/engine"
         engine = EngineProcess([*engine_argv, f"--address={address}"], engine_config)

@@ -8,6 +8,7 @@ import pytest
 
 from sessile.contract.messages import Cancel
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, StepPlan
+from sessile.core.limits import TenantPolicy
 from tests.unit.stage import Stage, expected
 
 
@@ -449,3 +450,15 @@ def test_a_pool_full_of_cache_makes_no_row_sit_out_a_step() -> None:
     stage.run()
     assert stage.stats().evicted_pages_total > 0
     assert stage.stats().steps_total - steps == 24
+
+
+@pytest.mark.parametrize("tokens", range(17, 24))
+def test_prompts_take_their_turn_when_decoding_cannot_go_on(tokens: int) -> None:
+    """Without mixed steps: the one row that decodes is the newest and gets no page. It sits out, and must not block."""
+    tenants = TenantPolicy("old"), TenantPolicy("new")
+    stage = Stage(pages=26, page_size=1, chunk=2, mixed_chunk=False, output_estimate_tokens=1, tenants=tenants)
+    old, new = prompt(1, tokens), prompt(2, 2)
+    stage.submit(1, old, tenant="old", max_new_tokens=2)
+    stage.submit(2, new, tenant="new", max_new_tokens=20)
+    stage.run()
+    assert stage.output[1] == expected(old, 2) and stage.output[2] == expected(new, 20)
