@@ -28,6 +28,7 @@ from sessile.server.allocator import return_freed_memory
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.connections import BoundedHttp
 from sessile.server.engine_process import EngineProcess, describe_exit
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
@@ -263,6 +264,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

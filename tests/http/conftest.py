@@ -19,6 +19,7 @@ import uvicorn
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.connections import BoundedHttp
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import FakeEngine, byte_tokenizer
@@ -95,7 +96,7 @@ def running_server(
             link = EngineLink(address, lag_tokens_max=ServerOptions(**options).stream_lag_tokens_max)
             link.start()
             app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+            server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_level="warning", lifespan="off"))
             shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
             engine.start()
             await link.wait_ready()

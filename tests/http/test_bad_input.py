@@ -312,3 +312,21 @@ def test_h57_a_template_that_takes_long_holds_up_nobody_else(
         finally:
             go_on.set()
         assert slow.result().status_code == 200
+
+
+def test_h57_a_template_that_takes_too_long_costs_its_request_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def render(*arguments: object, **variables: object) -> str:
+        assert go_on.wait(PATIENCE_S)
+        return "slow"
+
+    monkeypatch.setattr("sessile.text.template.ChatTemplate.render", render)
+    monkeypatch.setattr("sessile.server.encoding.RENDER_TIMEOUT_S", 0.1)
+    try:
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        assert "took longer than 0.1 s" in refused(server, "/v1/chat/completions", json.dumps(chat))
+    finally:
+        go_on.set()
