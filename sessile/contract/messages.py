@@ -13,6 +13,8 @@ import msgspec.structs
 import numpy as np
 import numpy.typing as npt
 
+from sessile.contract.corpora import AddCorpus, CorpusUses, GetCorpora, RemoveCorpus
+
 
 def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
     """Token ids as int32 little-endian bytes."""
@@ -221,6 +223,9 @@ ToEngine = (
     | Flush
     | GetStats
     | GetPool
+    | AddCorpus
+    | RemoveCorpus
+    | GetCorpora
     | Shutdown
 )
 
@@ -466,7 +471,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer to an operation; exactly one for each op. error is None on success."""
 
     op: int
-    value: SessionView | SessionPage | Stats | PoolView | Outcome | None = None
+    value: SessionView | SessionPage | Stats | PoolView | CorpusUses | Outcome | None = None
     error: "Refusal | None" = None
 
 

@@ -9,8 +9,10 @@ from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import Limits, SchedulerOptions, TenantPolicy
 from sessile.core.machine import Machine
+from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
+from sessile.engine.corpora import CorpusDesk
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import Inbox
@@ -79,12 +81,13 @@ class DescribeModel(Protocol):
 
 @dataclass
 class Engine:
-    """An opened engine: machine and device, ready to be driven by a loop. Owns the device."""
+    """An opened engine: machine, device and corpora, ready to be driven by a loop. Owns the device."""
 
     machine: Machine
     device: Device
     ready: EngineReady
     options: EngineOptions
+    corpora: CorpusDesk
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""
@@ -100,6 +103,7 @@ class Engine:
             overlap=self.options.overlap == "on",
             pace=Pace(limit_ms, self.ready.chunk_tokens) if limit_ms else None,
             collector=collector,
+            corpora=self.corpora,
         )
 
 
@@ -139,7 +143,7 @@ def open_engine(
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options)
+    return Engine(machine, device, ready, options, CorpusDesk(Shelf()))
 
 
 def limits_for(

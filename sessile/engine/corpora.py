@@ -1,0 +1,128 @@
+"""Corpora on their way to the shelf and from it: read beside the step loop, swapped between two of its steps (H44)."""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sessile.contract.corpora import AddCorpus, CorpusUse, CorpusUses, GetCorpora, RemoveCorpus
+from sessile.contract.messages import Outcome, Refusal, Reply
+from sessile.draft.corpus_index import CorpusFileError, CorpusIndex
+from sessile.draft.shelf import Shelf
+
+log = logging.getLogger("sessile.engine")
+
+Place = tuple[str, str]
+"""Tenant and id."""
+Uses = Callable[[], Mapping[Place, CorpusUse]]
+BAD_INDEX = "bad_index"
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What became of one AddCorpus: an index, or why there is none."""
+
+    message: AddCorpus
+    index: CorpusIndex | None
+    refusal: Refusal | None = None
+
+
+class CorpusDesk:
+    """Takes messages about corpora on the loop's thread and answers there; a thread of its own maps and verifies files.
+
+    Loads are done one after the other, so that of two of one name the later one stays. Does not own the shelf, but is
+    its only writer.
+    """
+
+    def __init__(self, shelf: Shelf, uses: Uses = dict) -> None:
+        """uses: what drafts have come to, for those corpora that have been drafted from."""
+        self._shelf = shelf
+        self._uses = uses
+        self._waiting: dict[Place, int] = {}
+        """The newest load of each name that has not been put on the shelf → its op."""
+        self._loads: queue.SimpleQueue[AddCorpus] = queue.SimpleQueue()
+        self._loaded: deque[_Loaded] = deque()
+        self._unsettled = 0
+        self._replies: list[Reply] = []
+        self._reader: threading.Thread | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load will end before long; the loop should not wait for long then."""
+        return self._unsettled > 0
+
+    def receive(self, message: AddCorpus | RemoveCorpus | GetCorpora) -> None:
+        """Begin what the message asks for; the reply comes with `take_replies`, of this turn or a later one."""
+        if isinstance(message, AddCorpus):
+            self._begin(message)
+        elif isinstance(message, RemoveCorpus):
+            self._replies.append(Reply(message.op, Outcome({"removed": self._remove(message)})))
+        else:
+            self._replies.append(Reply(message.op, CorpusUses(self._uses_by_place())))
+
+    def take_replies(self) -> list[Reply]:
+        """Put on the shelf what has been read since the last call, and return all answers. Between two steps only."""
+        while self._loaded:
+            self._settle(self._loaded.popleft())
+        replies, self._replies = self._replies, []
+        return replies
+
+    def _begin(self, message: AddCorpus) -> None:
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read, name="corpus-reader", daemon=True)
+            self._reader.start()
+        self._waiting[(message.tenant, message.corpus)] = message.op
+        self._unsettled += 1
+        self._loads.put(message)
+
+    def _read(self) -> None:
+        while True:
+            self._loaded.append(load(self._loads.get()))
+
+    def _settle(self, loaded: _Loaded) -> None:
+        message, place = loaded.message, (loaded.message.tenant, loaded.message.corpus)
+        self._unsettled -= 1
+        is_wanted = self._waiting.get(place) == message.op
+        if is_wanted:
+            del self._waiting[place]
+        if loaded.index is None:
+            self._replies.append(Reply(message.op, error=loaded.refusal))
+        elif not is_wanted:
+            gone = Refusal(409, "cancelled", f"corpus {message.corpus!r} was removed or replaced while it was loaded")
+            self._replies.append(Reply(message.op, error=gone))
+        else:
+            index = loaded.index
+            self._shelf.put(message.tenant, message.corpus, index)
+            counts = {"tokens": index.tokens, "documents": index.documents, "bytes": index.resident_bytes}
+            self._replies.append(Reply(message.op, Outcome(dict(counts))))
+
+    def _remove(self, message: RemoveCorpus) -> bool:
+        was_waiting = self._waiting.pop((message.tenant, message.corpus), None) is not None
+        was_there = self._is_on_shelf(message.tenant, message.corpus)
+        if was_there:
+            self._shelf.remove(message.tenant, message.corpus)
+        return was_there or was_waiting
+
+    def _is_on_shelf(self, tenant: str, corpus: str) -> bool:
+        return any((entry.tenant, entry.corpus_id) == (tenant, corpus) for entry in self._shelf.snapshot.entries)
+
+    def _uses_by_place(self) -> list[CorpusUse]:
+        known = self._uses()
+        return [
+            known.get((entry.tenant, entry.corpus_id)) or CorpusUse(corpus=entry.corpus_id, tenant=entry.tenant)
+            for entry in self._shelf.snapshot.entries
+        ]
+
+
+def load(message: AddCorpus) -> _Loaded:
+    """Map and verify the file that a message names. Whatever is wrong with it is the answer, and ends nothing."""
+    try:
+        return _Loaded(message, CorpusIndex.load(Path(message.path), verify=True))
+    except CorpusFileError as error:
+        return _Loaded(message, None, Refusal(422, BAD_INDEX, str(error)))
+    except (OSError, MemoryError) as error:
+        log.exception("a corpus could not be mapped")
+        return _Loaded(message, None, Refusal(500, "unreadable_index", f"the index cannot be mapped: {error}"))
