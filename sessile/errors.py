@@ -12,6 +12,8 @@ SessileError
 │   ├── TooLong          413: does not fit the context, the pool, the session's cap or the body limit
 │   └── LimitReached     429: queue or session limit; try again later
 ├── NotReady             503: starting, draining, or the engine died
+├── CorpusFileError      a file that is no index of a corpus, or not a whole one; nothing was loaded
+├── BuildCancelled       the building of a corpus was told to stop; nothing was built
 ├── StartupError         a configuration or file we cannot serve with; one line with the remedy; exit code 2
 └── InvariantError       a bug of ours: never caught on the way, except to quarantine or to end the engine
     ├── OwnershipError   a page or row was not owned by whom the caller said
@@ -108,6 +110,14 @@ class NotReady(UserError):
 
     status = 503
     code = "not_ready"
+
+
+class CorpusFileError(SessileError):
+    """The file is no index of a corpus, or is truncated, damaged or of another version; nothing was loaded."""
+
+
+class BuildCancelled(SessileError):
+    """Whoever asked for the index of a corpus took the wish back; nothing was built."""
 
 
 class StartupError(SessileError):
