@@ -18,7 +18,7 @@ INDEX_SUFFIX = ".corpus"
 class AddCorpus(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
     """Map an index file and put it on the shelf between two steps, in place of one of the same name.
 
-    Reply: Outcome {"tokens", "documents", "bytes"}, bytes as resident; 422 bad_index for a file that is none, or broken.
+    Reply: Outcome {"tokens", "documents", "bytes"}, bytes as resident; 422 bad_index for a file that is not one.
     """
 
     op: int
@@ -41,6 +41,10 @@ class GetCorpora(msgspec.Struct, frozen=True, tag=True):
     """Reply: CorpusUses of all corpora on the shelf."""
 
     op: int
+
+
+CorpusOperation = AddCorpus | RemoveCorpus | GetCorpora
+"""What the engine answers beside its core."""
 
 
 class CorpusUse(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -13,7 +13,7 @@ import msgspec.structs
 import numpy as np
 import numpy.typing as npt
 
-from sessile.contract.corpora import AddCorpus, CorpusUses, GetCorpora, RemoveCorpus
+from sessile.contract.corpora import CorpusOperation, CorpusUses
 
 
 def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
@@ -223,9 +223,7 @@ ToEngine = (
     | Flush
     | GetStats
     | GetPool
-    | AddCorpus
-    | RemoveCorpus
-    | GetCorpora
+    | CorpusOperation
     | Shutdown
 )
 

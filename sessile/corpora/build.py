@@ -72,7 +72,7 @@ class Throttle:
         now_s = time.monotonic()
         if share >= 1.0 or now_s >= self._next_s:
             self._next_s = now_s + REPORT_EVERY_S
-            self._report(stage, min(share, 1.0))
+            self._report(stage, float(min(share, 1.0)))
 
 
 def gather(

@@ -28,6 +28,7 @@ from sessile.contract.corpora import (
     write_frame,
 )
 from sessile.corpora.build import Throttle, copy_index, gather, make_index, open_index
+from sessile.draft.corpus_file import stored_checksum
 from sessile.errors import BuildCancelled, InvalidRequest, LimitReached, TooLong
 from sessile.text.tokenizer import Tokenizer
 
@@ -104,7 +105,7 @@ class Builder:
             reason = f"the index could not be built: {type(error).__name__}: {error}"
             self._tell(BuildFailed(build=build, code="failed", message=reason))
         else:
-            self._tell(Built(build))
+            self._tell(Built(build, stored_checksum(Path(job.build.target)).hex()))
         finally:
             del self._jobs[build]
 

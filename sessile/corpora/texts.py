@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int32]
 
 PIECE_CHARS = 1 << 18
 """A longer document is cut before it is encoded, behind a line's end where that is easy. The cut may show in a token or
-two of the index, which costs a draft and never a wrong token; a whole book at once would cost a hundred bytes a token."""
+two of the index, which costs a draft and never a wrong token; a whole book at once takes a hundred bytes a token."""
 PORTION_CHARS = 1 << 20
 """About what is encoded in one call."""
 READ_BYTES = 1 << 20

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sessile.contract.corpora import AddCorpus, CorpusUse, CorpusUses, GetCorpora, RemoveCorpus
+from sessile.contract.corpora import AddCorpus, CorpusOperation, CorpusUse, CorpusUses, RemoveCorpus
 from sessile.contract.messages import Outcome, Refusal, Reply
-from sessile.draft.corpus_index import CorpusFileError, CorpusIndex
+from sessile.draft.corpus_file import stored_checksum
+from sessile.draft.corpus_index import CorpusIndex
 from sessile.draft.shelf import Shelf
+from sessile.errors import CorpusFileError
 
 log = logging.getLogger("sessile.engine")
 
@@ -54,7 +56,7 @@ class CorpusDesk:
         """Whether a load will end before long; the loop should not wait for long then."""
         return self._unsettled > 0
 
-    def receive(self, message: AddCorpus | RemoveCorpus | GetCorpora) -> None:
+    def receive(self, message: CorpusOperation) -> None:
         """Begin what the message asks for; the reply comes with `take_replies`, of this turn or a later one."""
         if isinstance(message, AddCorpus):
             self._begin(message)
@@ -101,13 +103,7 @@ class CorpusDesk:
 
     def _remove(self, message: RemoveCorpus) -> bool:
         was_waiting = self._waiting.pop((message.tenant, message.corpus), None) is not None
-        was_there = self._is_on_shelf(message.tenant, message.corpus)
-        if was_there:
-            self._shelf.remove(message.tenant, message.corpus)
-        return was_there or was_waiting
-
-    def _is_on_shelf(self, tenant: str, corpus: str) -> bool:
-        return any((entry.tenant, entry.corpus_id) == (tenant, corpus) for entry in self._shelf.snapshot.entries)
+        return self._shelf.remove(message.tenant, message.corpus) or was_waiting
 
     def _uses_by_place(self) -> list[CorpusUse]:
         known = self._uses()
@@ -119,10 +115,14 @@ class CorpusDesk:
 
 def load(message: AddCorpus) -> _Loaded:
     """Map and verify the file that a message names. Whatever is wrong with it is the answer, and ends nothing."""
+    path = Path(message.path)
     try:
-        return _Loaded(message, CorpusIndex.load(Path(message.path), verify=True))
+        index = CorpusIndex.load(path, verify=True)
+        if stored_checksum(path).hex() != message.checksum:
+            raise CorpusFileError(f"{path.name} is another file than the one that was indexed: its checksum differs")
+        return _Loaded(message, index)
     except CorpusFileError as error:
         return _Loaded(message, None, Refusal(422, BAD_INDEX, str(error)))
-    except (OSError, MemoryError) as error:
+    except Exception as error:  # whatever it is, it concerns one file: the reader and the loop go on
         log.exception("a corpus could not be mapped")
         return _Loaded(message, None, Refusal(500, "unreadable_index", f"the index cannot be mapped: {error}"))

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from sessile.contract.corpora import AddCorpus, GetCorpora, RemoveCorpus
+from sessile.contract.corpora import CorpusOperation
 from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
 from sessile.contract.plan import StepPlan
 from sessile.core.machine import Machine
@@ -143,7 +143,7 @@ class EngineLoop:
             self.begin_shutdown(message.drain_s)
         elif self._drain_until_ns is not None and isinstance(message, Submit | OpenSession):
             self._outbox.send(refused_while_stopping(message))
-        elif isinstance(message, AddCorpus | RemoveCorpus | GetCorpora):
+        elif isinstance(message, CorpusOperation):
             assert self._corpora, "an engine that drafts from no corpora is sent none"
             self._corpora.receive(message)
         else:

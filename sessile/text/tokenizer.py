@@ -76,7 +76,7 @@ class Tokenizer:
         return self.encode(prompt, add_special_tokens=False)
 
     def fingerprint(self) -> str:
-        """Tells this tokenizer from any that gives other ids: 24 bytes of BLAKE2b in hexadecimal. Takes 10 to 100 ms."""
+        """Tells this tokenizer from any that gives other ids: 24 bytes in hexadecimal. Takes 10 to 100 ms."""
         digest = hashlib.blake2b(self.backend.to_str().encode(), digest_size=FINGERPRINT_BYTES)
         return digest.hexdigest()
 

@@ -11,7 +11,9 @@ from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
+from sessile.draft.shelf import Shelf
 from sessile.engine.clock import MonotonicClock
+from sessile.engine.corpora import CorpusDesk
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.inbox import SocketInbox
 from sessile.engine.loop import EngineLoop
@@ -57,6 +59,7 @@ class ToyEngine:
             context_tokens=CONTEXT_TOKENS, drafts_max=0, vocab_size=VOCAB_SIZE,
         )  # fmt: skip
         self.device = Paced(device)
+        self.shelf = Shelf()
 
     def start(self) -> None:
         self._thread.start()
@@ -79,7 +82,9 @@ class ToyEngine:
         )  # fmt: skip
         socket.send(msgspec.msgpack.encode(ready))
         ends = SocketInbox(socket), SocketOutbox(socket)
-        self._loop = EngineLoop(self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap)
+        self._loop = EngineLoop(
+            self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap, corpora=CorpusDesk(self.shelf)
+        )
         self._loop.run()
         socket.close(linger=200)
         context.term()

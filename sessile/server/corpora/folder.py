@@ -65,7 +65,9 @@ class StateFolder:
             ) from None
         except OSError as error:
             self.close()
-            raise StartupError(f"cannot keep indexes of corpora in {path}: {error.strerror}. See --corpora-dir.") from error
+            raise StartupError(
+                f"cannot keep indexes of corpora in {path}: {error.strerror}. See --corpora-dir."
+            ) from error
         self.entries = self._read()
         """What the catalogue had when the folder was opened."""
 

@@ -77,10 +77,14 @@ class Load:
 
     def grow(self, received_bytes: int) -> None:
         """More of its text has come. Raises TooLong or LimitReached for want of room, or why the load has ended."""
+        self.received_bytes += received_bytes
+        self.claim_at_least(Size.of_text(self.received_bytes))
+
+    def claim_at_least(self, size: Size) -> None:
+        """Its text is known to come to so much. Raises as `grow`."""
         if self.error:
             raise self.error
-        self.received_bytes += received_bytes
-        self.claim.resize(Size.of_text(self.received_bytes))
+        self.claim.resize(size)
 
     def cancel(self) -> None:
         """Give it up as soon as that can be done; what is being swapped in already will be."""
@@ -312,7 +316,7 @@ class CorpusStore:
             await self._link.wait_ready()
             if entry.tokenizer != self._tokenizer:
                 raise InvalidRequest(
-                    f"corpus {entry.id!r} was indexed with another tokenizer than this model's; add it again or remove it"
+                    f"corpus {entry.id!r} was indexed with another tokenizer than this model's; add or remove it"
                 )
             load.claim.resize(Size(entry.tokens, entry.bytes))
             load.is_swapping = True
