@@ -220,19 +220,20 @@ def builder(arguments: argparse.Namespace) -> int:
 def add_corpus_build_flags(parser: Parser) -> None:
     """Flags of `sessile corpus build`."""
     parser.add_argument("texts", nargs="+", type=Path, metavar="FILE", help="texts: .jsonl, any other file, folders")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="where to write the index, a .corpus")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the index, a .corpus")
     parser.add_argument("--model", default="default", help="whose tokenizer to use, as for serve [default]")
 
 
 def add_server_flags(parser: Parser) -> None:
     """Flags of commands that talk to a running server."""
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server; its key is in {API_KEY_VARIABLE} [{DEFAULT_URL}]")
+    shown = f"the server; its key is in {API_KEY_VARIABLE} [{DEFAULT_URL}]"
+    parser.add_argument("--url", default=DEFAULT_URL, help=shown)
 
 
 def add_corpus_add_flags(parser: Parser) -> None:
     """Flags of `sessile corpus add`."""
     add_server_flags(parser)
-    parser.add_argument("texts", nargs="*", type=Path, metavar="FILE", help="texts to upload: .jsonl, any other, folders")
+    parser.add_argument("texts", nargs="*", type=Path, metavar="FILE", help="texts: .jsonl, any other file, folders")
     parser.add_argument("--path", help="instead: a file or folder below the server's --corpora-dir")
     parser.add_argument("--id", help="name of the corpus; one is made up if there is none")
     parser.add_argument("--replace", action="store_true", help="take the place of a corpus of this name")

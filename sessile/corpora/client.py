@@ -98,9 +98,12 @@ def upload_of(paths: Sequence[Path], total_bytes: int, report: Report) -> Iterat
             yield b"\n"
             continue
         try:
-            line = orjson.dumps(path.read_text("utf-8")) + b"\n"
+            text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise StartupError(f"{path}: not UTF-8 at byte {error.start}") from None
+        if not text:
+            continue  # of many files some are empty
+        line = orjson.dumps(text) + b"\n"
         sent += len(line)
         report(f"sending, {sent / max(total_bytes, 1):.0%}")
         yield line

@@ -17,6 +17,7 @@ from sessile.server.corpora.budget import Size
 from sessile.text.documents import LINE_BYTES_MAX, BadSource, document_of, source_of
 
 FILES_MAX = 100_000
+NAME_SHOWN = 100
 STATE_FOLDER = ".sessile"
 """Ours, below the operator's directory; no path may lead into it."""
 
@@ -26,6 +27,13 @@ def files_below(root: Path | None, name: str) -> tuple[list[Source], Size]:
 
     Nothing outside root is touched, nor told of. Raises InvalidRequest.
     """
+    try:
+        return _files_below(root, name)
+    except OSError as error:  # the name is too long, a folder may not be entered, a file has just gone
+        raise _refused(f"{name[:NAME_SHOWN]!r} cannot be read: {error.strerror}") from error
+
+
+def _files_below(root: Path | None, name: str) -> tuple[list[Source], Size]:
     if root is None:
         raise _refused("this server was started without --corpora-dir; send the documents instead")
     if "\0" in name or ".." in Path(name).parts:
