@@ -32,7 +32,11 @@ class Size:
     @classmethod
     def of_text(cls, text_bytes: int) -> "Size":
         """The least that a text of so many bytes is taken for."""
-        tokens = text_bytes // TEXT_BYTES_A_TOKEN
+        return cls.of_tokens(text_bytes // TEXT_BYTES_A_TOKEN)
+
+    @classmethod
+    def of_tokens(cls, tokens: int) -> "Size":
+        """What the index of so many tokens takes."""
         return cls(tokens, tokens * INDEX_BYTES_A_TOKEN)
 
     @classmethod

@@ -68,8 +68,12 @@ class StateFolder:
             raise StartupError(
                 f"cannot keep indexes of corpora in {path}: {error.strerror}. See --corpora-dir."
             ) from error
-        self.entries = self._read()
-        """What the catalogue had when the folder was opened."""
+        try:
+            self.entries = self._read()
+            """What the catalogue had when the folder was opened."""
+        except StartupError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let others use the folder."""

@@ -265,9 +265,14 @@ class CorpusStore:
 
     async def _build(self, load: Load, sources: Sequence[Source], target: Path) -> None:
         tenant, name = load.place
-        load.run = await self.builder.begin(sources, str(target), load.claim.tokens_max)
+        tokens_max = load.claim.tokens_max
+        load.run = await self.builder.begin(sources, str(target), tokens_max)
         load.check_wanted()
-        counted = await load.run.counted
+        try:
+            counted = await load.run.counted
+        except LimitReached:
+            load.claim.resize(Size.of_tokens(tokens_max + 1))  # raises in more words, unless there is room by now
+            raise
         load.claim.resize(Size(counted.tokens, counted.bytes))
         load.accepted.set_result(None)
         load.run.proceed()
