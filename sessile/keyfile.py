@@ -37,6 +37,8 @@ NAME_RULE = "a name has 1 to 64 letters, digits, dots, dashes, underscores"
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 WEIGHT_MAX = 1000
 LIMIT_MAX = 1 << 40
+SWITCHES = ("shares_prefixes", "remembers")
+"""Fields of a policy that are true or false; all others are limits."""
 POLICY_FIELDS = tuple(field.name for field in fields(TenantPolicy) if field.name != "name")
 CORPUS_FIELDS = {"corpora_tokens_max": "tokens_max", "corpora_bytes_max": "bytes_max"}
 """What the file calls the limits that the server keeps itself → their names in CorpusLimits."""
@@ -107,7 +109,7 @@ class _Reader:
     def _policy_value(self, tenant: str, field: str, node: yaml.Node) -> Any:
         what = f"tenant {tenant}: {field}"
         text = self._text(node, what)
-        if field == "shares_prefixes":
+        if field in SWITCHES:
             if text not in ("true", "false"):
                 self._refuse(node, f"{what} must be true or false, got {text!r}")
             return text == "true"

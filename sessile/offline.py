@@ -31,6 +31,7 @@ from sessile.device.config import DeviceOptions
 from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.config import EngineOptions
+from sessile.engine.drafting import MakeDrafter, lookup_drafter
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.errors import StartupError, UserError
@@ -214,10 +215,12 @@ def open_configured_engine(
     tokenizer: Tokenizer | None = None,
     report: Callable[[str], None] = lambda line: None,
     tenants: tuple[TenantPolicy, ...] = (),
+    make_drafter: MakeDrafter = lookup_drafter,
 ) -> Engine:
     """Join a model's tokenizer (loaded here unless given), its device and the scheduler to an engine.
 
-    report: is given a line for each part of a long start. tenants: those with limits of their own. Raises StartupError.
+    report: is given a line for each part of a long start. tenants: those with limits of their own. make_drafter: as in
+    `open_engine`. Raises StartupError.
     """
     # Here, because importing torch takes longer than finding out that there is no such model.
     tokenizer = tokenizer or load_tokenizer(model.model)
@@ -236,7 +239,10 @@ def open_configured_engine(
         )
 
     on_cpu = chosen_kind(device) == "cpu"
-    return open_engine(scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock, tenants=tenants)
+    return open_engine(
+        scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock, tenants=tenants,
+        make_drafter=make_drafter,
+    )  # fmt: skip
 
 
 def sections_of(

@@ -6,9 +6,9 @@ Only settled tokens are ever shown to it, so what it has learned needs no undoin
 
 Two things are kept, each with one owner who drops it by letting go of the record that holds it (H19):
 
-  SequenceIndex   of the tokens of one sequence. It goes where the sequence's KV goes: with the request while a turn
-                  runs, back to the session when it ends. It holds no more than the tokens its owner has: whoever cuts
-                  a sequence (rollback, rewind, a stop inside an accepted run) cuts its index with it.
+  SequenceIndex   of the tokens of one sequence. It is with the session between turns, whether that has KV or not, and
+                  with the request from its first admission to its end, also while it is preempted. It holds no more
+                  than the tokens its owner has: whoever cuts a sequence (rollback, rewind) cuts its index with it.
   DraftLine       of one request: which sources it may use and how well each has done for it.
 """
 
@@ -82,6 +82,11 @@ class DraftLine(Protocol):
 
 class Drafter(Protocol):
     """Proposes tokens. Called by the core on its own thread; what it does inside is its affair."""
+
+    def check(self, wish: DraftWish) -> None:
+        """Raise NotFound that names the first of the wished corpora that its tenant has none of. Asked at submission,
+        before anything has changed."""
+        ...
 
     def new_index(self) -> SequenceIndex:
         """An empty index, for a sequence that has none yet."""

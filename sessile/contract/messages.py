@@ -91,6 +91,14 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     prompt_logprobs_from: int = -1
     """-1: none; p ≥ 0: of the prompt tokens from position max(p, 1) of the whole context on (Scores); what lies in a
     session's committed history is not computed again and has none."""
+    speculate: bool | None = None
+    """Whether drafts are looked up for it; None: as the engine does by default. True is refused where it never does."""
+    drafts_max: int = -1
+    """Most drafts in a step; -1: as many as the engine allows."""
+    corpora: tuple[str, ...] | None = None
+    """The corpora to look in, by id; None: all that the tenant may use."""
+    remember: bool = False
+    """Let later requests of the tenant look their drafts up in this one, if it comes to its own end."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -228,6 +236,14 @@ ToEngine = (
 )
 
 
+class SourceFigures(msgspec.Struct, frozen=True):
+    """What one source of drafts did. source: "session", "history", or "corpus:" and its id."""
+
+    source: str
+    drafts_offered: int
+    drafts_accepted: int
+
+
 class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
     """The one end of a request. All its tokens were in deltas up to and including this batch."""
 
@@ -248,6 +264,12 @@ class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=Tr
     preemptions: int = 0
     session_tokens: int = -1
     """Length of the session's history after this turn, or -1 without session or commit."""
+    drafts_offered: int = -1
+    """Drafts that the model has verified; -1: none were looked up for this request."""
+    drafts_accepted: int = 0
+    """Tokens that it was sent beyond one a step, thanks to these."""
+    sources: list[SourceFigures] = []
+    """The same by source, as the drafter counts them."""
     status: int = 200
     """HTTP status that describes a refusal: 4xx or 5xx with reason "error" and "abort"; else 200."""
     code: str = ""
@@ -395,6 +417,12 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     demoted_pages_total: int
     drafts_offered_total: int
     drafts_accepted_total: int
+    verifications_total: int = 0
+    """How often a row had drafts in a step."""
+    sources: list[SourceFigures] = []
+    """Drafts by source, of ended requests."""
+    draft_wall_s_total: float = 0.0
+    """Spent on looking drafts up."""
     audit_checks_total: int
     audit_failures_total: int
     audit_violations_total: dict[str, int] = {}
@@ -514,6 +542,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pages_total: int
     rows_max: int
     chunk_tokens: int
+    drafts_max: int = 0
+    """Most drafts of a request in a step; 0: none are looked up, and corpora are of no use."""
     kv_bytes: int
     weight_bytes: int
     start_s: float

@@ -76,6 +76,10 @@ class StepPlan:
                                log-probability of score_target given the query at flat index score_query (into
                                `tokens`), with the score_top most likely beside it: prompt logprobs. Raw model
                                distribution, no temperature or penalty
+      mask_queries [k]         flat indices (into `tokens`) of queries after which a token is sampled, each once at
+                               most: there only the tokens of a mask may be chosen
+      mask_words [k, ceil(vocabulary / 32)] flat
+                               the masks: bit t % 32 of word t // 32 is set if token t may be chosen; at least one is
     """
 
     step: int
@@ -106,6 +110,8 @@ class StepPlan:
     score_queries: Ints
     score_targets: Ints
     score_tops: Ints
+    mask_queries: Ints
+    mask_words: Ints
 
     @classmethod
     def empty(cls, step: int, **arrays: Any) -> "StepPlan":

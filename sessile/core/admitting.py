@@ -7,6 +7,7 @@ import numpy as np
 
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
+from sessile.core.drafting import begin_line
 from sessile.core.ledger import Lease
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
@@ -188,6 +189,7 @@ class Admitter:
             request.pin, request.lease = parked.pin, parked.lease.hand_over()
         request.publishing = session is None or session.turns == 0
         request.note_admission(start)
+        begin_line(books, request)
         pinned = len(request.pin.pages)
         request.bound_pages = ceil_div(request.goal_tokens, books.limits.page_size) - pinned
         books.bound_pages += request.bound_pages

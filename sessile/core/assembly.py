@@ -19,10 +19,10 @@ from sessile.contract.plan import (
     StepPlan,
 )
 from sessile.core.books import Books
+from sessile.core.drafting import drafts_for
 from sessile.core.history import TOKEN_BYTES, Packed
 from sessile.core.marks import Mark
 from sessile.core.planned import Planned, PromptPart
-from sessile.core.planning import Drafter
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column, Flags
 
@@ -32,8 +32,6 @@ _ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
 _PART = Struct("<7i")
 _ZERO, _ONE = array("i", [0]), array("i", [1])
 _ON_DEVICE = pack_tokens([-1])
-_CONTEXT_TOKENS = 64
-"""What a drafter is shown of the end of a request's tokens."""
 
 
 @dataclass(slots=True)
@@ -47,26 +45,25 @@ class Flight:
     rows: Column
     allowed: Ints
     """Most tokens each row may emit: 0 without SAMPLE, else 1 + drafts."""
-    sampling: Flags | None
-    """bool[rows_max]: the rows with SAMPLE, each of which emits one token. None with drafts: then one or more."""
+    sampling: Flags
+    """bool[rows_max]: the rows with SAMPLE and no drafts, each of which emits one token."""
     samples: int
     """How many they are."""
+    is_drafted: bool
+    """Whether any row has drafts, and emits one token or more."""
     decodes: int
     parts: list[PromptPart]
 
 
-def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight | None:
+def assemble(books: Books, planned: Planned) -> Flight | None:
     """Fill in the drafts and build the arrays. Drops rows that ended since the early part; None if none is left."""
-    decodes, parts = planned.decodes, planned.parts
-    drafts: list[list[int]] | None = None
-    if planned.late:
-        caps = planned.draft_caps
-        assert caps is not None
+    decodes, parts, caps = planned.decodes, planned.parts, planned.draft_caps
+    if caps is not None:
         alive = books.rows.live[decodes] == 1
         books.marks[Mark.ROW_GONE] += len(decodes) - int(np.count_nonzero(alive))
         decodes = decodes[alive]
         parts = [part for part in parts if part.request.phase is Phase.RUNNING]
-        drafts = _ask(books, drafter, decodes, caps[alive])
+        caps = caps[alive]
     decode_count = len(decodes)
     total = decode_count + len(parts)
     if not total and not books.copies:
@@ -75,10 +72,10 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
     columns = np.zeros((7, total), np.int32)
     decoding = columns[:, :decode_count]
     rows[:decode_count] = decoding[_ROW] = decodes
-    if drafts is None:
+    if caps is None:
         tokens = _decode_columns(books, decodes, decoding)
     else:
-        tokens = _draft_columns(books, decodes, drafts, decoding)
+        tokens = _draft_columns(books, decodes, caps, decoding)
     scores = _scores(parts, len(tokens) // TOKEN_BYTES)
     if parts:
         table = [
@@ -89,8 +86,14 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         rows[decode_count:] = columns[_ROW, decode_count:]
         tokens = b"".join([tokens, *[part.request.tokens(part.start, part.end) for part in parts]])
     allowed = columns[_FLAGS] & SAMPLE
-    if drafts:
+    sampling, samples = planned.sampling, decode_count + sum([part.samples for part in parts])
+    is_drafted = False
+    if caps is not None:
+        is_drafted = bool(np.count_nonzero(columns[_DRAFTS]))
         allowed += columns[_DRAFTS]
+        singles = rows[allowed == 1]
+        sampling, samples = np.zeros(books.rows.rows_max, np.bool_), len(singles)
+        sampling[singles] = True
     plan = StepPlan(
         planned.step,
         *_bindings(books, planned),
@@ -105,29 +108,10 @@ def assemble(books: Books, planned: Planned, drafter: Drafter | None) -> Flight 
         columns[_TOP],
         unpack_tokens(tokens),
         *scores,
+        NO_INTS,
+        NO_INTS,
     )
-    sampling = planned.sampling if drafts is None else None
-    samples = decode_count + sum([part.samples for part in parts])
-    return Flight(plan, rows, allowed, sampling, samples, decode_count, parts)
-
-
-def _ask(books: Books, drafter: Drafter | None, decodes: Column, caps: Column) -> list[list[int]]:
-    drafts: list[list[int]] = []
-    for row, cap in zip(decodes.tolist(), caps.tolist(), strict=True):
-        request = books.rows.occupants[row]
-        assert request is not None
-        books.collect_output(request)
-        # What was accepted meanwhile may have brought the end nearer.
-        cap = min(cap, request.goal_tokens - 1 - request.known_tokens)
-        if drafter is None or cap <= 0:
-            drafts.append([])
-            continue
-        known = request.known_tokens
-        context = unpack_tokens(request.tokens(max(0, known - _CONTEXT_TOKENS), known))
-        proposed = list(drafter.draft(request.key, context, cap))
-        assert len(proposed) <= cap, "a drafter proposed more than it was asked for"
-        drafts.append(proposed)
-    return drafts
+    return Flight(plan, rows, allowed, sampling, samples, is_drafted, decode_count, parts)
 
 
 def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
@@ -153,28 +137,31 @@ def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
     return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32).tobytes()
 
 
-def _draft_columns(books: Books, decodes: Column, drafts: list[list[int]], columns: Ints) -> Packed:
+def _draft_columns(books: Books, decodes: Column, caps: Column, columns: Ints) -> Packed:
     """Fill the columns [7, d] of rows that decode with drafts; returns their tokens, drafts included.
 
-    Everything before has settled: positions and tokens are known, and the caps shrink to what was proposed.
+    Everything before has settled: positions and tokens are known, and the caps shrink to what is proposed.
     """
     rows = books.rows
-    counts = np.array([len(draft) for draft in drafts], np.int64)
-    starts = rows.settled[decodes].copy()
+    counts, drafts = drafts_for(books, decodes, caps)
+    starts = rows.settled[decodes]
     rows.planned[decodes] = starts + 1 + counts
     rows.pending[decodes] = 1 + counts
-    books.totals.drafts_offered += int(counts.sum())
+    books.totals.drafts_offered += len(drafts)
+    books.totals.verifications += int(np.count_nonzero(counts))
     columns[_START] = starts
     columns[_COUNT] = 1 + counts
     columns[_DRAFTS] = counts
     columns[_FLAGS] = SAMPLE
     columns[_OUTPUT] = rows.known[decodes] - rows.prompt[decodes]
     columns[_TOP] = rows.logprobs[decodes]
-    flat: list[int] = []
-    for token, draft in zip(rows.last_token[decodes].tolist(), drafts, strict=True):
-        flat.append(token)
-        flat.extend(draft)
-    return pack_tokens(flat)
+    tokens = np.empty(len(decodes) + len(drafts), np.int32)
+    is_draft = np.ones(len(tokens), np.bool_)
+    firsts = np.cumsum(1 + counts) - (1 + counts)
+    is_draft[firsts] = False
+    tokens[firsts] = rows.last_token[decodes]
+    tokens[is_draft] = drafts
+    return tokens.tobytes()
 
 
 def _scores(parts: list[PromptPart], first_index: int) -> tuple[Ints, Ints, Ints]:

@@ -37,6 +37,7 @@ def check(books: Books) -> None:
             if request.row is not None:
                 check_lengths(books, request)
         _check_sessions(books, lines)
+        _check_indexes(books, lines)
         _check_tenants(books, lines)
     except AuditError:
         books.totals.audit_failures += 1
@@ -350,6 +351,24 @@ def _check_sessions(books: Books, lines: list[Session]) -> None:
                 message = f"has KV of {parked.tokens} tokens on {pages} pages for {tokens} tokens"
         if message:
             raise AuditError(f"session {session.id!r} {message}", "sessions", sessions=(session.serial,))
+
+
+def _check_indexes(books: Books, lines: list[Session]) -> None:
+    """An index has one holder, and knows no more tokens than that has."""
+    for request in books.requests.values():
+        if request.line is None:
+            continue
+        known = books.delivered_tokens(request)
+        if request.line.index.tokens > known:
+            raise AuditError(f"request {request.key} has {known} tokens, its index {request.line.index.tokens}",
+                             "lengths", keys=(request.key,))  # fmt: skip
+        if request.session is not None and request.session.index is not None:
+            raise AuditError(f"request {request.key} and its session both hold an index", "sessions",
+                             keys=(request.key,), sessions=(request.session.serial,))  # fmt: skip
+    for session in lines:
+        if session.index is not None and session.index.tokens > len(session.history):
+            raise AuditError(f"session {session.id!r} has {len(session.history)} tokens, its index "
+                             f"{session.index.tokens}", "sessions", sessions=(session.serial,))  # fmt: skip
 
 
 def _check_tenants(books: Books, lines: list[Session]) -> None:

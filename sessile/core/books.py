@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from sessile.contract.drafting import Drafter
 from sessile.contract.model import ModelFacts
 from sessile.core.admission import Forecast
 from sessile.core.effects import Effects
@@ -48,6 +49,10 @@ class Totals:
     demoted_pages: int = 0
     drafts_offered: int = 0
     drafts_accepted: int = 0
+    verifications: int = 0
+    """How often a row had drafts in a step."""
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Drafts offered and accepted of ended requests, by source."""
     audit_checks: int = 0
     audit_failures: int = 0
     violations: dict[str, int] = field(default_factory=dict)
@@ -58,9 +63,11 @@ class Totals:
 class Books:
     """Ledger, tree, rows, requests, sessions and the waiting line of one machine."""
 
-    def __init__(self, limits: Limits, facts: ModelFacts) -> None:
+    def __init__(self, limits: Limits, facts: ModelFacts, drafter: Drafter | None = None) -> None:
         self.limits = limits
         self.facts = facts
+        self.drafter = drafter
+        """None: nothing is ever drafted."""
         self.ledger = PageLedger(limits.pages_total)
         self.tree = PrefixTree(self.ledger, limits.page_size)
         self.rows: RowTable[Request] = RowTable(limits.rows_max)

@@ -70,9 +70,13 @@ def expel(books: Books, request: Request) -> None:
 
 
 def go_cold(books: Books, session: Session) -> None:
-    """Take a session's KV and reserve away without touching them; `restore` must follow, and fills the reserve anew."""
+    """Take a session's KV and reserve away without touching them; `restore` must follow, and fills the reserve anew.
+
+    The index goes as well: the next turn makes it anew from the tokens.
+    """
     parked = session.parked
     session.parked = None
+    session.index = None
     if parked is not None:
         _abandon(books, parked.lease)
     if session.reserve is not None:

@@ -7,6 +7,7 @@ exactly one Done goes out.
 
 from sessile.contract.messages import Done, SessionGone
 from sessile.core.books import Books
+from sessile.core.drafting import end_line, figures_of, remember
 from sessile.core.marks import Mark
 from sessile.core.request import Phase, Request
 from sessile.core.reserving import release_reserve
@@ -46,7 +47,10 @@ def end_request(
     if session is not None and not commits:
         books.totals.turns_rolled_back += 1
         books.marks[_ROLL_BACKS[phase]] += 1
-    done = _done(request, reason, matched, kept_bytes, message, status, commits=commits)
+    done = _done(books, request, reason, matched, kept_bytes, message, status, commits=commits)
+    end_line(request)
+    if reason in COMMITS:
+        remember(books, request)
     _send(books, request, done, commits)
     del books.requests[request.key]
     books.tenants.leave(request.tenant, request.input_tokens)
@@ -85,6 +89,7 @@ def _take_kv(books: Books, request: Request, commits: bool) -> None:
 
 
 def _done(
+    books: Books,
     request: Request,
     reason: str,
     matched: int | bytes | None,
@@ -106,6 +111,9 @@ def _done(
         completion_tokens=request.output_tokens,
         preemptions=request.preemptions,
         session_tokens=len(session.history) if session is not None and commits else -1,
+        drafts_offered=-1 if request.line is None else request.drafts_offered,
+        drafts_accepted=request.drafts_accepted,
+        sources=figures_of(books, request),
         status=status,
         message=message,
     )
@@ -162,6 +170,7 @@ def _discard(books: Books, node: Session) -> None:
     """Forget a node and all that it holds; no turn of it may be in flight."""
     assert node.turn is None and node.root is not None
     books.drop_parked(node)
+    node.index = None
     node.tenant.held_tokens -= len(node.history)
     del node.root.nodes[node.rid]
     books.node_count -= 1
@@ -173,6 +182,7 @@ def close_session(books: Books, session: Session, reason: str) -> None:
     discard_turns(books, session, None)
     release_reserve(books, session)
     books.drop_parked(session)
+    session.index = None
     del books.sessions[session.key]
     session.tenant.sessions -= 1
     session.tenant.held_tokens -= len(session.history)

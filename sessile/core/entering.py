@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sessile.contract.drafting import DraftWish
 from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
 from sessile.core.books import Books
+from sessile.core.drafting import wish_of
 from sessile.core.ending import discard_turns, end_request
 from sessile.core.forking import fork_session
 from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
@@ -40,7 +42,7 @@ def enter_plain(books: Books, message: Submit) -> None:
         raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
     tenant = books.tenants.named(message.tenant)
     goal = _goal(books, message, tenant, 0, message.tokens, books.limits.context_tokens)
-    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, None)
+    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, wish_of(books, message, tenant), None)
 
 
 def enter_turn(books: Books, message: Submit, session: Session) -> None:
@@ -62,7 +64,7 @@ def enter_turn(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, base_tokens)
     tokens = _without_bos(books, message.tokens, base_tokens)
     goal = _goal(books, message, session.tenant, base_tokens, tokens, session.tokens_max)
-    _start_turn(books, message, session, tokens, goal)
+    _start_turn(books, message, session, tokens, goal, wish_of(books, message, session.tenant))
 
 
 def open_session(
@@ -139,6 +141,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, origin.tokens)
     tokens = _without_bos(books, message.tokens, origin.tokens)
     goal = _goal(books, message, session.tenant, origin.tokens, tokens, session.tokens_max)
+    wish = wish_of(books, message, session.tenant)
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
@@ -148,7 +151,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     books.node_count += 1
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
-    _start_turn(books, message, node, tokens, goal)
+    _start_turn(books, message, node, tokens, goal, wish)
 
 
 def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
@@ -337,9 +340,11 @@ def _new_session(
     )
 
 
-def _start_turn(books: Books, message: Submit, session: Session, tokens: Packed, goal: int) -> None:
+def _start_turn(
+    books: Books, message: Submit, session: Session, tokens: Packed, goal: int, wish: DraftWish
+) -> None:
     """The session's right to be in flight goes to this request."""
-    request = _enter(books, message, session.tenant, session.history, tokens, goal, session)
+    request = _enter(books, message, session.tenant, session.history, tokens, goal, wish, session)
     session.turn = RequestKey(request.key)
     if session.root is not None:
         session.root.turns_in_flight += 1
@@ -348,11 +353,20 @@ def _start_turn(books: Books, message: Submit, session: Session, tokens: Packed,
 
 
 def _enter(
-    books: Books, message: Submit, tenant: Tenant, base: History, tokens: Packed, goal: int, session: Session | None
+    books: Books,
+    message: Submit,
+    tenant: Tenant,
+    base: History,
+    tokens: Packed,
+    goal: int,
+    wish: DraftWish,
+    session: Session | None,
 ) -> Request:
     eos = () if message.sampling.ignore_eos else books.facts.eos_ids
     stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
-    request = Request(message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant)
+    request = Request(
+        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, wish=wish
+    )
     books.rows.provide_for(stop_ids, message.logprobs)
     books.arrivals += 1
     request.arrival = books.arrivals

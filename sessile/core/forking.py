@@ -18,6 +18,8 @@ def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> 
     books.totals.forks += 1
     child.cut_history(parent.history.fork(tokens), parent.turn_ends)
     child.tenant.held_tokens += tokens
+    if parent.index is not None and child.root is None:  # A branch's is forked when it first drafts: see drafting.py.
+        child.index = parent.index.fork(min(parent.index.tokens, tokens))
     parked = parent.parked
     kv_tokens = min(parked.tokens, tokens - 1) if parked is not None else 0
     if parked is None or kv_tokens <= 0:

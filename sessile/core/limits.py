@@ -99,6 +99,8 @@ class TenantPolicy:
     """Tokens of all its sessions' histories together."""
     shares_prefixes: bool = False
     """Whether its prompts are found among, and add to, the prefixes of all tenants that say so; else only its own."""
+    remembers: bool = False
+    """Whether its requests may ask to be remembered, so that later ones of the same tenant find drafts in them."""
 
     def __post_init__(self) -> None:
         assert 1 <= self.weight <= 1000, "a weight is from 1 to 1000"

@@ -7,6 +7,7 @@ a result changes, in settling.py; how a request ends, in ending.py.
 from collections import deque
 from collections.abc import Mapping
 
+from sessile.contract.drafting import Drafter
 from sessile.contract.messages import (
     Batch,
     Cancel,
@@ -46,7 +47,7 @@ from sessile.core.forking import fork_session, rewind_session
 from sessile.core.limits import Limits
 from sessile.core.marks import Mark
 from sessile.core.planned import Planned
-from sessile.core.planning import Drafter, Planner
+from sessile.core.planning import Planner
 from sessile.core.session import Session
 from sessile.core.settling import settle_step
 from sessile.core.watch import Report, Watch
@@ -70,9 +71,8 @@ class Machine:
     def __init__(self, limits: Limits, facts: ModelFacts, *, drafter: Drafter | None = None) -> None:
         self._limits = limits
         self._facts = facts
-        self._books = Books(limits, facts)
-        self._planner = Planner(self._books, drafter)
-        self._drafter = drafter
+        self._books = Books(limits, facts, drafter if limits.drafts_max else None)
+        self._planner = Planner(self._books)
         self._bos = pack_tokens([facts.bos_id or 0])
         self._flights: deque[Flight] = deque()
         self._flushes: list[int] = []
@@ -267,7 +267,7 @@ class Machine:
     def complete(self, planned: Planned) -> StepPlan | None:
         """The late part: what to launch. None if every row ended meanwhile. A late plan needs all steps settled."""
         assert not (planned.late and self._flights), "a late plan was completed before the step in flight settled"
-        flight = assemble(self._books, planned, self._drafter)
+        flight = assemble(self._books, planned)
         if flight is None:
             # Nothing will run under this number, so nothing can touch what was stamped with it.
             self._books.settled_step = planned.step

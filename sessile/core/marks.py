@@ -27,6 +27,7 @@ class Mark(StrEnum):
     ROW_GONE = "a row ended between the early and the late part of a plan"
     COPIES_ALONE = "a plan of copies alone"
     DRAFTS_CUT_BY_PAGES = "drafts cut because pages were short"
+    DRAFT_PAGES_GIVEN_UP = "pages drawn for drafts given up before anybody was preempted"
     RESERVE_SPENT = "pages of a reserve set free for their session"
     RESERVE_OWED = "a reserve waited for pages"
     REPLAYED = "a lost reply said again"

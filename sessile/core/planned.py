@@ -54,7 +54,7 @@ class Planned:
         self.sampling = _NO_FLAGS
         """bool[rows_max]: which rows sample in this step, without regard to drafts."""
         self.draft_caps: Column | None = None
-        """None: no drafts."""
+        """None: no drafts, and none in flight."""
         self.parts: list[PromptPart] = []
         self.bound: list[Request] = []
         """Who is admitted. Their parts are the last ones of `parts`."""

@@ -6,13 +6,12 @@ step; only what nothing covers preempts, and then the newest arrival, for the sa
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from sessile.core.admitting import Admitter
 from sessile.core.books import Books
+from sessile.core.drafting import most_drafts
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.request import Request
@@ -21,24 +20,11 @@ from sessile.core.rows import Column
 from sessile.units import RowId, ceil_div
 
 
-class Drafter(Protocol):
-    """Proposes tokens that the model will verify. Must be a pure function of what it was told."""
-
-    def limit(self, key: int) -> int:
-        """Most drafts worth verifying for this request in the next step; asked early, when pages are set aside."""
-        ...
-
-    def draft(self, key: int, context: npt.NDArray[np.int32], limit: int) -> Sequence[int]:
-        """At most `limit` tokens that may follow. context: the last tokens of the request (at most 64); asked late."""
-        ...
-
-
 class Planner:
     """Chooses rows, token counts and pages. Holds no state of its own but the step of the last forced retraction."""
 
-    def __init__(self, books: Books, drafter: Drafter | None) -> None:
+    def __init__(self, books: Books) -> None:
         self._books = books
-        self._drafter = drafter
         self._retracted_step = 0
         self._decoded_last = False
         self.budget_tokens = books.limits.chunk_tokens
@@ -268,6 +254,8 @@ class Planner:
             if total <= free + books.ledger.limbo_pages + self._pages_of_victims():
                 books.marks[Mark.LIMBO_SHORTAGE] += total > free
                 break
+            if books.drafter is not None and self._give_up_draft_pages(planned):
+                continue
             first_denied = next(w for i, w in enumerate(wants) if sum(p for _, _, p in wants[: i + 1]) > free)
             victim = self._newest_running(sparing_reserved=True)
             if victim is None or victim.row == first_denied[1]:
@@ -294,6 +282,23 @@ class Planner:
         planned.parts = parts
         planned.tokens = len(kept) + sum(part.count for part in parts)
 
+    def _give_up_draft_pages(self, planned: Planned) -> bool:
+        """Let go of the pages that rows drew for drafts and do not need in this step; whether there were any (H48)."""
+        books, rows = self._books, self._books.rows
+        needed = rows.planned + planned.sampling
+        spare = rows.pages + -needed // books.limits.page_size
+        spare[~rows.plannable] = 0
+        spare[[part.row for part in planned.parts]] = 0
+        given_up = (spare > 0).nonzero()[0]
+        for row in given_up.tolist():
+            lease = rows.occupant(row).lease
+            assert lease is not None
+            # A step in flight may still write drafts there.
+            books.ledger.drop_tail(lease, len(lease) - int(spare[row]), books.planned_step)
+        rows.pages[given_up] -= spare[given_up]
+        books.marks[Mark.DRAFT_PAGES_GIVEN_UP] += len(given_up) > 0
+        return len(given_up) > 0
+
     def _pages_of_victims(self) -> int:
         """Pages that requests to be preempted at the next settle will give up."""
         rows = self._books.rows
@@ -309,32 +314,35 @@ class Planner:
 
     def _offer_drafts(self, planned: Planned) -> None:
         """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
-        decodes = planned.decodes
-        drafter, books = self._drafter, self._books
-        if drafter is None or not books.limits.drafts_max or not len(decodes):
+        decodes, books = planned.decodes, self._books
+        if books.drafter is None or not len(decodes):
             return
-        rows = books.rows
-        size = books.limits.page_size
-        budget = self._budget(True) - planned.tokens
-        caps = np.zeros(len(decodes), np.int64)
-        for index, row in enumerate(decodes.tolist()):
-            after = int(rows.planned[row]) + 1
-            cap = min(books.limits.drafts_max, budget, int(rows.kv_goal[row]) - after)
-            if cap <= 0:
-                continue
-            cap = min(cap, drafter.limit(int(rows.key[row])))
-            wanted = ceil_div(after + cap, size) - int(rows.pages[row])
-            granted = min(wanted, books.ledger.free_pages)
-            if granted > 0:
-                self._draw(planned, row, granted)
-            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted
-            cap = min(cap, int(rows.pages[row]) * size - after)
-            caps[index] = cap
-            planned.tokens += cap
-            budget -= cap
-        planned.draft_caps = caps
         # Behind drafts in flight, a row's position is known only when they have settled.
-        planned.late = bool(caps.any() or (rows.pending[decodes] > 1).any())
+        is_ahead = np.count_nonzero(books.rows.pending[decodes] > 1) > 0
+        caps = NO_ROWS
+        budget = self._budget(True) - planned.tokens
+        if budget > 0:
+            caps = most_drafts(books, decodes, planned.tokens)
+            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
+            self._draw_for_drafts(planned, caps)
+            planned.tokens += int(caps.sum())
+        if is_ahead or np.count_nonzero(caps):
+            planned.late = True
+            planned.draft_caps = caps if len(caps) else np.zeros(len(decodes), np.int64)
+
+    def _draw_for_drafts(self, planned: Planned, caps: Column) -> None:
+        """Draw free pages for drafts; where there are too few, cut the row's entry in `caps`."""
+        books, rows, decodes = self._books, self._books.rows, planned.decodes
+        size = books.limits.page_size
+        after = rows.planned[decodes] + 1
+        wanted = -(-(after + caps) // size) - rows.pages[decodes]
+        for index in (wanted > 0).nonzero()[0].tolist():
+            row, pages = RowId(decodes[index]), int(wanted[index])
+            granted = min(pages, books.ledger.free_pages)
+            if granted:
+                self._draw(planned, row, granted)
+            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < pages
+            caps[index] = min(int(caps[index]), int(rows.pages[row]) * size - int(after[index]))
 
     def _charge(self, planned: Planned) -> None:
         """Count what the step runs for each tenant."""

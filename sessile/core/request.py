@@ -4,6 +4,7 @@ from array import array
 from enum import Enum, auto
 from struct import Struct
 
+from sessile.contract.drafting import DraftLine, DraftWish
 from sessile.contract.messages import Done, Sampling, Scores, Submit, TokenDetail
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
@@ -50,10 +51,13 @@ class Request:
         "cached_tokens",
         "computed_tokens",
         "delta",
+        "drafts_accepted",
+        "drafts_offered",
         "goal_tokens",
         "input",
         "key",
         "lease",
+        "line",
         "logprobs",
         "matcher",
         "output",
@@ -67,6 +71,7 @@ class Request:
         "prompt_tokens",
         "publishing",
         "reached_tokens",
+        "remembered",
         "replied",
         "rid",
         "row",
@@ -81,6 +86,7 @@ class Request:
         "stop_ids",
         "tenant",
         "urgent",
+        "wish",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +99,7 @@ class Request:
         stop_ids: tuple[int, ...],
         session: Session | None,
         tenant: Tenant,
+        wish: DraftWish,
     ) -> None:
         sampling = message.sampling
         self.key = message.key
@@ -146,6 +153,12 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
+        self.wish = wish
+        self.line: DraftLine | None = None
+        """With it the index of its sequence, from its first admission to its end if it drafts."""
+        self.drafts_offered = 0
+        self.drafts_accepted = 0
+        self.remembered = message.remember
         self.slow = (
             self.matcher is not None
             or self.logprobs >= 0
@@ -176,6 +189,7 @@ class Request:
             step,
             self.logprobs,
             self.tenant.index,
+            0 if self.line is None else self.wish.drafts_max,
         )
 
     def note_admission(self, start_tokens: int) -> None:

@@ -29,6 +29,7 @@ OUTPUT_COLUMNS = 64
 COLUMNS = (
     "key", "live", "slow", "arrival", "known", "filled", "settled", "planned",
     "pending", "kv_goal", "pages", "pinned", "prompt", "last_token", "last_step", "logprobs", "tenant",
+    "drafts",
 )  # fmt: skip
 """The columns that a request sets when it takes a row, in the order of `pack_row`; RowTable describes them."""
 pack_row = Struct(f"<{len(COLUMNS)}q").pack
@@ -72,6 +73,8 @@ class RowTable(Generic[Occupant]):
     """-1, or how many of the most likely tokens are wanted beside each output token."""
     tenant: Column
     """Index of the request's tenant."""
+    drafts: Column
+    """Most drafts that the request may have in a step."""
     filled: Column
     """Output tokens in `outputs` that the request has not taken over yet."""
 

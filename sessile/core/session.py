@@ -8,6 +8,7 @@ turn runs, else parked here. Parked KV is reclaimable page by page from its tail
 from array import array
 from dataclasses import dataclass
 
+from sessile.contract.drafting import SequenceIndex
 from sessile.contract.messages import Done, Scores, TokenDetail, with_key
 from sessile.core.effects import Effects
 from sessile.core.history import History, Packed
@@ -71,9 +72,9 @@ class Session:
     """
 
     __slots__ = (
-        "branching", "closing", "history", "id", "idle_timeout_ns", "input_end", "last_use", "last_used_ns", "metadata",
-        "nodes", "opened_ns", "parent", "parked", "reply", "reserve", "reserved_pages", "rid", "root", "serial",
-        "tenant", "tokens_max", "turn", "turn_ends", "turns_in_flight",
+        "branching", "closing", "history", "id", "idle_timeout_ns", "index", "input_end", "last_use", "last_used_ns",
+        "metadata", "nodes", "opened_ns", "parent", "parked", "reply", "reserve", "reserved_pages", "rid", "root",
+        "serial", "tenant", "tokens_max", "turn", "turn_ends", "turns_in_flight",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +100,8 @@ class Session:
         self.turn: RequestKey | None = None
         """The mark belongs to a request: only the end of that very request clears it (H25, H33)."""
         self.parked: ParkedKv | None = None
+        self.index: SequenceIndex | None = None
+        """Where drafts are looked up, between turns that draft; of no more tokens than the history has."""
         self.closing = False
         self.opened_ns = now_ns
         self.last_used_ns = now_ns
@@ -144,6 +147,12 @@ class Session:
         return len(self.turn_ends)
 
     def cut_history(self, history: History, turn_ends: "array[int]") -> None:
-        """Take over a history and the ends of those turns that lie in it."""
+        """Take over a history and the ends of those turns that lie in it; the index is cut with it."""
         self.history = history
         self.turn_ends = array("q", (end for end in turn_ends if end <= len(history)))
+        self.cut_index()
+
+    def cut_index(self) -> None:
+        """Let the index forget what the history does not have."""
+        if self.index is not None and self.index.tokens > len(self.history):
+            self.index.truncate(len(self.history))

@@ -14,6 +14,7 @@ from sessile.contract.plan import Ints, StepResult
 from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
 from sessile.core.containment import guarded
+from sessile.core.drafting import judge_drafts
 from sessile.core.ending import end_request
 from sessile.core.planned import PromptPart
 from sessile.core.request import Phase, Request
@@ -29,15 +30,15 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
     _validate(flight, result)
     books.settled_step = flight.plan.step
-    if flight.sampling is not None:
-        books.rows.pending -= flight.sampling
-    else:
+    if flight.is_drafted:
         books.rows.pending[flight.rows] -= flight.allowed
+    else:
+        books.rows.pending -= flight.sampling
     _settle_prompts(books, flight, result)
-    if flight.sampling is None or np.count_nonzero(result.faulty):
+    if np.count_nonzero(result.faulty):
         _settle_others(books, flight, result, range(len(flight.rows)))
     else:
-        _settle_plain(books, flight, flight.sampling, result)
+        _settle_plain(books, flight, result)
     for request in books.victims:
         if request.phase is Phase.RUNNING:
             guarded(books, request, books.preempt, request)
@@ -56,7 +57,7 @@ def _validate(flight: Flight, result: StepResult) -> None:
     if not exact and (np.count_nonzero(emitted > allowed) or np.count_nonzero(emitted < np.minimum(allowed, 1))):
         raise PlanError(f"step {plan.step}: the device emitted token counts that the plan does not allow")
     if (
-        len(result.tokens) != (flight.samples if exact and flight.sampling is not None else int(emitted.sum()))
+        len(result.tokens) != (flight.samples if exact and not flight.is_drafted else int(emitted.sum()))
         or len(result.faulty) != len(plan.rows)
         or len(result.score_logprobs) != len(plan.score_queries)
     ):
@@ -71,15 +72,15 @@ def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
             guarded(books, part.request, _settle_prompt, books, part.request, part, result, scores)
 
 
-def _settle_plain(books: Books, flight: Flight, sampling: Flags, result: StepResult) -> None:
+def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
     """Rows that append one token with nothing to look at but stop tokens and length go together, others one by one.
 
-    Not plain: rows with stop strings, log-probabilities, a least output; a prompt of which one token was left; rows
-    whose request has ended. The rows of a step with drafts, or with a faulty row, all go the long way.
+    Not plain: rows with drafts, stop strings, log-probabilities, a least output; a prompt of which one token was left;
+    rows whose request has ended. The rows of a step with a faulty row all go the long way.
     """
     rows = books.rows
     plain = rows.live > rows.slow
-    plain &= sampling
+    plain &= flight.sampling
     plain &= rows.settled >= rows.prompt
     count = int(np.count_nonzero(plain))
     if count == len(flight.rows):
@@ -87,10 +88,14 @@ def _settle_plain(books: Books, flight: Flight, sampling: Flags, result: StepRes
         return
     chosen = plain[flight.rows]
     if count:
-        emitted = (flight.allowed > 0).nonzero()[0]
-        tokens = result.tokens if count == flight.samples else result.tokens[chosen[emitted]]
+        if flight.is_drafted:
+            tokens = result.tokens[result.emitted.cumsum()[chosen] - 1]
+        elif count == flight.samples:
+            tokens = result.tokens
+        else:
+            tokens = result.tokens[chosen[(flight.allowed > 0).nonzero()[0]]]
         _append_one(books, flight.rows[chosen], plain, tokens)
-    if count < flight.samples:
+    if count < flight.samples or flight.is_drafted:
         _settle_others(books, flight, result, (~chosen).nonzero()[0].tolist())
 
 
@@ -159,11 +164,11 @@ def _settle_other(
         end_request(books, request, "error", message="the model's output was not finite", status=500)
         return
     books.collect_output(request)
+    drafts = int(plan.draft_counts[index])
     if index < flight.decodes:
-        drafts = int(plan.draft_counts[index])
         _settle_decode(books, request, plan.step, int(plan.starts[index]), drafts, len(emitted) - 1)
     if emitted:
-        _emit(books, request, emitted, result, detail)
+        _emit(books, request, emitted, drafts, result, detail)
 
 
 def _settle_prompt(
@@ -207,16 +212,22 @@ def _settle_decode(books: Books, request: Request, step: int, start: int, drafts
     books.totals.computed_tokens += fresh
     request.reached_tokens = max(request.reached_tokens, settled)
     rows.settled[row] = settled
-    if drafts:
-        books.totals.drafts_accepted += accepted
-        if rows.last_step[row] == step:
-            rows.planned[row] = settled
+    if drafts and rows.last_step[row] == step:
+        rows.planned[row] = settled
 
 
 def _emit(
-    books: Books, request: Request, tokens: list[int], result: StepResult, detail: tuple[int, int, int] | None
+    books: Books,
+    request: Request,
+    tokens: list[int],
+    drafts: int,
+    result: StepResult,
+    detail: tuple[int, int, int] | None,
 ) -> None:
-    """Append output tokens up to the first stop, send them, and end the request if it stopped or is full."""
+    """Append output tokens up to the first stop, send them, and end the request if it stopped or is full.
+
+    drafts: how many were verified for them.
+    """
     kept = 0
     reason = ""
     matched: int | bytes | None = None
@@ -248,6 +259,8 @@ def _emit(
     books.effects.delta(request.key, tokens[:kept])
     if detail is not None and request.logprobs >= 0:
         _send_detail(books, request, kept, result, detail)
+    if drafts:
+        judge_drafts(books, request, drafts, kept - 1)
     if reason:
         kept_bytes = found.kept_bytes if isinstance(matched, bytes) and found is not None else -1
         end_request(books, request, reason, matched=matched, kept_bytes=kept_bytes)

@@ -3,7 +3,15 @@
 from heapq import nlargest
 from itertools import islice
 
-from sessile.contract.messages import PoolHolder, PoolView, SessionPage, SessionView, Stats, TenantFigures
+from sessile.contract.messages import (
+    PoolHolder,
+    PoolView,
+    SessionPage,
+    SessionView,
+    SourceFigures,
+    Stats,
+    TenantFigures,
+)
 from sessile.core.books import Books
 from sessile.core.ledger import LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.request import Phase, Request
@@ -142,6 +150,8 @@ def stats(books: Books) -> Stats:
         demoted_pages_total=totals.demoted_pages,
         drafts_offered_total=totals.drafts_offered,
         drafts_accepted_total=totals.drafts_accepted,
+        verifications_total=totals.verifications,
+        sources=[SourceFigures(source, *figures) for source, figures in sorted(totals.sources.items())],
         audit_checks_total=totals.audit_checks,
         audit_failures_total=totals.audit_failures,
         audit_violations_total=dict(totals.violations),

@@ -1,12 +1,13 @@
 """Open a device: choose formats, load the model, size the pool, compile the kernels."""
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from sessile.contract.plan import BIND_FLOATS, BIND_INTS, BIND_REPETITION, BIND_TOP_P, SAMPLE, StepPlan
+from sessile.contract.plan import BIND_FLOATS, BIND_INTS, BIND_REPETITION, BIND_TOP_P, SAMPLE, Ints, StepPlan
 from sessile.device.config import DeviceOptions
 from sessile.device.kv_pool import KvPool, auto_kv_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 """Gets a stage ("loading weights") and how far it is, 0 … 1."""
 
+TIMED_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TIMES_EACH = 3
+"""Runs of each size, of which the fastest counts; fewer if the model is slow."""
+TIMING_S = 0.4
+"""When so much time has passed, no sizes beyond those of a single row are begun."""
 _WEIGHT_BYTES = {"int8": 1.0, "int4": 0.625}
 
 
@@ -66,6 +72,7 @@ def open_device(
     prepare_sampling()
     warm_up(runner, page_size)
     progress("compiling kernels", 1.0)
+    step_ms = time_steps(runner, page_size, rows_max) if drafts_max else ()
     facts = DeviceFacts(
         model_path=str(loaded.path),
         architecture=config.architecture,
@@ -81,6 +88,7 @@ def open_device(
         rows_max=rows_max,
         kv_bytes=pool.bytes,
         weight_bytes=loaded.weight_bytes,
+        step_ms=step_ms,
     )
     return Worker(runner, facts)
 
@@ -130,6 +138,56 @@ def warm_up(runner: StepRunner, page_size: int) -> None:
     )  # fmt: skip
     runner.run(prompt)
     runner.run(StepPlan.empty(0, starts=one * tokens, query_counts=one, tokens=none, **common))
+
+
+def time_steps(runner: StepRunner, page_size: int, rows_max: int) -> tuple[tuple[int, float], ...]:
+    """(tokens, milliseconds) of steps of 1, 2, 4 … tokens, all but one a row being drafts: what verifying costs.
+
+    All rows share the same pages, which is nobody's KV yet.
+    """
+    pages = min(ceil_div(2 * SHORT_QUERY_TOKENS, page_size), runner.pages_total - 1)
+    rows = np.arange(min(rows_max, TIMED_TOKENS[-1] // SHORT_QUERY_TOKENS), dtype=np.int32)
+    start = min(SHORT_QUERY_TOKENS, pages * page_size - SHORT_QUERY_TOKENS)
+    table: list[tuple[int, float]] = []
+    if start < 0:
+        return ()
+    runner.run(_bound_plan(rows, pages))
+    begun_s = time.perf_counter()
+    for tokens in TIMED_TOKENS:
+        width = min(tokens, SHORT_QUERY_TOKENS)
+        is_late = time.perf_counter() - begun_s > TIMING_S
+        if tokens > width * rows.size or (is_late and tokens > SHORT_QUERY_TOKENS):
+            break
+        plan = _verifying_plan(rows[: tokens // width], width, start)
+        times_s: list[float] = []
+        while len(times_s) < TIMES_EACH and sum(times_s) < TIMING_S / 4:
+            started_s = time.perf_counter()
+            runner.run(plan)
+            times_s.append(time.perf_counter() - started_s)
+        table.append((tokens, min(times_s) * 1e3))
+    return tuple(table)
+
+
+def _bound_plan(rows: Ints, pages: int) -> StepPlan:
+    """Bind rows, greedy, all of them to the first pages of the pool."""
+    count = rows.size
+    ints, floats = np.zeros((count, BIND_INTS), np.int32), np.zeros((count, BIND_FLOATS), np.float32)
+    floats[:, (BIND_TOP_P, BIND_REPETITION)] = 1.0
+    none = np.zeros(count, np.int32)
+    return StepPlan.empty(
+        0, bind_rows=rows, bind_ints=ints, bind_floats=floats, bias_counts=none, ban_counts=none, prompt_counts=none,
+        output_counts=none, table_rows=rows, table_starts=none, table_counts=none + pages,
+        table_pages=np.tile(np.arange(1, pages + 1, dtype=np.int32), count),
+    )  # fmt: skip
+
+
+def _verifying_plan(rows: Ints, width: int, start: int) -> StepPlan:
+    """Run `width` tokens of each row, all but the first as drafts."""
+    one = np.ones(rows.size, np.int32)
+    return StepPlan.empty(
+        0, rows=rows, starts=one * start, query_counts=one * width, draft_counts=one * (width - 1),
+        flags=one * SAMPLE, output_indices=one, logprob_tops=-one, tokens=np.zeros(rows.size * width, np.int32),
+    )  # fmt: skip
 
 
 def _check_memory(config: ModelConfig, form: WeightFormat) -> None:

@@ -75,7 +75,8 @@ class GpuRunner:
         bucket = bucket_of(plan, self._decoder.shape.narrow_row_tokens)
         scores: list[PendingLogprobs] = []
         logprobs = None
-        if self._parameters.adjusted[plan.rows].any() or plan.score_queries.size or (plan.logprob_tops >= 0).any():
+        has_extras = plan.score_queries.size or plan.mask_queries.size or (plan.logprob_tops >= 0).any()
+        if has_extras or self._parameters.adjusted[plan.rows].any():
             scores, logprobs = self._run_with_extras(plan, bucket)
         elif not bucket.is_captured or not self._captures:
             self._run(bucket)
@@ -86,10 +87,11 @@ class GpuRunner:
 
     def _send(self, plan: StepPlan) -> None:
         """Queue the copy of what the device reads of a plan."""
-        # Penalties, bias, bans and scores are applied by other means, and only where a row has them.
+        # Penalties, bias, bans, masks and scores are applied by other means, and only where a row has them.
         plan = replace(
             plan, bias_tokens=NO_INTS, bias_values=NO_FLOATS, ban_tokens=NO_INTS, seen_tokens=NO_INTS,
-            copies=NO_INTS, score_queries=NO_INTS, score_targets=NO_INTS, score_tops=NO_INTS,
+            copies=NO_INTS, score_queries=NO_INTS, score_targets=NO_INTS, score_tops=NO_INTS, mask_queries=NO_INTS,
+            mask_words=NO_INTS,
         )  # fmt: skip
         packed = encode_plan(plan)
         if packed.size > self._upload.words:
@@ -141,7 +143,7 @@ class GpuRunner:
         return Forward(layout, decoder.forward(layout, BlockKinds(bucket.has_narrow, bucket.has_wide)))
 
     def _run_with_extras(self, plan: StepPlan, bucket: Bucket) -> tuple[list[PendingLogprobs], PendingLogprobs | None]:
-        """A step with prompt scores, log-probabilities, or rows whose logits are adjusted, without a graph."""
+        """A step with prompt scores, log-probabilities, masks, or rows whose logits are adjusted, without a graph."""
         forward = self._forward(bucket)
         scores = self._score(plan, forward)
         places = sample_positions(plan)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, SCRATCH_PAGE, StepPlan
 from sessile.errors import PlanError
+from sessile.units import ceil_div
 
 Longs = npt.NDArray[np.int64]
 
@@ -56,6 +57,22 @@ def check_plan(plan: StepPlan, rows_max: int, vocab_size: int, table_tokens: int
     fed[(np.cumsum(counts) - counts)[(plan.flags & FROM_DEVICE) != 0]] = True
     if ((plan.tokens < 0) & ~fed).any() or (plan.tokens >= vocab_size).any():
         raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {vocab_size}")
+    if plan.mask_queries.size or plan.mask_words.size:
+        _check_masks(plan, vocab_size)
+
+
+def _check_masks(plan: StepPlan, vocab_size: int) -> None:
+    """Each mask belongs to a place of its own where the step samples, and leaves a token to choose there."""
+    queries, words = plan.mask_queries, ceil_div(vocab_size, 32)
+    if plan.mask_words.size != queries.size * words:
+        raise PlanError(f"step {plan.step}: {queries.size} masks have {plan.mask_words.size} words, not {words} each")
+    if np.unique(queries).size != queries.size or not np.isin(queries, sample_positions(plan).flat).all():
+        raise PlanError(f"step {plan.step}: nothing is sampled at one of {queries.tolist()}, or it has two masks")
+    masks = plan.mask_words.reshape(-1, words).copy()
+    if vocab_size % 32:
+        masks[:, -1] &= np.int32((1 << vocab_size % 32) - 1)
+    if not masks.any(axis=1).all():
+        raise PlanError(f"step {plan.step}: a mask leaves no token to choose")
 
 
 def flatten_step(plan: StepPlan, table: Tensor, page_size: int, last_tokens: Tensor) -> FlatStep:

@@ -9,6 +9,7 @@ from torch import Tensor
 from sessile.contract.plan import StepPlan
 from sessile.device.inputs import SamplePositions
 from sessile.device.row_parameters import RowParameters
+from sessile.device.staging import to_device
 from sessile.kernels.sampling import sample
 
 
@@ -62,16 +63,18 @@ class Sampler:
         return tokens
 
     def adjust(self, plan: StepPlan, places: SamplePositions, logits: Tensor, flat_tokens: Tensor) -> Tensor:
-        """Logits with penalties, then bias, then bans, copied only if a row has any."""
+        """Logits with penalties, then bias, then bans, then masks, copied only if a row has any."""
         rows = plan.rows[places.row_indices]
         touched = np.flatnonzero(self._parameters.adjusted[rows]).tolist()
-        if not touched:
+        if not touched and not plan.mask_queries.size:
             return logits
         logits = logits.clone()
         for place in touched:
             row, depth, flat = int(rows[place]), int(places.depths[place]), int(places.flat[place])
             output_index = int(plan.output_indices[places.row_indices[place]]) + depth
             self._adjust_place(row, logits[place], flat_tokens[flat - depth + 1 : flat + 1], output_index)
+        if plan.mask_queries.size:
+            _apply_masks(plan, places, logits)
         return logits
 
     def _adjust_place(self, row: int, logits: Tensor, drafts: Tensor, output_index: int) -> None:
@@ -126,6 +129,16 @@ def accepted_counts(places: SamplePositions, tokens: Tensor, flat_tokens: Tensor
     wrong_depths.scatter_reduce_(0, row_of_place[after[is_wrong]], depths[after[is_wrong]], "amin")
     drafts_of_row = torch.zeros(rows, dtype=torch.int64, device=device).scatter_reduce_(0, row_of_place, depths, "amax")
     return torch.minimum(wrong_depths - 1, drafts_of_row)
+
+
+def _apply_masks(plan: StepPlan, places: SamplePositions, logits: Tensor) -> None:
+    """Make what the plan's masks leave out impossible, in place; logits float32[≥ m, vocab]."""
+    device = logits.device
+    masked = to_device(np.searchsorted(places.flat, plan.mask_queries), device)
+    words = to_device(plan.mask_words.reshape(plan.mask_queries.size, -1), device)
+    ids = torch.arange(logits.shape[-1], device=device)
+    is_allowed = (words[:, ids // 32] >> (ids % 32)) & 1
+    logits[masked] = logits[masked].masked_fill(is_allowed == 0, float("-inf"))
 
 
 def _all_by_row(places: SamplePositions, finite: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class DeviceFacts:
     """What was opened: sizes for the core's limits and names for the user.
 
     context_tokens: longest sequence that is served. pages_total counts the scratch page. kv_bytes is the size of the
-    pool, weight_bytes what the weights hold. attention: which kernels attend.
+    pool, weight_bytes what the weights hold. attention: which kernels attend. step_ms: (tokens, milliseconds) of steps
+    that verify drafts, fewest tokens first; empty if they were not measured.
     """
 
     model_path: str
@@ -42,6 +43,7 @@ class DeviceFacts:
     rows_max: int
     kv_bytes: int
     weight_bytes: int
+    step_ms: tuple[tuple[int, float], ...] = ()
 
 
 class Ticket:

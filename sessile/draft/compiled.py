@@ -31,3 +31,14 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def int32_at(typing_context, address):  # type: ignore[no-untyped-def]
+    """The int32 at an int64 address."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = ir.IntType(32)
+        return builder.load(builder.inttoptr(arguments[0], word.as_pointer()), align=4)
+
+    return types.int32(types.int64), generate

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.draft.corpus_file import read_corpus, write_corpus
+from sessile.draft.lookup import KIND, PART_FIELDS, PLACES, PLACES_AT, SORTED, TOKENS, TOKENS_AT
 from sessile.draft.suffixes import SEPARATOR, TOKEN_ID_MAX, count_positions, scatter_positions, sort_groups
 from sessile.errors import BuildCancelled, InvalidRequest, TooLong
 
@@ -29,7 +30,7 @@ class CorpusIndex:
 
     tokens: of all documents. documents: how many. resident_bytes: what it takes in memory, or of a file that is mapped.
     flat: int32, the documents with SEPARATOR before, between and behind them. positions: int32, indices into flat,
-    sorted as sessile/draft/suffixes.py says.
+    sorted as sessile/draft/suffixes.py says. part: what compiled code sees of it (sessile/draft/lookup.py).
     """
 
     def __init__(self, flat: Ints, positions: Ints, documents: int, label: bytes = b"") -> None:
@@ -42,6 +43,11 @@ class CorpusIndex:
         self.label = label
         self.tokens = max(len(flat) - documents - 1, 0)
         self.resident_bytes = flat.nbytes + positions.nbytes
+        self.part = np.zeros(PART_FIELDS, np.int64)
+        self.part[[KIND, TOKENS_AT, TOKENS, PLACES_AT, PLACES]] = (
+            SORTED, flat.ctypes.data, len(flat), positions.ctypes.data, len(positions),
+        )  # fmt: skip
+        self.part.flags.writeable = False
 
     @classmethod
     def build(

@@ -13,6 +13,7 @@ from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
 from sessile.engine.corpora import CorpusDesk
+from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import Inbox
@@ -52,6 +53,11 @@ class DeviceFacts(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    @property
+    def step_ms(self) -> StepTable:
+        """How long steps of few tokens take; empty if nobody drafts, or if the kind of device is not measured."""
+        ...
+
 
 class Device(Executor, Protocol):
     """An executor that says what it is."""
@@ -87,7 +93,9 @@ class Engine:
     device: Device
     ready: EngineReady
     options: EngineOptions
-    corpora: CorpusDesk
+    drafter: TimedDrafter | None = None
+    corpora: CorpusDesk | None = None
+    """None where nobody drafts."""
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""
@@ -103,6 +111,7 @@ class Engine:
             overlap=self.options.overlap == "on",
             pace=Pace(limit_ms, self.ready.chunk_tokens) if limit_ms else None,
             collector=collector,
+            drafter=self.drafter,
             corpora=self.corpora,
         )
 
@@ -116,17 +125,25 @@ def open_engine(
     on_cpu: bool,
     clock: Clock,
     tenants: tuple[TenantPolicy, ...] = (),
+    make_drafter: MakeDrafter = lookup_drafter,
 ) -> Engine:
     """Open the device and build the machine that its facts allow.
 
-    on_cpu decides defaults. tenants: those with limits of their own. The clock's origin is taken as the begin of the
-    start. Raises StartupError.
+    on_cpu decides defaults. tenants: those with limits of their own. make_drafter: called if drafts are to be looked
+    up. The clock's origin is taken as the begin of the start. Raises StartupError.
     """
     rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
-    device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max))
+    drafts_max = 0 if options.speculate == "off" else options.drafts_max
+    device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max, drafts_max))
     facts = device.facts
-    limits = limits_for(scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants)
-    machine = Machine(limits, describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens))
+    shelf, drafter = Shelf(), None
+    if options.speculate == "on" or (drafts_max and can_pay(facts.step_ms, drafts_max)):
+        drafter = TimedDrafter(make_drafter(shelf, facts.step_ms), clock)
+    limits = limits_for(
+        scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants, drafts_max=drafts_max if drafter else 0
+    )
+    model = describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens)
+    machine = Machine(limits, model, drafter=drafter)
     ready = EngineReady(
         model_name=Path(facts.model_path).name.removesuffix(".gguf"),
         model_path=facts.model_path,
@@ -139,11 +156,12 @@ def open_engine(
         pages_total=limits.pages_total,
         rows_max=limits.rows_max,
         chunk_tokens=limits.chunk_tokens,
+        drafts_max=limits.drafts_max,
         kv_bytes=facts.kv_bytes,
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options, CorpusDesk(Shelf()))
+    return Engine(machine, device, ready, options, drafter, CorpusDesk(shelf) if drafter else None)
 
 
 def limits_for(
@@ -153,6 +171,7 @@ def limits_for(
     *,
     on_cpu: bool,
     tenants: tuple[TenantPolicy, ...] = (),
+    drafts_max: int = 0,
 ) -> Limits:
     """The bounds of a core on this device: what the settings say, else what suits the kind of device."""
     return Limits(
@@ -163,6 +182,7 @@ def limits_for(
         chunk_tokens=scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS),
         mixed_chunk=scheduler.mixed_chunk == "on",
         mixed_chunk_tokens=scheduler.mixed_chunk_tokens,
+        drafts_max=drafts_max,
         sessions_max=scheduler.sessions_max,
         queue_max=scheduler.queue_max,
         queue_tokens_max=scheduler.queue_tokens_max,

@@ -22,3 +22,19 @@ class EngineOptions:
         low=0,
         high=60_000,
     )
+    speculate: str = option(
+        "off",
+        "Look up what may come next in the conversation, in corpora and in requests that may be remembered, and let the"
+        " model verify it: the same output in fewer steps, where text repeats. A request may say no, or how much. auto:"
+        " on where the step times measured at the start say that it can pay; never on a GPU, where none are measured"
+        " yet. Off by default, because what it gains depends on the texts.",
+        choices=("on", "off", "auto"),
+    )
+    drafts_max: int = option(
+        7,
+        "Most tokens looked up for a request in a step. On a CPU, rows of up to 8 tokens with their drafts are attended"
+        " in place; longer ones are read like a prompt.",
+        unit="tokens",
+        low=1,
+        high=255,
+    )

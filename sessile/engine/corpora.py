@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ log = logging.getLogger("sessile.engine")
 
 Place = tuple[str, str]
 """Tenant and id."""
-Uses = Callable[[], Mapping[Place, CorpusUse]]
 BAD_INDEX = "bad_index"
 
 
@@ -39,10 +37,8 @@ class CorpusDesk:
     its only writer.
     """
 
-    def __init__(self, shelf: Shelf, uses: Uses = dict) -> None:
-        """uses: what drafts have come to, for those corpora that have been drafted from."""
+    def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
-        self._uses = uses
         self._waiting: dict[Place, int] = {}
         """The newest load of each name that has not been put on the shelf → its op."""
         self._loads: queue.SimpleQueue[AddCorpus] = queue.SimpleQueue()
@@ -63,7 +59,7 @@ class CorpusDesk:
         elif isinstance(message, RemoveCorpus):
             self._replies.append(Reply(message.op, Outcome({"removed": self._remove(message)})))
         else:
-            self._replies.append(Reply(message.op, CorpusUses(self._uses_by_place())))
+            self._replies.append(Reply(message.op, CorpusUses(self._uses())))
 
     def take_replies(self) -> list[Reply]:
         """Put on the shelf what has been read since the last call, and return all answers. Between two steps only."""
@@ -105,11 +101,16 @@ class CorpusDesk:
         was_waiting = self._waiting.pop((message.tenant, message.corpus), None) is not None
         return self._shelf.remove(message.tenant, message.corpus) or was_waiting
 
-    def _uses_by_place(self) -> list[CorpusUse]:
-        known = self._uses()
+    def _uses(self) -> list[CorpusUse]:
         return [
-            known.get((entry.tenant, entry.corpus_id)) or CorpusUse(corpus=entry.corpus_id, tenant=entry.tenant)
-            for entry in self._shelf.snapshot.entries
+            CorpusUse(
+                corpus=corpus,
+                tenant=tenant,
+                drafts_offered=use.offered,
+                drafts_accepted=use.accepted,
+                accepted_by_length=tuple(use.accepted_by_length),
+            )
+            for (tenant, corpus), use in sorted(self._shelf.uses.items())
         ]
 
 

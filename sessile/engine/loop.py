@@ -11,6 +11,7 @@ from sessile.core.planned import Planned
 from sessile.core.watch import Report
 from sessile.engine.clock import Clock
 from sessile.engine.corpora import CorpusDesk
+from sessile.engine.drafting import TimedDrafter
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import Inbox
@@ -57,9 +58,12 @@ class EngineLoop:
         overlap: bool = True,
         pace: Pace | None = None,
         collector: IdleCollector | None = None,
+        drafter: TimedDrafter | None = None,
         corpora: CorpusDesk | None = None,
     ) -> None:
-        """corpora: None for an engine that drafts from none; it is asked for none then."""
+        """drafter: the machine's, if it has one, to tell how long it took. corpora: what it drafts from; None where
+        nobody drafts, and nobody asks for corpora then.
+        """
         self._machine = machine
         self._executor = executor
         self._inbox = inbox
@@ -69,7 +73,7 @@ class EngineLoop:
         self._pace = pace
         self._collector = collector
         self._corpora = corpora
-        self._times = StepTimes()
+        self._times = StepTimes(drafter)
         self._in_flight: StepInFlight | None = None
         self._settled_ns = 0
         self._turned = False

@@ -3,12 +3,17 @@
 import msgspec
 
 from sessile.contract.messages import Batch, Reply, Stats
+from sessile.engine.drafting import TimedDrafter
 
 
 class StepTimes:
-    """Running totals: time the device spent on steps and time the host spent on planning and settling them."""
+    """Running totals: time the device spent on steps and time the host spent on planning and settling them.
 
-    def __init__(self) -> None:
+    drafter: what of the latter went into drafts.
+    """
+
+    def __init__(self, drafter: TimedDrafter | None = None) -> None:
+        self._drafter = drafter
         self.step_ns_total = 0
         self.plan_ns_total = 0
 
@@ -22,6 +27,9 @@ class StepTimes:
         if not isinstance(reply.value, Stats):
             return reply
         stamped = msgspec.structs.replace(
-            reply.value, step_wall_s_total=self.step_ns_total / 1e9, plan_wall_s_total=self.plan_ns_total / 1e9
+            reply.value,
+            step_wall_s_total=self.step_ns_total / 1e9,
+            plan_wall_s_total=self.plan_ns_total / 1e9,
+            draft_wall_s_total=self._drafter.ns_total / 1e9 if self._drafter else 0.0,
         )
         return msgspec.structs.replace(reply, value=stamped)

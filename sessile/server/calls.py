@@ -105,6 +105,10 @@ class Order:
     expect_tokens: int = -1
     logprobs: int = -1
     prompt_logprobs_from: int = -1
+    speculate: bool | None = None
+    drafts_max: int = -1
+    corpora: tuple[str, ...] | None = None
+    remember: bool = False
 
 
 class Call:
@@ -146,6 +150,10 @@ class Call:
             expect_tokens=order.expect_tokens,
             logprobs=order.logprobs,
             prompt_logprobs_from=order.prompt_logprobs_from,
+            speculate=order.speculate,
+            drafts_max=order.drafts_max,
+            corpora=order.corpora,
+            remember=order.remember,
         )
         service.retry_advice.note_start(service.link.in_flight)
         self._stream = service.link.submit(submit, whole=self._whole)

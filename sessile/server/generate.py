@@ -13,6 +13,7 @@ from sessile.errors import InvalidRequest
 from sessile.server.auth import Asking
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
+from sessile.server.drafts import DraftFields, draft_figures
 from sessile.server.encoding import encode_text
 from sessile.server.keys import Caller
 from sessile.server.output import Logprobs, Output
@@ -75,7 +76,7 @@ class SessionParams(Body):
         )
 
 
-class GenerateBody(Body):
+class GenerateBody(DraftFields):
     """The body of /generate."""
 
     text: str | None = None
@@ -182,6 +183,7 @@ async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
         expect_tokens=_expected(body.session_params),
         logprobs=(body.top_logprobs_num or 0) if body.return_logprob else -1,
         prompt_logprobs_from=start if body.return_logprob else -1,
+        **body.wish,
     )
 
 
@@ -234,6 +236,7 @@ class _Reply:
             meta["e2e_latency"] = self.call.seconds
             if done.session_tokens >= 0:
                 meta["session_tokens"] = done.session_tokens
+            meta |= draft_figures(done)
         if self._body.return_logprob:
             meta |= self._logprobs(start)
         return {"text": text, "output_ids": output.tokens[start:], "meta_info": meta}

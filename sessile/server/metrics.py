@@ -95,6 +95,11 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
         ("sessile_drafts_accepted", "vllm:spec_decode_num_accepted_tokens"),
         "Draft tokens accepted.",
     ),
+    "verifications_total": (
+        ("sessile_verifications", "vllm:spec_decode_num_drafts"),
+        "Times that a request had drafts in a step.",
+    ),
+    "draft_wall_s_total": (("sessile_draft_seconds",), "Wall time of looking drafts up; a part of planning."),
     "audit_checks_total": (("sessile_audit_checks",), "Audits of page and row ownership."),
     "audit_failures_total": (("sessile_audit_failures",), "Audits that found a difference."),
     "quarantined_pages_total": (("sessile_quarantined_pages",), "Pages taken out of circulation after a violation."),
@@ -351,11 +356,30 @@ def _labelled_families(stats: Stats, model: str) -> Iterator[Metric]:
     for cause, field in REPREFILLED.items():
         again.add_metric([model, cause], getattr(stats, field))
     yield again
+    yield from _draft_families(stats, model)
     for field, (name, help) in TENANT_GAUGES.items():
         gauge = GaugeMetricFamily(name, help, labels=["model_name", "tenant"])
         for figures in stats.tenants:
             gauge.add_metric([model, figures.name], getattr(figures, field))
         yield gauge
+
+
+def _draft_families(stats: Stats, model: str) -> Iterator[Metric]:
+    """What drafts gained and what they cost, in all and by source."""
+    offered, accepted = stats.drafts_offered_total, stats.drafts_accepted_total
+    wasted = CounterMetricFamily("sessile_drafts_wasted", "Draft tokens verified in vain.", labels=["model_name"])
+    wasted.add_metric([model], offered - accepted)
+    yield wasted
+    for side in ("offered", "accepted"):
+        labels = ["model_name", "source"]
+        name, help = f"sessile_source_drafts_{side}", f"Drafts {side}, by source, of ended requests."
+        by_source = CounterMetricFamily(name, help, labels=labels)
+        for figures in stats.sources:
+            by_source.add_metric([model, figures.source], getattr(figures, f"drafts_{side}"))
+        yield by_source
+    length = 1 + accepted / max(1, stats.verifications_total)
+    yield _gauge("sglang:spec_accept_length", "Tokens of a request in a step with drafts, on average.", length, model)
+    yield _gauge("sglang:spec_accept_rate", "Accepted share of all drafts, 0 to 1.", accepted / max(1, offered), model)
 
 
 def _gauge(name: str, help: str, value: float, model: str) -> Metric:

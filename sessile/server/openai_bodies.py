@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
+from sessile.server.drafts import DraftFields
 from sessile.server.sampling import LOGPROBS_MAX, Count, Priority, SamplingFields
 
 PROMPTS_MAX = 128
@@ -71,7 +72,7 @@ class StreamOptions(Body):
     tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "continuous_usage_stats": (False,)}
 
 
-class OpenAIBody(SamplingFields):
+class OpenAIBody(SamplingFields, DraftFields):
     """What both routes have in common."""
 
     model: str | None = None

@@ -14,7 +14,7 @@ from sessile.sim import hashing, replies
 from sessile.sim.origins import Origin, context_of, descendants, origin_of
 from sessile.sim.records import RequestBook, SessionBook, check, fail
 from sessile.sim.reference import Speaker, ending_of
-from sessile.sim.refusals import count_lines, refusals_of_prompt, refusals_of_room, refusals_of_tenant
+from sessile.sim.refusals import count_lines, refusals_of_prompt, refusals_of_room, refusals_of_tenant, refusals_of_wish
 from sessile.sim.telling import check_logprobs, check_repeated, check_replayed
 from sessile.sim.world import World
 from sessile.units import ceil_div
@@ -126,6 +126,7 @@ class Books:
             origin.refusals
             | refusals_of_prompt(prompt, longest, submit.sampling.max_new_tokens)
             | refusals_of_tenant(submit, len(delta), limits, self.live.values(), self.sessions.values())
+            | refusals_of_wish(submit, limits)
         )
         wanted = submit.sampling.max_new_tokens
         room = max(0, longest - len(prompt))

@@ -178,7 +178,7 @@ class Form:
         """A step on its way: who runs, and what the device will answer is in its own part."""
         plan = flight.plan
         rows = [self._rows[row] for row in plan.rows.tolist()]
-        sampling = None if flight.sampling is None else flight.sampling[self._row_order].tolist()
+        sampling = flight.sampling[self._row_order].tolist()
         counts = (plan.starts, plan.query_counts, plan.draft_counts, plan.flags, flight.allowed)
         return [
             self.step(plan.step), rows, sampling, [each.tolist() for each in counts], flight.samples, flight.decodes,
@@ -243,14 +243,14 @@ _ROW_NAMES = frozenset({"key", "arrival", "last_step", "outputs"})
 """Columns of rows that hold names, and one that is only read as far as it is filled."""
 _WHOLE: dict[str, Write] = {"core.RowTable": Form.held_rows, "core.Flight": Form.flight}
 _RULES: dict[str, dict[str, Write | None]] = {
-    "core.Machine": dict.fromkeys(("_limits", "_facts", "_drafter", "_bos", "_watch")),
+    "core.Machine": dict.fromkeys(("_limits", "_facts", "_bos", "_watch")),
     # Worlds are made without forced retraction and with mixed steps, which these two are for.
-    "core.Planner": dict.fromkeys(("_books", "_drafter", "_retracted_step", "_decoded_last")),
+    "core.Planner": dict.fromkeys(("_books", "_retracted_step", "_decoded_last")),
     "core.Admitter": dict.fromkeys(("_books",)),
     "core.Books": {
         **dict.fromkeys((
-            "limits", "facts", "totals", "forecast", "effects", "events", "marks", "now_ns", "settled_step", "arrivals",
-            "session_serials", "idle_deadlines", "_parked_order",
+            "limits", "facts", "drafter", "totals", "forecast", "effects", "events", "marks", "now_ns", "settled_step",
+            "arrivals", "session_serials", "idle_deadlines", "_parked_order",
         )),
         "suspects": Form.pages,
         "requests": Form.values,

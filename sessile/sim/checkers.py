@@ -1,10 +1,14 @@
 """Checks of what goes to the device and of the machine's own figures, against the books of the clients."""
 
 from collections import Counter
+from collections.abc import Collection
 
-from sessile.contract.messages import Stats
+from sessile.contract.drafting import SequenceIndex
+from sessile.contract.messages import Stats, Submit
 from sessile.contract.plan import SAMPLE, StepPlan
+from sessile.core.machine import Machine
 from sessile.sim.books import Books
+from sessile.sim.drafter import ListIndex
 from sessile.sim.records import check, fail
 from sessile.sim.replies import check_pages
 from sessile.sim.toy import ToyDevice
@@ -16,8 +20,6 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
     """A launched plan keeps its bounds and runs only what clients still wait for. Counts what the device is asked."""
     limits = world.limits
     check(len(plan.tokens) <= chunk_tokens, "bounds", f"{len(plan.tokens)} tokens in a step of {chunk_tokens}")
-    if max(plan.draft_counts.tolist(), default=0) > limits.drafts_max:
-        fail("bounds", f"drafts {plan.draft_counts.tolist()}")
     oldest = next((key for key, request in books.live.items() if not request.is_over), None)
     bound = plan.bind_rows.tolist()
     decodes = prompts = 0
@@ -40,6 +42,8 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
         if is_bound and request.ran_as_oldest and not limits.retract_every:
             fail("fairness", f"request {request.key}, the oldest of all, was preempted")
         request.ran_as_oldest |= request.key == oldest
+        if drafts > _drafts_allowed(request.submit, limits.drafts_max):
+            fail("bounds", f"request {request.key} has {drafts} drafts in a step")
         query_count, prompt_tokens = count - drafts, len(request.prompt)
         request.device_prompt_tokens += max(0, min(start + query_count, prompt_tokens) - start)
         samples, last_output = bool(flags & SAMPLE), output_index + drafts
@@ -51,6 +55,34 @@ def check_plan(plan: StepPlan, world: World, books: Books, device: ToyDevice, ch
     if decodes:
         check(len(plan.tokens) <= limits.mixed_chunk_tokens, "bounds", f"{len(plan.tokens)} tokens beside decoding")
         check(limits.mixed_chunk or not prompts, "bounds", "a mixed step, though they are off")
+
+
+def _drafts_allowed(submit: Submit, most: int) -> int:
+    if submit.speculate is False:
+        return 0
+    return most if submit.drafts_max < 0 else min(most, submit.drafts_max)
+
+
+def check_indexes(machine: Machine, books: Books, indexes: Collection[object]) -> None:
+    """Every draft index holds the first tokens of what its holder has; `indexes`, all that exist, have one each."""
+    held = 0
+    for key, request in machine._books.requests.items():
+        if request.line is not None:
+            known = [*books.requests[key].prompt, *books.requests[key].output]
+            _check_index(request.line.index, known, f"request {key}")
+            held += 1
+    for session in machine._books.lines():
+        if session.index is not None:
+            book = books.sessions[session.id]
+            _check_index(session.index, (book.nodes[session.rid] if session.root else book).history, f"{session.key}")
+            held += 1
+    check(held == len(indexes), "leak", f"{len(indexes)} draft indexes are there, {held} can be used")
+
+
+def _check_index(index: SequenceIndex, known: list[int], holder: str) -> None:
+    assert isinstance(index, ListIndex)
+    if index.known.tolist() != known[: index.tokens]:
+        fail("index", f"the index of {holder} holds {index.tokens} tokens, not the first of its {len(known)}")
 
 
 class Readers:

@@ -303,7 +303,7 @@ _STEPS = (
     ),
     _fault(
         "late positions stale", "H11, H49", "a plan with drafts keeps the positions of its early part",
-        "assembly", "    starts = rows.settled[decodes].copy()\n",
+        "assembly", "    starts = rows.settled[decodes]\n",
         "    starts = rows.planned[decodes] - np.minimum(rows.pending[decodes], 1 + counts)\n",
     ),
     _fault(
@@ -320,9 +320,7 @@ _STEPS = (
     ),
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
-        "planning", "            if granted > 0:\n                self._draw(planned, row, granted)\n"
-        "            books.marks[Mark.DRAFTS_CUT_BY_PAGES] += granted < wanted\n"
-        "            cap = min(cap, int(rows.pages[row]) * size - after)\n", "",
+        "planning", "            self._draw_for_drafts(planned, caps)\n", "",
     ),
     _fault(
         "oldest is the victim", "H77", "preemption picks the oldest running request",
@@ -339,7 +337,71 @@ _STEPS = (
     ),
 )
 
+_DRAFTS = (
+    _fault(
+        "index kept at a roll-back", "H18, H26", "the index of a session keeps the tokens of a turn that left no trace",
+        "drafting", "        session.index = line.index\n        session.cut_index()\n",
+        "        session.index = line.index\n",
+    ),
+    _fault(
+        "index kept at a rewind", "H11, H18", "a rewound session's index still knows what came after",
+        "session", "        self.cut_index()\n\n    def", "\n    def",
+    ),
+    _fault(
+        "index with two holders", "H01, H19", "a session keeps its index while its turn has it too",
+        "drafting", "    index, session.index = session.index, None\n", "    index = session.index\n",
+    ),
+    _fault(
+        "index shared by a fork", "H28, H51", "parent and child of a fork write to the same index",
+        "forking", "child.index = parent.index.fork(min(parent.index.tokens, tokens))",
+        "child.index = parent.index if parent.index.tokens <= tokens else parent.index.fork(tokens)",
+    ),
+    _fault(
+        "index kept at close", "H19", "a closed session does not let go of its index",
+        "ending", "    session.index = None\n", "",
+    ),
+    _fault(
+        "index told of what is in flight", "H49", "the index is shown the last token twice",
+        "drafting", "index.extend(request.tokens(index.tokens, known))",
+        "index.extend(request.tokens(max(0, index.tokens - 1), known))",
+    ),
+    _fault(
+        "branch looks up beyond its offset", "H11", "a branch's index begins with all of what it goes on from",
+        "drafting", "parent.index.fork(min(parent.index.tokens, len(session.history)))",
+        "parent.index.fork(parent.index.tokens)",
+    ),
+    _fault(
+        "rejected drafts count as settled", "H10, H30", "KV of drafts that were wrong is taken for right",
+        "settling", "    settled = start + 1 + accepted\n", "    settled = start + 1 + drafts\n",
+    ),
+    _fault(
+        "rejected draft in the history", "H11, H30", "a draft that was wrong is emitted behind the right ones",
+        "settling", "        emitted = tokens[ends[index - 1] if index else 0 : ends[index]]\n",
+        "        emitted = tokens[ends[index - 1] if index else 0 : ends[index]]\n"
+        "        if len(emitted) < 1 + int(plan.draft_counts[index]):\n"
+        "            place = int(plan.query_counts[: index + 1].sum()) - int(plan.draft_counts[index])\n"
+        "            emitted = [*emitted, int(plan.tokens[place + len(emitted) - 1])]\n",
+    ),
+    _fault(
+        "drafts beyond the last token", "H11", "the number of drafts does not look at what the request may still say",
+        "drafting", "np.minimum(rows.drafts[decodes], rows.kv_goal[decodes] - rows.planned[decodes] - 1)",
+        "rows.drafts[decodes]",
+    ),
+    _fault(
+        "drafts beyond the budget", "H15, H50", "drafts are not counted against what a step may run",
+        "planning", "            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
+    ),
+    _fault(
+        "drafts of a row that said no", "H50", "a request that turned drafts off gets some",
+        "drafting", "0 if message.speculate is False else most", "most",
+    ),
+    _fault(
+        "another's history allowed", "H51", "a tenant that keeps no history may ask to be remembered",
+        "drafting", "if message.remember and name and not tenant.policy.remembers:", "if False:",
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
-    *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS,
+    *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS, *_DRAFTS,
 )  # fmt: skip
 """Every fault, in the order of the table."""

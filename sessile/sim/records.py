@@ -28,6 +28,11 @@ def fail(checker: str, message: str) -> NoReturn:
     raise CheckFailed(checker, message)
 
 
+def corpus_of(key: int) -> str:
+    """The corpus that holds what a request is about to say."""
+    return f"what request {key} says"
+
+
 @dataclass(slots=True)
 class SessionBook:
     """A session as its client knows it."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sessile.contract.messages import Submit
 from sessile.core.limits import Limits, TenantPolicy
-from sessile.sim.records import RequestBook, SessionBook
+from sessile.sim.records import RequestBook, SessionBook, corpus_of
 
 
 def refusals_of_prompt(prompt: list[int], longest: int, wanted: int | None) -> set[int]:
@@ -32,6 +32,17 @@ def refusals_of_tenant(
         or (submit.session is not None and _exceeds(held + new_tokens, policy.held_tokens_max))
     )
     return {429} if beyond else set()
+
+
+def refusals_of_wish(submit: Submit, limits: Limits) -> set[int]:
+    """What is asked of drafts and cannot be had: no drafter, no such corpus, no history for this tenant."""
+    asks = bool(submit.speculate or submit.corpora is not None or submit.remember)
+    refusals = {400} if asks and not limits.drafts_max else set()
+    if submit.remember and submit.tenant and not _policy(limits, submit.tenant).remembers:
+        refusals.add(400)
+    if limits.drafts_max and submit.corpora and submit.corpora != (corpus_of(submit.key),):
+        refusals.add(404)
+    return refusals
 
 
 def refusals_of_room(tenant: str, limits: Limits, sessions: Iterable[SessionBook]) -> list[int]:

@@ -13,7 +13,7 @@ from sessile.contract import messages as wire
 from sessile.contract.plan import StepPlan, decode_plan, encode_plan
 from sessile.core import machine as core
 from sessile.sim.books import Books
-from sessile.sim.checkers import Readers, check_empty, check_plan, check_stats, check_sums
+from sessile.sim.checkers import Readers, check_empty, check_indexes, check_plan, check_stats, check_sums
 from sessile.sim.drafter import ToyDrafter
 from sessile.sim.narrate import Event, narrate
 from sessile.sim.records import CheckFailed, Failure, Report, Script, check
@@ -37,8 +37,8 @@ class Simulation:
         self._workload = Workload(world, self._books)
         self._script = script
         self._sent: dict[int, Sequence[wire.ToEngine]] = {}
-        drafter = ToyDrafter(world, self._books) if limits.drafts_max else None
-        self._machine = core.Machine(limits, facts, drafter=drafter)
+        self._drafter = ToyDrafter(world, self._books) if limits.drafts_max else None
+        self._machine = core.Machine(limits, facts, drafter=self._drafter)
         device_dice = Random(f"device {world.seed}")
         self._device = ToyDevice(
             pages_total=limits.pages_total,
@@ -105,6 +105,8 @@ class Simulation:
             if not self._audited:
                 self._machine.audit()
             check_stats(self._machine.stats(), self._world, self._books, self._books.totals)
+            if self._drafter is not None:
+                check_indexes(self._machine, self._books, self._drafter.indexes)
         return moved
 
     def _messages(self) -> Sequence[wire.ToEngine]:
@@ -211,3 +213,5 @@ class Simulation:
             turns_max -= 1
             check(turns_max > 0, "liveness", "the last flush does not end")
         check_empty(self._machine.stats())
+        if self._drafter is not None:
+            check(not self._drafter.indexes, "leak", f"{len(self._drafter.indexes)} draft indexes are left")

@@ -1,13 +1,14 @@
 """What clients send next, by seed: prompts that share and repeat, sessions, cancels, closes, nonsense and looks."""
 
 from random import Random
+from typing import Any
 
 import msgspec.structs
 
 from sessile.contract import messages as wire
 from sessile.sim.books import Books
 from sessile.sim.origins import context_of
-from sessile.sim.records import RequestBook, SessionBook
+from sessile.sim.records import RequestBook, SessionBook, corpus_of
 from sessile.sim.world import BOS, World
 from sessile.units import ceil_div
 
@@ -21,6 +22,7 @@ class Workload:
         self._world = world
         self._books = books
         self._draw = Random(f"workload {world.seed}")
+        self._draft_draw = Random(f"drafts {world.seed}")
         self._stems = [self._tokens(world.temper.prompt_tokens_max) for _ in range(3)]
         self._sessions_wanted = min(world.temper.sessions_wanted, world.limits.sessions_max)
         self._intended: dict[str, list[int]] = {}
@@ -148,7 +150,22 @@ class Workload:
             expect_tokens=self._expectation(session) if session else -1,
             logprobs=draw.choice([0, 2]) if self._chance(temper.logprob_rate) else -1,
             prompt_logprobs_from=draw.choice([0, 1, 5]) if self._chance(temper.logprob_rate) else -1,
+            **self._wish(),
         )
+
+    def _wish(self) -> dict[str, Any]:
+        """What a request wants of drafts: mostly those that its world knows, sometimes its own, few or none."""
+        draw, limits = self._draft_draw, self._world.limits
+        if not limits.drafts_max:
+            return {}
+        kind = draw.random()
+        wish: dict[str, Any] = {"corpora": (corpus_of(self._keys),)} if kind < 0.8 else {}
+        if kind > 0.95:
+            wish["speculate"] = draw.choice([True, False])
+        if draw.random() < 0.1:
+            wish["drafts_max"] = draw.randint(0, limits.drafts_max + 1)
+        wish["remember"] = draw.random() < 0.2
+        return wish
 
     def _turn_name(self, session: SessionBook | None) -> str:
         """Mostly a fresh one; now and then one that is in use."""
@@ -358,6 +375,7 @@ class Workload:
             self._submit("nobody"),
             self._submit(draw.choice(busy) if busy else None),
             self._submit(known),
+            msgspec.structs.replace(self._submit(None), corpora=("nobody's",)),
             wire.CloseSession(self._op(), "nobody"),
             self._close(known),
             wire.CloseSession(self._op(), known, "mallory"),

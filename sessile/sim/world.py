@@ -155,6 +155,7 @@ def _tenants(draw: Random) -> tuple[TenantPolicy, ...]:
             sessions_max=draw.choice([None, None, 1, 3]),
             held_tokens_max=draw.choice([None, None, 30, 300]),
             shares_prefixes=draw.random() < 0.3,
+            remembers=name != "bob",
         )
         for name in ("ada", "bob", "eve")[: draw.choice([2, 3])]
     )

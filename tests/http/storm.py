@@ -32,13 +32,17 @@ LOWEST_ID, HIGHEST_ID = 3, 250
 
 @dataclass(frozen=True)
 class Answer:
-    """One finished request. warm_tokens: how many tokens must have been cached; None if nobody can say."""
+    """One finished request. warm_tokens: how many tokens must have been cached; None if nobody can say.
+
+    drafts: (offered, accepted), as the answer told.
+    """
 
     client: str
     prompt: list[int]
     output: list[int]
     cached_tokens: int
     warm_tokens: int | None = None
+    drafts: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Client:
         output, meta = await self.generate(request_for(prompt, output_tokens), stream=stream)
         check_end(output, meta, output_tokens)
         assert meta["prompt_tokens"] == len(prompt)
-        self.journal.answers.append(Answer(client, prompt, output, meta["cached_tokens"]))
+        self.journal.answers.append(Answer(client, prompt, output, meta["cached_tokens"], drafts=drafts_of(meta)))
 
     async def abort(self, rid: str) -> None:
         await self.post("/abort_request", {"rid": rid})
@@ -109,6 +113,11 @@ class Client:
 
     async def _note_status(self, reply: httpx.Response) -> None:
         self.journal.statuses.add(reply.status_code)
+
+
+def drafts_of(meta: dict[str, Any]) -> tuple[int, int]:
+    """(offered, accepted) of a finished request; nothing where the server looks up none."""
+    return meta.get("spec_draft_token_num", 0), meta.get("spec_accept_token_num", 0)
 
 
 class Conversation:
@@ -148,7 +157,7 @@ class Conversation:
         self.history = prompt + output
         assert (meta["prompt_tokens"], meta["session_tokens"]) == (len(prompt), len(self.history))
         self.client.journal.answers.append(
-            Answer(self.name, prompt, output, meta["cached_tokens"], self.warm_tokens)
+            Answer(self.name, prompt, output, meta["cached_tokens"], self.warm_tokens, drafts_of(meta))
         )
         self.warm_tokens = len(self.history) - 1
 

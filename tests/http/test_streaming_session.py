@@ -217,6 +217,34 @@ class TestNoOverlap(Matrix):
     flags = ("--overlap=off",)
 
 
+class Speculating(Matrix):
+    """Servers that look up drafts. Random models fall into loops, so that many are right."""
+
+    def test_h49_drafts_were_verified_and_some_were_right(self, storm: Storm) -> None:
+        assert storm.last["drafts_offered_total"] > storm.last["drafts_accepted_total"] > 100
+
+    def test_every_answer_says_how_its_drafts_did(self, storm: Storm) -> None:
+        said = [answer.drafts for answer in storm.journal.answers]
+        assert all(0 <= accepted <= offered for offered, accepted in said)
+        assert sum(accepted for _, accepted in said) > 50
+
+
+class TestSpeculation(Speculating):
+    flags = ("--speculate=on",)
+
+
+class TestSpeculationRetract(Retracting, Speculating):
+    flags = ("--speculate=on", "--retract-every=4")
+
+
+class TestSpeculationMixedChunk(Speculating):
+    flags = ("--speculate=on", "--chunk-tokens=16")
+
+
+class TestSpeculationNoOverlap(Speculating):
+    flags = ("--speculate=on", "--overlap=off")
+
+
 class TestPage1(Matrix):
     flags = ("--page-size=1",)
     page_size = 1
@@ -227,7 +255,10 @@ class TestPage256(Matrix):
     page_size = 256
 
 
-MATRIX = (TestBase, TestMixedChunk, TestRetract, TestRetractMixedChunk, TestNoOverlap, TestPage1, TestPage256)
+MATRIX = (
+    TestBase, TestMixedChunk, TestRetract, TestRetractMixedChunk, TestNoOverlap, TestPage1, TestPage256,
+    TestSpeculation, TestSpeculationRetract, TestSpeculationMixedChunk, TestSpeculationNoOverlap,
+)  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -85,6 +85,7 @@ SAMPLED = {
     "bias and bans": {"biases": {7: 3.0, 9: -50.0}, "bans": [7], "min_new_tokens": 3},
     "log-probabilities": {"logprobs": 3, "score_top": 2},
     "drafts": {"drafts": [5] * 9, "drafts_max": 3},
+    "masks": {"drafts": [5] * 9, "drafts_max": 3, "allowed": [[5, 7, 31, 33, 64, 159]] * 2, "temperature": 1.0},
 }
 
 

@@ -30,7 +30,10 @@ from sessile.contract.plan import (
 
 @dataclass
 class Run:
-    """One request and what came back for it. drafts: tokens to propose after each sampled one, by output index."""
+    """One request and what came back for it. drafts: tokens to propose after each sampled one, by output index.
+
+    allowed: the tokens that may be chosen, by output index; beyond the last entry, all.
+    """
 
     prompt: list[int]
     new_tokens: int
@@ -49,6 +52,7 @@ class Run:
     score_top: int = -1
     drafts: list[int] = field(default_factory=list)
     drafts_max: int = 0
+    allowed: list[list[int]] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     top_ids: list[list[int]] = field(default_factory=list)
@@ -162,7 +166,7 @@ class Driver:
             "output_indices": [len(share.run.output) for share in shares],
             "logprob_tops": [share.run.logprobs for share in shares],
             "tokens": [token for share in shares for token in share.tokens],
-        } | _scores(shares)  # fmt: skip
+        } | _scores(shares) | _masks(shares, self.device.facts.vocab_size)  # fmt: skip
         dtypes = {"bind_floats": np.float32, "bias_values": np.float32}
         shaped = {name: np.array(value, dtypes.get(name, np.int32)) for name, value in arrays.items() if len(value)}
         return StepPlan.empty(self.step, **shaped)
@@ -223,6 +227,22 @@ def _scores(shares: list[_Share]) -> dict[str, list[int]]:
         tops += [share.run.score_top] * share.scored
         offset += len(share.tokens)
     return {"score_queries": queries, "score_targets": targets, "score_tops": tops}
+
+
+def _masks(shares: list[_Share], vocab_size: int) -> dict[str, Any]:
+    queries: list[int] = []
+    masks = []
+    end = 0
+    for share in shares:
+        end += len(share.tokens)
+        for depth in range(share.drafts + 1 if share.flags & SAMPLE else 0):
+            output_index = len(share.run.output) + depth
+            if output_index < len(share.run.allowed):
+                queries.append(end - share.drafts - 1 + depth)
+                bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+                bits[share.run.allowed[output_index]] = 1
+                masks.append(np.packbits(bits, bitorder="little").view(np.int32))
+    return {"mask_queries": queries, "mask_words": np.concatenate(masks) if masks else []}
 
 
 def _take(values: list[Any], count: int) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sessile.contract.drafting import Drafter
 from sessile.contract.messages import (
     Batch,
     CloseSession,
@@ -27,11 +28,13 @@ from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
-from sessile.core.planning import Drafter
 from sessile.sim.reference import Speaker
 from sessile.sim.toy import ToyDevice, ToyTicket
 
-SUBMIT_FIELDS = ("tenant", "priority", "rid", "branch", "expect_tokens", "logprobs", "prompt_logprobs_from")
+SUBMIT_FIELDS = (
+    "tenant", "priority", "rid", "branch", "expect_tokens", "logprobs", "prompt_logprobs_from", "speculate",
+    "drafts_max", "corpora", "remember",
+)  # fmt: skip
 VOCABULARY = 50
 FACTS = ModelFacts(vocab_size=VOCABULARY, context_tokens=256, eos_ids=())
 STEPS_MAX = 2000

@@ -1,6 +1,5 @@
 """What a step runs: the shared budget, who is admitted, who waits, who is preempted, and that all of them end."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from sessile.contract.messages import Cancel
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, StepPlan
+from tests.unit.drafters import PerfectDrafter
 from tests.unit.stage import Stage, expected
 
 
@@ -29,24 +29,6 @@ def assert_said(stage: Stage, prompts: dict[int, list[int]], count: int) -> None
 def bound_order(stage: Stage) -> list[int]:
     """Seeds of requests, which are their keys, in the order in which they got a row."""
     return [int(ints[2]) for plan in stage.plans for ints in plan.bind_ints]
-
-
-class PerfectDrafter:
-    """Proposes what the toy model will say: `right` tokens of it, and then as many wrong ones as it may."""
-
-    def __init__(self, right: int = 99, limit: int = 4) -> None:
-        self._right = right
-        self._limit = limit
-        self.shown: list[int] = []
-        """The last tokens of every context it was asked about."""
-
-    def limit(self, key: int) -> int:
-        return self._limit
-
-    def draft(self, key: int, context: np.ndarray, limit: int) -> Sequence[int]:
-        self.shown.append(int(context[-1]))
-        said = expected(context.tolist(), limit)
-        return [token if index < self._right else (token + 1) % 50 for index, token in enumerate(said)]
 
 
 # -- the budget ---------------------------------------------------------------------------------------------------
@@ -260,8 +242,10 @@ def test_a_drafter_sees_what_was_settled() -> None:
     stage = Stage(drafter=drafter, drafts_max=2)
     stage.submit(1, prompt(1, 9), max_new_tokens=10)
     stage.run()
+    told = prompt(1, 9) + stage.output[1]
     assert drafter.shown
-    assert set(drafter.shown) <= set(stage.output[1])
+    for text in drafter.shown:
+        assert text == told[: len(text)]
 
 
 def test_drafts_count_against_the_budget() -> None:

@@ -15,8 +15,9 @@ from sessile.contract.messages import (
     SessionPage,
     SessionTokens,
 )
+from tests.unit.drafters import PerfectDrafter
 from tests.unit.stage import FACTS, Stage, expected
-from tests.unit.test_core_planning import PerfectDrafter, prompt
+from tests.unit.test_core_planning import prompt
 
 BOS = 1
 PROMPT = prompt(3, 9)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,40 @@ def test_drafts_change_neither_sampled_tokens_nor_penalties_nor_bans(device: Wor
     np.testing.assert_allclose(drafted.output_logprobs, plain.output_logprobs, atol=1e-4)
 
 
+def is_alternating(index: int) -> list[int]:
+    """A fixed mask: even tokens at even places, odd ones at odd places, and few of them."""
+    return list(range(index % 2, VOCAB, 6))
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5}, {"temperature": 1.0, "top_k": 40}])
+def test_a_mask_leaves_the_likeliest_of_what_it_allows(device: Worker, sampling: dict[str, Any]) -> None:
+    allowed = [is_alternating(index) for index in range(12)]
+    run = Run(PROMPT, 12, allowed=allowed, logprobs=VOCAB, **sampling)
+    output(device, run)
+    for index, token in enumerate(run.output):
+        assert token in allowed[index]
+        likeliest = next(each for each in run.top_ids[index] if each in allowed[index])
+        assert sampling or token == likeliest
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5}, {"repetition": 1.4, "frequency": 0.3}])
+def test_masks_hold_at_each_place_of_a_draft(device: Worker, sampling: dict[str, Any]) -> None:
+    allowed = [is_alternating(index) for index in range(20)]
+    plain = Run(PROMPT, 20, allowed=allowed, **sampling)
+    output(device, plain)
+    # Right drafts, and every seventh one what the mask of its place forbids.
+    drafts = [token if index % 7 else 1 - index % 2 for index, token in enumerate(plain.output)]
+    drafted = Run(PROMPT, 20, allowed=allowed, drafts=drafts, drafts_max=5, **sampling)
+    assert output(device, drafted) == plain.output
+    assert drafted.steps < plain.steps
+
+
+def test_a_mask_binds_its_own_row_alone(device: Worker) -> None:
+    free, bound = Run(PROMPT, 8), Run(PROMPT, 8, allowed=[[3]] * 8)
+    Driver(device, chunk_tokens=64).run_all([free, bound])
+    assert (free.output, bound.output) == (output(device, Run(PROMPT, 8)), [3] * 8)
+
+
 def test_company_changes_no_rows_tokens(device: Worker) -> None:
     runs = [Run(PROMPT[: 3 + i], 10, temperature=0.8 * (i % 3), top_k=5 * (i % 2), seed=i) for i in range(6)]
     alone = [output(device, Run(each.prompt, 10, temperature=each.temperature, top_k=each.top_k, seed=each.seed))
@@ -201,6 +236,10 @@ def test_prompt_scores_do_not_depend_on_chunks(device: Worker) -> None:
         ({"draft_counts": ints(len(PROMPT))}, "drafts"),
         ({"bias_counts": ints(4)}, "do not add up"),
         ({"copies": np.array([[1, 2, 5]], np.int32)}, "out of bounds"),
+        ({"mask_queries": ints(9), "mask_words": ints(0, 0, 0, 0)}, "no token"),
+        ({"mask_queries": ints(9), "mask_words": ints(1)}, "words"),
+        ({"mask_queries": ints(8), "mask_words": ints(1, 0, 0, 0)}, "nothing is sampled"),
+        ({"mask_queries": ints(9, 9), "mask_words": ints(1, 0, 0, 0, 1, 0, 0, 0)}, "two masks"),
         ({"copies": np.array([[0, 2, 1]], np.int32)}, "out of bounds"),
     ],
 )

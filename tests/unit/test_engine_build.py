@@ -29,6 +29,7 @@ class ToyFacts:
     pages_total: int = PAGES_TOTAL
     kv_bytes: int = 0
     weight_bytes: int = 0
+    step_ms: tuple[tuple[int, float], ...] = ()
 
 
 class OpenedToy(ToyDevice):

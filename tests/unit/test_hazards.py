@@ -7,8 +7,9 @@ import pytest
 from sessile.contract.messages import ForkSession, Sampling, Submit, pack_tokens
 from sessile.contract.plan import SCRATCH_PAGE
 from sessile.core.ledger import PageLedger
+from tests.unit.drafters import PerfectDrafter
 from tests.unit.stage import Stage, expected
-from tests.unit.test_core_planning import PerfectDrafter, prompt
+from tests.unit.test_core_planning import prompt
 
 OWNERS = ("free", "limbo", "tree", "requests", "sessions", "quarantine", "scratch")
 

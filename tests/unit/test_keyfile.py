@@ -76,7 +76,7 @@ def test_a_hash_that_looks_like_a_number_is_a_hash(read: ReadText) -> None:
 
 def test_the_file_can_set_every_limit_that_a_tenant_has() -> None:
     assert set(POLICY_FIELDS) == {
-        "weight", "requests_max", "tokens_max", "sessions_max", "held_tokens_max", "shares_prefixes"
+        "weight", "requests_max", "tokens_max", "sessions_max", "held_tokens_max", "shares_prefixes", "remembers"
     }  # fmt: skip
 
 

@@ -45,6 +45,12 @@ class CorpusBusy(UserError):
     code = "corpus_busy"
 
 
+class NoDrafts(InvalidRequest):
+    """The engine does not draft."""
+
+    code = "no_drafts"
+
+
 @dataclass(eq=False)
 class Load:
     """A corpus on its way in. claim and files are its own until the swap."""
@@ -196,6 +202,8 @@ class CorpusStore:
 
     async def uses(self, timeout_s: float) -> dict[Place, CorpusUse]:
         """What drafts from each corpus have come to, as the engine counts it. Raises NotReady without an answer."""
+        if not self._link.ready.drafts_max:
+            return {}
         try:
             answer = await asyncio.wait_for(self._link.ask(GetCorpora), timeout_s)
         except TimeoutError:
@@ -205,7 +213,8 @@ class CorpusStore:
     # -- adding -----------------------------------------------------------------------------------------------------
 
     def begin(self, place: Place, *, replace: bool) -> Load:
-        """Take the place for a load; its text follows. Raises DuplicateCorpus, CorpusBusy or LimitReached."""
+        """Take the place for a load; its text follows. Raises DuplicateCorpus, CorpusBusy, LimitReached, or NoDrafts."""
+        self._check_drafts()
         tenant, name = place
         corpus = self._corpora.get(place)
         if corpus is None and len(self._corpora) >= self._corpora_max and not self._forget_failed():
@@ -319,6 +328,7 @@ class CorpusStore:
         assert entry is not None
         try:
             await self._link.wait_ready()
+            self._check_drafts()
             if entry.tokenizer != self._tokenizer:
                 raise InvalidRequest(
                     f"corpus {entry.id!r} was indexed with another tokenizer than this model's; add or remove it"
@@ -338,6 +348,11 @@ class CorpusStore:
         await self._link.ask(
             lambda op: AddCorpus(op=op, corpus=entry.id, tenant=entry.tenant, path=path, checksum=entry.checksum)
         )
+
+    def _check_drafts(self) -> None:
+        """Raise NoDrafts where corpora would be loaded and never looked into (H47)."""
+        if not self._link.ready.drafts_max:
+            raise NoDrafts("this server looks nothing up in corpora: start it with --speculate on, or auto if that pays")
 
     # -- removing ---------------------------------------------------------------------------------------------------
 

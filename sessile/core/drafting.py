@@ -1,0 +1,149 @@
+"""Drafts as the core sees them: who holds the index of a sequence, and what a drafter is told and asked.
+
+An index has one holder at every moment. Between turns it is with the session, warm or cold. A request that drafts takes
+it over when it first gets a row and hands it back at its end, cut to what the session's history is then; a plain
+request begins an index of its own and drops it. It is told nothing but settled tokens, and only right before it is
+asked: so it may lag behind its sequence, and is never ahead of it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
+from sessile.contract.messages import SourceFigures, Submit
+from sessile.core.books import Books
+from sessile.core.request import Request
+from sessile.core.rows import Column
+from sessile.core.session import Session
+from sessile.core.tenants import Tenant
+from sessile.errors import InvalidRequest
+
+NO_WISH = DraftWish("", None, 0)
+"""Of a request for which no drafts are looked up."""
+
+
+def wish_of(books: Books, message: Submit, tenant: Tenant) -> DraftWish:
+    """What a message allows, as far as this engine drafts. Raises UserError, with nothing changed."""
+    drafter, name = books.drafter, tenant.policy.name
+    if message.remember and name and not tenant.policy.remembers:
+        raise InvalidRequest("remember: this key keeps no history of its requests", param="remember")
+    if drafter is None:
+        for field, asked in (
+            ("speculate", message.speculate), ("corpora", message.corpora is not None), ("remember", message.remember)
+        ):  # fmt: skip
+            if asked:
+                raise InvalidRequest(
+                    f"{field}: this server looks up no drafts; it has to be started with --speculate", param=field
+                )
+        return NO_WISH
+    most = books.limits.drafts_max if message.drafts_max < 0 else min(message.drafts_max, books.limits.drafts_max)
+    wish = DraftWish(name, message.corpora, 0 if message.speculate is False else most)
+    if message.corpora:
+        drafter.check(wish)
+    return wish
+
+
+def begin_line(books: Books, request: Request) -> None:
+    """A request gets a row: if it may draft and has not begun to, its sequence's index comes to it."""
+    drafter = books.drafter
+    if drafter is None or request.line is not None or not request.wish.drafts_max:
+        return
+    request.line = drafter.start(_taken_index(drafter, request.session), request.wish)
+
+
+def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
+    """A session's index, out of its hands; a branch's first one is a fork of that of the turn it goes on from."""
+    if session is None:
+        return drafter.new_index()
+    index, session.index = session.index, None
+    if index is not None:
+        return index
+    parent = session.parent
+    if parent is None or parent.index is None:
+        return drafter.new_index()
+    # Forked only now: most branches may never draft, and a finished turn's history does not change.
+    return parent.index.fork(min(parent.index.tokens, len(session.history)))
+
+
+def end_line(request: Request) -> None:
+    """A request ends: its session gets the index back, cut to the history that is left."""
+    line, session = request.line, request.session
+    if line is None:
+        return
+    request.line = None
+    if session is not None:
+        session.index = line.index
+        session.cut_index()
+
+
+def caught_up(books: Books, request: Request) -> DraftLine:
+    """The line of a running request, its index told all tokens that have settled."""
+    line = request.line
+    assert line is not None, f"request {request.key} was asked for drafts and has no line"
+    books.collect_output(request)
+    index, known = line.index, request.known_tokens
+    if index.tokens < known:
+        index.extend(request.tokens(index.tokens, known))
+    return line
+
+
+def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
+    """The most drafts worth verifying for each decoding row, int64[d], in a step of so many tokens without them."""
+    drafter, rows = books.drafter, books.rows
+    assert drafter is not None
+    # `planned` counts what is in flight as accepted, so no later settlement brings the end nearer than this. The last
+    # token needs no successor.
+    caps: Column = np.minimum(rows.drafts[decodes], rows.kv_goal[decodes] - rows.planned[decodes] - 1)
+    np.maximum(caps, 0, out=caps)
+    asked = caps.nonzero()[0]
+    if len(asked):
+        lines = [caught_up(books, rows.occupant(row)) for row in decodes[asked].tolist()]
+        limits = np.array(drafter.limits(lines, tokens), np.int64)
+        assert limits.shape == asked.shape and limits.min() >= 0, "a drafter gave other limits than it was asked for"
+        caps[asked] = np.minimum(caps[asked], limits)
+    return caps
+
+
+def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Column]:
+    """(how many drafts each decoding row gets int64[d], all of them end to end int64); every step has settled."""
+    drafter, rows = books.drafter, books.rows
+    assert drafter is not None
+    counts = np.zeros(len(decodes), np.int64)
+    asked = (caps > 0).nonzero()[0]
+    if not len(asked):
+        return counts, counts[:0]
+    wanted = caps[asked].tolist()
+    lines = [caught_up(books, rows.occupant(row)) for row in decodes[asked].tolist()]
+    proposed: list[Sequence[int]] = list(drafter.draft(lines, wanted))
+    counts[asked] = [len(each) for each in proposed]
+    assert len(proposed) == len(lines) and (counts <= caps).all(), "a drafter proposed more than it was asked for"
+    drafts = np.array([token for each in proposed for token in each], np.int64)
+    assert not len(drafts) or 0 <= drafts.min() <= drafts.max() < books.facts.vocab_size, "a draft is no token"
+    return counts, drafts
+
+
+def judge_drafts(books: Books, request: Request, offered: int, accepted: int) -> None:
+    """Of so many drafts of one step so many were accepted and emitted."""
+    assert books.drafter is not None and request.line is not None
+    request.drafts_offered += offered
+    request.drafts_accepted += accepted
+    books.totals.drafts_accepted += accepted
+    books.drafter.settled(request.line, accepted)
+
+
+def figures_of(books: Books, request: Request) -> list[SourceFigures]:
+    """What each source did for a request that ends; counted in the totals."""
+    if request.line is None:
+        return []
+    uses = [SourceFigures(each.source, each.drafts_offered, each.drafts_accepted) for each in request.line.uses()]
+    for use in uses:
+        offered, accepted = books.totals.sources.get(use.source, (0, 0))
+        books.totals.sources[use.source] = offered + use.drafts_offered, accepted + use.drafts_accepted
+    return uses
+
+
+def remember(books: Books, request: Request) -> None:
+    """Tell the drafter of a request that came to its own end and may be remembered: what it brought and what it got."""
+    if books.drafter is not None and request.remembered:
+        books.drafter.remember(request.tenant.policy.name, request.delta + request.output.tobytes())

@@ -1,0 +1,277 @@
+"""The drafter: what the core asks for drafts. It joins the sequence's own index, history, corpora, merge and pace."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, SourceUse
+from sessile.draft.history import History
+from sessile.draft.lookup import NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE
+from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
+from sessile.draft.pace import Acceptance, StepTimes, path_chances, worthwhile
+from sessile.draft.session_index import SessionIndex
+from sessile.draft.shelf import Shelf, Snapshot
+from sessile.errors import NotFound
+from sessile.units import TokenId
+
+SESSION, HISTORY, CORPUS = "session", "history", "corpus:"
+"""Names of sources, as statistics have them; a corpus' is followed by its id."""
+
+LEARNED_EXPECTED, LEARNED_WEIGHT = 2, 4
+"""Drafts accepted, of so many, that a source begins with."""
+LEARNED_MAX = 64
+"""Judged drafts of a source that its prior is learned from; then the older half fades."""
+
+WISHES_MAX = 1024
+"""Different wishes whose parts are kept; clients choose them, so there must be an end."""
+
+SourceKey = tuple[int, str, str]
+"""Identity and rank of a source: (0, "", "") the sequence, (1, "", "") history, (2, tenant, id) a corpus."""
+CORPUS_RANK = 2
+SEQUENCE_KEY: SourceKey = (0, "", "")
+HISTORY_KEY: SourceKey = (1, "", "")
+
+
+@dataclass(slots=True)
+class _Record:
+    """What one source did for one line. judged, accepted fade, offered and taken do not."""
+
+    judged: int = 0
+    accepted: int = 0
+    offered: int = 0
+    taken: int = 0
+
+    def judge(self, is_accepted: bool) -> None:
+        if self.judged >= LEARNED_MAX:
+            self.judged, self.accepted = self.judged // 2, self.accepted // 2
+        self.judged += 1
+        self.accepted += is_accepted
+
+    def prior(self, base: int) -> int:
+        """The source's weight: twice its base if all it said was accepted, almost nothing if nothing was."""
+        return max(2 * base * (self.accepted + LEARNED_EXPECTED) // (self.judged + LEARNED_WEIGHT), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """The parts that lines of one wish may look into. Addresses only: the snapshot, not this, keeps indexes alive.
+
+    version: of the snapshot and of the history it was made of. parts: (address, number of the source).
+    """
+
+    version: tuple[int, int]
+    parts: tuple[tuple[int, int], ...]
+    sources: tuple[SourceKey, ...]
+
+
+class LookupLine:
+    """One request. Made by `LookupDrafter.start`, which alone changes it."""
+
+    def __init__(self, index: SessionIndex, wish: DraftWish, rules: DraftRules) -> None:
+        self.wish = wish
+        self._rules = rules
+        self.acceptance = Acceptance()
+        self._index = index
+        self._records: dict[SourceKey, _Record] = {}
+        self._shown: _Shown | None = None
+        self._priors = np.empty(0, np.int64)
+        self._record = np.empty(0, np.int64)
+        self._last: list[tuple[SourceKey, int]] = []
+        """Source and match of each of the last drafts."""
+
+    @property
+    def index(self) -> SequenceIndex:
+        """That of the request's sequence."""
+        return self._index
+
+    def uses(self) -> Sequence[SourceUse]:
+        """By source, in the order of sources; corpora of one name count together."""
+        totals: dict[str, tuple[int, int]] = {}
+        for key in sorted(self._records):
+            name, record = _name_of(key), self._records[key]
+            offered, taken = totals.get(name, (0, 0))
+            totals[name] = (offered + record.offered, taken + record.taken)
+        return [SourceUse(name, offered, taken) for name, (offered, taken) in totals.items() if offered]
+
+    def show(self, shown: _Shown) -> tuple[int, int]:
+        """(address of the line's record for compiled code, number of its parts), with these parts and its priors."""
+        if shown is not self._shown:
+            own = int(self._index.part.ctypes.data)
+            self._shown = shown
+            self._priors = np.empty(len(shown.sources), np.int64)
+            parts = [number for part in ((own, 0), *shown.parts) for number in part]
+            record = [int(self._priors.ctypes.data), len(parts) // 2, *parts]
+            self._record = np.array([own, *record], np.int64)
+            self._weigh()
+        return int(self._record.ctypes.data), int(self._record[2])
+
+    def offer(self, nodes: Sequence[Sequence[int]]) -> list[TokenId]:
+        """Take down what is offered from a tree's nodes; returns the tokens."""
+        assert self._shown is not None
+        self._last = [(self._shown.sources[node[NODE_SOURCE]], node[NODE_MATCH]) for node in nodes]
+        for key, _ in self._last:
+            self._records.setdefault(key, _Record()).offered += 1
+        return [TokenId(node[NODE_TOKEN]) for node in nodes]
+
+    def corpora_judged(self, accepted: int) -> list[tuple[str, str, int, int]]:
+        """(tenant, id, offered, accepted) of each corpus that the last drafts came from, if `accepted` were right."""
+        counts: dict[SourceKey, list[int]] = {}
+        for number, (key, _) in enumerate(self._last):
+            if key[0] == CORPUS_RANK:
+                count = counts.setdefault(key, [0, 0])
+                count[0] += 1
+                count[1] += number < accepted
+        return [(tenant, corpus_id, offered, taken) for (_, tenant, corpus_id), (offered, taken) in counts.items()]
+
+    def judge(self, accepted: int) -> None:
+        """The first `accepted` of the last drafts were right, the next one, if there is one, was wrong."""
+        assert 0 <= accepted <= len(self._last), f"{accepted} drafts accepted of {len(self._last)}"
+        for number, (key, match) in enumerate(self._last[: accepted + 1]):
+            is_accepted = number < accepted
+            record = self._records[key]
+            record.judge(is_accepted)
+            record.taken += is_accepted
+            self.acceptance.judge(match + number, is_accepted)
+        if self._last:
+            self._weigh()
+        self._last = []
+
+    def _weigh(self) -> None:
+        """Write the priors that follow from what was learned."""
+        assert self._shown is not None
+        for number, key in enumerate(self._shown.sources):
+            base = (self._rules.session_prior, self._rules.history_prior, 1)[key[0]]
+            self._priors[number] = self._records.get(key, _Record()).prior(base * PRIOR_ONE)
+
+
+class LookupDrafter:
+    """Implements the contract's Drafter. One thread calls it; corpora come and go on `shelf` meanwhile (H44).
+
+    step_times: of the device, measured at start. history: None: nothing is remembered. threads: that look things up,
+    the caller's included; the drafts are the same for any number.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        step_times: StepTimes,
+        *,
+        rules: DraftRules | None = None,
+        history: History | None = None,
+        threads: int = 1,
+    ) -> None:
+        self._shelf = shelf
+        self._step_times = step_times
+        self._history = history
+        self._rules = rules or DraftRules()
+        self._merger = Merger(self._rules, threads)
+        self._shown: dict[tuple[str, tuple[str, ...] | None], _Shown] = {}
+
+    def check(self, wish: DraftWish) -> None:
+        """Raise NotFound that names the first of the wished corpora that its tenant has none of."""
+        if not wish.corpora:
+            return
+        there = {entry.corpus_id for entry in self._shelf.snapshot.visible_to(wish.tenant, wish.corpora)}
+        for corpus_id in wish.corpora:
+            if corpus_id not in there:
+                raise NotFound(f"corpora: {corpus_id!r} does not exist, or is not loaded yet", param="corpora")
+
+    def new_index(self) -> SessionIndex:
+        """An empty index, for a sequence that has none yet."""
+        return SessionIndex()
+
+    def start(self, index: SequenceIndex, wish: DraftWish) -> LookupLine:
+        """A request begins whose sequence `index` is of."""
+        assert isinstance(index, SessionIndex), "an index of another drafter"
+        return LookupLine(index, wish, self._rules)
+
+    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
+        """Most drafts worth verifying for each line in a step that runs `tokens` tokens without them.
+
+        Judged by what matches now, which may be a token behind what will match when the drafts are due.
+        """
+        ours = [_ours(line) for line in lines]
+        allowed = np.array([line.wish.drafts_max for line in ours], np.int32)
+        if not allowed.any():
+            return [0] * len(ours)
+        matches = self._merge(ours, np.where(allowed > 0, 0, -1).astype(np.int32), self._shelf.snapshot).matches
+        chances = path_chances([line.acceptance for line in ours], matches, int(allowed.max()))
+        chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
+        limits = worthwhile(chances, tokens, self._step_times)
+        for line in (line for line, limit in zip(ours, limits, strict=True) if limit == 0):
+            line.acceptance.rest()
+        return [int(limit) for limit in limits]
+
+    def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
+        """At most `caps[i]` tokens that may follow the index of line i; asked late, every index up to date."""
+        ours = [_ours(line) for line in lines]
+        budgets = [min(cap, line.wish.drafts_max) or -1 for cap, line in zip(caps, ours, strict=True)]
+        trees = self._merge(ours, np.array(budgets, np.int32), self._shelf.snapshot)
+        drafts: list[list[TokenId]] = []
+        for number, line in enumerate(ours):
+            nodes = trees.nodes[number, : trees.counts[number]].tolist()
+            drafts.append(line.offer([nodes[i] for i in chain_of(nodes)]))
+        return drafts
+
+    def settled(self, line: DraftLine, accepted: int) -> None:
+        """How many of the line's last drafts the model accepted; the next one was wrong, the rest was not judged."""
+        ours = _ours(line)
+        for tenant, corpus_id, offered, taken in ours.corpora_judged(accepted):
+            self._shelf.note(tenant, corpus_id, offered, taken)
+        ours.judge(accepted)
+
+    def remember(self, tenant: str, tokens: bytes) -> None:
+        """A finished request of a tenant that opted in to history."""
+        if self._history:
+            self._history.remember(tenant, np.frombuffer(tokens, "<i4"))
+
+    def prepare(self) -> None:
+        """Compile what is compiled, or load it from the cache, so that no step waits for it."""
+        index = self.new_index()
+        index.extend(np.arange(8, dtype=np.int32).tobytes())
+        index.truncate(4)
+        line = self.start(index, DraftWish("", (), 1))
+        self.draft([line], [1])
+
+    def close(self) -> None:
+        """End all threads."""
+        self._merger.close()
+        if self._history:
+            self._history.close()
+
+    def _merge(self, lines: Sequence[LookupLine], budgets: npt.NDArray[np.int32], snapshot: Snapshot) -> Trees:
+        """Drafts of all lines from one snapshot, which lives until they are made."""
+        records: Words = np.empty(len(lines), np.int64)
+        parts = 0
+        for number, line in enumerate(lines):
+            records[number], of_line = line.show(self._shown_to(line.wish, snapshot))
+            parts += of_line
+        return self._merger.draft(records, budgets, parts)
+
+    def _shown_to(self, wish: DraftWish, snapshot: Snapshot) -> _Shown:
+        """The parts that a wish may look into, made anew only when the shelf or the history has changed."""
+        version = (snapshot.version, self._history.changes if self._history else 0)
+        wanted = (wish.tenant, wish.corpora)
+        shown = self._shown.get(wanted)
+        if shown is None or shown.version != version:
+            past = self._history.parts(wish.tenant) if self._history else []
+            entries = snapshot.visible_to(wish.tenant, wish.corpora)
+            parts = [(int(part.ctypes.data), 1) for part in past]
+            parts += [(int(entry.index.part.ctypes.data), 2 + i) for i, entry in enumerate(entries)]
+            keys = [(2, entry.tenant, entry.corpus_id) for entry in entries]
+            shown = _Shown(version, tuple(parts), (SEQUENCE_KEY, HISTORY_KEY, *keys))
+            if len(self._shown) >= WISHES_MAX:
+                self._shown.clear()
+            self._shown[wanted] = shown
+        return shown
+
+
+def _ours(line: DraftLine) -> LookupLine:
+    assert isinstance(line, LookupLine), "a line of another drafter"
+    return line
+
+
+def _name_of(key: SourceKey) -> str:
+    return CORPUS + key[2] if key[0] == 2 else HISTORY if key == HISTORY_KEY else SESSION

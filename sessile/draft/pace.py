@@ -1,0 +1,121 @@
+"""How many drafts are worth verifying: what they will probably give against what they make the step cost.
+
+A step of t tokens that serves n decoding lines emits n tokens in T(t), a table measured at start. A draft that is
+accepted with probability p adds p tokens and one token to the step. Drafts are taken likeliest first, and as many as
+make the rate of emission the greatest; if even that one is not clearly above the rate without, none are (H50).
+Everything here is a function of the table and of what was settled: no clock is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+MATCH_BOUNDS = (1, 2, 3, 5, 9, 17, 33)
+"""Matches are judged in classes; each begins at one of these lengths."""
+EXPECTED = (0.10, 0.15, 0.25, 0.40, 0.60, 0.75, 0.85)
+"""Share of drafts accepted in each class before any was seen, as in held-out Python source."""
+EXPECTED_WEIGHT = 4.0
+"""Drafts that what is expected counts for."""
+JUDGED_MAX = 64.0
+"""Drafts of a class that are remembered: beyond it old ones fade."""
+REST_FADE = 1 - 1 / 64
+"""What is left of what was learned after a step for which it allowed no draft: so that a line that changes from chat to
+code is tried again, at a cost of a few drafts in a hundred steps."""
+GAIN_MIN = 1.02
+"""Rate with drafts against without, below which none are offered: the table is as noisy as that."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """The time of a step by the number of its tokens. tokens: ascending, from 1 or more; times_ns: of each, > 0.
+
+    late_ns: what a step with a late part takes longer: it does not overlap with the one before it, and drafts are
+    looked up.
+    """
+
+    tokens: tuple[int, ...]
+    times_ns: tuple[int, ...]
+    late_ns: int = 0
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.times_ns) >= 2, "a table of step times has two points or more"
+        assert all(low < high for low, high in pairwise(self.tokens)), "tokens must ascend"
+        assert min(self.times_ns) > 0 <= self.late_ns, "a step takes time"
+
+    def time_ns(self, tokens: npt.NDArray[np.int64]) -> Floats:
+        """Of steps of so many tokens: between two points along a line, beyond the last one along the last line.
+
+        A larger step that was measured to be faster is taken to be as slow as the smaller one.
+        """
+        at = np.array(self.tokens, np.float64)
+        times = np.maximum.accumulate(np.array(self.times_ns, np.float64))
+        slope = (times[-1] - times[-2]) / (at[-1] - at[-2])
+        beyond: Floats = np.maximum(tokens - at[-1], 0.0) * slope
+        inside: Floats = np.interp(tokens, at, times)
+        return inside + beyond
+
+
+def _nothing() -> Floats:
+    return np.zeros(len(MATCH_BOUNDS))
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """What became of a line's drafts, by class of match: float64 counts that fade."""
+
+    accepted: Floats = field(default_factory=_nothing)
+    judged: Floats = field(default_factory=_nothing)
+
+    def judge(self, match: int, is_accepted: bool) -> None:
+        """One draft behind a match of so many tokens, drafts before it included."""
+        kind = int(np.searchsorted(MATCH_BOUNDS, match, side="right")) - 1
+        if self.judged[kind] >= JUDGED_MAX:
+            self.accepted[kind] /= 2
+            self.judged[kind] /= 2
+        self.judged[kind] += 1
+        self.accepted[kind] += is_accepted
+
+    def rest(self) -> None:
+        """A step passed without a draft."""
+        self.accepted *= REST_FADE
+        self.judged *= REST_FADE
+
+
+def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], drafts: int) -> Floats:
+    """float64[lines, drafts]: the chance that the first 1, 2 … drafts of a line are all accepted; 0 without a match.
+
+    A draft that is accepted makes the match longer by one.
+    """
+    accepted = np.array([line.accepted for line in lines])
+    judged = np.array([line.judged for line in lines])
+    each = (accepted + EXPECTED_WEIGHT * np.array(EXPECTED)) / (judged + EXPECTED_WEIGHT)
+    reach = matches[:, None] + np.arange(drafts)
+    kinds = np.maximum(np.searchsorted(MATCH_BOUNDS, reach, side="right") - 1, 0)
+    chances: Floats = np.cumprod(np.take_along_axis(each, kinds, axis=1), axis=1, dtype=np.float64)
+    chances[matches == 0] = 0.0
+    return chances
+
+
+def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np.int32]:
+    """int32[lines]: how many drafts of each line a step that runs `tokens` tokens without them should verify.
+
+    chances: of `path_chances`, not rising along a line; 0 where a line allows no more.
+    """
+    lines, drafts = chances.shape
+    # Stable: of equal chances the lower line's, and of a line's the nearer, so that what is taken is the first of each.
+    order = np.argsort(-chances, axis=None, kind="stable")
+    order = order[: int(np.count_nonzero(chances))]
+    emitted = lines + np.cumsum(chances.ravel()[order])
+    steps = times.time_ns(tokens + 1 + np.arange(len(order), dtype=np.int64)) + times.late_ns
+    without = lines / float(times.time_ns(np.array([tokens], np.int64))[0])
+    limits = np.zeros(lines, np.int32)
+    rates = emitted / steps
+    if len(order) and rates.max() >= GAIN_MIN * without:
+        taken = order[: int(rates.argmax()) + 1]
+        limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)
+    return limits

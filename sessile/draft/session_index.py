@@ -1,0 +1,112 @@
+"""The index of a text that grows and is cut at its end: a sequence of tokens, or the newest part of a history.
+
+Each place is linked to the next older place behind the same GRAM_TOKENS tokens. Appending links, cutting unlinks in
+reverse, both at a cost of the tokens in question; a text that was cut is exactly as if the rest had never been there.
+12 bytes a token that there is room for.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from sessile.draft.lookup import (
+    CHAINED,
+    HEAD_BITS,
+    HEADS_AT,
+    KIND,
+    PART_FIELDS,
+    PLACES,
+    PLACES_AT,
+    TOKENS,
+    TOKENS_AT,
+    link_places,
+    unlink_places,
+)
+from sessile.errors import InvariantError
+
+Ints = npt.NDArray[np.int32]
+
+CAPACITY_MIN = 256
+
+
+class SessionIndex:
+    """Implements the contract's SequenceIndex. Not for several threads at once, but for reading between two changes.
+
+    part: what compiled code sees of it; the same array for the index's whole life, its content changes.
+    """
+
+    def __init__(self) -> None:
+        self.part = np.zeros(PART_FIELDS, np.int64)
+        self.part[KIND] = CHAINED
+        self._text = np.empty(0, np.int32)
+        self._older = np.empty(0, np.int32)
+        self._heads = np.empty(0, np.int32)
+        self._bits = 0
+        self._tokens = 0
+        self._reserve(CAPACITY_MIN)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it holds."""
+        return self._tokens
+
+    @property
+    def text(self) -> Ints:
+        """Those tokens, to be read before the next change."""
+        return self._text[: self._tokens]
+
+    @property
+    def resident_bytes(self) -> int:
+        """What its arrays take."""
+        return self._text.nbytes + self._older.nbytes + self._heads.nbytes
+
+    def extend(self, tokens: bytes) -> None:
+        """Settled tokens at the end: int32 little-endian."""
+        self.append(np.frombuffer(tokens, "<i4"))
+
+    def append(self, tokens: Ints) -> None:
+        """Tokens at the end; a SEPARATOR among them is never matched or crossed."""
+        first, last = self._tokens, self._tokens + len(tokens)
+        if last > len(self._text):
+            self._reserve(last)
+        self._text[first:last] = tokens
+        link_places(self._text, self._older, self._heads, self._bits, first, last)
+        self._set_tokens(last)
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first `tokens`, 0 ≤ tokens ≤ self.tokens."""
+        if not 0 <= tokens <= self._tokens:
+            raise InvariantError(f"an index of {self._tokens} tokens cannot be cut to {tokens}")
+        unlink_places(self._text, self._older, self._heads, self._bits, tokens, self._tokens)
+        self._set_tokens(tokens)
+
+    def fork(self, tokens: int) -> "SessionIndex":
+        """An index of the first `tokens`, independent of this one from here on: a copy, the rest of it cut."""
+        if not 0 <= tokens <= self._tokens:
+            raise InvariantError(f"an index of {self._tokens} tokens has no first {tokens}")
+        twin = SessionIndex()
+        if 2 * tokens < self._tokens:
+            twin.append(self._text[:tokens])
+            return twin
+        twin._take_arrays(self._text.copy(), self._older.copy(), self._heads.copy(), self._bits)
+        twin._set_tokens(self._tokens)
+        twin.truncate(tokens)
+        return twin
+
+    def _reserve(self, tokens: int) -> None:
+        """Arrays for at least so many tokens, at least twice as many as there were; all is linked anew."""
+        bits = max(tokens, 2 * len(self._text), CAPACITY_MIN) - 1
+        bits = bits.bit_length()
+        text, older = np.zeros((2, 1 << bits), np.int32)
+        text[: self._tokens] = self.text
+        self._take_arrays(text, older, np.zeros(1 << bits, np.int32), bits)
+        link_places(text, older, self._heads, bits, 0, self._tokens)
+
+    def _take_arrays(self, text: Ints, older: Ints, heads: Ints, bits: int) -> None:
+        self._text, self._older, self._heads, self._bits = text, older, heads, bits
+        self.part[[TOKENS_AT, PLACES_AT, PLACES, HEADS_AT, HEAD_BITS]] = (
+            text.ctypes.data, older.ctypes.data, len(older), heads.ctypes.data, bits,
+        )  # fmt: skip
+
+    def _set_tokens(self, tokens: int) -> None:
+        self._tokens = tokens
+        self.part[TOKENS] = tokens

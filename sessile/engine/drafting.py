@@ -1,0 +1,93 @@
+"""Drafting as the engine sees it: whether it can pay on this device, and how long it takes.
+
+The core knows no clock and the drafter no device, so both questions are answered here.
+"""
+
+from collections.abc import Callable, Sequence
+
+from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
+from sessile.draft.shelf import Shelf
+from sessile.engine.clock import Clock
+from sessile.units import TokenId
+
+StepTable = Sequence[tuple[int, float]]
+"""(tokens of a step, its milliseconds), fewest tokens first, as the device measured them at its start."""
+
+MakeDrafter = Callable[[Shelf, StepTable], Drafter]
+"""A drafter for a device with these step times, which finds its corpora on that shelf."""
+
+ASSUMED_STEP_MS: StepTable = ((1, 5.0), (64, 6.0), (256, 10.0))
+"""For a device that measures none: a GPU, on which few tokens cost what the weights cost to read."""
+LATE_NS = 300_000
+"""What a step with drafts takes longer beside its tokens: the scheduler's share of it, which overlaps otherwise."""
+
+PAYS_BELOW = 0.5
+"""Verifying a draft may cost at most so much of a step of one token, or drafts that are half right gain nothing."""
+
+
+def can_pay(table: StepTable, drafts_max: int) -> bool:
+    """Whether some number of drafts, at most so many, is cheap enough to verify. False where nothing was timed."""
+    if not table or table[0][0] != 1:
+        return False
+    alone_ms = table[0][1]
+    costs = [(step_ms - alone_ms) / (tokens - 1) for tokens, step_ms in table[1:] if tokens <= 1 + drafts_max]
+    return bool(costs) and min(costs) <= PAYS_BELOW * alone_ms
+
+
+def lookup_drafter(shelf: Shelf, table: StepTable) -> Drafter:
+    """The drafter of sessile/draft, ready to be asked; it remembers what it may within the default bounds."""
+    # Here, because an engine that drafts nothing has no use for what is compiled there.
+    from sessile.draft.drafter import LookupDrafter
+    from sessile.draft.history import History, HistoryLimits
+    from sessile.draft.pace import StepTimes
+
+    known = table if len(table) > 1 else ASSUMED_STEP_MS
+    times = StepTimes(tuple(tokens for tokens, _ in known), tuple(round(ms * 1e6) for _, ms in known), LATE_NS)
+    drafter = LookupDrafter(shelf, times, history=History(HistoryLimits()))
+    drafter.prepare()
+    return drafter
+
+
+class TimedDrafter:
+    """A drafter, and the time that its answers took: `ns_total`."""
+
+    def __init__(self, drafter: Drafter, clock: Clock) -> None:
+        self._drafter = drafter
+        self._clock = clock
+        self.ns_total = 0
+
+    def check(self, wish: DraftWish) -> None:
+        """As the drafter does."""
+        self._drafter.check(wish)
+
+    def new_index(self) -> SequenceIndex:
+        """The drafter's."""
+        return self._drafter.new_index()
+
+    def start(self, index: SequenceIndex, wish: DraftWish) -> DraftLine:
+        """The drafter's."""
+        return self._drafter.start(index, wish)
+
+    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
+        """The drafter's, timed."""
+        started_ns = self._clock.now_ns()
+        limits = self._drafter.limits(lines, tokens)
+        self.ns_total += self._clock.now_ns() - started_ns
+        return limits
+
+    def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
+        """The drafter's, timed."""
+        started_ns = self._clock.now_ns()
+        drafts = self._drafter.draft(lines, caps)
+        self.ns_total += self._clock.now_ns() - started_ns
+        return drafts
+
+    def settled(self, line: DraftLine, accepted: int) -> None:
+        """Tell the drafter."""
+        self._drafter.settled(line, accepted)
+
+    def remember(self, tenant: str, tokens: bytes) -> None:
+        """Tell the drafter, timed."""
+        started_ns = self._clock.now_ns()
+        self._drafter.remember(tenant, tokens)
+        self.ns_total += self._clock.now_ns() - started_ns
