@@ -78,7 +78,8 @@ class ToyEngine:
         ready = EngineReady(
             model_name="toy", model_path="toy", architecture="toy", dtype="none", device="toy", vocab_size=VOCAB_SIZE,
             context_tokens=CONTEXT_TOKENS, page_size=limits.page_size, pages_total=limits.pages_total,
-            rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens, drafts_max=7, kv_bytes=0, weight_bytes=0, start_s=0.0,
+            rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens, drafts_max=limits.drafts_max or 1, kv_bytes=0,
+            weight_bytes=0, start_s=0.0,
         )  # fmt: skip
         socket.send(msgspec.msgpack.encode(ready))
         ends = SocketInbox(socket), SocketOutbox(socket)

@@ -213,7 +213,7 @@ class CorpusStore:
     # -- adding -----------------------------------------------------------------------------------------------------
 
     def begin(self, place: Place, *, replace: bool) -> Load:
-        """Take the place for a load; its text follows. Raises DuplicateCorpus, CorpusBusy, LimitReached, or NoDrafts."""
+        """Take the place for a load; its text follows. Raises NoDrafts, DuplicateCorpus, CorpusBusy, LimitReached."""
         self._check_drafts()
         tenant, name = place
         corpus = self._corpora.get(place)
@@ -352,7 +352,7 @@ class CorpusStore:
     def _check_drafts(self) -> None:
         """Raise NoDrafts where corpora would be loaded and never looked into (H47)."""
         if not self._link.ready.drafts_max:
-            raise NoDrafts("this server looks nothing up in corpora: start it with --speculate on, or auto if that pays")
+            raise NoDrafts("this server looks nothing up in corpora: start it with --speculate on or auto")
 
     # -- removing ---------------------------------------------------------------------------------------------------
 
