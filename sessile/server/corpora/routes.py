@@ -4,14 +4,18 @@ With keys, a user's corpora are its tenant's own; what an administrator adds is 
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Query
+from fastapi import Path as PathField
 from pydantic import Field, model_validator
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -33,6 +37,8 @@ ID_PATTERN = rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z"
 PATH_CHARS_MAX = 4096
 WRITE_BYTES = 1 << 20
 """An upload is written to the disk in such portions, in a thread."""
+DISCARDED_BYTES_MAX, DISCARD_S = 16 * 2**20, 2.0
+"""How much of a refused upload is read, at most, so that its client gets to read why."""
 LINE_TYPES = frozenset({"application/jsonl", "application/x-jsonl", "application/jsonlines", "application/x-ndjson",
                         "application/x-jsonlines", "application/ndjson"})  # fmt: skip
 """Content types of an upload: a document a line."""
@@ -40,7 +46,7 @@ LINE_TYPES = frozenset({"application/jsonl", "application/x-jsonl", "application
 CorpusId = Annotated[
     str, Field(pattern=ID_PATTERN), says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-")
 ]
-CorpusPath = Annotated[str, Path(max_length=ID_CHARS_MAX)]
+CorpusPath = Annotated[str, PathField(max_length=ID_CHARS_MAX)]
 
 
 class Sources(Body):
@@ -205,10 +211,10 @@ async def _begin_sources(
         else:
             sources = [_upload_of(store, load)]
             load.grow(await asyncio.to_thread(_write_all, sources[0], documents))
+        store.build(load, sources)
     except BaseException:
         await store.abandon(load)
         raise
-    store.build(load, sources)
     return load
 
 
@@ -216,25 +222,47 @@ async def _begin_upload(service: Service, place: Place, request: Request, *, rep
     """Receive lines of documents and begin their load. Nothing is held of the body but the portion to be written."""
     service.check_open()
     store = store_of(service)
-    load = store.begin(place, replace=replace)
+    body = request.stream()
     try:
-        source, check, portion = _upload_of(store, load), LineCheck(), bytearray()
-        with open(source.path, "wb") as file:
-            async for chunk in request.stream():
-                load.grow(len(chunk))
-                check.feed(chunk)
-                portion += chunk
-                if len(portion) >= WRITE_BYTES:
-                    await asyncio.to_thread(file.write, bytes(portion))
-                    portion.clear()
-            check.end()
-            load.grow(0)  # it may have been removed meanwhile
-            await asyncio.to_thread(file.write, bytes(portion))
-    except BaseException:
-        await store.abandon(load)
+        load = store.begin(place, replace=replace)
+        try:
+            source = _upload_of(store, load)
+            await _receive(body, Path(source.path), load)
+            store.build(load, [source])
+        except BaseException:
+            await store.abandon(load)
+            raise
+    except UserError:
+        await _discard(body)
         raise
-    store.build(load, [source])
     return load
+
+
+async def _receive(body: AsyncIterator[bytes], path: Path, load: Load) -> None:
+    """Write an upload to its file, checked as it comes. Raises UserError as soon as something is wrong with it."""
+    check, portion = LineCheck(), bytearray()
+    with open(path, "wb") as file:
+        async for chunk in body:
+            load.grow(len(chunk))
+            check.feed(chunk)
+            portion += chunk
+            if len(portion) >= WRITE_BYTES:
+                await asyncio.to_thread(file.write, bytes(portion))
+                portion.clear()
+        check.end()
+        load.grow(0)  # it may have been removed meanwhile
+        await asyncio.to_thread(file.write, bytes(portion))
+
+
+async def _discard(body: AsyncIterator[bytes]) -> None:
+    """Read on for a while: a connection that is closed with unread bytes is reset, and with it the refusal lost."""
+    left = DISCARDED_BYTES_MAX
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(DISCARD_S):
+            async for chunk in body:
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 def _upload_of(store: CorpusStore, load: Load) -> Source:

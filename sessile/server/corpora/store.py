@@ -55,7 +55,7 @@ class NoDrafts(InvalidRequest):
 class Load:
     """A corpus on its way in. claim and files are its own until the swap."""
 
-    place: Place
+    corpus: "Corpus"
     claim: Claim
     received_bytes: int = 0
     """Of an upload, so far."""
@@ -68,6 +68,11 @@ class Load:
     task: "asyncio.Task[None] | None" = None
     error: UserError | None = None
     """Why it failed."""
+
+    @property
+    def place(self) -> Place:
+        """Of its corpus."""
+        return self.corpus.place
 
     @property
     def stage(self) -> str:
@@ -162,8 +167,8 @@ class CorpusStore:
         self._writing = asyncio.Lock()
         for entry in folder.entries:
             place = (entry.tenant, entry.id)
-            load = Load(place, Claim(budget, entry.tenant))
-            self._corpora[place] = Corpus(place, entry.created_s, entry, catalogued=entry, load=load)
+            corpus = self._corpora[place] = Corpus(place, entry.created_s, entry, catalogued=entry)
+            corpus.load = Load(corpus, Claim(budget, entry.tenant))
 
     def start(self) -> None:
         """Bring back what the catalogue has, as soon as the engine is there."""
@@ -227,11 +232,16 @@ class CorpusStore:
             raise DuplicateCorpus(f'corpus {name!r} is there already; "replace": true replaces it', param="id")
         if corpus is None:
             corpus = self._corpora[place] = Corpus(place, int(time.time()))
-        corpus.load = Load(place, Claim(self.budget, tenant))
+        corpus.load = Load(corpus, Claim(self.budget, tenant))
         return corpus.load
 
     def build(self, load: Load, sources: Sequence[Source]) -> None:
-        """The text is there, and room for the least that it can be was claimed: count, build and swap it in."""
+        """The text is there, and room for the least that it can be was claimed: count, build and swap it in.
+
+        Raises why the load has ended meanwhile, if it has.
+        """
+        if load.error:
+            raise load.error
         load.task = asyncio.create_task(self._run(load, sources))
 
     async def wait_accepted(self, load: Load) -> Corpus:
@@ -239,22 +249,22 @@ class CorpusStore:
 
         Raises what is wrong with it; then nothing is left of the load, nor of a corpus that was not there before.
         """
-        corpus = self._corpora[load.place]
         await asyncio.wait([load.accepted], timeout=COUNT_WAIT_S)
-        self._raise_error(corpus, load)
-        return corpus
+        self._raise_error(load)
+        return load.corpus
 
     async def wait_loaded(self, load: Load) -> Corpus:
         """Until the corpus is ready. Raises what it failed for, as `wait_accepted`."""
-        corpus = self._corpora[load.place]
         assert load.task is not None
         await asyncio.wait([load.task])
-        self._raise_error(corpus, load)
-        return corpus
+        self._raise_error(load)
+        return load.corpus
 
     async def abandon(self, load: Load) -> None:
-        """Its text will not come, or is not as it should be: as if nothing had been begun. Without effect later on."""
-        if load.task is None and load.error is None:
+        """Its text will not come, or is not as it should be: as if nothing had been begun."""
+        if load.error:
+            self._discard_uploads(load)  # it was removed before its text was all written
+        elif load.task is None:
             await self._give_back(load, None)
             self._end(load, Cancelled(f"corpus {load.place[1]!r} was removed while its text was received"))
 
@@ -305,7 +315,7 @@ class CorpusStore:
 
     async def _swap(self, load: Load, entry: Entry) -> None:
         """Make an index what its place holds: in the catalogue, then on the shelf. Or neither."""
-        corpus = self._corpora[load.place]
+        corpus = load.corpus
         replaced, claim = corpus.entry, corpus.claim
         try:
             await self._catalogue(corpus, entry)
@@ -396,13 +406,18 @@ class CorpusStore:
         if load.run:
             load.run.cancel()
             await asyncio.wait([load.run.built])
-        for path in (*load.uploads, *([target] if target else [])):
-            self.folder.discard(path)
+        self._discard_uploads(load)
+        if target:
+            self.folder.discard(target)
         load.claim.release()
+
+    def _discard_uploads(self, load: Load) -> None:
+        for path in load.uploads:
+            self.folder.discard(path)
 
     def _end(self, load: Load, error: UserError | None) -> None:
         """A load is over. A corpus without an index is forgotten if nobody wanted it, else it says why it has none."""
-        corpus = self._corpora[load.place]
+        corpus = load.corpus
         corpus.load, load.error = None, error
         corpus.reason = error.message if error else None
         if not load.accepted.done():
@@ -419,11 +434,11 @@ class CorpusStore:
             self.failures += 1
             log.warning("a corpus was not loaded", extra=fields | {"error": error.message})
 
-    def _raise_error(self, corpus: Corpus, load: Load) -> None:
+    def _raise_error(self, load: Load) -> None:
         """Tell whoever asked for a load what it failed for; then nobody else need be told."""
         if load.error:
-            corpus.reason = None
-            self._forget(corpus)
+            load.corpus.reason = None
+            self._forget(load.corpus)
             raise load.error
 
     def _forget(self, corpus: Corpus) -> None:
