@@ -26,16 +26,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from soak_clients import ACT_LIMIT_S, Client, Findings  # noqa: E402  (found by the line above)
 
+from sessile.keyfile import draw_key  # noqa: E402
 from tests.unit.tiny_folder import write_tiny_model  # noqa: E402
 
 CONTEXT_TOKENS, BODY_BYTES_MAX = 512, 100_000
 SETTINGS = {
     "load-format": "dummy", "dtype": "float32", "context-tokens": CONTEXT_TOKENS, "kv-memory": "1M", "rows-max": 16,
-    "sessions-max": 16, "queue-max": 4, "body-bytes-max": BODY_BYTES_MAX, "stream-lag-tokens-max": 64, "threads": 1,
+    "sessions-max": 24, "queue-max": 4, "body-bytes-max": BODY_BYTES_MAX, "stream-lag-tokens-max": 64, "threads": 1,
     "log-level": "warning", "retract-every": 97,
 }  # fmt: skip
 """A pool of four contexts, limits that many clients reach, and a preemption now and then even so."""
 SAMPLE_EVERY_S, LINE_EVERY_S = 2.0, 10.0
+TENANTS = ("acme", "brook")
 PAGE_OWNERS = ("free", "limbo", "tree", "requests", "sessions", "quarantine", "scratch")
 """As /v1/pool names them; every page has one."""
 START_LIMIT_S, END_LIMIT_S = 120.0, 60.0
@@ -59,6 +61,9 @@ class Deployment:
 
     process: "subprocess.Popen[str]"
     url: str
+    keys: list[str]
+    """One a tenant; clients take turns in using them."""
+    operator_key: str
     log: Path
     samples: list[Sample] = field(default_factory=list)
 
@@ -74,14 +79,18 @@ class Deployment:
 def deployed(folder: Path, port: int, audit_level: int) -> Iterator[Deployment]:
     """Start a server with a tiny random model; it is gone on leaving."""
     log = folder / "server.log"
-    settings = SETTINGS | {"model": write_tiny_model(folder), "port": port, "audit-level": audit_level}
+    drawn = [draw_key(tenant, "user") for tenant in TENANTS]
+    drawn.append(draw_key("operators", "admin"))
+    keys = folder / "keys.yaml"
+    keys.write_text(f"tenants: {{{', '.join([*TENANTS, 'operators'])}}}\nkeys:\n{''.join(entry for _, entry in drawn)}")
+    settings = SETTINGS | {"keys": keys, "model": write_tiny_model(folder), "port": port, "audit-level": audit_level}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     with log.open("w") as sink:
         # It ends with its standard input, should this process die without stopping it.
         command = [sys.executable, "-m", "sessile", "serve", "--exit-with-stdin", *flags]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=sink, cwd=ROOT, text=True)
     try:
-        yield Deployment(process, f"http://127.0.0.1:{port}", log)
+        yield Deployment(process, f"http://127.0.0.1:{port}", [key for key, _ in drawn[:-1]], drawn[-1][0], log)
     finally:
         if process.poll() is None:
             process.kill()
@@ -102,18 +111,24 @@ async def wait_until_healthy(deployment: Deployment, http: httpx.AsyncClient) ->
 async def soak(deployment: Deployment, arguments: argparse.Namespace) -> Findings:
     """Run all clients for so many minutes, then end everything and look at what is left."""
     findings = Findings()
-    async with httpx.AsyncClient(base_url=deployment.url, timeout=ACT_LIMIT_S, trust_env=False) as http:
+    headers = bearer(deployment.operator_key)
+    async with httpx.AsyncClient(
+        base_url=deployment.url, headers=headers, timeout=ACT_LIMIT_S, trust_env=False
+    ) as http:
         await wait_until_healthy(deployment, http)
         started_s = time.monotonic()
         until_s = started_s + arguments.minutes * 60
         clients = [
-            Client(deployment.url, number, arguments.seed, findings, CONTEXT_TOKENS, BODY_BYTES_MAX)
+            Client(
+                deployment.url, deployment.keys[number % len(TENANTS)], deployment.operator_key, number,
+                arguments.seed, findings, CONTEXT_TOKENS, BODY_BYTES_MAX,
+            )
             for number in range(arguments.clients)
         ]
         running = [asyncio.create_task(client.run(until_s)) for client in clients]
         await watch(deployment, http, findings, started_s, until_s)
         await asyncio.gather(*running)
-        await check_end(http, findings)
+        await check_end(deployment, http, findings)
     deployment.process.terminate()
     status = await asyncio.to_thread(deployment.process.wait, END_LIMIT_S)
     findings.expect(status == 0, f"the server ended with status {status} after SIGTERM")
@@ -145,15 +160,21 @@ async def watch(
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 
-async def check_end(http: httpx.AsyncClient, findings: Findings) -> None:
-    """Close all sessions, flush, and compare what is free with what there is."""
+def bearer(key: str) -> dict[str, str]:
+    """The header that a key goes in."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def check_end(deployment: Deployment, http: httpx.AsyncClient, findings: Findings) -> None:
+    """Close all sessions of all tenants, flush, and compare what is free with what there is."""
     deadline_s = time.monotonic() + END_LIMIT_S
-    while sessions := (await http.get("/v1/sessions", params={"limit": 1000})).json()["data"]:
-        findings.expect(time.monotonic() < deadline_s, f"sessions that do not close: {sessions}")
-        if time.monotonic() >= deadline_s:
-            return
-        for session in sessions:
-            await http.delete(f"/v1/sessions/{session['id']}")
+    for headers in map(bearer, deployment.keys):
+        while sessions := (await http.get("/v1/sessions", params={"limit": 1000}, headers=headers)).json()["data"]:
+            findings.expect(time.monotonic() < deadline_s, f"sessions that do not close: {sessions}")
+            if time.monotonic() >= deadline_s:
+                return
+            for session in sessions:
+                await http.delete(f"/v1/sessions/{session['id']}", headers=headers)
     while (reply := await http.post("/flush_cache")).status_code != 200 and time.monotonic() < deadline_s:
         await asyncio.sleep(0.1)
     findings.expect(reply.status_code == 200, f"the last flush was refused: {reply.text}")

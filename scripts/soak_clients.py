@@ -91,9 +91,13 @@ class Client:
     """One client; what it does is decided by its dice. All clients share a few sessions and get in each other's way."""
 
     def __init__(
-        self, url: str, number: int, seed: int, findings: Findings, context_tokens: int, body_bytes_max: int
-    ) -> None:
+        self, url: str, key: str, operator_key: str, number: int, seed: int, findings: Findings, context_tokens: int,
+        body_bytes_max: int,
+    ) -> None:  # fmt: skip
+        """number: no other client's; the next one's client is of another tenant."""
         self._url = url
+        self._key = key
+        self._operator = {"Authorization": f"Bearer {operator_key}"}
         self._number = number
         self._dice = random.Random(f"{seed} {number}")
         self._findings = findings
@@ -108,13 +112,17 @@ class Client:
             (4, self._take_shared_turn), (4, self._fork_or_rewind), (3, self._open_twice), (2, self._reuse_rid),
             (3, self._abort), (3, self._close_in_turn), (1, self._flush), (3, self._exceed_context),
             (3, self._let_expire), (3, self._look_around), (2, self._use_openai), (2, self._append_and_leave),
-            (2, self._send_wrong_requests),
+            (2, self._send_wrong_requests), (4, self._branch), (3, self._reserve), (2, self._use_wrong_key),
+            (2, self._look_next_door),
         ]  # fmt: skip
 
     async def run(self, until_s: float) -> None:
         """Act until that time of time.monotonic."""
         weights = [weight for weight, _ in self._acts]
-        async with httpx.AsyncClient(base_url=self._url, timeout=ACT_LIMIT_S, trust_env=False) as self._http:
+        headers = {"Authorization": f"Bearer {self._key}"}
+        async with httpx.AsyncClient(
+            base_url=self._url, headers=headers, timeout=ACT_LIMIT_S, trust_env=False
+        ) as self._http:
             while time.monotonic() < until_s:
                 ((_, act),) = self._dice.choices(self._acts, weights)
                 self._act = act.__name__.strip("_")
@@ -169,16 +177,84 @@ class Client:
         await self._stream(body)
 
     async def _look_around(self) -> None:
-        """What a dashboard asks for."""
-        paths = ("/health", "/metrics", "/v1/pool", "/v1/sessions", "/get_server_info", "/get_model_info", "/v1/models")
+        """What a user may look at, and what only an operator may."""
+        paths = ("/health", "/v1/sessions", "/get_model_info", "/v1/models")
         await self._get(self._dice.choice(paths), (200,))
+        await self._get(self._dice.choice(("/metrics", "/v1/pool", "/get_server_info")), (403,))
         text = {"prompt": "héllo " * self._dice.randint(0, 40)}
         tokens = (await self._post("/tokenize", text, (200,))).json()["tokens"]
         await self._post("/detokenize", {"tokens": tokens}, (200,))
 
     async def _flush(self) -> None:
-        """Drop all KV: refused while anything runs."""
-        await self._post("/flush_cache", {}, (200, 400))
+        """Drop all KV: refused while anything runs, and to who is no operator."""
+        await self._post("/flush_cache", {}, (403,))
+        await self._send("POST", "/flush_cache", (200, 400), json={}, headers=self._operator)
+
+    async def _branch(self) -> None:
+        """A branching session: two turns at once from the end of one, another from its middle, one in place of all.
+
+        Each finished one must say what a fresh prompt of its own tokens says.
+        """
+        session = await self._opened(branching=True)
+        if session is None:
+            return
+        root = self._tokens(self._dice.choice((3, 16, 33)))
+        said = await self._branch_off(session, "root", root, {})
+        if said is not None:
+            history, ways = root + said, [self._tokens(5), self._tokens(17)]
+            cut = self._dice.randint(1, len(history))
+            outputs = await asyncio.gather(
+                *(self._branch_off(session, f"way-{at}", way, {"rid": "root"}) for at, way in enumerate(ways)),
+                self._branch_off(session, "cut", [9], {"rid": "root", "offset": cut}),
+                self._branch_off(session, "again", [8], {"rid": "root", "drop_previous_output": True}),
+            )
+            prompts = [*(history + way for way in ways), [*history[:cut], 9], [*root, 8]]
+            at = self._dice.randrange(len(prompts))
+            if (chosen := outputs[at]) is not None:
+                await self._compare(prompts[at], chosen)
+            reading = asyncio.ensure_future(self._branch_off(session, "late", [7], {"rid": "root"}))
+            await self._branch_off(session, "instead", [6], {"rid": "root", "replace": True})
+            await reading
+        await self._branch_off(session, "lost", [5], {"rid": "nobody"}, (400, 429))
+        await self._delete(session, (200,))
+
+    async def _branch_off(
+        self, session: str, name: str, added: list[int], place: Json, allowed: Sequence[int] = (200, 400, 429)
+    ) -> list[int] | None:
+        """What a turn of a branching session says; None if it was refused or somebody ended it."""
+        body = greedy(added, 9) | {"rid": f"{session}-{name}", "session_params": {"id": session, **place}}
+        if (parent := place.get("rid")) is not None:
+            body["session_params"]["rid"] = f"{session}-{parent}"
+        reply = await self._post("/generate", body, allowed)
+        if reply.status_code != 200 or not ended_well(reply.json()):
+            return None
+        return list(reply.json()["output_ids"])
+
+    async def _reserve(self) -> None:
+        """A session with KV of its own, refused where others have reserved too much; turns within it and beyond."""
+        session = await self._opened(reserve_tokens=self._dice.choice((1, 40, 200, self._context_tokens)))
+        if session is None:
+            return
+        for _ in range(self._dice.randint(0, 3)):
+            body = greedy(self._tokens(self._dice.choice((5, 60))), 9) | {"session_params": {"id": session}}
+            await self._post("/generate", body, (200, 429))
+            await asyncio.sleep(self._dice.choice((0.0, 0.05)))
+        if self._dice.random() < 0.8:
+            await self._delete(session, (200,))
+
+    async def _use_wrong_key(self) -> None:
+        """No key, half a key, somebody's hash, or what is no header."""
+        wrong = ("", "Bearer", "Bearer ", f"Bearer {self._key[:-1]}", f"Basic {self._key}", "x" * 999)
+        headers = {"Authorization": self._dice.choice(wrong)}
+        await self._send("POST", "/generate", (401,), json=greedy([1], 2), headers=headers)
+        await self._send("GET", "/v1/sessions", (401,), headers=headers)
+
+    async def _look_next_door(self) -> None:
+        """Sessions of another tenant are not there: names of the next client, which has another key."""
+        name = f"own-{self._number + 1}-{self._dice.randint(1, 50)}"
+        await self._get(f"/v1/sessions/{name}", (404,))
+        await self._post(f"/v1/sessions/{name}/fork", {}, (404,))
+        await self._post("/generate", greedy([1], 2) | {"session_params": {"id": name}}, (400,))
 
     # ---- connections that end early, late, or make no sense ----
 
@@ -195,7 +271,7 @@ class Client:
         if self._dice.random() < 0.3:
             body["session_params"] = {"id": self._shared()}
         async with self._socket() as (_, writer):
-            writer.write(http_post("/generate", json.dumps(body).encode()))
+            writer.write(self._http_post("/generate", json.dumps(body).encode()))
             await asyncio.sleep(self._dice.choice((0.0, 0.001, 0.01, 0.1)))
             writer.transport.abort()
 
@@ -203,7 +279,7 @@ class Client:
         """Read a stream of megabytes a few bytes at a time through a small window, then to the end or not at all."""
         body = greedy(self._tokens(10), 300) | {"stream": True, "return_logprob": True, "top_logprobs_num": 5}
         async with self._socket(receive_bytes=32_768) as (reader, writer):
-            writer.write(http_post("/generate", json.dumps(body).encode()))
+            writer.write(self._http_post("/generate", json.dumps(body).encode()))
             end: bytes | None = await reader.readexactly(len(b"HTTP/1.1 200"))
             if end != b"HTTP/1.1 200":
                 self._expect(end == b"HTTP/1.1 429", f"a stream was answered {end!r}")
@@ -231,7 +307,7 @@ class Client:
 
     async def _send_half(self) -> None:
         """A request that ends in the middle of its headers or its body."""
-        request = http_post("/generate", json.dumps(greedy(self._tokens(50), 5)).encode())
+        request = self._http_post("/generate", json.dumps(greedy(self._tokens(50), 5)).encode())
         async with self._socket() as (_, writer):
             writer.write(request[: self._dice.randint(1, len(request) - 1)])
             await asyncio.sleep(self._dice.choice((0.0, 0.2, 1.0)))
@@ -248,7 +324,7 @@ class Client:
         """Append to a session and hang up before the reply."""
         body = json.dumps({"input_ids": self._tokens(100)}).encode()
         async with self._socket() as (_, writer):
-            writer.write(http_post(f"/v1/sessions/{self._shared()}/append", body))
+            writer.write(self._http_post(f"/v1/sessions/{self._shared()}/append", body))
             await asyncio.sleep(self._dice.choice((0.0, 0.005, 0.05)))
             writer.transport.abort()
 
@@ -368,7 +444,9 @@ class Client:
         body = greedy(self._tokens(8), 400) | {"rid": rid, "session_params": {"id": self._shared()}}
         reading = asyncio.ensure_future(self._stream(body))
         await asyncio.sleep(self._dice.choice((0.0, 0.005, 0.05)))
-        await self._post("/abort_request", {"abort_all": True} if self._dice.random() < 0.05 else {"rid": rid}, (200,))
+        if self._dice.random() < 0.05:
+            await self._send("POST", "/abort_request", (200,), json={"abort_all": True}, headers=self._operator)
+        await self._post("/abort_request", {"rid": rid}, (200,))
         await reading
 
     async def _close_in_turn(self) -> None:
@@ -451,6 +529,14 @@ class Client:
         finally:
             writer.transport.abort()
 
+    def _http_post(self, path: str, body: bytes) -> bytes:
+        """A request as it goes over the wire."""
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: soak\r\nAuthorization: Bearer {self._key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
     # ---- dice and verdicts ----
 
     def _tokens(self, count: int) -> list[int]:
@@ -497,9 +583,3 @@ def greedy(tokens: list[int], new_tokens: int) -> Json:
 def ended_well(reply: Json) -> bool:
     """Whether nobody aborted the request."""
     return reply["meta_info"]["finish_reason"]["type"] in ("length", "stop")
-
-
-def http_post(path: str, body: bytes) -> bytes:
-    """A request as it goes over the wire."""
-    head = ("POST", path, "HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\nContent-Length:", str(len(body)))
-    return " ".join(head).encode() + b"\r\n\r\n" + body

@@ -298,6 +298,7 @@ COMMANDS = {
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
     "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
+    "bench drafts": bench("drafts", "measure drafts looked up in Python source: how good, how fast, how large"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),
     "engine": Command("", add_engine_flags, engine),

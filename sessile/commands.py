@@ -187,6 +187,7 @@ _BENCHES = {
     "history": ("HistoryBenchOptions", "measure_history"),
     "audit": ("AuditBenchOptions", "measure_audit"),
     "admission": ("AdmissionBenchOptions", "measure_admission"),
+    "drafts": ("DraftBenchOptions", "measure_drafts"),
     "agents": ("AgentBenchOptions", "measure_agents"),
     "sessions": ("SessionBenchOptions", "measure_sessions"),
 }

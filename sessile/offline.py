@@ -118,7 +118,7 @@ class LLM:
 
     def close(self) -> None:
         """Give the device back. Sessions are gone."""
-        self._engine.device.close()
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -106,7 +106,7 @@ class ShapeEngine:
 
     def close(self) -> None:
         """Give the device back."""
-        self.engine.device.close()
+        self.engine.close()
 
     def _open(self, model: ModelOptions, device: DeviceOptions, scheduler: SchedulerOptions) -> Engine:
         def open_for(request: DeviceRequest) -> Device:

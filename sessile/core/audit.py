@@ -356,11 +356,11 @@ def _check_sessions(books: Books, lines: list[Session]) -> None:
 def _check_indexes(books: Books, lines: list[Session]) -> None:
     """An index has one holder, and knows no more tokens than that has."""
     for request in books.requests.values():
-        if request.line is None:
+        if request.drafts.line is None:
             continue
         known = books.delivered_tokens(request)
-        if request.line.index.tokens > known:
-            raise AuditError(f"request {request.key} has {known} tokens, its index {request.line.index.tokens}",
+        if request.drafts.line.index.tokens > known:
+            raise AuditError(f"request {request.key} has {known} tokens, its index {request.drafts.line.index.tokens}",
                              "lengths", keys=(request.key,))  # fmt: skip
         if request.session is not None and request.session.index is not None:
             raise AuditError(f"request {request.key} and its session both hold an index", "sessions",

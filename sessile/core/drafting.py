@@ -13,17 +13,16 @@ import numpy as np
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
 from sessile.contract.messages import SourceFigures, Submit
 from sessile.core.books import Books
-from sessile.core.request import Request
+from sessile.core.request import Drafts, Request
 from sessile.core.rows import Column
 from sessile.core.session import Session
 from sessile.core.tenants import Tenant
 from sessile.errors import InvalidRequest
 
-NO_WISH = DraftWish("", None, 0)
-"""Of a request for which no drafts are looked up."""
+_NO_WISH = DraftWish("", None, 0)
 
 
-def wish_of(books: Books, message: Submit, tenant: Tenant) -> DraftWish:
+def drafts_of(books: Books, message: Submit, tenant: Tenant) -> Drafts:
     """What a message allows, as far as this engine drafts. Raises UserError, with nothing changed."""
     drafter, name = books.drafter, tenant.policy.name
     if message.remember and name and not tenant.policy.remembers:
@@ -36,20 +35,19 @@ def wish_of(books: Books, message: Submit, tenant: Tenant) -> DraftWish:
                 raise InvalidRequest(
                     f"{field}: this server looks up no drafts; it has to be started with --speculate", param=field
                 )
-        return NO_WISH
+        return Drafts(_NO_WISH)
     most = books.limits.drafts_max if message.drafts_max < 0 else min(message.drafts_max, books.limits.drafts_max)
     wish = DraftWish(name, message.corpora, 0 if message.speculate is False else most)
     if message.corpora:
         drafter.check(wish)
-    return wish
+    return Drafts(wish, message.remember)
 
 
 def begin_line(books: Books, request: Request) -> None:
     """A request gets a row: if it may draft and has not begun to, its sequence's index comes to it."""
-    drafter = books.drafter
-    if drafter is None or request.line is not None or not request.wish.drafts_max:
-        return
-    request.line = drafter.start(_taken_index(drafter, request.session), request.wish)
+    drafter, drafts = books.drafter, request.drafts
+    if drafter is not None and drafts.line is None and drafts.wish.drafts_max:
+        drafts.line = drafter.start(_taken_index(drafter, request.session), drafts.wish)
 
 
 def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
@@ -68,10 +66,10 @@ def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
 
 def end_line(request: Request) -> None:
     """A request ends: its session gets the index back, cut to the history that is left."""
-    line, session = request.line, request.session
+    line, session = request.drafts.line, request.session
     if line is None:
         return
-    request.line = None
+    request.drafts.line = None
     if session is not None:
         session.index = line.index
         session.cut_index()
@@ -79,7 +77,7 @@ def end_line(request: Request) -> None:
 
 def caught_up(books: Books, request: Request) -> DraftLine:
     """The line of a running request, its index told all tokens that have settled."""
-    line = request.line
+    line = request.drafts.line
     assert line is not None, f"request {request.key} was asked for drafts and has no line"
     books.collect_output(request)
     index, known = line.index, request.known_tokens
@@ -125,18 +123,20 @@ def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Col
 
 def judge_drafts(books: Books, request: Request, offered: int, accepted: int) -> None:
     """Of so many drafts of one step so many were accepted and emitted."""
-    assert books.drafter is not None and request.line is not None
-    request.drafts_offered += offered
-    request.drafts_accepted += accepted
+    drafts = request.drafts
+    assert books.drafter is not None and drafts.line is not None
+    drafts.offered += offered
+    drafts.accepted += accepted
     books.totals.drafts_accepted += accepted
-    books.drafter.settled(request.line, accepted)
+    books.drafter.settled(drafts.line, accepted)
 
 
 def figures_of(books: Books, request: Request) -> list[SourceFigures]:
     """What each source did for a request that ends; counted in the totals."""
-    if request.line is None:
+    line = request.drafts.line
+    if line is None:
         return []
-    uses = [SourceFigures(each.source, each.drafts_offered, each.drafts_accepted) for each in request.line.uses()]
+    uses = [SourceFigures(use.source, use.drafts_offered, use.drafts_accepted) for use in line.uses()]
     for use in uses:
         offered, accepted = books.totals.sources.get(use.source, (0, 0))
         books.totals.sources[use.source] = offered + use.drafts_offered, accepted + use.drafts_accepted
@@ -145,5 +145,5 @@ def figures_of(books: Books, request: Request) -> list[SourceFigures]:
 
 def remember(books: Books, request: Request) -> None:
     """Tell the drafter of a request that came to its own end and may be remembered: what it brought and what it got."""
-    if books.drafter is not None and request.remembered:
+    if books.drafter is not None and request.drafts.remembered:
         books.drafter.remember(request.tenant.policy.name, request.delta + request.output.tobytes())

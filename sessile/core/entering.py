@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sessile.contract.drafting import DraftWish
 from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
 from sessile.core.books import Books
-from sessile.core.drafting import wish_of
+from sessile.core.drafting import drafts_of
 from sessile.core.ending import discard_turns, end_request
 from sessile.core.forking import fork_session
 from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.marks import Mark
-from sessile.core.request import Request
+from sessile.core.request import Drafts, Request
 from sessile.core.reserving import reserve
 from sessile.core.session import Session
 from sessile.core.tenants import Tenant
@@ -42,7 +41,7 @@ def enter_plain(books: Books, message: Submit) -> None:
         raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
     tenant = books.tenants.named(message.tenant)
     goal = _goal(books, message, tenant, 0, message.tokens, books.limits.context_tokens)
-    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, wish_of(books, message, tenant), None)
+    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, drafts_of(books, message, tenant), None)
 
 
 def enter_turn(books: Books, message: Submit, session: Session) -> None:
@@ -64,7 +63,7 @@ def enter_turn(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, base_tokens)
     tokens = _without_bos(books, message.tokens, base_tokens)
     goal = _goal(books, message, session.tenant, base_tokens, tokens, session.tokens_max)
-    _start_turn(books, message, session, tokens, goal, wish_of(books, message, session.tenant))
+    _start_turn(books, message, session, tokens, goal, drafts_of(books, message, session.tenant))
 
 
 def open_session(
@@ -141,7 +140,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, origin.tokens)
     tokens = _without_bos(books, message.tokens, origin.tokens)
     goal = _goal(books, message, session.tenant, origin.tokens, tokens, session.tokens_max)
-    wish = wish_of(books, message, session.tenant)
+    drafts = drafts_of(books, message, session.tenant)
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
@@ -151,7 +150,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     books.node_count += 1
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
-    _start_turn(books, message, node, tokens, goal, wish)
+    _start_turn(books, message, node, tokens, goal, drafts)
 
 
 def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
@@ -341,10 +340,10 @@ def _new_session(
 
 
 def _start_turn(
-    books: Books, message: Submit, session: Session, tokens: Packed, goal: int, wish: DraftWish
+    books: Books, message: Submit, session: Session, tokens: Packed, goal: int, drafts: Drafts
 ) -> None:
     """The session's right to be in flight goes to this request."""
-    request = _enter(books, message, session.tenant, session.history, tokens, goal, wish, session)
+    request = _enter(books, message, session.tenant, session.history, tokens, goal, drafts, session)
     session.turn = RequestKey(request.key)
     if session.root is not None:
         session.root.turns_in_flight += 1
@@ -359,13 +358,13 @@ def _enter(
     base: History,
     tokens: Packed,
     goal: int,
-    wish: DraftWish,
+    drafts: Drafts,
     session: Session | None,
 ) -> Request:
     eos = () if message.sampling.ignore_eos else books.facts.eos_ids
     stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
     request = Request(
-        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, wish=wish
+        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, drafts=drafts
     )
     books.rows.provide_for(stop_ids, message.logprobs)
     books.arrivals += 1

@@ -1,6 +1,7 @@
 """A request: one prompt or one turn of a session, from its submission to its one Done."""
 
 from array import array
+from dataclasses import dataclass
 from enum import Enum, auto
 from struct import Struct
 
@@ -32,6 +33,21 @@ class Phase(Enum):
     """Holds nothing."""
 
 
+@dataclass(slots=True)
+class Drafts:
+    """What a request has to do with drafts. wish: what it allows. remembered: whether it asked to be.
+
+    line: with it the index of its sequence, from its first admission to its end if it drafts. offered, accepted: drafts
+    that were verified, and tokens that it got beyond one a step.
+    """
+
+    wish: DraftWish
+    remembered: bool = False
+    line: DraftLine | None = None
+    offered: int = 0
+    accepted: int = 0
+
+
 class Request:
     """Tokens and settings of one request; the counters of a running one are in its row, not here.
 
@@ -51,13 +67,11 @@ class Request:
         "cached_tokens",
         "computed_tokens",
         "delta",
-        "drafts_accepted",
-        "drafts_offered",
+        "drafts",
         "goal_tokens",
         "input",
         "key",
         "lease",
-        "line",
         "logprobs",
         "matcher",
         "output",
@@ -71,7 +85,6 @@ class Request:
         "prompt_tokens",
         "publishing",
         "reached_tokens",
-        "remembered",
         "replied",
         "rid",
         "row",
@@ -86,7 +99,6 @@ class Request:
         "stop_ids",
         "tenant",
         "urgent",
-        "wish",
     )  # fmt: skip
 
     def __init__(
@@ -95,12 +107,8 @@ class Request:
         base: History,
         delta: Packed,
         *,
-        goal_tokens: int,
-        stop_ids: tuple[int, ...],
-        session: Session | None,
-        tenant: Tenant,
-        wish: DraftWish,
-    ) -> None:
+        goal_tokens: int, stop_ids: tuple[int, ...], session: Session | None, tenant: Tenant, drafts: Drafts,
+    ) -> None:  # fmt: skip
         sampling = message.sampling
         self.key = message.key
         self.session = session
@@ -153,12 +161,7 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
-        self.wish = wish
-        self.line: DraftLine | None = None
-        """With it the index of its sequence, from its first admission to its end if it drafts."""
-        self.drafts_offered = 0
-        self.drafts_accepted = 0
-        self.remembered = message.remember
+        self.drafts = drafts
         self.slow = (
             self.matcher is not None
             or self.logprobs >= 0
@@ -189,7 +192,7 @@ class Request:
             step,
             self.logprobs,
             self.tenant.index,
-            0 if self.line is None else self.wish.drafts_max,
+            0 if self.drafts.line is None else self.drafts.wish.drafts_max,
         )
 
     def note_admission(self, start_tokens: int) -> None:

@@ -78,6 +78,8 @@ class LookupLine:
         self._shown: _Shown | None = None
         self._priors = np.empty(0, np.int64)
         self._record = np.empty(0, np.int64)
+        self._address = 0
+        """Of the record; asking numpy for it takes a microsecond."""
         self._last: list[tuple[SourceKey, int]] = []
         """Source and match of each of the last drafts."""
 
@@ -104,8 +106,9 @@ class LookupLine:
             parts = [number for part in ((own, 0), *shown.parts) for number in part]
             record = [int(self._priors.ctypes.data), len(parts) // 2, *parts]
             self._record = np.array([own, *record], np.int64)
+            self._address = int(self._record.ctypes.data)
             self._weigh()
-        return int(self._record.ctypes.data), int(self._record[2])
+        return self._address, 1 + len(shown.parts)
 
     def offer(self, nodes: Sequence[Sequence[int]]) -> list[TokenId]:
         """Take down what is offered from a tree's nodes; returns the tokens."""
@@ -141,9 +144,11 @@ class LookupLine:
     def _weigh(self) -> None:
         """Write the priors that follow from what was learned."""
         assert self._shown is not None
-        for number, key in enumerate(self._shown.sources):
-            base = (self._rules.session_prior, self._rules.history_prior, 1)[key[0]]
-            self._priors[number] = self._records.get(key, _Record()).prior(base * PRIOR_ONE)
+        bases = (self._rules.session_prior * PRIOR_ONE, self._rules.history_prior * PRIOR_ONE, PRIOR_ONE)
+        records = self._records
+        self._priors[:] = [
+            records[key].prior(bases[key[0]]) if key in records else bases[key[0]] for key in self._shown.sources
+        ]
 
 
 class LookupDrafter:
@@ -196,13 +201,18 @@ class LookupDrafter:
         allowed = np.array([line.wish.drafts_max for line in ours], np.int32)
         if not allowed.any():
             return [0] * len(ours)
-        matches = self._merge(ours, np.where(allowed > 0, 0, -1).astype(np.int32), self._shelf.snapshot).matches
+        matches = self._matches(ours, allowed > 0)
         chances = path_chances([line.acceptance for line in ours], matches, int(allowed.max()))
         chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
         limits = worthwhile(chances, tokens, self._step_times)
         for line in (line for line, limit in zip(ours, limits, strict=True) if limit == 0):
             line.acceptance.rest()
         return [int(limit) for limit in limits]
+
+    def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:
+        """The longest match of each line, in tokens, in all that it may look into: a search, and no more."""
+        ours = [_ours(line) for line in lines]
+        return [int(match) for match in self._matches(ours, np.ones(len(ours), np.bool_))]
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
         """At most `caps[i]` tokens that may follow the index of line i; asked late, every index up to date."""
@@ -240,6 +250,11 @@ class LookupDrafter:
         self._merger.close()
         if self._history:
             self._history.close()
+
+    def _matches(self, lines: Sequence[LookupLine], wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+        """The longest match of each line that is wanted, of the others 0."""
+        budgets = np.where(wanted, 0, -1).astype(np.int32)
+        return self._merge(lines, budgets, self._shelf.snapshot).matches
 
     def _merge(self, lines: Sequence[LookupLine], budgets: npt.NDArray[np.int32], snapshot: Snapshot) -> Trees:
         """Drafts of all lines from one snapshot, which lives until they are made."""

@@ -123,8 +123,8 @@ def _collect_sorted(part, number, source, query, end, spot, floor, most, found, 
 
 
 @piece
-def _collect_chained(part, number, source, query, end, floor, most, found, count):  # type: ignore[no-untyped-def]
-    """Write down the `most` newest matches of at least `floor` tokens in a text; returns (count, longest match)."""
+def _collect_chained(part, number, source, query, end, most, found, count):  # type: ignore[no-untyped-def]
+    """Write down the `most` newest matches in a text, all of GRAM_TOKENS or more; returns (count, longest match)."""
     longest = 0
     if end < GRAM_TOKENS or part[TOKENS] <= GRAM_TOKENS:
         return count, longest
@@ -139,8 +139,7 @@ def _collect_chained(part, number, source, query, end, floor, most, found, count
         if match >= GRAM_TOKENS:
             taken += 1
             longest = max(longest, match)
-            if match >= floor:
-                count = _add(found, count, part[TOKENS_AT], part[TOKENS], place, match, number, source)
+            count = _add(found, count, part[TOKENS_AT], part[TOKENS], place, match, number, source)
         place = older[place]
     return count, longest
 
@@ -326,8 +325,7 @@ def _find(line, most, match_min, match_cap, window, spots, found):  # type: igno
         part = carray(pointer(line[LINE_FIRST_PART + 2 * number]), (PART_FIELDS,), np.int64)
         if part[KIND] == CHAINED:
             source = line[LINE_FIRST_PART + 2 * number + 1]
-            floor = max(match_min, min(longest, match_cap) - window)
-            count, match = _collect_chained(part, number, source, query, end, floor, most, found, count)
+            count, match = _collect_chained(part, number, source, query, end, most, found, count)
             longest = max(longest, match)
     floor = max(match_min, min(longest, match_cap) - window)
     for number in range(line[LINE_PARTS]):
@@ -336,9 +334,14 @@ def _find(line, most, match_min, match_cap, window, spots, found):  # type: igno
             source = line[LINE_FIRST_PART + 2 * number + 1]
             count = _collect_sorted(part, number, source, query, end, spots[number, 0], floor, most, found, count)
     priors = carray(pointer(line[LINE_PRIORS_AT]), (1 << 20,), np.int64)
+    kept = 0
     for i in range(count):
-        found[i, WEIGHT] = priors[found[i, SOURCE]] << min(found[i, MATCH], match_cap)
-    return count, longest
+        if found[i, MATCH] >= floor:
+            for column in range(FOUND_COLUMNS):
+                found[kept, column] = found[i, column]
+            found[kept, WEIGHT] = priors[found[kept, SOURCE]] << min(found[kept, MATCH], match_cap)
+            kept += 1
+    return kept, longest
 
 
 @entry

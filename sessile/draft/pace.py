@@ -6,6 +6,7 @@ make the rate of emission the greatest; if even that one is not clearly above th
 Everything here is a function of the table and of what was settled: no clock is read.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,10 +16,10 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-MATCH_BOUNDS = (1, 2, 3, 5, 9, 17, 33)
+MATCH_LENGTHS = (1, 2, 3, 5, 9, 17, 33)
 """Matches are judged in classes; each begins at one of these lengths."""
-EXPECTED = (0.10, 0.15, 0.25, 0.40, 0.60, 0.75, 0.85)
-"""Share of drafts accepted in each class before any was seen, as in held-out Python source."""
+EXPECTED = np.array((0.08, 0.15, 0.35, 0.50, 0.65, 0.80, 0.90))
+"""Share of drafts accepted in each class before any was seen: a little below what held-out Python source gives."""
 EXPECTED_WEIGHT = 4.0
 """Drafts that what is expected counts for."""
 JUDGED_MAX = 64.0
@@ -61,7 +62,7 @@ class StepTimes:
 
 
 def _nothing() -> Floats:
-    return np.zeros(len(MATCH_BOUNDS))
+    return np.zeros(len(MATCH_LENGTHS))
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class Acceptance:
 
     def judge(self, match: int, is_accepted: bool) -> None:
         """One draft behind a match of so many tokens, drafts before it included."""
-        kind = int(np.searchsorted(MATCH_BOUNDS, match, side="right")) - 1
+        kind = bisect_right(MATCH_LENGTHS, match) - 1
         if self.judged[kind] >= JUDGED_MAX:
             self.accepted[kind] /= 2
             self.judged[kind] /= 2
@@ -93,9 +94,9 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
     """
     accepted = np.array([line.accepted for line in lines])
     judged = np.array([line.judged for line in lines])
-    each = (accepted + EXPECTED_WEIGHT * np.array(EXPECTED)) / (judged + EXPECTED_WEIGHT)
+    each = (accepted + EXPECTED_WEIGHT * EXPECTED) / (judged + EXPECTED_WEIGHT)
     reach = matches[:, None] + np.arange(drafts)
-    kinds = np.maximum(np.searchsorted(MATCH_BOUNDS, reach, side="right") - 1, 0)
+    kinds = np.maximum(np.searchsorted(MATCH_LENGTHS, reach, side="right") - 1, 0)
     chances: Floats = np.cumprod(np.take_along_axis(each, kinds, axis=1), axis=1, dtype=np.float64)
     chances[matches == 0] = 0.0
     return chances
@@ -110,12 +111,13 @@ def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np
     # Stable: of equal chances the lower line's, and of a line's the nearer, so that what is taken is the first of each.
     order = np.argsort(-chances, axis=None, kind="stable")
     order = order[: int(np.count_nonzero(chances))]
-    emitted = lines + np.cumsum(chances.ravel()[order])
-    steps = times.time_ns(tokens + 1 + np.arange(len(order), dtype=np.int64)) + times.late_ns
-    without = lines / float(times.time_ns(np.array([tokens], np.int64))[0])
     limits = np.zeros(lines, np.int32)
-    rates = emitted / steps
-    if len(order) and rates.max() >= GAIN_MIN * without:
+    if not len(order):
+        return limits
+    steps = times.time_ns(tokens + np.arange(1 + len(order), dtype=np.int64))
+    without = lines / steps[0]
+    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps[1:] + times.late_ns)
+    if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)
     return limits

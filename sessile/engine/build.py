@@ -87,7 +87,7 @@ class DescribeModel(Protocol):
 
 @dataclass
 class Engine:
-    """An opened engine: machine, device and corpora, ready to be driven by a loop. Owns the device."""
+    """An opened engine: machine, device, drafter and what it drafts from. Owns all but the first until `close`."""
 
     machine: Machine
     device: Device
@@ -96,6 +96,12 @@ class Engine:
     drafter: TimedDrafter | None = None
     corpora: CorpusDesk | None = None
     """None where nobody drafts."""
+
+    def close(self) -> None:
+        """Give back the device and what the drafter runs on. May be called again."""
+        self.device.close()
+        if self.drafter is not None:
+            self.drafter.close()
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""

@@ -4,6 +4,7 @@ The core knows no clock and the drafter no device, so both questions are answere
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
 from sessile.draft.shelf import Shelf
@@ -13,7 +14,7 @@ from sessile.units import TokenId
 StepTable = Sequence[tuple[int, float]]
 """(tokens of a step, its milliseconds), fewest tokens first, as the device measured them at its start."""
 
-MakeDrafter = Callable[[Shelf, StepTable], Drafter]
+MakeDrafter = Callable[[Shelf, StepTable], "OwnedDrafter"]
 """A drafter for a device with these step times, which finds its corpora on that shelf."""
 
 ASSUMED_STEP_MS: StepTable = ((1, 5.0), (64, 6.0), (256, 10.0))
@@ -34,7 +35,7 @@ def can_pay(table: StepTable, drafts_max: int) -> bool:
     return bool(costs) and min(costs) <= PAYS_BELOW * alone_ms
 
 
-def lookup_drafter(shelf: Shelf, table: StepTable) -> Drafter:
+def lookup_drafter(shelf: Shelf, table: StepTable) -> "OwnedDrafter":
     """The drafter of sessile/draft, ready to be asked; it remembers what it may within the default bounds."""
     # Here, because an engine that drafts nothing has no use for what is compiled there.
     from sessile.draft.drafter import LookupDrafter
@@ -48,13 +49,23 @@ def lookup_drafter(shelf: Shelf, table: StepTable) -> Drafter:
     return drafter
 
 
-class TimedDrafter:
-    """A drafter, and the time that its answers took: `ns_total`."""
+class OwnedDrafter(Drafter, Protocol):
+    """A drafter with threads of its own, which end with `close`."""
 
-    def __init__(self, drafter: Drafter, clock: Clock) -> None:
+    def close(self) -> None: ...
+
+
+class TimedDrafter:
+    """A drafter, and the time that its answers took: `ns_total`. Owns the drafter."""
+
+    def __init__(self, drafter: OwnedDrafter, clock: Clock) -> None:
         self._drafter = drafter
         self._clock = clock
         self.ns_total = 0
+
+    def close(self) -> None:
+        """End the drafter's threads. May be called again."""
+        self._drafter.close()
 
     def check(self, wish: DraftWish) -> None:
         """As the drafter does."""

@@ -71,7 +71,7 @@ def drive(engine: Engine, inbox: SocketInbox, outbox: SocketOutbox, clock: Clock
         raise
     finally:
         collector.release()
-        engine.device.close()
+        engine.close()
 
 
 def drain_on_sigterm(loop: EngineLoop) -> None:

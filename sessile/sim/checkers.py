@@ -67,9 +67,9 @@ def check_indexes(machine: Machine, books: Books, indexes: Collection[object]) -
     """Every draft index holds the first tokens of what its holder has; `indexes`, all that exist, have one each."""
     held = 0
     for key, request in machine._books.requests.items():
-        if request.line is not None:
+        if request.drafts.line is not None:
             known = [*books.requests[key].prompt, *books.requests[key].output]
-            _check_index(request.line.index, known, f"request {key}")
+            _check_index(request.drafts.line.index, known, f"request {key}")
             held += 1
     for session in machine._books.lines():
         if session.index is not None:

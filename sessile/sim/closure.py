@@ -1,11 +1,17 @@
 """Small worlds to closure: every state that two clients, a few pages and the faults of both can lead to.
 
 Breadth-first from two open sessions, over canonical states (canonical.py): from each, everything that may happen next
-is tried on a copy of its own (twin.py), with all checks made after it. The worlds:
+is tried on a copy of its own (twin.py), with all checks made after it. Each client has two turns of two tokens in and
+two out, and commits each of {cancel, disconnect, close, retract, fork, rewind, demote} at most once, between any two
+steps of the loop. The worlds of a pool:
 
-  two clients   two turns of two tokens in and two out each; of {cancel, disconnect, close, retract, fork, rewind,
-                demote} each at most once a client and `--faults` of them in all, between any two steps of the loop
-  one client    the same with all seven (`--faults-alone`)
+  two clients          who send when they like, while steps settle when they like; `--faults` faults in all
+  two prompt clients   who send as soon as they may; `--faults-prompt` faults in all
+  one against another  two prompt clients, of whom the first commits all seven faults (`--faults-alone`), the other none
+  one client           alone, who sends when it likes and commits all seven
+
+All fourteen faults of two clients are beyond these: a client with all seven multiplies the states of a world by some
+thousand, and a second one does so again.
 
 A pool of 3 pages has pages of 3 tokens, the smallest in which a second turn fits: a first turn's KV is then exactly one
 page, a second turn's two and a part. Pools of 4 to 6 have pages of 2: the first prompt fills a page, which both clients
@@ -38,10 +44,16 @@ _REPORT_STATES = 5_000
 
 @dataclass(frozen=True)
 class Task:
-    """A world to explore. faults_max: most faults on the way to a state, of all clients together."""
+    """A world to explore. faults_max: most faults on the way to a state, of the first `faulty` clients together."""
 
     shape: Shape
     faults_max: int
+    faulty: int = 2
+
+    def __str__(self) -> str:
+        faulty = min(self.faulty, self.shape.clients)
+        faults = min(self.faults_max, len(FAULTS) * faulty)
+        return f"{self.shape}, {faults} faults{' of the first' if faulty < self.shape.clients else ''}"
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,8 @@ class _Explorer:
 
     def explore(self) -> Violation | None:
         """Until nothing new is found, or something wrong."""
-        clients = self._task.shape.clients
-        level = deque([_Visit(SmallWorld(self._task.shape), (1 << len(FAULTS) * clients) - 1, 0)])
+        faulty = min(self._task.faulty, self._task.shape.clients)
+        level = deque([_Visit(SmallWorld(self._task.shape), (1 << len(FAULTS) * faulty) - 1, 0)])
         self._meet(level[0].world.digest(), level[0].left, None)
         for faults in range(self._task.faults_max + 1):
             further: deque[_Visit] = deque()
@@ -160,7 +172,7 @@ class _Explorer:
             self._came.append(came)
             self._next.append(_OPEN)
             if index % _REPORT_STATES == 0 and sys.stderr.isatty():
-                print(f"\r{self._task.shape}: {index:,} states", end="\r", file=sys.stderr, flush=True)
+                print(f"\r{self._task}: {index:,} states", end="\r", file=sys.stderr, flush=True)
             return index, True
         known = self._left[index]
         if any(left | other == other for other in known):
@@ -216,26 +228,32 @@ def explore(task: Task) -> Closure:
     return Closure(task, explorer.states, explorer.transitions, explorer.ends, seconds, violation)
 
 
-def tasks_of(pools: Sequence[int], faults_max: int, faults_alone_max: int) -> list[Task]:
-    """The worlds of these pools: two clients, and one alone."""
+def tasks_of(pools: Sequence[int], faults_max: int, faults_prompt_max: int, faults_alone_max: int) -> list[Task]:
+    """The worlds of these pools, those that take longest first."""
     sizes = [(pages, 3 if pages == 3 else 2) for pages in pools]
-    pairs = [Task(Shape(pages, page_size), faults_max) for pages, page_size in sizes]
-    return pairs + [Task(Shape(pages, page_size, clients=1), faults_alone_max) for pages, page_size in sizes]
+    return [
+        *(Task(Shape(*size, prompt=True), faults_prompt_max) for size in sizes),
+        *(Task(Shape(*size), faults_max) for size in sizes),
+        *(Task(Shape(*size, prompt=True), faults_alone_max, faulty=1) for size in sizes),
+        *(Task(Shape(*size, clients=1), faults_alone_max, faulty=1) for size in sizes),
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m sessile.sim closure`."""
     parser.add_argument("--pages", type=int, nargs="+", default=[3, 4, 5, 6], help="pools, in pages, 3 or more")
     parser.add_argument("--faults", type=int, default=2, help="most faults of two clients together, up to 14")
-    parser.add_argument("--faults-alone", type=int, default=7, help="most faults of a client that is alone, up to 7")
+    parser.add_argument("--faults-prompt", type=int, default=4, help="most faults of two prompt clients, up to 14")
+    parser.add_argument("--faults-alone", type=int, default=7, help="most faults where only one commits any, up to 7")
     parser.add_argument("--workers", type=int, default=2, help="processes")
 
 
 def main(options: argparse.Namespace) -> int:
     """Explore all worlds and print what they came to; the exit code: 0 if nothing was found."""
     started_s = time.perf_counter()
+    tasks = tasks_of(options.pages, options.faults, options.faults_prompt, options.faults_alone)
     found: list[Closure] = []
-    for closure in run_tasks(tasks_of(options.pages, options.faults, options.faults_alone), options.workers):
+    for closure in run_tasks(tasks, options.workers):
         found.append(closure)
         _print(closure)
     states = sum(closure.states for closure in found)
@@ -255,9 +273,8 @@ def run_tasks(tasks: Sequence[Task], workers: int) -> Iterator[Closure]:
 
 
 def _print(closure: Closure) -> None:
-    task, violation = closure.task, closure.violation
-    faults = min(task.faults_max, len(FAULTS) * task.shape.clients)
-    print(f"{task.shape}, {faults} faults: {closure.states:,} states, {closure.transitions:,} transitions, "
+    violation = closure.violation
+    print(f"{closure.task}: {closure.states:,} states, {closure.transitions:,} transitions, "
           f"{closure.ends:,} ends, {closure.seconds:.0f} s of processor time", flush=True)
     if violation is not None:
         print(f"VIOLATION ({violation.checker}): {violation.message}\n  {'; '.join(map(str, violation.script))}")

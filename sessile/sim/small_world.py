@@ -37,14 +37,19 @@ _FIRST_INPUT = (5, 6)
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a world. pages: those that sequences can use, beside the scratch page."""
+    """The size of a world. pages: those that sequences can use, beside the scratch page.
+
+    prompt: a client sends its next turn before the loop takes another one, and a step settles only within the loop.
+    Far fewer orders are left, so far more faults can be tried.
+    """
 
     pages: int
     page_size: int
     clients: int = 2
+    prompt: bool = False
 
     def __str__(self) -> str:
-        clients = "2 clients" if self.clients == 2 else "1 client"
+        clients = f"2 {'prompt ' if self.prompt else ''}clients" if self.clients == 2 else "1 client"
         return f"{clients}, {self.pages} pages of {self.page_size} tokens"
 
 
@@ -81,6 +86,7 @@ class SmallWorld:
 
     def __init__(self, shape: Shape) -> None:
         self._world = _world_of(shape)
+        self._prompt = shape.prompt
         limits = self._world.limits
         self._books = Books(self._world)
         self._machine = core.Machine(limits, self._world.facts)
@@ -100,9 +106,9 @@ class SmallWorld:
 
     def actions(self) -> Iterator[Action]:
         """All that may happen now, faults included, whether or not they were used up."""
-        if self._machine.has_work:
+        if self._machine.has_work and not (self._prompt and self._waiting()):
             yield Action(TURN)
-        if self._in_flight:
+        if self._in_flight and not self._prompt:
             yield Action(SETTLE)
         for index, client in enumerate(self._clients):
             if client.session:
@@ -114,7 +120,7 @@ class SmallWorld:
             request = self._machine._books.requests[client.key]
             if request.row is not None and self._machine._books.rows.plannable[request.row]:
                 yield Action("retract", index)
-        elif client.turns_left:
+        elif client.turns_left and not (self._prompt and index != self._waiting()[0]):
             yield Action(SEND, index)
         yield Action("close", index)
         if self._machine._books.sessions["", session.id].parked is not None:
@@ -130,10 +136,15 @@ class SmallWorld:
 
     def default(self) -> Action | None:
         """What happens if no client commits a fault any more; None: all is done."""
-        if self._machine.has_work:
+        waiting = self._waiting()
+        if self._machine.has_work and not (self._prompt and waiting):
             return Action(TURN)
-        waiting = [index for index, client in enumerate(self._clients) if client.session and client.turns_left]
         return Action(SEND, waiting[0]) if waiting else None
+
+    def _waiting(self) -> list[int]:
+        """Clients that have a turn to send and none in flight."""
+        clients = enumerate(self._clients)
+        return [index for index, client in clients if client.session and client.turns_left and not client.key]
 
     def do(self, action: Action) -> None:
         """Let it happen; raises what the core, the device or a check raises."""

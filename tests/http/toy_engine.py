@@ -6,6 +6,7 @@ import time
 import msgspec
 import zmq
 
+from sessile.contract.drafting import Drafter
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan
@@ -47,11 +48,18 @@ class Paced:
 class ToyEngine:
     """An engine in a thread: connects to a server's link on start(), and is audited after every step.
 
-    drafts_max: with it, it drafts from what is on its shelf, as if a step took as long with drafts as without.
+    drafts_max: with it, it drafts; where no drafter is given, from what is on its shelf, as if drafts cost nothing.
     """
 
     def __init__(
-        self, address: str, *, pages: int = 400, overlap: bool = True, vocab_size: int = VOCAB_SIZE, **limits: object
+        self,
+        address: str,
+        *,
+        pages: int = 400,
+        overlap: bool = True,
+        vocab_size: int = VOCAB_SIZE,
+        drafter: Drafter | None = None,
+        **limits: object,
     ) -> None:
         self._address = address
         self._overlap = overlap
@@ -61,7 +69,8 @@ class ToyEngine:
             vocab_size, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([byte]) for byte in range(vocab_size))
         )
         self.shelf = Shelf()
-        drafter = LookupDrafter(self.shelf, FREE_DRAFTS) if self.limits.drafts_max else None
+        if self.limits.drafts_max and drafter is None:
+            drafter = LookupDrafter(self.shelf, FREE_DRAFTS)
         self.machine = Machine(self.limits, self.facts, drafter=drafter)
         self._thread = threading.Thread(target=self.run, daemon=True)
         self._loop: EngineLoop | None = None

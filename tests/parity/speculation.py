@@ -191,7 +191,7 @@ class Script:
         sessions = sorted(clients.histories)
         for session in self._dice.choice(sessions, 5, replace=False).tolist():
             kind = self._dice.integers(3)
-            place = int(self._dice.integers(1, len(clients.histories[session])))
+            place = int(self._dice.integers(1, len(clients.histories[session]) + 1))
             if kind == 0:
                 clients.fork(session, next(names), place)
             elif kind == 1:
@@ -218,7 +218,7 @@ class Script:
         if dice.random() < 0.3:
             settings["min_new_tokens"] = int(dice.integers(1, 8))
         if dice.random() < 0.4:
-            settings["stop"] = tuple(bytes(dice.integers(97, 123, 2).tolist()) for _ in range(3))
+            settings["stop"] = tuple(bytes(dice.integers(97, 123, size).tolist()) for size in (1, 2, 2))
         if dice.random() < 0.3:
             settings["stop_token_ids"] = tuple(dice.integers(3, self._vocab_size, 6).tolist())
         return Sampling(

@@ -43,6 +43,14 @@ def test_faults_add_states_and_no_violation() -> None:
     assert two_faults.states > explore(TINY).states
 
 
+def test_prompt_clients_leave_fewer_orders_and_a_faultless_one_commits_nothing() -> None:
+    free, prompt = (explore(Task(Shape(3, 3, prompt=prompt), 0)) for prompt in (False, True))
+    assert (free.states, prompt.states) == (189, 15)
+    both, first = (explore(Task(Shape(3, 3, prompt=True), 1, faulty=faulty)) for faulty in (2, 1))
+    assert (both.states, first.states) == (329, 200)
+    assert {closure.violation for closure in (free, prompt, both, first)} == {None}
+
+
 @pytest.mark.parametrize("shape", [Shape(3, 3), Shape(5, 2)], ids=str)
 def test_states_with_equal_digests_have_equal_successors(shape: Shape) -> None:
     """Met on different ways, and so with other page ids, keys, steps and clocks behind the same form."""
@@ -110,9 +118,12 @@ def test_a_turn_that_is_never_answered_is_found() -> None:
 
 
 def test_the_command_explores_and_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["closure", "--pages", "3", "--faults", "0", "--faults-alone", "1", "--workers", "1"]) == 0
+    bounds = ["--faults", "0", "--faults-prompt", "1", "--faults-alone", "1"]
+    assert run.main(["closure", "--pages", "3", *bounds, "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "2 clients, 3 pages of 3 tokens, 0 faults: 189 states" in printed
+    assert "2 prompt clients, 3 pages of 3 tokens, 1 faults: 329 states" in printed
+    assert "2 prompt clients, 3 pages of 3 tokens, 1 faults of the first: 200 states" in printed
     assert "1 client, 3 pages of 3 tokens, 1 faults: 108 states" in printed
     assert "no violation" in printed
 

@@ -55,6 +55,9 @@ class ScriptedEngine:
         self.device = kind([], ManualClock())
         self.ready = READY
 
+    def close(self) -> None:
+        self.device.close()
+
     def loop(self, *ends: object) -> object:
         from sessile.engine.loop import EngineLoop
 

@@ -1,0 +1,125 @@
+"""How many drafts are worth it, given a table of step times and what was accepted before."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sessile.draft.pace import GAIN_MIN, JUDGED_MAX, Acceptance, StepTimes, path_chances, worthwhile
+
+FREE = StepTimes((1, 1000), (1_000_000, 1_000_001))
+LINEAR = StepTimes((1, 2), (1_000_000, 2_000_000))
+"""Every token costs as much as the first: a draft can at best come out even."""
+
+
+def limits(chances: list[list[float]], times: StepTimes, tokens: int | None = None) -> list[int]:
+    return worthwhile(np.array(chances), tokens or len(chances), times).tolist()
+
+
+def chances_of(line: Acceptance, match: int, drafts: int = 4) -> list[float]:
+    return path_chances([line], np.array([match], np.int32), drafts)[0].tolist()
+
+
+def test_h50_where_a_token_costs_as_much_as_a_step_nothing_is_drafted() -> None:
+    assert limits([[0.9, 0.8, 0.7]] * 4, LINEAR) == [0, 0, 0, 0]
+
+
+def test_where_tokens_are_free_every_likely_draft_is_verified() -> None:
+    assert limits([[0.9, 0.8, 0.7], [0.5, 0.2, 0.1]], FREE) == [3, 3]
+
+
+def test_a_line_without_a_match_gets_no_drafts() -> None:
+    assert limits([[0.0, 0.0], [0.9, 0.5]], FREE) == [0, 2]
+
+
+def test_the_likeliest_drafts_of_all_lines_are_taken_first() -> None:
+    times = StepTimes((1, 5, 6), (100, 110, 1_000))
+    assert limits([[0.9, 0.3], [0.8, 0.7]], times) == [1, 2]
+
+
+def test_h50_what_a_late_part_costs_must_be_gained_first() -> None:
+    late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_ns=2_000_000)
+    assert limits([[0.9, 0.8]], FREE) == [2]
+    assert limits([[0.9, 0.8]], late) == [0]
+
+
+def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
+    times = StepTimes((1, 8, 64, 128), (1_000, 1_000, 2_000, 4_000))
+    assert limits([[0.5, 0.3]], times) == [2]
+    assert limits([[0.5, 0.3]] * 64, times) == [0] * 64
+
+
+@given(
+    lines=st.lists(st.lists(st.floats(0, 1), min_size=5, max_size=5), min_size=1, max_size=8),
+    steps=st.lists(st.integers(1, 10_000), min_size=2, max_size=6),
+    late_ns=st.integers(0, 5_000),
+)
+def test_h50_the_rate_of_emission_is_never_expected_to_be_lower_than_without(
+    lines: list[list[float]], steps: list[int], late_ns: int
+) -> None:
+    times = StepTimes(tuple(range(1, 1 + 3 * len(steps), 3)), tuple(steps), late_ns)
+    chances = np.cumprod(np.array(lines), axis=1)
+    taken = worthwhile(chances, len(lines), times)
+    if taken.any():
+        emitted = len(lines) + sum(float(row[:count].sum()) for row, count in zip(chances, taken, strict=True))
+        with_drafts = emitted / (times.time_ns(np.array([len(lines) + int(taken.sum())]))[0] + late_ns)
+        without = len(lines) / times.time_ns(np.array([len(lines)]))[0]
+        assert with_drafts >= (GAIN_MIN - 1e-9) * without
+
+
+def test_a_step_that_was_measured_faster_than_a_smaller_one_is_taken_to_be_as_slow() -> None:
+    times = StepTimes((1, 2, 3), (100, 300, 200))
+    assert times.time_ns(np.array([1, 2, 3])).tolist() == [100, 300, 300]
+
+
+def test_beyond_the_table_time_grows_as_at_its_end() -> None:
+    assert LINEAR.time_ns(np.array([1, 2, 5])).tolist() == [1e6, 2e6, 5e6]
+
+
+def test_an_accepted_draft_makes_the_next_one_likelier() -> None:
+    chances = chances_of(Acceptance(), match=2, drafts=8)
+    each = np.divide(chances[1:], chances[:-1])
+    assert sorted(each) == each.tolist()
+
+
+def test_h50_a_line_whose_drafts_fail_is_expected_to_fail() -> None:
+    line = Acceptance()
+    before = chances_of(line, match=3)[0]
+    for _ in range(20):
+        line.judge(3, False)
+    assert chances_of(line, match=3)[0] < before / 4
+
+
+def test_failures_behind_short_matches_say_nothing_of_long_ones() -> None:
+    line = Acceptance()
+    before = chances_of(line, match=20)
+    for _ in range(20):
+        line.judge(1, False)
+    assert chances_of(line, match=20) == before
+
+
+def test_a_line_that_rested_is_tried_again() -> None:
+    line = Acceptance()
+    before = chances_of(line, match=3)[0]
+    for _ in range(20):
+        line.judge(3, False)
+    for _ in range(300):
+        line.rest()
+    assert chances_of(line, match=3)[0] > 0.9 * before
+
+
+def test_what_was_judged_long_ago_fades() -> None:
+    line = Acceptance()
+    for _ in range(1000):
+        line.judge(3, False)
+    for _ in range(2 * int(JUDGED_MAX)):
+        line.judge(3, True)
+    assert chances_of(line, match=3)[0] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("tokens", "times_ns"), [((1,), (1,)), ((2, 1), (1, 1)), ((1, 2), (0, 1)), ((1, 2), (1, 2, 3))]
+)
+def test_a_table_that_is_none_is_refused(tokens: tuple[int, ...], times_ns: tuple[int, ...]) -> None:
+    with pytest.raises(AssertionError):
+        StepTimes(tokens, times_ns)
