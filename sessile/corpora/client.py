@@ -1,8 +1,8 @@
 """Corpora of a running server from a terminal, over HTTP: `sessile corpus add | list | remove`."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import httpx
@@ -62,7 +62,7 @@ class CorpusClient:
     def _wait(self, corpus: dict[str, Any], report: Report) -> dict[str, Any]:
         while progress := corpus["progress"]:
             report(f"{corpus['id']}: {progress['stage']}, {progress['share']:.0%}")
-            time.sleep(POLL_S)
+            sleep(POLL_S)
             corpus = self._ask("GET", f"/v1/corpora/{corpus['id']}")
         if corpus["reason"]:
             raise StartupError(f"{corpus['id']} was not loaded: {corpus['reason']}")
@@ -104,7 +104,7 @@ def upload_of(paths: Sequence[Path], total_bytes: int, report: Report) -> Iterat
         if not text:
             continue  # of many files some are empty
         line = orjson.dumps(text) + b"\n"
-        sent += len(line)
+        sent += path.stat().st_size
         report(f"sending, {sent / max(total_bytes, 1):.0%}")
         yield line
 
