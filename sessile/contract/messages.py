@@ -311,6 +311,11 @@ def with_key(message: _Keyed, key: int) -> _Keyed:
     return msgspec.structs.replace(message, key=key)
 
 
+def with_drafts(done: Done, offered: int, accepted: int, sources: list[SourceFigures]) -> Done:
+    """The same end, with what drafts did for the request."""
+    return msgspec.structs.replace(done, drafts_offered=offered, drafts_accepted=accepted, sources=sources)
+
+
 class SessionView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A session as shown to its owner."""
 

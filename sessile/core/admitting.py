@@ -189,7 +189,8 @@ class Admitter:
             request.pin, request.lease = parked.pin, parked.lease.hand_over()
         request.publishing = session is None or session.turns == 0
         request.note_admission(start)
-        begin_line(books, request)
+        if books.drafter is not None:
+            begin_line(books.drafter, request)
         pinned = len(request.pin.pages)
         request.bound_pages = ceil_div(request.goal_tokens, books.limits.page_size) - pinned
         books.bound_pages += request.bound_pages

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
-from sessile.contract.messages import SourceFigures, Submit
+from sessile.contract.messages import Done, SourceFigures, Submit, with_drafts
 from sessile.core.books import Books
 from sessile.core.request import Drafts, Request
 from sessile.core.rows import Column
@@ -43,10 +43,10 @@ def drafts_of(books: Books, message: Submit, tenant: Tenant) -> Drafts:
     return Drafts(wish, message.remember)
 
 
-def begin_line(books: Books, request: Request) -> None:
+def begin_line(drafter: Drafter, request: Request) -> None:
     """A request gets a row: if it may draft and has not begun to, its sequence's index comes to it."""
-    drafter, drafts = books.drafter, request.drafts
-    if drafter is not None and drafts.line is None and drafts.wish.drafts_max:
+    drafts = request.drafts
+    if drafts.line is None and drafts.wish.drafts_max:
         drafts.line = drafter.start(_taken_index(drafter, request.session), drafts.wish)
 
 
@@ -64,15 +64,22 @@ def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
     return parent.index.fork(min(parent.index.tokens, len(session.history)))
 
 
-def end_line(request: Request) -> None:
-    """A request ends: its session gets the index back, cut to the history that is left."""
-    line, session = request.drafts.line, request.session
-    if line is None:
-        return
-    request.drafts.line = None
+def end_line(books: Books, request: Request, done: Done) -> Done:
+    """A request that drafted ends: its session gets the index back, cut to the history that is left.
+
+    Returns its Done with what drafts did for it.
+    """
+    drafts, session = request.drafts, request.session
+    line, drafts.line = drafts.line, None
+    assert line is not None
     if session is not None:
         session.index = line.index
         session.cut_index()
+    sources = [SourceFigures(use.source, use.drafts_offered, use.drafts_accepted) for use in line.uses()]
+    for use in sources:
+        offered, accepted = books.totals.sources.get(use.source, (0, 0))
+        books.totals.sources[use.source] = offered + use.drafts_offered, accepted + use.drafts_accepted
+    return with_drafts(done, drafts.offered, drafts.accepted, sources)
 
 
 def caught_up(books: Books, request: Request) -> DraftLine:
@@ -131,19 +138,7 @@ def judge_drafts(books: Books, request: Request, offered: int, accepted: int) ->
     books.drafter.settled(drafts.line, accepted)
 
 
-def figures_of(books: Books, request: Request) -> list[SourceFigures]:
-    """What each source did for a request that ends; counted in the totals."""
-    line = request.drafts.line
-    if line is None:
-        return []
-    uses = [SourceFigures(use.source, use.drafts_offered, use.drafts_accepted) for use in line.uses()]
-    for use in uses:
-        offered, accepted = books.totals.sources.get(use.source, (0, 0))
-        books.totals.sources[use.source] = offered + use.drafts_offered, accepted + use.drafts_accepted
-    return uses
-
-
 def remember(books: Books, request: Request) -> None:
-    """Tell the drafter of a request that came to its own end and may be remembered: what it brought and what it got."""
-    if books.drafter is not None and request.drafts.remembered:
-        books.drafter.remember(request.tenant.policy.name, request.delta + request.output.tobytes())
+    """Tell the drafter of a request that came to its own end and asked for it: what it brought and what it got."""
+    assert books.drafter is not None
+    books.drafter.remember(request.tenant.policy.name, request.delta + request.output.tobytes())

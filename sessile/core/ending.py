@@ -7,7 +7,7 @@ exactly one Done goes out.
 
 from sessile.contract.messages import Done, SessionGone
 from sessile.core.books import Books
-from sessile.core.drafting import end_line, figures_of, remember
+from sessile.core.drafting import end_line, remember
 from sessile.core.marks import Mark
 from sessile.core.request import Phase, Request
 from sessile.core.reserving import release_reserve
@@ -47,9 +47,10 @@ def end_request(
     if session is not None and not commits:
         books.totals.turns_rolled_back += 1
         books.marks[_ROLL_BACKS[phase]] += 1
-    done = _done(books, request, reason, matched, kept_bytes, message, status, commits=commits)
-    end_line(request)
-    if reason in COMMITS:
+    done = _done(request, reason, matched, kept_bytes, message, status, commits=commits)
+    if request.drafts.line is not None:
+        done = end_line(books, request, done)
+    if request.drafts.remembered and reason in COMMITS:
         remember(books, request)
     _send(books, request, done, commits)
     del books.requests[request.key]
@@ -89,7 +90,6 @@ def _take_kv(books: Books, request: Request, commits: bool) -> None:
 
 
 def _done(
-    books: Books,
     request: Request,
     reason: str,
     matched: int | bytes | None,
@@ -111,9 +111,6 @@ def _done(
         completion_tokens=request.output_tokens,
         preemptions=request.preemptions,
         session_tokens=len(session.history) if session is not None and commits else -1,
-        drafts_offered=-1 if request.drafts.line is None else request.drafts.offered,
-        drafts_accepted=request.drafts.accepted,
-        sources=figures_of(books, request),
         status=status,
         message=message,
     )

@@ -68,13 +68,16 @@ def check_indexes(machine: Machine, books: Books, indexes: Collection[object]) -
     held = 0
     for key, request in machine._books.requests.items():
         if request.drafts.line is not None:
-            known = [*books.requests[key].prompt, *books.requests[key].output]
-            _check_index(request.drafts.line.index, known, f"request {key}")
+            text = [*books.requests[key].prompt, *books.requests[key].output]
+            _check_index(request.drafts.line.index, text, f"request {key}")
             held += 1
     for session in machine._books.lines():
         if session.index is not None:
-            book = books.sessions[session.id]
-            _check_index(session.index, (book.nodes[session.rid] if session.root else book).history, f"{session.key}")
+            book = books.sessions.get(session.id)
+            known = book.nodes.get(session.rid) if book is not None and session.root is not None else book
+            if known is None:
+                fail("index", f"session {session.id} {session.rid} is gone and still has an index")
+            _check_index(session.index, known.history, f"session {session.id} {session.rid}")
             held += 1
     check(held == len(indexes), "leak", f"{len(indexes)} draft indexes are there, {held} can be used")
 
