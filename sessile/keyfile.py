@@ -115,9 +115,10 @@ class _Reader:
             return text == "true"
         if self._is_null(node) and field != "weight":
             return None
+        least = 0 if field in CORPUS_FIELDS else 1
         most = WEIGHT_MAX if field == "weight" else LIMIT_MAX
-        if not re.fullmatch(r"[0-9]{1,15}", text) or not 1 <= int(text) <= most:
-            self._refuse(node, f"{what} must be a whole number from 1 to {most}, got {text!r}")
+        if not re.fullmatch(r"[0-9]{1,15}", text) or not least <= int(text) <= most:
+            self._refuse(node, f"{what} must be a whole number from {least} to {most}, got {text!r}")
         return int(text)
 
     def _keys(self, node: yaml.Node, tenants: Mapping[str, TenantPolicy]) -> list[Key]:
