@@ -192,14 +192,24 @@ def drafted(drafter: LookupDrafter, texts: Sequence[Ints], drafts_max: int) -> T
     return tally
 
 
-def median_us(call: Callable[[int], object], times: int) -> float:
-    """Median time of call(0), call(1) … in microseconds; the first tenth is not counted."""
-    taken_ns = []
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Median times of a call in µs: by the clock, and of the processor, which a busy machine does not stretch."""
+
+    wall_us: float
+    processor_us: float
+
+
+def median_of(call: Callable[[int], object], times: int, between: Callable[[int], object] = int) -> Taken:
+    """Of call(0), call(1) …; `between` is called after each and not timed; the first tenth is not counted."""
+    taken_ns = np.empty((times, 2))
     for number in range(times):
-        started_ns = time.perf_counter_ns()
+        started_ns = time.perf_counter_ns(), time.process_time_ns()
         call(number)
-        taken_ns.append(time.perf_counter_ns() - started_ns)
-    return float(np.median(taken_ns[times // 10 :])) / 1e3
+        taken_ns[number] = time.perf_counter_ns() - started_ns[0], time.process_time_ns() - started_ns[1]
+        between(number)
+    wall_ns, processor_ns = np.median(taken_ns[times // 10 :], axis=0)
+    return Taken(float(wall_ns) / 1e3, float(processor_ns) / 1e3)
 
 
 def measure_quality(table: Table, index: CorpusIndex, texts: Sequence[Ints], options: DraftBenchOptions) -> bool:
@@ -211,8 +221,8 @@ def measure_quality(table: Table, index: CorpusIndex, texts: Sequence[Ints], opt
     ):
         chain = drafted(drafter_over(corpora, rules=rules), texts, options.drafts_max)
         target = f"≥ {CHAIN_MIN}" if corpora else ""
-        table.add_row(f"tokens a step, {name}", f"{chain.tokens_a_step:.3f}", target)
-        table.add_row("  share of drafts accepted", f"{chain.accept_rate:.2f}", "")
+        table.add_row(f"tokens a step, {name}", f"{chain.tokens_a_step:.3f}", "", target)
+        table.add_row("  share of drafts accepted", f"{chain.accept_rate:.2f}", "", "")
     return chain.tokens_a_step >= CHAIN_MIN
 
 
@@ -223,17 +233,20 @@ def measure_cost(
     drafter = drafter_over([index])
     text = np.concatenate(texts)
     lines = standing_lines(drafter, text, 1000, options.drafts_max)
-    searches_us = median_us(lambda _: drafter.matches(lines), 11)
-    look_us = median_us(lambda i: drafter.limits([lines[i]], 1), len(lines))
-    draft_us = median_us(lambda i: drafter.draft([lines[i]], [options.drafts_max]), len(lines))
-    search_us = searches_us / len(lines)
+    lines_searched = len(lines)
+    search = median_of(lambda _: drafter.matches(lines), 11)
+    look = median_of(lambda i: drafter.limits([lines[i]], 1), len(lines))
+    draft = median_of(lambda i: drafter.draft([lines[i]], [options.drafts_max]), len(lines))
+    search_us = search.wall_us / lines_searched
     rate, size = index.tokens / build_s, index.resident_bytes / index.tokens
-    table.add_row("build, million tokens/s", f"{rate / 1e6:.2f}", f"≥ {BUILD_MIN / 1e6:g}")
-    table.add_row("bytes a token", f"{size:.2f}", f"≤ {TOKEN_BYTES_MAX:g}")
-    table.add_row(f"search, {len(lines):,} lines in one call, µs each", f"{search_us:.1f}", f"≤ {SEARCH_MAX_US:g}")
-    table.add_row("limits of one line, p50, µs", f"{look_us:.1f}", "")
-    table.add_row("drafts of one line, p50, µs", f"{draft_us:.1f}", f"≤ {DRAFT_MAX_US:g}")
-    is_fast = rate >= BUILD_MIN and search_us <= SEARCH_MAX_US and draft_us <= DRAFT_MAX_US
+    table.add_row("build, million tokens/s", f"{rate / 1e6:.2f}", "", f"≥ {BUILD_MIN / 1e6:g}")
+    table.add_row("bytes a token", f"{size:.2f}", "", f"≤ {TOKEN_BYTES_MAX:g}")
+    name = f"search, {lines_searched:,} lines in one call, µs each"
+    table.add_row(name, f"{search_us:.1f}", f"{search.processor_us / lines_searched:.1f}", f"≤ {SEARCH_MAX_US:g}")
+    table.add_row("limits of one line, p50, µs", f"{look.wall_us:.1f}", f"{look.processor_us:.1f}", "")
+    name = "drafts of one line, p50, µs"
+    table.add_row(name, f"{draft.wall_us:.1f}", f"{draft.processor_us:.1f}", f"≤ {DRAFT_MAX_US:g}")
+    is_fast = rate >= BUILD_MIN and search_us <= SEARCH_MAX_US and draft.wall_us <= DRAFT_MAX_US
     return is_fast and size <= TOKEN_BYTES_MAX
 
 
@@ -253,23 +266,19 @@ def measure_rows(table: Table, corpus: Sequence[Source], texts: Sequence[Ints], 
     drafter = drafter_over([CorpusIndex.build(piece) for piece in pieces], options.threads)
     text = np.concatenate(texts)
     lines = standing_lines(drafter, text, options.rows, options.drafts_max)
-    fresh = iter(np.resize(text, (options.rounds, options.rows, 2)))
-
-    def step(_: int) -> None:
-        drafter.draft(lines, caps)
-
+    fresh = np.resize(text, (options.rounds, options.rows, 2))
     caps = [options.drafts_max] * len(lines)
-    taken_us = []
-    for tokens in fresh:
-        taken_us.append(median_us(step, 1))
-        for line, new in zip(lines, tokens, strict=True):
+
+    def go_on(number: int) -> None:
+        for line, new in zip(lines, fresh[number], strict=True):
             drafter.settled(line, 0)
             line.index.extend(new.tobytes())
-    step_ms = float(np.median(taken_us)) / 1e3
+
+    step = median_of(lambda _: drafter.draft(lines, caps), options.rounds, go_on)
     drafter.close()
     name = f"{options.rows} rows × {CORPORA_AT_ONCE} corpora, p50, ms"
-    table.add_row(name, f"{step_ms:.2f}", f"≤ {ROWS_MAX_MS:g}")
-    return step_ms <= ROWS_MAX_MS
+    table.add_row(name, f"{step.wall_us / 1e3:.2f}", f"{step.processor_us / 1e3:.2f}", f"≤ {ROWS_MAX_MS:g}")
+    return step.wall_us <= 1e3 * ROWS_MAX_MS
 
 
 def measure_distractors(table: Table, corpus: Sequence[Source], options: DraftBenchOptions) -> bool:
@@ -298,7 +307,7 @@ def measure_distractors(table: Table, corpus: Sequence[Source], options: DraftBe
         alone = alone or reached
         met = met and reached >= DISTRACTED_MIN * alone
         name = f"tokens a step in {package}, {number} distractors" if number else f"tokens a step in {package}, alone"
-        table.add_row(name, f"{reached:.3f}", f"≥ {DISTRACTED_MIN * alone:.3f}" if number else "")
+        table.add_row(name, f"{reached:.3f}", "", f"≥ {DISTRACTED_MIN * alone:.3f}" if number else "")
     return met
 
 
@@ -333,7 +342,7 @@ def measure_drafts(options: DraftBenchOptions) -> int:
         f"{index.tokens:,} tokens in {index.documents:,} files; {tokens:,} tokens of {len(texts)} files held out, "
         f"{copies} near-copies left out; at most {options.drafts_max} drafts, {options.threads} threads."
     )
-    table = Table("", "measured", "target", box=None, pad_edge=False)
+    table = Table("", "measured", "of the processor", "target", box=None, pad_edge=False)
     met = measure_quality(table, index, texts, options)
     met &= measure_cost(table, index, build_s, texts, options)
     met &= measure_rows(table, corpus, texts, options)

@@ -58,7 +58,7 @@ class _Record:
 class _Shown:
     """The parts that lines of one wish may look into. Addresses only: the snapshot, not this, keeps indexes alive.
 
-    version: of the snapshot and of the history it was made of. parts: (address, number of the source).
+    version: of the snapshot and of the tenant's history it was made of. parts: (address, number of the source).
     """
 
     version: tuple[int, int]
@@ -267,7 +267,7 @@ class LookupDrafter:
 
     def _shown_to(self, wish: DraftWish, snapshot: Snapshot) -> _Shown:
         """The parts that a wish may look into, made anew only when the shelf or the history has changed."""
-        version = (snapshot.version, self._history.changes if self._history else 0)
+        version = (snapshot.version, self._history.version(wish.tenant) if self._history else 0)
         wanted = (wish.tenant, wish.corpora)
         shown = self._shown.get(wanted)
         if shown is None or shown.version != version:

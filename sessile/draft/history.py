@@ -9,7 +9,7 @@ was (H45). Beyond the budget the oldest segments go.
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,8 @@ class _Past:
     """What is remembered of one tenant."""
 
     tail: SessionIndex
+    version: int
+    """Another with every change of what there is to search; no two pasts ever have the same."""
     sealed: SessionIndex | None = None
     segment: "Future[CorpusIndex] | None" = None
     """What `sealed` will become."""
@@ -69,8 +71,7 @@ class History:
         self._limits = limits
         self._pasts: OrderedDict[str, _Past] = OrderedDict()
         self._sealer = ThreadPoolExecutor(1, "history")
-        self.changes = 0
-        """Rises with every change; who keeps what `parts` gave looks at it."""
+        self._versions = count(1)
 
     @property
     def resident_bytes(self) -> int:
@@ -82,23 +83,27 @@ class History:
         room = self._limits.tail_tokens
         text = np.concatenate((tokens[max(len(tokens) - room + 2, 0) :], np.array([SEPARATOR], np.int32)))
         if tenant not in self._pasts:
-            self._pasts[tenant] = _Past(_new_tail())
+            self._pasts[tenant] = _Past(_new_tail(), next(self._versions))
         past = self._pasts[tenant]
         self._pasts.move_to_end(tenant)
         if past.tail.tokens + len(text) > room:
             self._seal(past)
         past.tail.append(text)
-        self.changes += 1
         while self.resident_bytes > self._limits.total_bytes:
             self._drop_oldest()
 
     def parts(self, tenant: str) -> list[npt.NDArray[np.int64]]:
-        """What compiled code is to search for a tenant, oldest first; good until the next change."""
+        """What compiled code is to search for a tenant, oldest first; good until `version` is another."""
         past = self._pasts.get(tenant)
         if past is None:
             return []
         texts = [past.sealed, past.tail] if past.sealed else [past.tail]
         return [segment.part for segment in past.segments] + [text.part for text in texts]
+
+    def version(self, tenant: str) -> int:
+        """Of the parts of a tenant; 0: there are none."""
+        past = self._pasts.get(tenant)
+        return past.version if past else 0
 
     def close(self) -> None:
         """End the thread, without what it has not begun."""
@@ -110,6 +115,7 @@ class History:
             past.segments.append(past.segment.result())
             del past.segments[:-SEGMENTS_MAX]
         past.sealed, past.tail = past.tail, _new_tail()
+        past.version = next(self._versions)
         past.segment = self._sealer.submit(_segment_of, past.sealed.text)
 
     def _drop_oldest(self) -> None:
@@ -117,6 +123,7 @@ class History:
         tenant, past = next(iter(self._pasts.items()))
         if past.segments:
             del past.segments[0]
+            past.version = next(self._versions)
         else:
             del self._pasts[tenant]
 

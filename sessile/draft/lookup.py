@@ -21,6 +21,9 @@ SORTED, CHAINED = 0, 1
 GRAM_TOKENS = 3
 """The chains of a text join places behind the same so many tokens; a shorter match is not found there."""
 
+LOOKS_MAX = 1024
+"""Most places of a chain that are looked at: others that share its bucket could be many, by chance or by design."""
+
 LINE_INDEX_AT, LINE_PRIORS_AT, LINE_PARTS, LINE_FIRST_PART = range(4)
 """Fields of a line's record; from the last on, address and source of each part."""
 
@@ -132,10 +135,11 @@ def _collect_chained(part, number, source, query, end, most, found, count):  # t
     older = carray(pointer(part[PLACES_AT]), (part[TOKENS],), np.int32)
     heads = carray(pointer(part[HEADS_AT]), (np.int64(1) << part[HEAD_BITS],), np.int32)
     place = heads[gram_hash(query, end, part[HEAD_BITS])]
-    taken = 0
-    while place > 0 and taken < most:
+    taken = looks = 0
+    while place > 0 and taken < most and looks < LOOKS_MAX:
+        looks += 1
         match = _match_length(tokens, place, query, end, 0)
-        # Others may share the bucket; they cost a look and take no one's turn.
+        # What merely shares the bucket costs a look and takes no one's turn.
         if match >= GRAM_TOKENS:
             taken += 1
             longest = max(longest, match)

@@ -193,7 +193,7 @@ BAD_PATHS = [
 
 
 @pytest.mark.parametrize(("path", "says"), BAD_PATHS)
-def test_a_path_that_leads_nowhere_or_out_is_422(toy: Running, path: str, says: str) -> None:
+def test_h56_a_path_that_leads_nowhere_or_out_is_422(toy: Running, path: str, says: str) -> None:
     reply = toy.client.post("/v1/corpora", json={"path": path})
     assert (reply.status_code, reply.json()["error"]["param"]) == (422, "path")
     assert says in reply.json()["error"]["message"]

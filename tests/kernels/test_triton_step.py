@@ -25,7 +25,7 @@ SMALL = Qwen3Config(
     num_key_value_heads=2, head_dim=16, attention_bias=True, tie_word_embeddings=True, initializer_range=0.3,
 )  # fmt: skip
 COMMON: dict[str, Any] = {
-    "page_size": 16, "context_tokens": 128, "rows_max": 9, "drafts_max": 4, "progress": lambda stage, done: None,
+    "page_size": 16, "context_tokens": 128, "rows_max": 10, "drafts_max": 4, "progress": lambda stage, done: None,
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The drafter as the core sees it: sources that come and go, tenants, what is learned, and the same drafts always."""
 
 import gc
-import itertools
 import subprocess
 import sys
 import threading
@@ -123,12 +122,10 @@ def test_h44_corpora_that_come_and_go_while_steps_read_them_give_right_drafts_or
     shelf = Shelf()
     drafter = LookupDrafter(shelf, FREE, threads=2)
     lines = [line_of(drafter) for _ in range(40)]
-    is_over = threading.Event()
+    seen: list[tuple[int, ...]] = []
 
     def churn(number: int) -> None:
-        for turn in itertools.count():
-            if is_over.is_set():
-                return
+        for turn in range(40):
             filler = np.random.default_rng(turn).integers(100, 200, 500).tolist()
             shelf.put("", f"{number}", index_of(filler, [*CONTEXT, 10 + number, 20 + number]))
             if turn % 3 == 2:
@@ -137,23 +134,23 @@ def test_h44_corpora_that_come_and_go_while_steps_read_them_give_right_drafts_or
     writers = [threading.Thread(target=churn, args=(number,)) for number in range(3)]
     for writer in writers:
         writer.start()
-    seen = {tuple(int(t) for t in each) for _ in range(300) for each in drafter.draft(lines, [2] * len(lines))}
-    is_over.set()
+    while any(writer.is_alive() for writer in writers):
+        seen += [tuple(int(token) for token in each) for each in drafter.draft(lines, [2] * len(lines))]
     for writer in writers:
         writer.join()
+    assert drafts(drafter, lines[0], cap=2) in ([10, 20], [11, 21], [12, 22])
+    assert set(seen) <= {(), (10, 20), (11, 21), (12, 22)}
     drafter.close()
-    assert seen <= {(), (10, 20), (11, 21), (12, 22)}
-    assert len(seen) > 1
 
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=3)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(corpora=st.lists(texts, min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_h45_neither_order_of_insertion_nor_threads_change_a_draft(corpora: list[list[list[int]]], seed: int) -> None:
     named = [("", f"corpus-{number}", corpus) for number, corpus in enumerate(corpora)]
-    contexts = np.random.default_rng(seed).integers(0, 3, (48, 20)).tolist()
+    contexts = np.random.default_rng(seed).integers(0, 3, (160, 20)).tolist()
     outcomes = []
     for order, threads in ((named, 1), (named[::-1], 1), (named, 4)):
         drafter = LookupDrafter(shelf_of(*order), FREE, threads=threads)

@@ -100,6 +100,18 @@ def test_h45_when_a_segment_takes_over_does_not_depend_on_how_fast_it_was_sorted
     hasty.close()
 
 
+def test_the_same_line_finds_what_was_remembered_after_it_began(history: History) -> None:
+    drafter = LookupDrafter(Shelf(), StepTimes((1, 2), (1, 1)), history=history)
+    index = drafter.new_index()
+    index.extend(text(700)[:6].tobytes())
+    line = drafter.start(index, DraftWish("x", (), 4))
+    assert list(drafter.draft([line], [4])[0]) == []
+    for number in range(690, 740):
+        history.remember("x", text(number))
+        found = list(drafter.draft([line], [4])[0])
+        assert found == (text(700)[6:10].tolist() if number >= 700 else [])
+
+
 def test_a_budget_without_room_for_anything_is_refused() -> None:
     with pytest.raises(AssertionError, match="too few"):
         HistoryLimits(tenant_bytes=100)
