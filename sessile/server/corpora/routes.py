@@ -155,7 +155,10 @@ def _native_refusal(error: UserError, **fields: Any) -> JsonReply:
 
 
 def _add_resources(router: APIRouter, service: Service) -> None:
-    @router.post("/v1/corpora", openapi_extra=takes(AddBody))
+    described = takes(AddBody)
+    described["requestBody"]["content"]["application/jsonl"] = {"schema": {"type": "string"}}
+
+    @router.post("/v1/corpora", openapi_extra=described)
     async def add(
         request: Request,
         caller: Asking,
