@@ -12,6 +12,7 @@ from sessile.core.machine import Machine
 from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
+from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
@@ -88,13 +89,15 @@ class DescribeModel(Protocol):
 
 @dataclass
 class Engine:
-    """An opened engine: machine, device and drafter, ready to be driven by a loop. Owns the last two until `close`."""
+    """An opened engine: machine, device, drafter and what it drafts from. Owns all but the first until `close`."""
 
     machine: Machine
     device: Device
     ready: EngineReady
     options: EngineOptions
     drafter: TimedDrafter | None = None
+    corpora: CorpusDesk | None = None
+    """None where nobody drafts."""
 
     def close(self) -> None:
         """Give back the device and what the drafter runs on. May be called again."""
@@ -119,6 +122,7 @@ class Engine:
             pace=Pace(limit_ms, self.ready.chunk_tokens, tokens_min) if limit_ms else None,
             collector=collector,
             drafter=self.drafter,
+            corpora=self.corpora,
         )
 
 
@@ -162,11 +166,12 @@ def open_engine(
         pages_total=limits.pages_total,
         rows_max=limits.rows_max,
         chunk_tokens=limits.chunk_tokens,
+        drafts_max=limits.drafts_max,
         kv_bytes=facts.kv_bytes,
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options, drafter)
+    return Engine(machine, device, ready, options, drafter, CorpusDesk(shelf) if drafter else None)
 
 
 def limits_for(
