@@ -31,9 +31,9 @@ def wide_tile(shape: HeadShape, dtype: torch.dtype) -> Tile:
     """Tile of prompt chunks: bound by arithmetic, so as large as registers and shared memory hold."""
     queries = triton.next_power_of_2(shape.group)
     if dtype.itemsize == 4 or shape.head_dim > 128:
-        return Tile(max(32, queries), 32, 4, 2, programs=2 * _multiprocessors(), part_tiles=4)
+        return Tile(max(32, queries), 32, 4, 2, programs=2 * _multiprocessors(), part_tiles=4, is_wide=True)
     keys = 128 if _has_large_memory() else 64
-    return Tile(max(WIDE_QUERIES, queries), keys, 8, 2, programs=_multiprocessors(), part_tiles=2)
+    return Tile(max(WIDE_QUERIES, queries), keys, 8, 2, programs=_multiprocessors(), part_tiles=2, is_wide=True)
 
 
 def narrow_row_tokens(shape: HeadShape) -> int:
@@ -76,21 +76,30 @@ def paged_attention(
         query, keys, values, out, partials, sums, table, table.shape[1], *lists, head_dim**-0.5 * _LOG2_E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, PAGE=page_size,
         TOKENS=work.tokens, QUERIES=tile.queries, KEYS=tile.keys,
-        PRECISION="ieee" if query.dtype.itemsize == 4 else "tf32",
+        PRECISION="ieee" if query.dtype.itemsize == 4 else "tf32", IS_WIDE=tile.is_wide,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    blocks = work.merges.numel()
-    queries, parts = merge_tile(blocks, tile.queries)
-    _merge[(blocks, kv_heads, triton.cdiv(work.tokens * heads // kv_heads, queries))](
+    block_queries = work.tokens * heads // kv_heads
+    queries, parts, warps = merge_tile(work.merges.numel(), kv_heads, block_queries)
+    _merge[(work.merges.numel(), kv_heads, triton.cdiv(block_queries, queries))](
         partials, sums, out, work.merges, *lists,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TOKENS=work.tokens, QUERIES=tile.queries,
-        KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, num_warps=4 if queries > 1 else 2,
+        KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, num_warps=warps,
     )  # fmt: skip
 
 
-def merge_tile(blocks: int, queries: int) -> tuple[int, int]:
-    """(queries, parts) that a program merges at once: with few blocks there are many parts, and the other way round."""
-    return (1, 64) if blocks <= 16 else (min(queries, 16), 4)
+def merge_tile(blocks: int, kv_heads: int, queries: int) -> tuple[int, int, int]:
+    """(queries, parts) that a program merges at once, and its warps, where so many blocks of queries may be split.
+
+    With few blocks there are many parts, and the other way round. Programs are small while they are few: those without
+    anything to merge cost time as well (measured on an H100).
+    """
+    programs = blocks * kv_heads * queries
+    if blocks <= 16 and programs <= 4096:
+        return 1, 64, 2
+    if programs <= 2048:
+        return 1, 4, 1
+    return (4, 4, 2) if programs <= 4 * 2048 else (16, 4, 4)
 
 
 @triton.jit
@@ -99,14 +108,23 @@ def _attend(  # type: ignore[no-untyped-def]
     piece_total, piece_rows, piece_firsts, piece_lows, piece_sizes, rows, starts, counts, offsets, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """One piece of one KV head."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    # Programs without a piece come last: between the others they would leave some multiprocessors without work. KV
-    # heads come first, as what they read lies side by side.
-    piece, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    if piece >= tl.load(piece_total):
-        return
+    # Programs without a piece come last: between the others they would leave some multiprocessors without work.
+    if IS_WIDE:
+        pieces = tl.load(piece_total)
+        if tl.program_id(0) >= pieces * KV_HEADS:
+            return
+        # One KV head after the other, so that what runs at once reads little; from the end of each prompt, whose blocks
+        # see most and would otherwise be waited for.
+        piece, kv_head = pieces - 1 - tl.program_id(0) % pieces, tl.program_id(0) // pieces
+    else:
+        # KV heads side by side, as what they read lies.
+        piece, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+        if piece >= tl.load(piece_total):
+            return
     row = tl.load(piece_rows + piece)
     first = tl.load(piece_firsts + piece)
     # Multiples of the tile, which the compiler must see, so that keys of one page are one load.

@@ -40,7 +40,8 @@ class Tile:
     """Shape of one program's work and how it is compiled.
 
     queries: rows of the tile, tokens × query heads of a KV head. keys: history tokens folded in at a time. programs:
-    how many should share a step's work. part_tiles: tiles of keys that are worth a part of their own.
+    how many should share a step's work. part_tiles: tiles of keys that are worth a part of their own. is_wide: for
+    prompts, which begin with their longest pieces and run one KV head after the other.
     """
 
     queries: int
@@ -49,6 +50,7 @@ class Tile:
     stages: int
     programs: int
     part_tiles: int = 1
+    is_wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class AttentionWork:
     rows, firsts, lows, sizes int32[pieces]: index into the plan's rows, the first query token of its block within the
     row, the first tile of keys of its part, and how many tiles a part of this row has (the last of a block may have
     fewer). The pieces of one block follow one another.
-    merges int32[blocks]: the first piece of each block of a row that is cut into several parts; -1: none.
+    merges int32[m]: the first piece of each block of a row that is cut into several parts; then -1. There are fewer of
+    them than wanted pieces, as each holds more than a piece's share of the step.
     tokens: query tokens of a block. split_pieces: histories are split only into so many pieces in all.
     """
 
@@ -76,9 +79,11 @@ class AttentionWork:
     @classmethod
     def empty(cls, blocks: int, shape: HeadShape, tile: Tile, device: torch.device) -> "AttentionWork":
         """Room for a step of at most so many blocks; none if there are no blocks."""
-        pieces = blocks + wanted_pieces(shape.kv_heads, tile) if blocks else 0
+        wanted = wanted_pieces(shape.kv_heads, tile)
+        pieces = blocks + wanted if blocks else 0
         total, rows, firsts, lows, sizes, merges = (
-            torch.empty(length, dtype=torch.int32, device=device) for length in [1, *[pieces] * 4, blocks]
+            torch.empty(length, dtype=torch.int32, device=device)
+            for length in [1, *[pieces] * 4, min(blocks, wanted)]
         )
         partial_bytes = shape.kv_heads * tile.queries * shape.head_dim * 4
         split_pieces = min(pieces, _PARTIAL_BYTES_MAX // partial_bytes)
@@ -134,14 +139,14 @@ def _parts_of(tiles, part_tiles):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["rows_total", "blocks_max", "split_pieces", "wanted", "count_min", "count_max"]
+    do_not_specialize=["rows_total", "merges_max", "split_pieces", "wanted", "count_min", "count_max"]
 )
 def _share_out(  # type: ignore[no-untyped-def]
     starts, counts, total, piece_rows, piece_firsts, piece_lows, piece_sizes, merges,
-    rows_total, blocks_max, split_pieces, wanted, count_min, count_max,
+    rows_total, merges_max, split_pieces, wanted, count_min, count_max,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, PART_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program i lists the pieces of plan row i, and clears merge i if there are fewer blocks."""
+    """Program i lists the pieces of plan row i, and clears merge i if there are fewer."""
     i = tl.program_id(0)
     tiles_total, blocks_total = 0, 0
     for first in range(0, rows_total, _CHUNK):
@@ -153,7 +158,7 @@ def _share_out(  # type: ignore[no-untyped-def]
     # Parts of about the mean size: then there are no more pieces than wanted and one for each block.
     spare = tl.minimum(wanted, split_pieces - blocks_total)
     part_tiles = tl.where(spare > 0, tl.maximum(tl.cdiv(tiles_total, tl.maximum(spare, 1)), PART_TILES), 1 << 30)
-    pieces_total, pieces_before, blocks_before = 0, 0, 0
+    pieces_total, pieces_before, merges_total, merges_before = 0, 0, 0, 0
     for first in range(0, rows_total, _CHUNK):
         j = first + tl.arange(0, _CHUNK)
         blocks = _blocks_of(counts, j, rows_total, count_min, count_max, TOKENS)
@@ -161,7 +166,9 @@ def _share_out(  # type: ignore[no-untyped-def]
         pieces = tl.where(blocks > 0, blocks * parts, 0)
         pieces_total += tl.sum(pieces)
         pieces_before += tl.sum(tl.where(j < i, pieces, 0))
-        blocks_before += tl.sum(tl.where(j < i, blocks, 0))
+        split = tl.where(parts > 1, blocks, 0)
+        merges_total += tl.sum(split)
+        merges_before += tl.sum(tl.where(j < i, split, 0))
     if i < rows_total:
         count = tl.load(counts + i)
         if (count >= count_min) & (count <= count_max):
@@ -174,11 +181,11 @@ def _share_out(  # type: ignore[no-untyped-def]
                 tl.store(piece_firsts + pieces_before + j, j // parts * TOKENS, mask=inside)
                 tl.store(piece_lows + pieces_before + j, j % parts * own_tiles, mask=inside)
                 tl.store(piece_sizes + pieces_before + j, tl.zeros_like(j) + own_tiles, mask=inside)
-            for first in range(0, blocks, _CHUNK):
-                j = first + tl.arange(0, _CHUNK)
-                merge = tl.where(parts > 1, pieces_before + j * parts, -1)
-                tl.store(merges + blocks_before + j, merge, mask=j < blocks)
+            if parts > 1:
+                for first in range(0, blocks, _CHUNK):
+                    j = first + tl.arange(0, _CHUNK)
+                    tl.store(merges + merges_before + j, pieces_before + j * parts, mask=j < blocks)
     if i == 0:
         tl.store(total, pieces_total)
-    if (i >= blocks_total) & (i < blocks_max):
+    if (i >= merges_total) & (i < merges_max):
         tl.store(merges + i, -1)

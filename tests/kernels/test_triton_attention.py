@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sessile.kernels import reference, triton_work
+from sessile.kernels import reference, triton_attention, triton_work
 from sessile.kernels.triton_attention import paged_attention
 from sessile.kernels.triton_work import HeadShape, Tile
 from tests.kernels.layouts import DEVICE, Row, layout_of
 
-TILES = {"narrow": Tile(16, 16, 4, 2, programs=16), "wide": Tile(32, 32, 4, 2, programs=16)}
+TILES = {"narrow": Tile(16, 16, 4, 2, programs=16), "wide": Tile(32, 32, 4, 2, programs=16, is_wide=True)}
 STEPS = {
     "decode": [Row(0, 1), Row(31, 1), Row(32, 1), Row(100, 1)],
     "appended": [Row(40, 5), Row(0, 7), Row(63, 2)],
@@ -60,6 +60,13 @@ def test_a_split_row_is_merged_where_the_bucket_has_room_for_more_blocks_than_ma
 ) -> None:
     monkeypatch.setattr(triton_work, "_PARTIAL_BYTES_MAX", 6 * 4096)  # six pieces of this tile
     assert_equal_to_twin(HeadShape(4, 2, 16), [Row(200, 1)], 16, TILES["wide"], torch.float32, 1e-5, spare_blocks=9)
+
+
+@pytest.mark.parametrize("tile", [(1, 64, 2), (1, 4, 1), (4, 4, 2), (16, 4, 4)])
+def test_parts_are_merged_by_programs_of_any_size(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "merge_tile", lambda *_: tile)
+    rows = [Row(200, 9), Row(5, 1), Row(90, 3)]
+    assert_equal_to_twin(HeadShape(4, 2, 16), rows, 16, replace(TILES["wide"], programs=24), torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,16 @@ def test_only_rows_of_the_kind_are_listed() -> None:
     assert {row for row, *_ in shared(rows, row_tokens=(3, 99))[0]} == {1}
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_the_blocks_cut_into_parts_and_no_others_are_listed_for_merging(step: str) -> None:
+    pieces, merges = shared(STEPS[step])
+    blocks = [piece[:2] for piece in pieces]
+    cut = [at for at, block in enumerate(blocks) if blocks.index(block) == at and blocks.count(block) > 1]
+    assert [merge for merge in merges if merge >= 0] == cut
+
+
 def test_blocks_cut_into_parts_are_listed_for_merging_at_their_first_piece() -> None:
-    pieces, merges = shared([Row(5, 1), Row(2000, 9)])
+    pieces, merges = shared([Row(5, 1), Row(2000, 9), Row(3, 1)])
     firsts = [merge for merge in merges if merge >= 0]
     assert [pieces[merge][:3] for merge in firsts] == [(1, 0, 0), (1, 8, 0)]
-    assert merges[0] == -1 and merges[3:] == [-1, -1, -1]
+    assert merges[2:] == [-1] * (len(merges) - 2)
