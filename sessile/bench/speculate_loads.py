@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,8 @@ MODULES = (
     "ast", "inspect", "pprint", "locale", "cmd", "configparser", "optparse", "string", "types",
 )  # fmt: skip
 """Of the standard library, whose functions are edited."""
-CODE_LETTERS_MIN, CODE_LETTERS_MAX = 400, 1_000
-BEGUN_LINES = 3
+CODE_LETTERS_MIN, CODE_LETTERS_MAX = 500, 1_200
+BEGUN_LINES = 4
 """Of an edited function, with which the answer is begun."""
 PASSAGE_LETTERS_MIN, PASSAGE_LETTERS_MAX = 400, 900
 BEGUN_WORDS = 4
@@ -98,12 +97,12 @@ class Texts:
         self._tokenizer = tokenizer
 
     def edit(self) -> Load:
-        """A function to be written again with one name changed. The corpus is the modules that the functions are of."""
+        """A function to be written again with its name changed. The corpus is the modules that the functions are of."""
         prompts = []
-        for code in itertools.islice(functions(), PROMPTS):
-            old, new = renaming(code)
-            begun = "".join(re.sub(rf"\b{old}\b", new, code).splitlines(keepends=True)[:BEGUN_LINES])
-            ask = f"Here is a function:\n\n```python\n{code}```\n\nThe same function, with `{old}` renamed to `{new}`:"
+        for name, code in itertools.islice(functions(), PROMPTS):
+            # No line break behind it: the tokenizer joins it to the indentation that follows.
+            begun = "\n".join(re.sub(rf"\b{name}\b", f"new_{name}", code).splitlines()[:BEGUN_LINES])
+            ask = f"original.py:\n\n```python\n{code}```\n\nedited.py, the same with `{name}` renamed to `new_{name}`:"
             prompts.append(self._tokenizer.encode(f"{ask}\n\n```python\n{begun}"))
         documents = [self._document(module_text(name)) for name in MODULES]
         return Load(prompts, documents, f"no chat; the first {BEGUN_LINES} lines of the edited function")
@@ -168,37 +167,25 @@ def module_text(name: str) -> str:
     return Path(spec.origin).read_text()
 
 
-def functions() -> Iterator[str]:
-    """Functions of MODULES, one of each in turn, of a length that suits a prompt and with a parameter to rename."""
+def functions() -> Iterator[tuple[str, str]]:
+    """(name, code) of functions of MODULES, one of each in turn."""
     of_modules = [list(_functions_of(module_text(name))) for name in MODULES]
     for in_turn in itertools.zip_longest(*of_modules):
-        yield from (code for code in in_turn if code is not None)
+        yield from (function for function in in_turn if function is not None)
 
 
-def _functions_of(source: str) -> Iterator[str]:
-    """Without the string at the top, which the model would rather go on with than write again."""
+def _functions_of(source: str) -> Iterator[tuple[str, str]]:
+    """Those of a length that suits a prompt.
+
+    Without the string at the top, which the model would rather go on with than write again, and without comments.
+    """
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and _parameters(node):
-            code = textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "") + "\n"
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("__"):
             if ast.get_docstring(node) is not None and len(node.body) > 1:
-                lines = code.splitlines(keepends=True)
-                top = node.body[0]
-                del lines[top.lineno - node.lineno : (top.end_lineno or top.lineno) - node.lineno + 1]
-                code = "".join(lines)
+                del node.body[0]
+            code = ast.unparse(node) + "\n"
             if CODE_LETTERS_MIN <= len(code) <= CODE_LETTERS_MAX:
-                yield code
-
-
-def _parameters(node: ast.FunctionDef) -> list[str]:
-    return [each.arg for each in node.args.args if each.arg not in ("self", "cls")]
-
-
-def renaming(code: str) -> tuple[str, str]:
-    """(a parameter of a function, another name for it)"""
-    tree = ast.parse(code).body[0]
-    assert isinstance(tree, ast.FunctionDef)
-    name = _parameters(tree)[0]
-    return name, f"new_{name}"
+                yield node.name, code
 
 
 def passages() -> Iterator[tuple[str, str]]:
