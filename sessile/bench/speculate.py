@@ -191,7 +191,7 @@ class Bench:
         outputs: list[list[int]] = []
         for first in range(0, count, max(self.batches)):
             some = prompts[first : first + max(self.batches)]
-            outputs += self.engine.run(OFF, some, [most] * len(some)).outputs
+            outputs += self.engine.run(OFF, some, [most] * len(some), load.stop).outputs
         cut = [output[: loop_end(output)] if self._options.loops == "cut" else output for output in outputs]
         kept = [number for number, output in enumerate(cut) if len(output) >= LENGTH_MIN]
         self._console.print(f"\n[bold]{TITLES[name]}")

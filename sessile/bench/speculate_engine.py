@@ -104,7 +104,9 @@ class SpeculatingEngine:
         """Let a corpus stand on the shelf, in place of one of the same name if there is one."""
         self._shelf.put(OPERATOR, corpus_id, CorpusIndex.build(documents))
 
-    def run(self, arm: Arm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Run:
+    def run(
+        self, arm: Arm, prompts: Sequence[Sequence[int]], lengths: Sequence[int], stop: tuple[bytes, ...] = ()
+    ) -> Run:
         """Send all at once, greedy, each for at most so many tokens, and turn the loop until the last one has ended."""
         outputs: dict[int, list[int]] = {}
         dones: dict[int, Done] = {}
@@ -112,7 +114,8 @@ class SpeculatingEngine:
         for prompt, length in zip(prompts, lengths, strict=True):
             key = next(self._keys)
             outputs[key] = []
-            self._inbox.put(self._submit(key, arm, prompt, length))
+            sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=length, stop=stop)
+            self._inbox.put(self._submit(key, arm, prompt, sampling))
         while len(dones) < len(outputs):
             for batch in self._turn():
                 for key, tokens in _deltas(batch):
@@ -149,8 +152,7 @@ class SpeculatingEngine:
             return float("inf")
         return abs(likely[one[common]] - likely[other[common]])
 
-    def _submit(self, key: int, arm: Arm, prompt: Sequence[int], length: int) -> Submit:
-        sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=length)
+    def _submit(self, key: int, arm: Arm, prompt: Sequence[int], sampling: Sampling) -> Submit:
         return Submit(
             key=key, tokens=pack_tokens(prompt), sampling=sampling, speculate=arm.speculate,
             corpora=arm.corpora if arm.speculate else None,

@@ -82,12 +82,13 @@ GOODS = ("lamp", "chair", "kettle", "clock", "blanket", "mirror", "basket", "tea
 class Load:
     """Prompts of one kind. prompts: PROMPTS of them, token ids. documents: of the corpus that goes with them.
 
-    begun_for_it: how an answer begins that the model does not begin itself.
+    begun_for_it: how an answer begins that the model does not begin itself. stop: what ends it, if not the model does.
     """
 
     prompts: list[list[int]]
     documents: list[Ints]
     begun_for_it: str = ""
+    stop: tuple[bytes, ...] = ()
 
 
 class Texts:
@@ -105,7 +106,7 @@ class Texts:
             ask = f"original.py:\n\n```python\n{code}```\n\nedited.py, the same with `{name}` renamed to `new_{name}`:"
             prompts.append(self._tokenizer.encode(f"{ask}\n\n```python\n{begun}"))
         documents = [self._document(module_text(name)) for name in MODULES]
-        return Load(prompts, documents, f"no chat; the first {BEGUN_LINES} lines of the edited function")
+        return Load(prompts, documents, f"no chat; the first {BEGUN_LINES} lines of the edited function", (b"```",))
 
     def documents(self) -> Load:
         """A question that a passage answers. The corpus is the reference that the passages are of."""
@@ -127,7 +128,7 @@ class Texts:
             known = "".join(f"{order.json},\n" for order in shown)
             prompts.append(self._tokenizer.encode(f"Orders:\n\n{lines}\n\nThe same orders as JSON:\n\n[\n{known}"))
         documents = [self._document(orders.draw().json) for _ in range(RECORDS_EARLIER)]
-        return Load(prompts, documents, f"no chat; the first {RECORDS_SHOWN} orders")
+        return Load(prompts, documents, f"no chat; the first {RECORDS_SHOWN} orders", (b"\n]",))
 
     def chat(self) -> Load:
         """Questions about anything. The corpus is the reference, which has nothing to do with them."""
