@@ -44,8 +44,8 @@ class Planned:
     """
 
     __slots__ = (
-        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "late", "leases", "owed", "owed_pages",
-        "parts", "runs", "sampling", "step", "tokens",
+        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "is_short", "late", "leases", "owed",
+        "owed_pages", "parts", "runs", "sampling", "step", "tokens",
     )  # fmt: skip
 
     def __init__(self, step: int) -> None:
@@ -69,6 +69,8 @@ class Planned:
         """Running rows that drew one page each: their table gets `grown_pages` at `grown_slots`."""
         self.grown_slots = NO_ROWS
         self.grown_pages = _NO_PAGES
+        self.is_short = False
+        """Whether pages were short: then nobody is admitted and nothing is drafted."""
         self.late = False
         self.tokens = 0
 

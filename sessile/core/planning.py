@@ -61,7 +61,8 @@ class Planner:
         return planned
 
     def _choose(self, planned: Planned) -> None:
-        if self._choose_running(planned):
+        planned.is_short = not self._choose_running(planned)
+        if not planned.is_short:
             decoding = len(planned.decodes) > 0
             self._admitter.admit(planned, self._budget(decoding) - planned.tokens)
 
@@ -256,6 +257,10 @@ class Planner:
                 break
             if books.drafter is not None and self._give_up_draft_pages(planned):
                 continue
+            if np.count_nonzero(rows.pending[rows.plannable] > 1):
+                # Some of the drafts in flight may be wrong; a step that is short has none, so this comes to an end.
+                books.marks[Mark.WAITED_FOR_DRAFTS] += 1
+                break
             first_denied = next(w for i, w in enumerate(wants) if sum(p for _, _, p in wants[: i + 1]) > free)
             victim = self._newest_running(sparing_reserved=True)
             if victim is None or victim.row == first_denied[1]:
@@ -321,7 +326,7 @@ class Planner:
         is_ahead = np.count_nonzero(books.rows.pending[decodes] > 1) > 0
         caps = NO_ROWS
         budget = self._budget(True) - planned.tokens
-        if budget > 0:
+        if budget > 0 and not planned.is_short:
             caps = most_drafts(books, decodes, planned.tokens)
             caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
             self._draw_for_drafts(planned, caps)

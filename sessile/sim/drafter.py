@@ -95,9 +95,9 @@ class ToyDrafter:
         return ToyLine(index, by_corpus[wish.corpora[0]] if wish.corpora else None)
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
-        """0 to drafts_max for each, differing from step to step."""
-        most = self.world.limits.drafts_max + 1
-        return [self._dice(line, line.index.tokens) % most for line in lines]
+        """0 to drafts_max for each, differing from step to step; the most they can be every other time."""
+        most = self.world.limits.drafts_max
+        return [min(most, self._dice(line, line.index.tokens) % (2 * most)) for line in lines]
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
         """Up to as many as are asked for, each wrong by chance."""

@@ -160,6 +160,8 @@ class Workload:
             return {}
         kind = draw.random()
         wish: dict[str, Any] = {"corpora": (corpus_of(self._keys),)} if kind < 0.8 else {}
+        if kind < 0.01:
+            wish["corpora"] = ("nobody's",)
         if kind > 0.95:
             wish["speculate"] = draw.choice([True, False])
         if draw.random() < 0.1:
@@ -375,7 +377,6 @@ class Workload:
             self._submit("nobody"),
             self._submit(draw.choice(busy) if busy else None),
             self._submit(known),
-            msgspec.structs.replace(self._submit(None), corpora=("nobody's",)),
             wire.CloseSession(self._op(), "nobody"),
             self._close(known),
             wire.CloseSession(self._op(), known, "mallory"),

@@ -115,7 +115,7 @@ def _facts(draw: Random) -> ModelFacts:
 
 
 def _limits(draw: Random, facts: ModelFacts, faults: frozenset[str], audit_level: int) -> Limits:
-    drafts_max = draw.choice([0, 1, 2, 4]) if "drafts" in faults else 0
+    drafts_max = draw.choice([0, 1, 4, 8]) if "drafts" in faults else 0
     page_size = draw.choice([1, 1, 2, 3, 4, 8, 16])
     pages_total = 1 + draw.randint(4, 40)
     while (pages_total - 1) * page_size - drafts_max < 2:

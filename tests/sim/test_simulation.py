@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from sessile.core.marks import Mark
 from sessile.sim.records import Report
 from sessile.sim.run import EXPECTED, missing_totals
 from sessile.sim.shrink import shrink
@@ -16,7 +17,10 @@ from sessile.sim.world import FAULTS, make_world
 
 SEEDS = range(1000, 1040)
 STEPS = 400
-RARE = frozenset({"turns found ahead", "refused 410", "done error"})
+RARE = frozenset({
+    "turns found ahead", "refused 410", "done error", f"mark: {Mark.WAITED_FOR_DRAFTS.value}",
+    f"mark: {Mark.DRAFT_PAGES_GIVEN_UP.value}",
+})  # fmt: skip
 """Totals that a sample of this size may miss."""
 
 

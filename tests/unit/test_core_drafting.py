@@ -277,12 +277,16 @@ def test_h50_only_what_is_proposed_is_verified() -> None:
     assert stage.queries == 6 + 20
 
 
-def test_h48_pages_drawn_for_drafts_are_given_up_before_anybody_is_preempted() -> None:
+@pytest.mark.parametrize("overlap", [True, False])
+def test_h48_pages_drawn_for_drafts_are_given_up_before_anybody_is_preempted(overlap: bool) -> None:
     # Row 1 holds a page for drafts that were wrong; row 2, older, needs the last page of the pool.
     stage, _ = drafting(right=0, limit=8, drafts_max=8, pages=7, page_size=4, output_estimate_tokens=1)
     stage.submit(1, prompt(1, 8), max_new_tokens=8)
     stage.submit(2, prompt(2, 6), max_new_tokens=4)
-    stage.run()
+    while stage.machine.has_work:
+        stage.launch()
+        if not overlap:
+            stage.settle()
     assert stage.machine.marks[Mark.DRAFT_PAGES_GIVEN_UP] > 0
     assert stage.stats().preemptions_total == 0
     for key, tokens, count in ((1, prompt(1, 8), 8), (2, prompt(2, 6), 4)):
