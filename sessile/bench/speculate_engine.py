@@ -15,7 +15,7 @@ from sessile.contract.messages import Batch, Done, Sampling, Submit, pack_tokens
 from sessile.contract.plan import Ints
 from sessile.core.limits import SchedulerOptions
 from sessile.device.config import DeviceOptions
-from sessile.device.factory import open_device
+from sessile.device.factory import chosen_kind, open_device
 from sessile.draft.corpus_index import CorpusIndex
 from sessile.draft.shelf import OPERATOR, Shelf
 from sessile.engine.build import Device, DeviceRequest, open_engine
@@ -74,11 +74,11 @@ class SpeculatingEngine:
         """Raises StartupError for a model that cannot be served."""
         self.step_ms: StepTable = ()
         self._shelf = Shelf()
-        clock = MonotonicClock()
+        clock, device = MonotonicClock(), DeviceOptions()
 
         def open_for(request: DeviceRequest) -> Device:
             return open_device(
-                model, DeviceOptions(), page_size=request.page_size, context_tokens=request.context_tokens,
+                model, device, page_size=request.page_size, context_tokens=request.context_tokens,
                 rows_max=request.rows_max, drafts_max=request.drafts_max, progress=lambda stage, share: None,
             )  # fmt: skip
 
@@ -89,7 +89,8 @@ class SpeculatingEngine:
         self._engine = open_engine(
             SchedulerOptions(context_tokens=context_tokens, rows_max=rows_max),
             EngineOptions(speculate="on", drafts_max=drafts_max),
-            open_for, tokenizer.facts, on_cpu=True, clock=clock, make_drafter=make_drafter,
+            open_for, tokenizer.facts, on_cpu=chosen_kind(device) == "cpu", clock=clock,
+            make_drafter=make_drafter,
         )  # fmt: skip
         self.ready = self._engine.ready
         self._inbox, self._outbox = LocalInbox(), LocalOutbox()
