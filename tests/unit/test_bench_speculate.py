@@ -77,7 +77,7 @@ def test_the_whole_bench_runs_on_a_tiny_model_and_outputs_are_equal(
 
 def test_a_corpus_of_the_models_own_answers_takes_fewer_steps(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = SpeculateBenchOptions(
-        model=str(model), load_format="dummy", workloads="earlier", batches="1", pairs=2, tokens=24, loops="keep"
+        model=str(model), load_format="dummy", workloads="earlier", batches="1", pairs=4, tokens=24, loops="keep"
     )
     measure_speculation(options)
     drafted = re.search(r"\+ corpus: .*corpus:earlier (\d+)/(\d+)", capsys.readouterr().out)
