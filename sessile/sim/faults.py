@@ -226,9 +226,13 @@ _BRANCHES = (
 )
 
 _RESERVATIONS = (
-    _fault(
-        "reservation reclaimed", "H36, H68", "parked KV within a reservation is reclaimed like any other",
-        "books", "len(parked.lease) - min(len(parked.lease), max(0, reserved - shared)))", "len(parked.lease))",
+    Mutant(
+        "reservation reclaimed", "H36, H68", "parked KV within a reservation is reclaimed like any other", (
+            Edit("sessile.core.books", "len(parked.lease) - min(len(parked.lease), max(0, reserved - shared)))",
+                 "len(parked.lease))"),
+            Edit("sessile.core.books", "return not reserved or len(session.parked.lease) + "
+                 "len(session.parked.pin.pages) > reserved", "return True"),
+        ),
     ),
     _fault(
         "reserve kept at close", "H19", "a closing session forgets the pages of its reserve",

@@ -226,8 +226,9 @@ class BuilderLink:
                 if process is None or process.runs:
                     continue
                 if asyncio.get_running_loop().time() - process.idle_since_s >= self._idle_s:
-                    self._process = None
                     await process.stop()
+                    # Not before: `close` may interrupt the line above, and then has to stop it.
+                    self._process = None
 
 
 def _error_of(failure: BuildFailed) -> UserError:
