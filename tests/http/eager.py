@@ -23,6 +23,7 @@ def serve(flags: Sequence[str]) -> int:
         config.server,
         lambda: load_tokenizer(config.model.model),
         engine_argv=[sys.executable, "-m", "tests.http.eager", ENGINE],
+        builder_argv=[sys.executable, "-m", "sessile", "builder"],
         engine_config=config.to_json(),
         settings=dataclasses.asdict(config),
     )

@@ -25,6 +25,7 @@ def serve(fault: str, flags: Sequence[str]) -> int:
         config.server,
         lambda: load_tokenizer(config.model.model),
         engine_argv=[sys.executable, "-m", "tests.http.planted", fault, ENGINE],
+        builder_argv=[sys.executable, "-m", "sessile", "builder"],
         engine_config=config.to_json(),
         settings=dataclasses.asdict(config),
     )
