@@ -6,8 +6,10 @@ import torch
 
 from sessile.bench.gpu_kernels import CASES, measure_attention
 from sessile.bench.gpu_speed import BATCHES, machine_line, measure_shape
+from sessile.core.limits import SchedulerOptions
+from sessile.engine.config import EngineOptions
 
-GROUPS = ("kernels", "steps", "throughput", "turns")
+GROUPS = ("kernels", "steps", "throughput", "stalls", "turns")
 
 
 def main() -> None:
@@ -16,7 +18,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=("8B", "1.5B"), default=["1.5B", "8B"])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES))
-    parser.add_argument("--mixed-chunk-tokens", type=int, default=8192, help="as for `sessile serve`, whose is 1024")
+    parser.add_argument("--mixed-chunk-tokens", type=int, help="as for `sessile serve`")
+    parser.add_argument("--step-limit-ms", type=float, help="as for `sessile serve`")
+    parser.add_argument("--trace", action="store_true", help="say what the device did, step by step")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "gpu-bench needs a CUDA GPU; none was found.\n")
@@ -26,7 +30,9 @@ def main() -> None:
             print(measure_attention(case))
     groups = set(asked.groups) - {"kernels"}
     for shape in asked.shapes if groups else []:
-        measure_shape(shape, groups, tuple(asked.batches), asked.mixed_chunk_tokens)
+        scheduler = SchedulerOptions(mixed_chunk_tokens=asked.mixed_chunk_tokens)
+        options = EngineOptions(step_limit_ms=asked.step_limit_ms)
+        measure_shape(shape, groups, tuple(asked.batches), scheduler, options, traced=asked.trace)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 Many clients at once send what is right, wrong, too much, twice, or half; read slowly, not at all, or hang up. Whatever
 they do, no reply may be a 5xx, no page may be without an owner, turns must say what fresh prompts say, and both
-processes must keep to the memory they had after a warm-up of a quarter of the run. At the end all is closed and
+processes must keep no more memory than they did after a warm-up of a quarter of the run. At the end all is closed and
 flushed, and every page and row must be free. Exit status 1 if any of this does not hold.
 """
 
 import argparse
 import asyncio
 import contextlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -194,14 +193,23 @@ async def check_end(deployment: Deployment, http: httpx.AsyncClient, findings: F
 
 
 def drifts(samples: list[Sample]) -> dict[str, tuple[float, float]]:
-    """Of each process: the median of bytes in the second quarter of the samples, and how far the last is from it."""
+    """Of each process: the bytes it kept in the second quarter of the samples, and how far the last is from that."""
     quarter = len(samples) // 4
     sides = {
         "server": [sample.server_bytes for sample in samples],
         "engine": [sample.engine_bytes for sample in samples],
     }
-    warm = {name: statistics.median(sizes[quarter : 2 * quarter]) for name, sizes in sides.items()}
-    return {name: (warm[name], statistics.median(sizes[-quarter:]) / warm[name] - 1) for name, sizes in sides.items()}
+    warm = {name: kept(sizes[quarter : 2 * quarter]) for name, sizes in sides.items()}
+    return {name: (warm[name], kept(sizes[-quarter:]) / warm[name] - 1) for name, sizes in sides.items()}
+
+
+def kept(sizes: list[int]) -> float:
+    """What a process keeps: the size that a tenth of its samples stay below.
+
+    Above it lies what is in use at the moment, bodies that are read and streams whose readers are slow. Limits bound
+    that, it comes and goes by some percent, and a leak would show below it all the same.
+    """
+    return float(sorted(sizes)[len(sizes) // 10])
 
 
 def report(findings: Findings, samples: list[Sample], minutes: float) -> int:
@@ -214,7 +222,7 @@ def report(findings: Findings, samples: list[Sample], minutes: float) -> int:
         print(f"memory: not judged in less than {JUDGED_MINUTES:g} minutes")
     else:
         for name, (warm_bytes, drift) in drifts(samples).items():
-            print(f"memory of the {name}: {warm_bytes / 2**20:.1f} MiB after warm-up, {drift:+.2%} at the end")
+            print(f"memory that the {name} keeps: {warm_bytes / 2**20:.1f} MiB after warm-up, {drift:+.2%} at the end")
             findings.expect(abs(drift) <= MEMORY_DRIFT_MAX, f"the {name}'s memory is not flat: {drift:+.2%}")
     print("soak: " + (f"{findings.failure_count} failures" if findings.failure_count else "all good"))
     return 1 if findings.failure_count else 0

@@ -133,6 +133,8 @@ class Client:
                     self._fail(f"did not end within {ACT_LIMIT_S:g} s")
                 except httpx.TransportError as error:
                     self._fail(f"the connection broke: {error!r}")
+                except ValueError as error:
+                    self._fail(f"a reply is not the JSON that it should be: {error!r}")
 
     # ---- what is right ----
 
@@ -244,7 +246,7 @@ class Client:
 
     async def _use_wrong_key(self) -> None:
         """No key, half a key, somebody's hash, or what is no header."""
-        wrong = ("", "Bearer", "Bearer ", f"Bearer {self._key[:-1]}", f"Basic {self._key}", "x" * 999)
+        wrong = ("", "Bearer", f"Bearer {self._key[:-1]}", f"Basic {self._key}", "x" * 999)
         headers = {"Authorization": self._dice.choice(wrong)}
         await self._send("POST", "/generate", (401,), json=greedy([1], 2), headers=headers)
         await self._send("GET", "/v1/sessions", (401,), headers=headers)

@@ -17,6 +17,7 @@ from sessile.errors import StartupError
 
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
+DEFAULT_URL = "http://127.0.0.1:30000"
 
 PRECEDENCE = (
     "Every setting can also be an environment variable (--page-size: SESSILE_PAGE_SIZE) or a line of the YAML file that"
@@ -207,6 +208,70 @@ def engine(arguments: argparse.Namespace) -> int:
     return commands.engine(arguments.address)
 
 
+def add_no_flags(parser: Parser) -> None:
+    """For a command that has none."""
+
+
+def builder(arguments: argparse.Namespace) -> int:
+    """`sessile builder`: the child process of a server that builds indexes; its configuration comes as `engine`'s."""
+    return commands.builder()
+
+
+def add_corpus_build_flags(parser: Parser) -> None:
+    """Flags of `sessile corpus build`."""
+    parser.add_argument("texts", nargs="+", type=Path, metavar="FILE", help="texts: .jsonl, any other file, folders")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the index, a .corpus")
+    parser.add_argument("--model", default="default", help="whose tokenizer to use, as for serve [default]")
+
+
+def add_server_flags(parser: Parser) -> None:
+    """Flags of commands that talk to a running server."""
+    shown = f"the server; its key is in {API_KEY_VARIABLE} [{DEFAULT_URL}]"
+    parser.add_argument("--url", default=DEFAULT_URL, help=shown)
+
+
+def add_corpus_add_flags(parser: Parser) -> None:
+    """Flags of `sessile corpus add`."""
+    add_server_flags(parser)
+    parser.add_argument("texts", nargs="*", type=Path, metavar="FILE", help="texts: .jsonl, any other file, folders")
+    parser.add_argument("--path", help="instead: a file or folder below the server's --corpora-dir")
+    parser.add_argument("--id", help="name of the corpus; one is made up if there is none")
+    parser.add_argument("--replace", action="store_true", help="take the place of a corpus of this name")
+    parser.add_argument("--own", action="store_true", help="with an admin's key: for its own tenant, not for everybody")
+
+
+def add_corpus_remove_flags(parser: Parser) -> None:
+    """Flags of `sessile corpus remove`."""
+    add_server_flags(parser)
+    parser.add_argument("corpus", metavar="ID", help="name of the corpus")
+
+
+def corpus_build(arguments: argparse.Namespace) -> int:
+    """`sessile corpus build`."""
+    return commands.corpus_build(arguments.model, arguments.texts, arguments.output)
+
+
+def corpus_add(arguments: argparse.Namespace) -> int:
+    """`sessile corpus add`."""
+    fields: dict[str, Any] = {"replace": arguments.replace}
+    if arguments.id:
+        fields["id"] = arguments.id
+    if arguments.own:
+        fields["shared"] = False
+    key = os.environ.get(API_KEY_VARIABLE)
+    return commands.corpus_add(arguments.url, key, arguments.texts, arguments.path, fields)
+
+
+def corpus_list(arguments: argparse.Namespace) -> int:
+    """`sessile corpus list`."""
+    return commands.corpus_list(arguments.url, os.environ.get(API_KEY_VARIABLE))
+
+
+def corpus_remove(arguments: argparse.Namespace) -> int:
+    """`sessile corpus remove`."""
+    return commands.corpus_remove(arguments.url, os.environ.get(API_KEY_VARIABLE), arguments.corpus)
+
+
 def bench(name: str, summary: str) -> Command:
     """`sessile bench NAME`, whose flags are the fields of its options."""
 
@@ -224,15 +289,21 @@ COMMANDS = {
     "serve": Command("serve a model over HTTP", add_serve_flags, serve),
     "chat": Command("talk to a model in this terminal; starts a server, or uses --url", add_chat_flags, chat),
     "key": Command("draw a key and print its entry for the keys file of serve", add_key_flags, key),
+    "corpus add": Command("give a running server texts to draft from", add_corpus_add_flags, corpus_add),
+    "corpus list": Command("show what a running server drafts from", add_server_flags, corpus_list),
+    "corpus remove": Command("take a corpus away from a running server", add_corpus_remove_flags, corpus_remove),
+    "corpus build": Command("index texts into a file, without a server", add_corpus_build_flags, corpus_build),
     "doctor": Command("say what this machine has, what is wrong with it, and what to do", Parser.add_config, doctor),
     "bench step": bench("step", "measure the host time of a step of the scheduler"),
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
     "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench drafts": bench("drafts", "measure drafts looked up in Python source: how good, how fast, how large"),
+    "bench speculate": bench("speculate", "measure what speculation gains and costs on a model, text by text"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),
     "engine": Command("", add_engine_flags, engine),
+    "builder": Command("", add_no_flags, builder),
 }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sessile.config import Config
+from sessile.contract.corpora import INDEX_SUFFIX
 from sessile.errors import StartupError
 from sessile.options import option
 
@@ -22,6 +23,8 @@ QUIET_S = 2.0
 """What takes longer shows on standard error how it goes."""
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.05
+CORPUS_TOKENS_MAX = 2_000_000_000
+"""Of an index that is built by hand; a server has its own limit."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
         lambda: load_tokenizer(config.model.model),
         engine_argv=[sys.executable, "-m", "sessile", "engine"],
         engine_config=config.to_json(),
+        builder_argv=[sys.executable, "-m", "sessile", "builder"],
         settings=dataclasses.asdict(config),
         key_ring=keys.ring if keys else None,
         exit_with_stdin=exit_with_stdin,
@@ -83,6 +87,84 @@ def engine(address: str) -> int:
     )
 
 
+def builder() -> int:
+    """Be the process that builds indexes of corpora for the server that holds our standard input and output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from sessile.corpora.builder import run_builder
+    from sessile.server.logs import configure_logs
+    from sessile.text.load import load_tokenizer
+
+    config = Config.from_json(sys.stdin.buffer.readline().decode())
+    configure_logs(config.server.log_format, config.server.log_level)
+    return run_builder(load_tokenizer(config.model.model))
+
+
+def corpus_build(model: str, places: Sequence[Path], output: Path) -> int:
+    """Index texts into a file, without a server."""
+    import os
+
+    from sessile.corpora.build import Throttle, gather, make_index
+    from sessile.corpora.client import texts_in
+    from sessile.errors import InvalidRequest, TooLong
+    from sessile.text.documents import source_of
+    from sessile.text.load import load_tokenizer
+
+    if output.suffix != INDEX_SUFFIX:
+        raise StartupError(f"--output must end in {INDEX_SUFFIX}, as a server tells an index from a text by it")
+    if not output.parent.is_dir():
+        raise StartupError(f"there is no folder {output.parent} to write {output.name} into")
+    sources = [source_of(path.resolve()) for path in texts_in(places)]
+    tokenizer = load_tokenizer(model)
+    label = bytes.fromhex(tokenizer.fingerprint())
+    patience = Patience(every_s=QUIET_S)
+    report = Throttle(lambda stage, share: patience.report(f"{stage}, {share:.0%}"))
+    try:
+        gathered = gather(
+            tokenizer, sources, tokens_max=CORPUS_TOKENS_MAX, is_cancelled=lambda: False, report=report
+        )
+        tokens, documents = gathered.tokens, len(gathered.documents)
+        threads = len(os.sched_getaffinity(0))
+        make_index(gathered, output, label, threads=threads, is_cancelled=lambda: False, report=report)
+    except (InvalidRequest, TooLong) as error:
+        raise StartupError(error.message) from error
+    except OSError as error:
+        raise StartupError(f"cannot write {output}: {error.strerror}") from error
+    say(f"{tokens:,} tokens of {documents:,} documents in {output.stat().st_size:,} bytes: {output}")
+    return 0
+
+
+def corpus_add(url: str, api_key: str | None, places: Sequence[Path], path: str | None, fields: dict[str, Any]) -> int:
+    """Add files of this machine, or a path on the server's, to a running server as one corpus."""
+    from sessile.corpora.client import CorpusClient, texts_in
+
+    if bool(places) == bool(path):
+        raise StartupError("name files to upload, or a path below the server's --corpora-dir with --path")
+    report = Patience(every_s=QUIET_S).report
+    with CorpusClient(url, api_key) as client:
+        added = client.add_path(path, fields, report) if path else client.add_files(texts_in(places), fields, report)
+    say(f"{added['id']} is ready: {added['tokens']:,} tokens of {added['documents']:,} documents")
+    return 0
+
+
+def corpus_list(url: str, api_key: str | None) -> int:
+    """Show the corpora of a running server."""
+    from sessile.corpora.client import CorpusClient, table_of
+
+    with CorpusClient(url, api_key) as client:
+        print(table_of(client.list()), file=sys.stdout)
+    return 0
+
+
+def corpus_remove(url: str, api_key: str | None, corpus: str) -> int:
+    """Remove a corpus from a running server."""
+    from sessile.corpora.client import CorpusClient
+
+    with CorpusClient(url, api_key) as client:
+        client.remove(corpus)
+    say(f"{corpus} is removed")
+    return 0
+
+
 def key(tenant: str, role: str) -> int:
     """Draw a key: itself on standard error, its entry for the keys file on standard output."""
     from sessile.keyfile import draw_key
@@ -106,6 +188,7 @@ _BENCHES = {
     "audit": ("AuditBenchOptions", "measure_audit"),
     "admission": ("AdmissionBenchOptions", "measure_admission"),
     "drafts": ("DraftBenchOptions", "measure_drafts"),
+    "speculate": ("SpeculateBenchOptions", "measure_speculation"),
     "agents": ("AgentBenchOptions", "measure_agents"),
     "sessions": ("SessionBenchOptions", "measure_sessions"),
 }

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.errors import StartupError
+from sessile.modelfile import shown
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -89,7 +90,7 @@ class GgufFile:
         self.metadata = values
         alignment = values.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-            cursor.corrupt(f"general.alignment is {alignment!r}")
+            cursor.corrupt("general.alignment is not a power of two from 8 to 1,048,576")
         self.tensors = MappingProxyType(_read_tensors(cursor, tensor_count, alignment))
 
 
@@ -103,7 +104,7 @@ class _Metadata(Mapping[str, Any]):
         for _ in range(count):
             key = cursor.name()
             if key in self._places:
-                cursor.corrupt(f"metadata key {key!r} occurs twice")
+                cursor.corrupt(f"metadata key {shown(key)} occurs twice")
             kind = cursor.u32()
             self._places[key] = (kind, cursor.position)
             cursor.skip_value(kind, key)
@@ -203,12 +204,12 @@ class _Cursor:
         start = self.advance(count * dtype.itemsize)
         # Numpy would pass on as a bool any byte there is.
         if kind == _BOOL and (np.frombuffer(self.mapping, np.uint8, count, start) > 1).any():
-            self.corrupt(f"metadata key {key!r} holds a bool that is neither 0 nor 1")
+            self.corrupt(f"metadata key {shown(key)} holds a bool that is neither 0 nor 1")
         return np.frombuffer(self.mapping, dtype, count, start)
 
     def _scalar(self, kind: int, key: str) -> np.dtype[Any]:
         if kind not in _SCALARS:
-            self.corrupt(f"metadata key {key!r} has the unknown or nested type {kind}")
+            self.corrupt(f"metadata key {shown(key)} has the unknown or nested type {kind}")
         return _SCALARS[kind]
 
     def _skip_strings(self, count: int) -> None:
@@ -243,17 +244,17 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Gguf
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in entries:
         if name in tensors:
-            cursor.corrupt(f"tensor {name!r} occurs twice")
+            cursor.corrupt(f"tensor {shown(name)} occurs twice")
         type_name, block_elements, block_bytes = _STORAGE[kind]
         elements = 1
         for extent in shape:
             elements *= extent
         if elements == 0 or shape[-1] % block_elements:
-            cursor.corrupt(f"tensor {name!r} of type {type_name} has shape {shape}")
+            cursor.corrupt(f"tensor {shown(name)} of type {type_name} has shape {shape}")
         length = elements // block_elements * block_bytes
         start = base + offset
         if offset % alignment or start + length > cursor.size:
-            cursor.corrupt(f"tensor {name!r} claims bytes {start} to {start + length} of {cursor.size}")
+            cursor.corrupt(f"tensor {shown(name)} claims bytes {start} to {start + length} of {cursor.size}")
         tensors[name] = GgufTensor(name, shape, type_name, whole[start : start + length])
     return tensors
 
@@ -263,11 +264,11 @@ def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.name()
     dims = cursor.u32()
     if not 1 <= dims <= _DIMS_MAX:
-        cursor.corrupt(f"tensor {name!r} has {dims} dimensions")
+        cursor.corrupt(f"tensor {shown(name)} has {dims} dimensions")
     shape = tuple(reversed([cursor.u64() for _ in range(dims)]))
     kind = cursor.u32()
     if kind not in _STORAGE:
-        cursor.fail(f"tensor {name!r} has the unknown type number {kind}", "Use a file with another quantisation.")
+        cursor.fail(f"tensor {shown(name)} has the unknown type number {kind}", "Use a file with another quantisation.")
     return name, shape, kind, cursor.u64()
 
 

@@ -25,6 +25,7 @@ import yaml
 from sessile.config import nearest
 from sessile.core.limits import TenantPolicy
 from sessile.errors import StartupError
+from sessile.server.corpora.budget import CorpusLimits
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 
 KEY_PREFIX = "sk-sessile-"
@@ -39,6 +40,9 @@ LIMIT_MAX = 1 << 40
 SWITCHES = ("shares_prefixes", "remembers")
 """Fields of a policy that are true or false; all others are limits."""
 POLICY_FIELDS = tuple(field.name for field in fields(TenantPolicy) if field.name != "name")
+CORPUS_FIELDS = {"corpora_tokens_max": "tokens_max", "corpora_bytes_max": "bytes_max"}
+"""What the file calls the limits that the server keeps itself → their names in CorpusLimits."""
+KNOWN_FIELDS = (*POLICY_FIELDS, *CORPUS_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +85,26 @@ class _Reader:
         for name in ("tenants", "keys"):
             if name not in entries:
                 self._refuse(root, f"{name} is missing")
-        tenants = self._tenants(entries["tenants"])
+        tenants, corpus_limits = self._tenants(entries["tenants"])
         keys = self._keys(entries["keys"], tenants)
-        ring = KeyRing(tuple(keys), tuple(tenants))
+        ring = KeyRing(tuple(keys), tuple(tenants), corpus_limits)
         return KeyFile(ring, tuple(tenants.values()))
 
-    def _tenants(self, node: yaml.Node) -> dict[str, TenantPolicy]:
-        tenants = {}
+    def _tenants(self, node: yaml.Node) -> tuple[dict[str, TenantPolicy], dict[str, CorpusLimits]]:
+        """By name: what the core holds a tenant to, and what the server does."""
+        tenants, corpus_limits = {}, {}
         for name, policy in self._mapping(node, "tenants").items():
             if not TENANT_NAME.fullmatch(name):
                 self._refuse(policy, f"tenant {name!r}: {NAME_RULE}")
-            given = {} if self._is_null(policy) else self._mapping(policy, f"tenant {name}", POLICY_FIELDS)
+            given = {} if self._is_null(policy) else self._mapping(policy, f"tenant {name}", KNOWN_FIELDS)
             values = {field: self._policy_value(name, field, each) for field, each in given.items()}
-            tenants[name] = TenantPolicy(name, **values)
+            tenants[name] = TenantPolicy(name, **{field: values[field] for field in POLICY_FIELDS if field in values})
+            limits = {ours: values[field] for field, ours in CORPUS_FIELDS.items() if field in values}
+            if limits:
+                corpus_limits[name] = CorpusLimits(**limits)
         if not tenants:
             self._refuse(node, "tenants names none")
-        return tenants
+        return tenants, corpus_limits
 
     def _policy_value(self, tenant: str, field: str, node: yaml.Node) -> Any:
         what = f"tenant {tenant}: {field}"
@@ -107,9 +115,10 @@ class _Reader:
             return text == "true"
         if self._is_null(node) and field != "weight":
             return None
+        least = 0 if field in CORPUS_FIELDS else 1
         most = WEIGHT_MAX if field == "weight" else LIMIT_MAX
-        if not re.fullmatch(r"[0-9]{1,15}", text) or not 1 <= int(text) <= most:
-            self._refuse(node, f"{what} must be a whole number from 1 to {most}, got {text!r}")
+        if not re.fullmatch(r"[0-9]{1,15}", text) or not least <= int(text) <= most:
+            self._refuse(node, f"{what} must be a whole number from {least} to {most}, got {text!r}")
         return int(text)
 
     def _keys(self, node: yaml.Node, tenants: Mapping[str, TenantPolicy]) -> list[Key]:

@@ -33,6 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--whole-grid", action="store_true", help="run every combination of a long grid, not some that stand for all"
     )
     parser.addoption(
+        "--storm-s", type=float, default=3.0, help="how long corpora are added and removed while requests run; from 30"
+        " seconds on, the memory of all processes must be what it was"
+    )
+    parser.addoption(
         "--plant", metavar="FAULT", help="plant this fault of sessile/sim/faults.py in the servers of the matrix"
     )
 

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 
-from sessile.kernels.triton_attention import HeadShape, Tile, narrow_tile, paged_attention, wide_tile
-from sessile.kernels.triton_plan import StepLayout, query_blocks
+from sessile.kernels.triton_attention import narrow_row_tokens, narrow_tile, paged_attention, wide_tile
+from sessile.kernels.triton_plan import StepLayout
+from sessile.kernels.triton_work import AttentionWork, HeadShape, Tile, share_out
 
 SHAPE_8B = HeadShape(32, 8, 128)
 SHAPE_1_5B = HeadShape(12, 2, 128)
@@ -15,17 +17,19 @@ _GPU = torch.device("cuda")
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of equal length: so many query tokens each, after so many tokens of history."""
+    """Rows of equal length: so many query tokens each, after so many tokens of history; and decoding rows beside."""
 
     name: str
     shape: HeadShape
     rows: int
     history: int
     queries: int
+    decoding: int = 0
 
     @property
-    def is_wide(self) -> bool:
-        return self.queries > self.shape.narrow_row_tokens
+    def counts(self) -> list[int]:
+        """Query tokens of each row."""
+        return [1] * self.decoding + [self.queries] * self.rows
 
 
 CASES = (
@@ -37,52 +41,63 @@ CASES = (
     Case("1.5B decode 1 × 100000", SHAPE_1_5B, 1, 99999, 1),
     Case("1.5B decode 8 × 1090", SHAPE_1_5B, 8, 1089, 1),
     Case("1.5B decode 64 × 1090", SHAPE_1_5B, 64, 1089, 1),
+    Case("1.5B decode 64 × 2700", SHAPE_1_5B, 64, 2699, 1),
     Case("1.5B decode 256 × 1090", SHAPE_1_5B, 256, 1089, 1),
     Case("8B prompt 1 × 8192", SHAPE_8B, 1, 0, 8192),
     Case("8B chunk 64 × 128 after 2048", SHAPE_8B, 64, 2048, 128),
+    Case("8B turns 4 × 128 after 2700 beside 53", SHAPE_8B, 4, 2700, 128, 53),
     Case("1.5B prompts 8 × 1024", SHAPE_1_5B, 8, 0, 1024),
     Case("1.5B turn 1 × 16 after 100000", SHAPE_1_5B, 1, 100000, 16),
     Case("1.5B turn 1 × 128 after 100000", SHAPE_1_5B, 1, 100000, 128),
+    Case("1.5B turn 1 × 128 after 2700 beside 63", SHAPE_1_5B, 1, 2700, 128, 63),
+    Case("1.5B turns 4 × 128 after 2700 beside 53", SHAPE_1_5B, 4, 2700, 128, 53),
 )
 
 
-def measure_attention(case: Case, tile: Tile | None = None, page_size: int = 16) -> str:
+def measure_attention(case: Case, narrow: Tile | None = None, wide: Tile | None = None, page_size: int = 16) -> str:
     """Time one layer's attention in a graph; K and V are laid out in shuffled pages."""
     dtype, shape = torch.bfloat16, case.shape
-    tile = tile or (wide_tile(shape, dtype) if case.is_wide else narrow_tile(shape, dtype))
-    tokens, length = case.rows * case.queries, case.history + case.queries
+    layout = laid_out(case, narrow or narrow_tile(shape, dtype), wide or wide_tile(shape, dtype))
+    counts = np.array(case.counts)
+    length = case.history + case.queries
     width = triton.cdiv(length, page_size)
-    pages = case.rows * width + 1
+    pages = counts.size * width + 1
     pool = torch.randn(2, pages * page_size, shape.kv_heads, shape.head_dim, dtype=dtype, device=_GPU)
-    table = (torch.randperm(pages - 1, device=_GPU) + 1).to(torch.int32).view(case.rows, width)
-    query = torch.randn(tokens, shape.heads, shape.head_dim, dtype=dtype, device=_GPU)
-    layout = laid_out(case, shape.block_tokens(tile.queries))
+    table = (torch.randperm(pages - 1, device=_GPU) + 1).to(torch.int32).view(counts.size, width)
+    query = torch.randn(int(counts.sum()), shape.heads, shape.head_dim, dtype=dtype, device=_GPU)
     out = torch.empty_like(query)
 
     def run() -> None:
-        paged_attention(query, pool[0], pool[1], table, layout, layout.narrow, tile, page_size, out)
+        for work in (layout.narrow, layout.wide):
+            if work.pieces:
+                paged_attention(query, pool[0], pool[1], table, layout, work, page_size, out)
 
     torch.cuda.synchronize()  # do_bench runs on a stream of its own
     ms = triton.testing.do_bench_cudagraph(run, rep=40, return_mode="median")
-    kv_bytes = case.rows * length * shape.kv_heads * shape.head_dim * 4
-    visible = case.queries * case.history + case.queries * (case.queries + 1) / 2
-    flops = case.rows * visible * shape.heads * shape.head_dim * 4
-    return (
-        f"{case.name:32s} tile {tile.queries:3d} × {tile.keys:3d}, {tile.warps} warps, {tile.stages} stages: "
-        f"{ms * 1e3:8.1f} µs, {kv_bytes / ms / 1e6:6.0f} GB/s, {flops / ms / 1e9:6.1f} TFLOP/s"
-    )
+    kv_bytes = int((case.history + counts).sum()) * shape.kv_heads * shape.head_dim * 4
+    visible = (counts * case.history + counts * (counts + 1) / 2).sum()
+    flops = visible * shape.heads * shape.head_dim * 4
+    return f"{case.name:40s} {ms * 1e3:8.1f} µs, {kv_bytes / ms / 1e6:6.0f} GB/s, {flops / ms / 1e9:6.1f} TFLOP/s"
 
 
-def laid_out(case: Case, block_tokens: int) -> StepLayout:
-    """The layout of a case, every row cut into blocks of so many tokens."""
-    per_row = triton.cdiv(case.queries, block_tokens)
-    blocks = query_blocks(case.rows * per_row, block_tokens, _GPU)
-    layout = StepLayout.empty(case.rows * case.queries, case.rows, case.rows, blocks, blocks, 0)
-    rows = torch.arange(case.rows, dtype=torch.int32, device=_GPU)
-    blocks.rows.copy_(rows.repeat_interleave(per_row))
-    blocks.firsts.copy_(torch.arange(per_row, dtype=torch.int32, device=_GPU).repeat(case.rows) * block_tokens)
-    layout.rows.copy_(rows)
+def laid_out(case: Case, narrow: Tile, wide: Tile) -> StepLayout:
+    """The layout of a case's step."""
+    counts = torch.tensor(case.counts, dtype=torch.int32, device=_GPU)
+    few = narrow_row_tokens(case.shape)
+    blocks = [0, 0]
+    for count in case.counts:
+        tile = narrow if count <= few else wide
+        blocks[count > few] += triton.cdiv(count, case.shape.block_tokens(tile.queries))
+    layout = StepLayout.empty(
+        int(counts.sum()), counts.numel(), counts.numel(),
+        AttentionWork.empty(blocks[0], case.shape, narrow, _GPU),
+        AttentionWork.empty(blocks[1], case.shape, wide, _GPU),
+        few,
+    )  # fmt: skip
+    layout.rows.copy_(torch.arange(counts.numel(), dtype=torch.int32, device=_GPU))
     layout.starts.fill_(case.history)
-    layout.counts.fill_(case.queries)
-    layout.offsets.copy_(rows * case.queries)
+    layout.counts.copy_(counts)
+    layout.offsets.copy_(counts.cumsum(0) - counts)
+    share_out(layout.starts, layout.counts, layout.narrow, (1, few), case.shape.kv_heads)
+    share_out(layout.starts, layout.counts, layout.wide, (few + 1, int(counts.max())), case.shape.kv_heads)
     return layout

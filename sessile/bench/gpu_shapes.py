@@ -3,18 +3,21 @@
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from sessile.bench.gpu_trace import TracedDevice
 from sessile.contract.messages import CloseSession, Done, OpenSession, Sampling, Submit, pack_tokens
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import SchedulerOptions
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import chosen_kind, open_device
+from sessile.device.gpu_device import GpuDevice
 from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.config import EngineOptions
@@ -53,13 +56,19 @@ class Turns:
 class ShapeEngine:
     """An engine in process on seeded random weights of a shape; prompts are random token ids, all different."""
 
-    def __init__(self, shape: str, folder: Path, **scheduler: Any) -> None:
+    def __init__(
+        self, shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, *, traced: bool = False
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
         model = ModelOptions(model=str(folder), load_format="dummy")
         started_ns = time.monotonic_ns()
-        self.engine = self._open(model, DeviceOptions(), SchedulerOptions(**scheduler))
+        self.engine = self._open(model, DeviceOptions(), scheduler, options)
         self.start_s = (time.monotonic_ns() - started_ns) / 1e9
+        self.trace: TracedDevice | None = None
+        if traced:
+            assert isinstance(self.engine.device, GpuDevice), "only a GPU's steps are traced"
+            self.engine.device = self.trace = TracedDevice(self.engine.device)
         self.vocab_size = self.engine.device.facts.vocab_size
         self._inbox, self._outbox = LocalInbox(), LocalOutbox()
         self._loop = self.engine.loop(self._inbox, self._outbox, MonotonicClock())
@@ -85,10 +94,15 @@ class ShapeEngine:
         """Close it."""
         self._inbox.put(CloseSession(next(self._numbers), session))
 
-    def run(self, requests: int, on_done: Callable[[int], None] = lambda key: None) -> Turns:
-        """Turn the loop until so many requests have ended; on_done may submit more."""
+    def run(
+        self, requests: int, on_done: Callable[[int], None] = lambda key: None,
+        at_turn: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+    ) -> Turns:  # fmt: skip
+        """Turn the loop until so many requests have ended. on_done, and at_turn before that turn, may submit more."""
         turns = Turns()
         while len(turns.done) < requests:
+            if (act := at_turn.get(len(turns.ends_ns))) is not None:
+                act()
             self._loop.turn()
             now_ns = time.perf_counter_ns()
             count = 0
@@ -108,7 +122,9 @@ class ShapeEngine:
         """Give the device back."""
         self.engine.close()
 
-    def _open(self, model: ModelOptions, device: DeviceOptions, scheduler: SchedulerOptions) -> Engine:
+    def _open(
+        self, model: ModelOptions, device: DeviceOptions, scheduler: SchedulerOptions, options: EngineOptions
+    ) -> Engine:
         def open_for(request: DeviceRequest) -> Device:
             return open_device(
                 model, device, page_size=request.page_size, context_tokens=request.context_tokens,
@@ -119,5 +135,5 @@ class ShapeEngine:
             return ModelFacts(vocab_size=vocab_size, context_tokens=context_tokens, eos_ids=())
 
         return open_engine(
-            scheduler, EngineOptions(), open_for, describe, on_cpu=chosen_kind(device) == "cpu", clock=MonotonicClock()
+            scheduler, options, open_for, describe, on_cpu=chosen_kind(device) == "cpu", clock=MonotonicClock()
         )

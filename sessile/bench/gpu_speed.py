@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from sessile.bench.gpu_shapes import ShapeEngine
+from sessile.core.limits import SchedulerOptions
+from sessile.engine.config import EngineOptions
 
 BATCHES = (1, 8, 64, 256)
 PROMPT_TOKENS, STEP_TOKENS = 1024, 132
@@ -22,13 +24,13 @@ def machine_line() -> str:
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
-def measure_shape(shape: str, groups: set[str], batches: tuple[int, ...], mixed_chunk_tokens: int) -> None:
-    """Print the figures of one shape: any of the groups "steps", "throughput" and "turns".
-
-    mixed_chunk_tokens: bound of steps in which rows decode; a low one delays the time when all rows of a batch run.
-    """
+def measure_shape(
+    shape: str, groups: set[str], batches: tuple[int, ...], scheduler: SchedulerOptions, options: EngineOptions,
+    *, traced: bool = False,
+) -> None:  # fmt: skip
+    """Print the figures of one shape: any of the groups "steps", "throughput", "stalls" and "turns"."""
     with TemporaryDirectory() as folder:
-        engine = ShapeEngine(shape, Path(folder), mixed_chunk_tokens=mixed_chunk_tokens)
+        engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced)
         facts = engine.engine.device.facts
         print(
             f"{shape}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
@@ -37,12 +39,24 @@ def measure_shape(shape: str, groups: set[str], batches: tuple[int, ...], mixed_
         if "steps" in groups:
             for batch in batches:
                 print_steps(engine, shape, batch)
+                print_trace(engine)
         if "throughput" in groups:
             print_throughput(engine, shape)
+            print_trace(engine)
+        if "stalls" in groups:
+            print_stalls(engine, shape)
+            print_trace(engine)
         if "turns" in groups:
             for turns in TURNS:
                 print_turns(engine, shape, *turns)
+                print_trace(engine)
         engine.close()
+
+
+def print_trace(engine: ShapeEngine) -> None:
+    """What the device did since the last time, if steps are traced."""
+    if engine.trace:
+        print(*engine.trace.report(), sep="\n  ")
 
 
 def print_steps(engine: ShapeEngine, shape: str, batch: int) -> None:
@@ -74,6 +88,26 @@ def print_throughput(engine: ShapeEngine, shape: str, requests: int = 256) -> No
             f"{shape} throughput run {run}: {requests * 256 / wall_s:8.0f} output tokens/s in {wall_s:.2f} s, all "
             f"answering after {prefill_s:.2f} s, {len(turns.ends_ns)} steps"
         )
+
+
+def print_stalls(engine: ShapeEngine, shape: str, rows: int = 32, prompt_tokens: int = 32_000) -> None:
+    """Time between two tokens of decoding rows while a long prompt is read, and the prompt's time to its first."""
+    for _ in range(rows):
+        engine.submit(engine.prompt(PROMPT_TOKENS), 400)
+    begun_ns: dict[int, int] = {}
+
+    def read_prompt() -> None:
+        begun_ns[engine.submit(engine.prompt(prompt_tokens), 1)] = time.perf_counter_ns()
+
+    turns = engine.run(rows + 1, at_turn={150: read_prompt})
+    key, begun = begun_ns.popitem()
+    during = np.array([end for end, tokens in zip(turns.ends_ns, turns.tokens, strict=True) if tokens >= rows])
+    gaps_ms = np.diff(during)[(during[1:] > begun) & (during[:-1] < turns.first_ns[key])] / 1e6
+    print(
+        f"{shape} stalls, {rows} rows decode while {prompt_tokens} tokens are read: between tokens median "
+        f"{np.median(gaps_ms):.1f} ms, p99 {np.percentile(gaps_ms, 99):.1f}, longest {gaps_ms.max():.1f}; the prompt's "
+        f"first token after {(turns.first_ns[key] - begun) / 1e6:.0f} ms, in {gaps_ms.size} steps"
+    )
 
 
 def print_turns(engine: ShapeEngine, shape: str, conversations: int, turns: int, first: int, added: int,

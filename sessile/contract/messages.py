@@ -13,6 +13,8 @@ import msgspec.structs
 import numpy as np
 import numpy.typing as npt
 
+from sessile.contract.corpora import CorpusOperation, CorpusUses
+
 
 def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
     """Token ids as int32 little-endian bytes."""
@@ -229,6 +231,7 @@ ToEngine = (
     | Flush
     | GetStats
     | GetPool
+    | CorpusOperation
     | Shutdown
 )
 
@@ -499,7 +502,7 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Answer to an operation; exactly one for each op. error is None on success."""
 
     op: int
-    value: SessionView | SessionPage | Stats | PoolView | Outcome | None = None
+    value: SessionView | SessionPage | Stats | PoolView | CorpusUses | Outcome | None = None
     error: "Refusal | None" = None
 
 
@@ -544,6 +547,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pages_total: int
     rows_max: int
     chunk_tokens: int
+    drafts_max: int = 0
+    """Most drafts of a request in a step; 0: none are looked up, and corpora are of no use."""
     kv_bytes: int
     weight_bytes: int
     start_s: float

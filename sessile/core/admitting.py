@@ -123,9 +123,10 @@ class Admitter:
         count = min(min(known, request.goal_tokens - 1) - start, budget)
         if count <= 0:
             # Nothing to compute (max_new_tokens = 0 on what is there already): it ends without a row.
-            request.note_admission(start)
             if request not in self.ended:
                 self.ended.append(request)
+                request.note_admission(start)
+                self._keep_found(request, match)
             return None
         alone = not planned.parts and not len(planned.decodes) and not books.rows.live.any()
         if not alone and not outlook.admits(request, shared):
@@ -150,6 +151,13 @@ class Admitter:
         planned.owed.append(wanted)
         planned.owed_pages += wanted
         return part
+
+    def _keep_found(self, request: Request, match: Match | None) -> None:
+        """Park what the tree has for a session's turn that needs no row: a reservation holds for it as for any KV."""
+        books = self._books
+        if request.session is not None and match is not None and match.pages:
+            tokens = match.pages * books.limits.page_size
+            books.park(request.session, books.ledger.open(), books.tree.pin(match), tokens)
 
     def _standing(self, request: Request, match: Match | None) -> tuple[int, int, int]:
         """(KV tokens, pages, pages of these that running rows share) that a request would start with."""

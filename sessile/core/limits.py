@@ -44,9 +44,10 @@ class SchedulerOptions:
         "Let prompts share a step with decoding rows; off: a step is either prompts or decoding.",
         choices=("on", "off"),
     )
-    mixed_chunk_tokens: int = option(
-        1024,
-        "Most tokens of a step in which any row decodes; bounds the wait between two tokens of a stream.",
+    mixed_chunk_tokens: int | None = option(
+        None,
+        "Most tokens of a step in which any row decodes. Default: as many as of any step, whose time --step-limit-ms"
+        " bounds.",
         unit="tokens",
         low=1,
         high=65536,

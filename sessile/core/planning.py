@@ -21,12 +21,15 @@ from sessile.units import RowId, ceil_div
 
 
 class Planner:
-    """Chooses rows, token counts and pages. Holds no state of its own but the step of the last forced retraction."""
+    """Chooses rows, token counts and pages. Of its own it knows the last forced retraction and whose turn it is."""
 
     def __init__(self, books: Books) -> None:
         self._books = books
         self._retracted_step = 0
         self._decoded_last = False
+        self._took_turns = False
+        self._denied: list[RowId] = []
+        """Rows that got no page for what this plan was to run of them."""
         self.budget_tokens = books.limits.chunk_tokens
         self._admitter = Admitter(books)
 
@@ -43,11 +46,7 @@ class Planner:
             top_up(books)
         self._retract_by_force()
         planned = Planned(books.planned_step + 1)
-        self._choose(planned)
-        if planned.is_empty and not books.limits.mixed_chunk and self._decoded_last:
-            # It was the prompts' turn, but none can run: let the decoding rows go on.
-            self._decoded_last = False
-            self._choose(planned)
+        self._choose_who_can(planned)
         if planned.is_empty and not books.copies:
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
         if planned.is_empty:
@@ -60,9 +59,30 @@ class Planner:
         self._decoded_last = bool(len(planned.decodes))
         return planned
 
+    def _choose_who_can(self, planned: Planned) -> None:
+        """Choose until somebody runs, or nobody is left to ask.
+
+        Who was to run may get no page: the newest sits out rather than preempt itself. Others may go on then, or may
+        take its pages; a row that was denied is not asked again, and without mixed steps the turn changes once.
+        """
+        self._denied.clear()
+        self._choose(planned)
+        denied, turns = 0, 1
+        while planned.is_empty:
+            if len(self._denied) > denied:
+                denied = len(self._denied)
+            elif self._took_turns and turns:
+                self._decoded_last = not self._decoded_last
+                turns = 0
+            else:
+                return
+            self._choose(planned)
+
     def _choose(self, planned: Planned) -> None:
-        planned.is_short = not self._choose_running(planned)
-        if not planned.is_short:
+        self._took_turns = False
+        is_short = not self._choose_running(planned)
+        planned.is_short |= is_short
+        if not is_short:
             decoding = len(planned.decodes) > 0
             self._admitter.admit(planned, self._budget(decoding) - planned.tokens)
 
@@ -116,6 +136,8 @@ class Planner:
         ahead -= rows.planned
         ready = rows.planned < rows.kv_goal
         ready &= rows.plannable
+        if self._denied:
+            ready[self._denied] = False
         single = ahead == 1
         single &= ready
         decodes = single.nonzero()[0]
@@ -127,6 +149,7 @@ class Planner:
             planned.sampling = single
             return True
         if not self._books.limits.mixed_chunk and len(decodes) and (len(prompts) or self._books.waiting):
+            self._took_turns = True
             # Without mixed steps prompts and decoding take turns, so that neither starves.
             if self._decoded_last:
                 decodes = NO_ROWS
@@ -274,6 +297,8 @@ class Planner:
                 self._draw(planned, row, granted)
             if granted < pages:
                 short.add(row)
+            if not granted:
+                self._denied.append(row)
         size = books.limits.page_size
         kept = [row for row in planned.decodes.tolist() if rows.plannable[row] and row not in short]
         planned.decodes = np.array(kept, np.int64)

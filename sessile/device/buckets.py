@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from sessile.contract.plan import SAMPLE, StepPlan
 
-CAPTURED_TOKENS_MAX = 1024
-"""Steps with more tokens keep the device busy for longer than their launches take, so they are run without a graph."""
+CAPTURED_TOKENS_MAX = 2048
+"""Steps with more tokens keep the device busy for longer than their launches take (about 12 ms for 28 layers), so they
+are run without a graph."""
 DECODE_SIZES = [1, 2, 4, 8, *range(16, 65, 8), *range(80, 129, 16), *range(160, 257, 32), 384, 512, 768, 1024]
 """Rows of a step in which every row runs one token: close together, as most steps are such."""
-TOKEN_SIZES = [16, 32, 64, 128, 256, 384, 512, 768, 1024]
+TOKEN_SIZES = [16, 32, *range(64, 769, 64), *range(896, 2049, 128)]
 ROW_SIZES = [8, 64, 256, 1024]
-"""Of the other steps: few, as each pair of them is a graph of its own, and padding rows end at once."""
+"""Of the other steps. Padding tokens are multiplied like others, padding rows end at once."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,24 @@ def bucket_of(plan: StepPlan, narrow_row_tokens: int) -> Bucket:
         return Bucket(tokens, rows, places, bool((~is_wide).any()), bool(is_wide.any()), False)
     if tokens == rows:
         size = round_up(rows, DECODE_SIZES)
-        return Bucket(size, size, size if places else 0, True, False, True)
+        return Bucket(size, size, size, True, False, True)
     token_bucket, row_bucket = round_up(tokens, TOKEN_SIZES), round_up(rows, ROW_SIZES)
-    place_bucket = 0 if not places else row_bucket if places <= row_bucket else round_up(places, TOKEN_SIZES)
+    # Room for every row to sample, also where none does: sampling nothing is cheap, another graph is not.
+    place_bucket = row_bucket if places <= row_bucket else round_up(places, TOKEN_SIZES)
     return Bucket(token_bucket, row_bucket, place_bucket, True, True, True)
+
+
+def common_buckets(rows_max: int) -> list[Bucket]:
+    """Sizes that are worth a graph before they are needed: every row samples, drafts aside."""
+    decode_max, mixed_max = round_up(rows_max, DECODE_SIZES), round_up(rows_max, ROW_SIZES)
+    decodes = [Bucket(size, size, size, True, False, True) for size in DECODE_SIZES if size <= decode_max]
+    mixed = [
+        Bucket(tokens, rows, rows, True, True, True)
+        for rows in ROW_SIZES
+        for tokens in TOKEN_SIZES
+        if rows <= mixed_max and tokens > rows // 4
+    ]
+    return decodes + mixed
 
 
 def round_up(count: int, sizes: list[int]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sessile.contract.plan import SAMPLE, StepPlan
+from sessile.device.buckets import common_buckets
 from sessile.device.config import DeviceOptions
 from sessile.device.gpu_device import GpuDevice
 from sessile.device.gpu_runner import GpuRunner
@@ -90,7 +91,7 @@ def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
-    """Run one step of each kind, so that kernels are compiled (or read from Triton's cache) before use.
+    """Run one step of each kind, so that kernels are compiled (or read from Triton's cache), then capture common sizes.
 
     No row is bound: all read and write the scratch page.
     """
@@ -102,6 +103,8 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
             flags=ones * SAMPLE, output_indices=none, logprob_tops=-ones, tokens=np.zeros(rows * tokens, np.int32),
         )  # fmt: skip
         runner.start(plan).wait()
+    for bucket in common_buckets(rows_max):
+        runner.prepare(bucket)
 
 
 def _check_model(config: ModelConfig, options: ModelOptions) -> None:

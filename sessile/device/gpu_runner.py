@@ -1,7 +1,7 @@
 """Runs plans on a GPU: state, forward pass and sampling all stay there, and the host waits for nothing.
 
-Everything is queued on one stream in the order of the plans. A step of a common size is one CUDA graph: run eagerly
-the first time (which compiles its kernels), captured the second time, replayed from then on.
+Everything is queued on one stream in the order of the plans. A step of a common size is one CUDA graph, captured when
+the device opens. Other sizes run eagerly the first time and are captured the second.
 """
 
 from dataclasses import dataclass, replace
@@ -19,11 +19,10 @@ from sessile.device.pending import PendingLogprobs, PendingStep
 from sessile.device.row_parameters import RowParameters
 from sessile.device.sampler import Sampler
 from sessile.device.staging import Moment, UploadRing, to_device, to_host
-from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out, query_blocks
+from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out
 from sessile.kernels.triton_sampling import Chosen, choose_tokens, settle_rows
 from sessile.model.fused_gpu import BlockKinds, FusedDecoder, GpuCache
 from sessile.model.layers import Decoder
-from sessile.units import ceil_div
 
 _UPLOAD_WORDS = 1 << 20
 _SCORES_AT_ONCE = 64
@@ -72,7 +71,7 @@ class GpuRunner:
         if not plan.rows.size:
             apply_state(self._upload.target, self._state)
             return PendingStep(plan, None, Moment(self._device), self._rows_max)
-        bucket = bucket_of(plan, self._decoder.shape.narrow_row_tokens)
+        bucket = bucket_of(plan, self._decoder.narrow_row_tokens)
         scores: list[PendingLogprobs] = []
         logprobs = None
         has_extras = plan.score_queries.size or plan.mask_queries.size or (plan.logprob_tops >= 0).any()
@@ -111,11 +110,21 @@ class GpuRunner:
             self._run(bucket)
             return
         if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_pool):
-                self._run(bucket)
-            self.graphs[bucket] = graph
+            graph = self._capture(bucket)
         graph.replay()
+
+    @torch.inference_mode()
+    def prepare(self, bucket: Bucket) -> None:
+        """Keep a graph of this size before a step needs it. Steps of its kind have run, so kernels are compiled."""
+        if self._captures and bucket not in self.graphs:
+            self._capture(bucket)
+
+    def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_pool):
+            self._run(bucket)
+        self.graphs[bucket] = graph
+        return graph
 
     def _run(self, bucket: Bucket) -> None:
         """A whole step, as far as most steps go: what a graph holds."""
@@ -128,19 +137,11 @@ class GpuRunner:
 
     def _forward(self, bucket: Bucket) -> Forward:
         """Apply the plan in the upload's target, lay it out, and run the layers."""
-        decoder, device = self._decoder, self._device
-        per_row = ceil_div(decoder.shape.narrow_row_tokens, decoder.narrow_tokens)
-        narrows = bucket.rows if bucket.tokens == bucket.rows else min(per_row * bucket.rows, bucket.tokens)
-        wides = bucket.rows + bucket.tokens // decoder.wide_tokens
-        layout = StepLayout.empty(
-            bucket.tokens, bucket.rows, bucket.places,
-            query_blocks(narrows if bucket.has_narrow else 0, decoder.narrow_tokens, device),
-            query_blocks(min(wides, bucket.tokens) if bucket.has_wide else 0, decoder.wide_tokens, device),
-            decoder.shape.narrow_row_tokens,
-        )  # fmt: skip
+        kinds = BlockKinds(bucket.has_narrow, bucket.has_wide)
+        layout = self._decoder.layout(bucket.tokens, bucket.rows, bucket.places, kinds)
         apply_state(self._upload.target, self._state)
-        lay_out(self._upload.target, self._state, layout, self._pool.page_size)
-        return Forward(layout, decoder.forward(layout, BlockKinds(bucket.has_narrow, bucket.has_wide)))
+        lay_out(self._upload.target, self._state, layout, self._pool.page_size, self._decoder.shape.kv_heads)
+        return Forward(layout, self._decoder.forward(layout))
 
     def _run_with_extras(self, plan: StepPlan, bucket: Bucket) -> tuple[list[PendingLogprobs], PendingLogprobs | None]:
         """A step with prompt scores, log-probabilities, masks, or rows whose logits are adjusted, without a graph."""

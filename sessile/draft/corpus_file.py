@@ -7,6 +7,7 @@ offset  bytes
     16      8  documents
     24      8  tokens, separators included
     32      8  positions
+    40     24  label: what whoever saved it wants to know again, here of the tokenizer that the ids are of
     64     32  checksum: BLAKE2b of the 64 bytes before it and of both sections
    128         tokens int32, then positions int32, each at a multiple of 64 bytes
 
@@ -29,7 +30,8 @@ Ints = npt.NDArray[np.int32]
 
 MAGIC = b"sessile\n"
 VERSION = 1
-HEADER = struct.Struct("<8sIIQQQ24x")
+HEADER = struct.Struct("<8sIIQQQ24s")
+LABEL_BYTES = 24
 CHECKSUM_BYTES = 32
 HEADER_BYTES = 128
 ALIGNMENT = 64
@@ -52,12 +54,14 @@ def checksum(header: bytes, *sections: Ints) -> bytes:
     return digest.digest()
 
 
-def write_corpus(path: Path, tokens: Ints, positions: Ints, documents: int) -> None:
+def write_corpus(path: Path, tokens: Ints, positions: Ints, documents: int, label: bytes = b"") -> None:
     """Write the file beside its place, then move it there: a reader sees the old one or the whole new one.
 
+    label: at most LABEL_BYTES.
     Raises OSError; no part of the file is left then.
     """
-    header = HEADER.pack(MAGIC, VERSION, DEPTH_TOKENS, documents, len(tokens), len(positions))
+    assert len(label) <= LABEL_BYTES, f"a label has at most {LABEL_BYTES} bytes"
+    header = HEADER.pack(MAGIC, VERSION, DEPTH_TOKENS, documents, len(tokens), len(positions), label)
     first, second, end = section_offsets(len(tokens), len(positions))
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -75,8 +79,8 @@ def write_corpus(path: Path, tokens: Ints, positions: Ints, documents: int) -> N
         raise
 
 
-def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int]:
-    """(tokens, positions, documents) of a file, mapped read-only. Raises CorpusFileError, or OSError.
+def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int, bytes]:
+    """(tokens, positions, documents, label) of a file, mapped read-only. Raises CorpusFileError, or OSError.
 
     verify: read it all and compare the checksum; without it only header and length are looked at.
     """
@@ -85,7 +89,7 @@ def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int]:
         size = os.fstat(file.fileno()).st_size
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise CorpusFileError(f"{path} is no corpus of Sessile's: it does not begin with a header. Build it again.")
-    _, version, depth, documents, tokens, positions = HEADER.unpack_from(header)
+    _, version, depth, documents, tokens, positions, label = HEADER.unpack_from(header)
     if (version, depth) != (VERSION, DEPTH_TOKENS):
         raise CorpusFileError(
             f"{path} has format {version} and depth {depth}; this Sessile reads {VERSION} and {DEPTH_TOKENS}. "
@@ -99,7 +103,14 @@ def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int]:
         expected = header[HEADER.size : HEADER.size + CHECKSUM_BYTES]
         if checksum(header[: HEADER.size], *arrays) != expected:
             raise CorpusFileError(f"{path} is damaged: its checksum is another. Copy or build it again.")
-    return arrays[0], arrays[1], documents
+    return arrays[0], arrays[1], documents, label
+
+
+def stored_checksum(path: Path) -> bytes:
+    """The checksum that a file's header has, which tells it from every other. Raises OSError."""
+    with path.open("rb") as file:
+        file.seek(HEADER.size)
+        return file.read(CHECKSUM_BYTES)
 
 
 def _mapped(path: Path, offset: int, count: int) -> Ints:

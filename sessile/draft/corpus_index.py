@@ -33,13 +33,14 @@ class CorpusIndex:
     sorted as sessile/draft/suffixes.py says. part: what compiled code sees of it (sessile/draft/lookup.py).
     """
 
-    def __init__(self, flat: Ints, positions: Ints, documents: int) -> None:
-        """Takes both arrays over and makes them read-only; they are what `build` or `load` made."""
+    def __init__(self, flat: Ints, positions: Ints, documents: int, label: bytes = b"") -> None:
+        """Takes both arrays over and makes them read-only; they are what `build` or `load` made. label: see `save`."""
         flat.flags.writeable = False
         positions.flags.writeable = False
         self.flat = flat
         self.positions = positions
         self.documents = documents
+        self.label = label
         self.tokens = max(len(flat) - documents - 1, 0)
         self.resident_bytes = flat.nbytes + positions.nbytes
         self.part = np.zeros(PART_FIELDS, np.int64)
@@ -82,9 +83,12 @@ class CorpusIndex:
         documents = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
         return cls.build(documents, threads=threads, is_cancelled=is_cancelled, progress=progress)
 
-    def save(self, path: str | Path) -> None:
-        """Write the index to a file, whole or not at all. Raises OSError."""
-        write_corpus(Path(path), self.flat, self.positions, self.documents)
+    def save(self, path: str | Path, *, label: bytes = b"") -> None:
+        """Write the index to a file, whole or not at all. Raises OSError.
+
+        label: at most LABEL_BYTES that `load` gives back, filled up with zero bytes.
+        """
+        write_corpus(Path(path), self.flat, self.positions, self.documents, label)
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True) -> "CorpusIndex":
@@ -93,8 +97,8 @@ class CorpusIndex:
         Raises CorpusFileError if it is foreign, truncated, damaged or of another version; OSError if it is not there.
         A file that is mapped must not be written to; `save` never does.
         """
-        flat, positions, documents = read_corpus(Path(path), verify=verify)
-        return cls(flat, positions, documents)
+        flat, positions, documents, label = read_corpus(Path(path), verify=verify)
+        return cls(flat, positions, documents, label)
 
 
 def joined(documents: Sequence[Ints]) -> Ints:

@@ -29,6 +29,7 @@ WISHES_MAX = 1024
 
 SourceKey = tuple[int, str, str]
 """Identity and rank of a source: (0, "", "") the sequence, (1, "", "") history, (2, tenant, id) a corpus."""
+CORPUS_RANK = 2
 SEQUENCE_KEY: SourceKey = (0, "", "")
 HISTORY_KEY: SourceKey = (1, "", "")
 
@@ -116,6 +117,16 @@ class LookupLine:
         for key, _ in self._last:
             self._records.setdefault(key, _Record()).offered += 1
         return [TokenId(node[NODE_TOKEN]) for node in nodes]
+
+    def corpora_judged(self, accepted: int) -> list[tuple[str, str, int, int]]:
+        """(tenant, id, offered, accepted) of each corpus that the last drafts came from, if `accepted` were right."""
+        counts: dict[SourceKey, list[int]] = {}
+        for number, (key, _) in enumerate(self._last):
+            if key[0] == CORPUS_RANK:
+                count = counts.setdefault(key, [0, 0])
+                count[0] += 1
+                count[1] += number < accepted
+        return [(tenant, corpus_id, offered, taken) for (_, tenant, corpus_id), (offered, taken) in counts.items()]
 
     def judge(self, accepted: int) -> None:
         """The first `accepted` of the last drafts were right, the next one, if there is one, was wrong."""
@@ -216,7 +227,10 @@ class LookupDrafter:
 
     def settled(self, line: DraftLine, accepted: int) -> None:
         """How many of the line's last drafts the model accepted; the next one was wrong, the rest was not judged."""
-        _ours(line).judge(accepted)
+        ours = _ours(line)
+        for tenant, corpus_id, offered, taken in ours.corpora_judged(accepted):
+            self._shelf.note(tenant, corpus_id, offered, taken)
+        ours.judge(accepted)
 
     def remember(self, tenant: str, tokens: bytes) -> None:
         """A finished request of a tenant that opted in to history."""

@@ -12,6 +12,7 @@ from sessile.core.machine import Machine
 from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
+from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
@@ -20,9 +21,11 @@ from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
 
-CPU_STEP_LIMIT_MS = 250.0
+CPU_STEP_LIMIT_MS, GPU_STEP_LIMIT_MS = 250.0, 100.0
 CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 8192
+CPU_CHUNK_TOKENS_MIN, GPU_CHUNK_TOKENS_MIN = 16, 512
+"""Chunks that the pace never goes below: a GPU runs 512 tokens in about the time that it needs for one."""
 
 
 class DeviceFacts(Protocol):
@@ -86,13 +89,15 @@ class DescribeModel(Protocol):
 
 @dataclass
 class Engine:
-    """An opened engine: machine, device and drafter, ready to be driven by a loop. Owns the last two until `close`."""
+    """An opened engine: machine, device, drafter and what it drafts from. Owns all but the first until `close`."""
 
     machine: Machine
     device: Device
     ready: EngineReady
     options: EngineOptions
     drafter: TimedDrafter | None = None
+    corpora: CorpusDesk | None = None
+    """None where nobody drafts."""
 
     def close(self) -> None:
         """Give back the device and what the drafter runs on. May be called again."""
@@ -102,9 +107,11 @@ class Engine:
 
     def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
         """The loop that drives this engine with the given ends and clock."""
+        on_cpu = self.device.facts.device == "cpu"
         limit_ms = self.options.step_limit_ms
         if limit_ms is None:
-            limit_ms = CPU_STEP_LIMIT_MS if self.device.facts.device == "cpu" else 0.0
+            limit_ms = CPU_STEP_LIMIT_MS if on_cpu else GPU_STEP_LIMIT_MS
+        tokens_min = CPU_CHUNK_TOKENS_MIN if on_cpu else GPU_CHUNK_TOKENS_MIN
         return EngineLoop(
             self.machine,
             self.device,
@@ -112,9 +119,10 @@ class Engine:
             outbox,
             clock,
             overlap=self.options.overlap == "on",
-            pace=Pace(limit_ms, self.ready.chunk_tokens) if limit_ms else None,
+            pace=Pace(limit_ms, self.ready.chunk_tokens, tokens_min) if limit_ms else None,
             collector=collector,
             drafter=self.drafter,
+            corpora=self.corpora,
         )
 
 
@@ -158,11 +166,12 @@ def open_engine(
         pages_total=limits.pages_total,
         rows_max=limits.rows_max,
         chunk_tokens=limits.chunk_tokens,
+        drafts_max=limits.drafts_max,
         kv_bytes=facts.kv_bytes,
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options, drafter)
+    return Engine(machine, device, ready, options, drafter, CorpusDesk(shelf) if drafter else None)
 
 
 def limits_for(
@@ -175,14 +184,15 @@ def limits_for(
     drafts_max: int = 0,
 ) -> Limits:
     """The bounds of a core on this device: what the settings say, else what suits the kind of device."""
+    chunk_tokens = scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS)
     return Limits(
         pages_total=facts.pages_total,
         page_size=facts.page_size,
         rows_max=rows_max,
         context_tokens=facts.context_tokens,
-        chunk_tokens=scheduler.chunk_tokens or (CPU_CHUNK_TOKENS if on_cpu else GPU_CHUNK_TOKENS),
+        chunk_tokens=chunk_tokens,
         mixed_chunk=scheduler.mixed_chunk == "on",
-        mixed_chunk_tokens=scheduler.mixed_chunk_tokens,
+        mixed_chunk_tokens=scheduler.mixed_chunk_tokens or chunk_tokens,
         drafts_max=drafts_max,
         sessions_max=scheduler.sessions_max,
         queue_max=scheduler.queue_max,

@@ -17,7 +17,7 @@ class EngineOptions:
     step_limit_ms: float | None = option(
         None,
         "Longest step aimed at: prompt chunks are cut so that steps stay under it, which bounds how long a stream can"
-        " stall. 0: never cut. Default: 250 on a CPU, 0 on a GPU.",
+        " stall. 0: never cut. Default: 250 on a CPU, 100 on a GPU.",
         unit="ms",
         low=0,
         high=60_000,

@@ -3,12 +3,14 @@
 import logging
 from dataclasses import dataclass
 
+from sessile.contract.corpora import CorpusOperation
 from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
 from sessile.contract.plan import StepPlan
 from sessile.core.machine import Machine
 from sessile.core.planned import Planned
 from sessile.core.watch import Report
 from sessile.engine.clock import Clock
+from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import TimedDrafter
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
@@ -24,6 +26,8 @@ IDLE_WAIT_NS_MAX = 500_000_000
 """Longest wait of an idle loop, so that a signal is noticed and garbage is collected soon."""
 STUCK_WAIT_NS_MAX = 10_000_000
 """Longest wait while there is work that could not be planned: some of it waits for a number of plans to pass."""
+LOADING_WAIT_NS_MAX = 5_000_000
+"""Longest wait while a corpus is read beside the loop."""
 SHUTDOWN_OP = -1
 """Operation number of the loop's own CancelAll; no server uses it."""
 
@@ -55,8 +59,11 @@ class EngineLoop:
         pace: Pace | None = None,
         collector: IdleCollector | None = None,
         drafter: TimedDrafter | None = None,
+        corpora: CorpusDesk | None = None,
     ) -> None:
-        """drafter: the machine's, if it has one, to tell how long it took."""
+        """drafter: the machine's, if it has one, to tell how long it took. corpora: what it drafts from; None where
+        nobody drafts, and nobody asks for corpora then.
+        """
         self._machine = machine
         self._executor = executor
         self._inbox = inbox
@@ -65,6 +72,7 @@ class EngineLoop:
         self._overlap = overlap
         self._pace = pace
         self._collector = collector
+        self._corpora = corpora
         self._times = StepTimes(drafter)
         self._in_flight: StepInFlight | None = None
         self._settled_ns = 0
@@ -99,6 +107,7 @@ class EngineLoop:
             log_report(report)
         if effects := self._machine.take_effects():
             self._outbox.send(self._times.stamp(effects))
+        self._swap_corpora()
         if self._turned:
             self._machine.look()
         self._finish_shutdown()
@@ -125,6 +134,8 @@ class EngineLoop:
         if self._turned or self._in_flight:
             return 0
         longest = STUCK_WAIT_NS_MAX if self._machine.has_work else IDLE_WAIT_NS_MAX
+        if self._corpora and self._corpora.is_loading:
+            longest = LOADING_WAIT_NS_MAX
         deadline_ns = self._machine.next_deadline_ns
         if deadline_ns is None:
             return longest
@@ -136,6 +147,9 @@ class EngineLoop:
             self.begin_shutdown(message.drain_s)
         elif self._drain_until_ns is not None and isinstance(message, Submit | OpenSession):
             self._outbox.send(refused_while_stopping(message))
+        elif isinstance(message, CorpusOperation):
+            assert self._corpora, "an engine that drafts from no corpora is sent none"
+            self._corpora.receive(message)
         else:
             self._machine.receive(message)
 
@@ -171,6 +185,11 @@ class EngineLoop:
         self._times.plan_ns_total += self._clock.now_ns() - done_ns
         if self._pace:
             self._machine.set_chunk_tokens(self._pace.observe(step.plan.tokens.size, step_ns / 1e6))
+
+    def _swap_corpora(self) -> None:
+        """Between two steps: the next one drafts from what is on the shelf now."""
+        if self._corpora and (replies := self._corpora.take_replies()):
+            self._outbox.send(Batch(step=0, replies=replies))
 
     def _finish_shutdown(self) -> None:
         """Stop once nothing is left to do; past the drain time, abort what is left."""

@@ -8,8 +8,8 @@ A step costs something fixed (reading the weights) and something a token. Where 
 no budget keeps to it, and the smallest one would only multiply the fixed part: then half of a step goes to tokens.
 """
 
-CHUNK_TOKENS_MIN = 16
-CHUNK_TOKENS_START = 64
+START = 4
+"""The first budget, in smallest ones."""
 HEADROOM = 0.8
 """Aim at this share of the limit: attention makes later chunks of a long prompt dearer than earlier ones."""
 MEMORY = 0.9
@@ -44,16 +44,17 @@ class StepCost:
 class Pace:
     """Token budget of the next step, from the times of the last ones.
 
-    limit_ms: longest step aimed at, > 0. chunk_tokens_max: the configured budget, never exceeded.
+    limit_ms: longest step aimed at, > 0. chunk_tokens_max: the configured budget, never exceeded. chunk_tokens_min: the
+    smallest that is useful on the device.
     """
 
-    def __init__(self, limit_ms: float, chunk_tokens_max: int) -> None:
-        assert limit_ms > 0 and chunk_tokens_max >= 1
+    def __init__(self, limit_ms: float, chunk_tokens_max: int, chunk_tokens_min: int) -> None:
+        assert limit_ms > 0 and chunk_tokens_max >= 1 and chunk_tokens_min >= 1
         self._limit_ms = limit_ms
         self._tokens_max = chunk_tokens_max
-        self._tokens_min = min(CHUNK_TOKENS_MIN, chunk_tokens_max)
+        self._tokens_min = min(chunk_tokens_min, chunk_tokens_max)
         self._cost = StepCost()
-        self.chunk_tokens = min(CHUNK_TOKENS_START, chunk_tokens_max)
+        self.chunk_tokens = min(START * chunk_tokens_min, chunk_tokens_max)
 
     def observe(self, step_tokens: int, step_ms: float) -> int:
         """Learn from a settled step and return the budget for the next one to be planned.

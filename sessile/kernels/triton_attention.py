@@ -2,84 +2,53 @@
 
 A block of queries of one row attends with all query heads of one KV head at once (grouped queries), reads K and V in
 place through the page table, and may share its history out over several programs (FlashAttention, Dao et al., 2022;
-FlashDecoding, 2023). Grids depend on the bucket alone; lengths are read on the device.
+FlashDecoding, 2023). Grids depend on the bucket alone; what each program does, the device has listed before.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sessile.kernels.triton_plan import QueryBlocks, StepLayout
+from sessile.kernels.triton_plan import StepLayout
+from sessile.kernels.triton_work import AttentionWork, HeadShape, Tile
 
 NARROW_QUERIES = 16
 """Rows of a narrow block's query tile (the fewest that the matrix units take): tokens × query heads of a KV head."""
 WIDE_QUERIES = 128
-PROGRAMS_WANTED = 512
-"""Histories are split until about so many programs share the work."""
-SPLITS_MAX = 64
-_SPLITS_MAX = tl.constexpr(SPLITS_MAX)
 _LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads of one attention layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def group(self) -> int:
-        """Query heads of a KV head."""
-        return self.heads // self.kv_heads
-
-    def block_tokens(self, queries: int) -> int:
-        """Query tokens of a block whose tile has so many rows, at least one."""
-        return max(queries // self.group, 1)
-
-    @property
-    def narrow_row_tokens(self) -> int:
-        """Rows with at most so many query tokens are cut into narrow blocks."""
-        return 2 * self.block_tokens(NARROW_QUERIES)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Shape of one program's work and how it is compiled."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def narrow_tile(shape: HeadShape, dtype: torch.dtype) -> Tile:
     """Tile of decode rows and short queries: bound by memory, so small and many."""
     queries = max(NARROW_QUERIES, triton.next_power_of_2(shape.group))
     # One warp and few keys: many programs on each multiprocessor hide one another's latency (measured on an H100).
-    return Tile(queries, 32, 1 if shape.head_dim <= 128 and dtype.itemsize == 2 else 4, 4 if dtype.itemsize == 2 else 2)
+    warps, stages = 1 if shape.head_dim <= 128 and dtype.itemsize == 2 else 4, 4 if dtype.itemsize == 2 else 2
+    return Tile(queries, 32, warps, stages, programs=4 * _multiprocessors())
 
 
 def wide_tile(shape: HeadShape, dtype: torch.dtype) -> Tile:
     """Tile of prompt chunks: bound by arithmetic, so as large as registers and shared memory hold."""
+    queries = triton.next_power_of_2(shape.group)
     if dtype.itemsize == 4 or shape.head_dim > 128:
-        return Tile(max(32, triton.next_power_of_2(shape.group)), 32, 4, 2)
-    return Tile(max(WIDE_QUERIES, triton.next_power_of_2(shape.group)), 128 if _has_large_memory() else 64, 8, 2)
+        return Tile(max(32, queries), 32, 4, 2, programs=2 * _multiprocessors(), part_tiles=4)
+    keys = 128 if _has_large_memory() else 64
+    return Tile(max(WIDE_QUERIES, queries), keys, 8, 2, programs=_multiprocessors(), part_tiles=2)
+
+
+def narrow_row_tokens(shape: HeadShape) -> int:
+    """Rows with at most so many query tokens are cut into narrow blocks."""
+    return 2 * shape.block_tokens(NARROW_QUERIES)
+
+
+def _multiprocessors() -> int:
+    """Multiprocessors of the GPU; few in the interpreter, which runs programs one after the other."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 2
 
 
 def _has_large_memory() -> bool:
     """Whether a program may take as much shared memory as the largest tile wants: Hopper and later."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-
-
-def splits_for(blocks: int, kv_heads: int) -> int:
-    """Into how many parts each history is cut at most: a power of two, from the bucket's size alone."""
-    wanted = triton.cdiv(PROGRAMS_WANTED, max(blocks * kv_heads, 1))
-    return min(triton.next_power_of_2(wanted), SPLITS_MAX)
 
 
 def paged_attention(
@@ -88,66 +57,67 @@ def paged_attention(
     values: Tensor,
     table: Tensor,
     layout: StepLayout,
-    blocks: QueryBlocks,
-    tile: Tile,
+    work: AttentionWork,
     page_size: int,
     out: Tensor,
 ) -> None:
-    """Attend with the queries of the listed blocks; writes their part of out [t, heads, head_dim] and nothing else.
+    """Attend with the queries of the listed pieces; writes their part of out [t, heads, head_dim] and nothing else.
 
     query [t, heads, head_dim]; keys, values [slots, kv_heads, head_dim], this step's own included; table
     int32[rows_max, pages]. Query j of a row sees the row's tokens 0 … start + j.
     """
     heads, head_dim = query.shape[1:]
-    kv_heads = keys.shape[1]
-    listed = blocks.rows.numel()
-    splits = splits_for(listed, kv_heads)
-    parts = out if splits == 1 else query.new_empty((*out.shape[:2], splits, head_dim), dtype=torch.float32)
-    peaks = query.new_empty((*out.shape[:2], splits, 2) if splits > 1 else 0, dtype=torch.float32)
-    lists = (blocks.rows, blocks.firsts, layout.rows, layout.starts, layout.counts, layout.offsets)
-    dim = triton.next_power_of_2(head_dim)
-    _attend[(listed, kv_heads, splits)](
-        query, keys, values, parts, peaks, table, table.shape[1], *lists, splits, head_dim**-0.5 * _LOG2_E,
-        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, PAGE=page_size, TOKENS=blocks.tokens,
-        QUERIES=tile.queries, KEYS=tile.keys, IS_SPLIT=splits > 1,
+    kv_heads, tile, dim = keys.shape[1], work.tile, triton.next_power_of_2(head_dim)
+    partials = query.new_empty((work.split_pieces, kv_heads, tile.queries, head_dim), dtype=torch.float32)
+    sums = query.new_empty((work.split_pieces, kv_heads, 2, tile.queries), dtype=torch.float32)
+    pieces = (work.total, work.rows, work.firsts, work.lows, work.sizes)
+    lists = (*pieces, layout.rows, layout.starts, layout.counts, layout.offsets)
+    _attend[(work.pieces * kv_heads,)](
+        query, keys, values, out, partials, sums, table, table.shape[1], *lists, head_dim**-0.5 * _LOG2_E,
+        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, PAGE=page_size,
+        TOKENS=work.tokens, QUERIES=tile.queries, KEYS=tile.keys,
         PRECISION="ieee" if query.dtype.itemsize == 4 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if splits > 1:
-        _merge[(listed, blocks.tokens * heads)](
-            parts, peaks, out, *lists, splits,
-            HEADS=heads, HEAD_DIM=head_dim, DIM=dim, KEYS=tile.keys, TOKENS=blocks.tokens, num_warps=2,
-        )  # fmt: skip
+    blocks = work.merges.numel()
+    queries, parts = merge_tile(blocks, tile.queries)
+    _merge[(blocks, kv_heads, triton.cdiv(work.tokens * heads // kv_heads, queries))](
+        partials, sums, out, work.merges, *lists,
+        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TOKENS=work.tokens, QUERIES=tile.queries,
+        KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, num_warps=4 if queries > 1 else 2,
+    )  # fmt: skip
+
+
+def merge_tile(blocks: int, queries: int) -> tuple[int, int]:
+    """(queries, parts) that a program merges at once: with few blocks there are many parts, and the other way round."""
+    return (1, 64) if blocks <= 16 else (min(queries, 16), 4)
 
 
 @triton.jit
-def _split_tokens(visible, splits, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """History tokens of each part but the last: whole key tiles."""
-    return tl.cdiv(tl.cdiv(visible, splits), KEYS) * KEYS
-
-
-@triton.jit(do_not_specialize=["splits"])
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, out, peaks, table, width,
-    block_rows, block_firsts, rows, starts, counts, offsets, splits, scale,
+    query, keys, values, out, partials, sums, table, width,
+    piece_total, piece_rows, piece_firsts, piece_lows, piece_sizes, rows, starts, counts, offsets, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries, one KV head, one part of the history."""
+    """One piece of one KV head."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    row = tl.load(block_rows + tl.program_id(0))
-    if row < 0:
+    # Programs without a piece come last: between the others they would leave some multiprocessors without work. KV
+    # heads come first, as what they read lies side by side.
+    piece, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    if piece >= tl.load(piece_total):
         return
-    first = tl.load(block_firsts + tl.program_id(0))
+    row = tl.load(piece_rows + piece)
+    first = tl.load(piece_firsts + piece)
+    # Multiples of the tile, which the compiler must see, so that keys of one page are one load.
+    low = tl.load(piece_lows + piece) * KEYS
+    size = tl.load(piece_sizes + piece) * KEYS
     start = tl.load(starts + row)
     queries_here = min(TOKENS, tl.load(counts + row) - first)
     visible = start + first + queries_here  # to the block's last query
-    part_tokens = _split_tokens(visible, splits, KEYS)
-    low = tl.program_id(2) * part_tokens
-    high = min(low + part_tokens, visible)
+    high = min(low + size, visible)
     if low >= high:
         return
-    kv_head = tl.program_id(1)
     pages = table + tl.load(rows + row).to(tl.int64) * width
     lane = tl.arange(0, DIM)
     index = tl.arange(0, QUERIES)
@@ -155,10 +125,8 @@ def _attend(  # type: ignore[no-untyped-def]
     is_query = within < queries_here
     token = (tl.load(offsets + row) + first + within).to(tl.int64)
     place = token * HEADS + kv_head * GROUP + index % GROUP
-    q = tl.load(
-        query + place[:, None] * HEAD_DIM + lane[None, :],
-        mask=is_query[:, None] & (lane < HEAD_DIM)[None, :], other=0.0,
-    )  # fmt: skip
+    is_stored = is_query[:, None] & (lane < HEAD_DIM)[None, :]
+    q = tl.load(query + place[:, None] * HEAD_DIM + lane[None, :], mask=is_stored, other=0.0)
     limit = start + first + within
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -177,12 +145,11 @@ def _attend(  # type: ignore[no-untyped-def]
             q, key_head, value_head, pages, tile, visible, limit, scale, peak, total, mixed,
             KV_HEADS * HEAD_DIM, HEAD_DIM, DIM, PAGE, KEYS, PRECISION, True,
         )  # fmt: skip
-    is_stored = is_query[:, None] & (lane < HEAD_DIM)[None, :]
-    if IS_SPLIT:
-        part = place * splits + tl.program_id(2)
-        tl.store(out + part[:, None] * HEAD_DIM + lane[None, :], mixed, mask=is_stored)
-        tl.store(peaks + part * 2, peak, mask=is_query)
-        tl.store(peaks + part * 2 + 1, total, mask=is_query)
+    if size < visible:
+        own = (piece * KV_HEADS + kv_head).to(tl.int64)
+        tl.store(partials + (own * QUERIES + index)[:, None] * HEAD_DIM + lane[None, :], mixed, mask=is_stored)
+        tl.store(sums + own * 2 * QUERIES + index, peak)
+        tl.store(sums + own * 2 * QUERIES + QUERIES + index, total)
     else:
         target = out + place[:, None] * HEAD_DIM + lane[None, :]
         tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=is_stored)
@@ -229,32 +196,48 @@ def _fold(  # type: ignore[no-untyped-def]
     return new_peak, total, mixed
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
 def _merge(  # type: ignore[no-untyped-def]
-    parts, peaks, out, block_rows, block_firsts, rows, starts, counts, offsets, splits,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr,
+    partials, sums, out, merges,
+    piece_total, piece_rows, piece_firsts, piece_lows, piece_sizes, rows, starts, counts, offsets,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERIES_AT_ONCE: tl.constexpr, PARTS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one query and head."""
-    row = tl.load(block_rows + tl.program_id(0))
-    if row < 0:
+    """Merge the parts of a few queries of one block and KV head."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    piece = tl.load(merges + tl.program_id(0))
+    if piece < 0:
         return
-    first = tl.load(block_firsts + tl.program_id(0))
+    row = tl.load(piece_rows + piece)
+    first = tl.load(piece_firsts + piece)
     queries_here = min(TOKENS, tl.load(counts + row) - first)
-    within, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    if within >= queries_here:
-        return
-    visible = tl.load(starts + row) + first + queries_here
-    active = tl.cdiv(visible, _split_tokens(visible, splits, KEYS))
-    place = (tl.load(offsets + row) + first + within).to(tl.int64) * HEADS + head
-    part = tl.arange(0, _SPLITS_MAX)
+    kv_head = tl.program_id(1)
+    index = tl.program_id(2) * QUERIES_AT_ONCE + tl.arange(0, QUERIES_AT_ONCE)
+    is_query = index < queries_here * GROUP
+    parts = tl.cdiv(tl.load(starts + row) + first + queries_here, tl.load(piece_sizes + piece) * KEYS)
+    if (tl.program_id(2) * QUERIES_AT_ONCE >= queries_here * GROUP) | (parts == 1):
+        return  # The first blocks of a split row may see no more than its first part.
     lane = tl.arange(0, DIM)
-    is_active = part < active
-    peak = tl.load(peaks + (place * splits + part) * 2, mask=is_active, other=float("-inf"))
-    total = tl.load(peaks + (place * splits + part) * 2 + 1, mask=is_active, other=0.0)
-    weight = tl.exp2(peak - tl.max(peak, 0))
-    mixed = tl.load(
-        parts + (place * splits + part)[:, None] * HEAD_DIM + lane[None, :],
-        mask=is_active[:, None] & (lane < HEAD_DIM)[None, :], other=0.0,
-    )  # fmt: skip
-    merged = tl.sum(mixed * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out + place * HEAD_DIM + lane, merged.to(out.dtype.element_ty), mask=lane < HEAD_DIM)
+    is_lane = lane < HEAD_DIM
+    peak = tl.full((QUERIES_AT_ONCE,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES_AT_ONCE,), tl.float32)
+    mixed = tl.zeros((QUERIES_AT_ONCE, DIM), tl.float32)
+    for low in range(0, parts, PARTS_AT_ONCE):
+        part = low + tl.arange(0, PARTS_AT_ONCE)
+        own = ((piece + part) * KV_HEADS + kv_head).to(tl.int64)
+        is_here = (part < parts)[:, None] & is_query[None, :]
+        place = own[:, None] * 2 * QUERIES + index[None, :]
+        peaks = tl.load(sums + place, mask=is_here, other=float("-inf"))
+        totals = tl.load(sums + place + QUERIES, mask=is_here, other=0.0)
+        place = (own[:, None] * QUERIES + index[None, :])[:, :, None] * HEAD_DIM + lane[None, None, :]
+        values = tl.load(partials + place, mask=is_here[:, :, None] & is_lane[None, None, :], other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink, weights = tl.exp2(peak - base), tl.exp2(peaks - base[None, :])
+        total = total * shrink + tl.sum(totals * weights, 0)
+        mixed = mixed * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
+        peak = new_peak
+    token = (tl.load(offsets + row) + first + index // GROUP).to(tl.int64)
+    target = out + (token * HEADS + kv_head * GROUP + index % GROUP)[:, None] * HEAD_DIM + lane[None, :]
+    merged = (mixed / total[:, None]).to(out.dtype.element_ty)
+    tl.store(target, merged, mask=is_query[:, None] & is_lane[None, :])

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessile.contract.plan import BIND_FLOATS, BIND_INTS, FROM_DEVICE, PLAN_ARRAYS, PLAN_HEADER_WORDS, SAMPLE
+from sessile.kernels.triton_work import AttentionWork, share_out
 
 _HEADER = tl.constexpr(PLAN_HEADER_WORDS)
 _SAMPLE, _FROM_DEVICE = tl.constexpr(SAMPLE), tl.constexpr(FROM_DEVICE)
@@ -64,18 +65,6 @@ class RowState:
 
 
 @dataclass(frozen=True)
-class QueryBlocks:
-    """Queries cut into blocks of so many tokens of one row, for attention; the device writes the list.
-
-    rows, firsts int32[blocks]: index into the plan's rows (-1: no block) and the block's first token within the row.
-    """
-
-    rows: Tensor
-    firsts: Tensor
-    tokens: int
-
-
-@dataclass(frozen=True)
 class StepLayout:
     """A step's tokens end to end, on the device; sizes are the bucket's, and padding follows what the plan has.
 
@@ -85,7 +74,7 @@ class StepLayout:
     row's first sampling place; padding has count 0 and row -1.
     place_tokens, place_rows, place_depths int32[m], where the step samples: index into tokens, plan row (-1: padding),
     and drafts before it.
-    narrow: blocks of rows with few query tokens; wide: of the others.
+    narrow: attention of the rows with up to narrow_row_tokens query tokens; wide: of the others.
     """
 
     tokens: Tensor
@@ -102,15 +91,15 @@ class StepLayout:
     place_tokens: Tensor
     place_rows: Tensor
     place_depths: Tensor
-    narrow: QueryBlocks
-    wide: QueryBlocks
+    narrow: AttentionWork
+    wide: AttentionWork
     narrow_row_tokens: int
 
     @classmethod
     def empty(
-        cls, tokens: int, rows: int, places: int, narrow: QueryBlocks, wide: QueryBlocks, narrow_row_tokens: int
+        cls, tokens: int, rows: int, places: int, narrow: AttentionWork, wide: AttentionWork, narrow_row_tokens: int
     ) -> "StepLayout":
-        """Memory for a step of a bucket's size. Rows with up to narrow_row_tokens query tokens are narrow."""
+        """Memory for a step of a bucket's size."""
         lengths = dict.fromkeys(("tokens", "positions", "slots"), tokens)
         lengths |= dict.fromkeys(
             ("rows", "starts", "counts", "offsets", "drafts", "flags", "indices", "places_before"), rows
@@ -123,15 +112,6 @@ class StepLayout:
         return cls(narrow=narrow, wide=wide, narrow_row_tokens=narrow_row_tokens, **lists)
 
 
-def query_blocks(blocks: int, tokens: int, device: torch.device) -> QueryBlocks:
-    """Room for a list of blocks of so many tokens."""
-    return QueryBlocks(
-        torch.empty(blocks, dtype=torch.int32, device=device),
-        torch.empty(blocks, dtype=torch.int32, device=device),
-        tokens,
-    )
-
-
 def apply_state(plan: Tensor, state: RowState) -> None:
     """Bind rows and write page-table runs, as StepPlan documents. plan int32: a packed plan, on the device."""
     width = state.table.shape[1]
@@ -139,21 +119,18 @@ def apply_state(plan: Tensor, state: RowState) -> None:
     _write_runs[(STATE_PROGRAMS,)](plan, state.table, width)
 
 
-def lay_out(plan: Tensor, state: RowState, layout: StepLayout, page_size: int) -> None:
+def lay_out(plan: Tensor, state: RowState, layout: StepLayout, page_size: int, kv_heads: int) -> None:
     """Fill the layout from the packed plan, the page table and the last tokens. The plan must fit the bucket."""
     tokens, rows, places = layout.tokens.numel(), layout.rows.numel(), layout.place_rows.numel()
-    narrow, wide = layout.narrow, layout.wide
-    programs = max(tokens, rows, places, narrow.rows.numel(), wide.rows.numel())
-    _lay_out[(programs,)](
+    _lay_out[(max(tokens, rows, places),)](
         plan, state.table, state.table.shape[1], state.last_tokens,
         layout.tokens, layout.positions, layout.slots,
         layout.rows, layout.starts, layout.counts, layout.offsets, layout.drafts, layout.flags, layout.indices,
         layout.places_before, layout.place_tokens, layout.place_rows, layout.place_depths,
-        narrow.rows, narrow.firsts, wide.rows, wide.firsts,
-        tokens, rows, places, narrow.rows.numel(), wide.rows.numel(),
-        NARROW_TOKENS=narrow.tokens, WIDE_TOKENS=wide.tokens, NARROW_ROW_TOKENS=layout.narrow_row_tokens,
-        PAGE=page_size, num_warps=2,
+        tokens, rows, places, PAGE=page_size, num_warps=2,
     )  # fmt: skip
+    share_out(layout.starts, layout.counts, layout.narrow, (1, layout.narrow_row_tokens), kv_heads)
+    share_out(layout.starts, layout.counts, layout.wide, (layout.narrow_row_tokens + 1, tokens), kv_heads)
 
 
 @triton.jit
@@ -208,13 +185,11 @@ def _write_runs(plan, table, width):  # type: ignore[no-untyped-def]
             tl.store(target + index, tl.load(pages + before + index, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens_max", "rows_max", "places_max", "narrows_max", "wides_max"])
+@triton.jit(do_not_specialize=["tokens_max", "rows_max", "places_max"])
 def _lay_out(  # type: ignore[no-untyped-def]
     plan, table, width, last_tokens, tokens, positions, slots,
     rows, starts, counts, offsets, drafts, flags, indices, places_before,
-    place_tokens, place_rows, place_depths, narrow_rows, narrow_firsts, wide_rows, wide_firsts,
-    tokens_max, rows_max, places_max, narrows_max, wides_max,
-    NARROW_TOKENS: tl.constexpr, WIDE_TOKENS: tl.constexpr, NARROW_ROW_TOKENS: tl.constexpr, PAGE: tl.constexpr,
+    place_tokens, place_rows, place_depths, tokens_max, rows_max, places_max, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Program i lays out plan row i, and fills element i of every list that the plan leaves short."""
     i = tl.program_id(0)
@@ -222,8 +197,7 @@ def _lay_out(  # type: ignore[no-untyped-def]
     plan_counts = plan + _begin_of(plan, _COUNTS)
     plan_drafts = plan + _begin_of(plan, _DRAFTS)
     plan_flags = plan + _begin_of(plan, _FLAGS)
-    offset, place, narrow, wide = 0, 0, 0, 0  # of this row
-    places_total, narrows_total, wides_total = 0, 0, 0
+    offset, place, places_total = 0, 0, 0  # the first two: of this row
     for first in range(0, rows_total, _CHUNK):
         j = first + tl.arange(0, _CHUNK)
         inside = j < rows_total
@@ -231,16 +205,9 @@ def _lay_out(  # type: ignore[no-untyped-def]
         row_tokens = tl.load(plan_counts + j, mask=inside, other=0)
         samples = (tl.load(plan_flags + j, mask=inside, other=0) & _SAMPLE) != 0
         row_places = tl.where(samples, tl.load(plan_drafts + j, mask=inside, other=0) + 1, 0)
-        is_wide = row_tokens > NARROW_ROW_TOKENS
-        row_narrows = tl.where(is_wide, 0, tl.cdiv(row_tokens, NARROW_TOKENS))
-        row_wides = tl.where(is_wide, tl.cdiv(row_tokens, WIDE_TOKENS), 0)
         offset += tl.sum(tl.where(before, row_tokens, 0))
         place += tl.sum(tl.where(before, row_places, 0))
-        narrow += tl.sum(tl.where(before, row_narrows, 0))
-        wide += tl.sum(tl.where(before, row_wides, 0))
         places_total += tl.sum(row_places)
-        narrows_total += tl.sum(row_narrows)
-        wides_total += tl.sum(row_wides)
     if i < rows_total:
         row = tl.load(plan + _begin_of(plan, _ROWS) + i)
         start = tl.load(plan + _begin_of(plan, _STARTS) + i)
@@ -263,10 +230,6 @@ def _lay_out(  # type: ignore[no-untyped-def]
         if (flag & _SAMPLE) != 0:
             first_place = offset + count - draft_count - 1
             _list_places(place_tokens, place_rows, place_depths, place, first_place, i, draft_count)
-        if count > NARROW_ROW_TOKENS:
-            _list_blocks(wide_rows, wide_firsts, wide, i, count, WIDE_TOKENS)
-        else:
-            _list_blocks(narrow_rows, narrow_firsts, narrow, i, count, NARROW_TOKENS)
     elif i < rows_max:
         tl.store(rows + i, -1)
         tl.store(counts + i, 0)
@@ -276,8 +239,6 @@ def _lay_out(  # type: ignore[no-untyped-def]
     _fill(slots, i, _length_of(plan, _TOKENS), tokens_max, 0)
     _fill(place_tokens, i, places_total, places_max, 0)
     _fill(place_rows, i, places_total, places_max, -1)
-    _fill(narrow_rows, i, narrows_total, narrows_max, -1)
-    _fill(wide_rows, i, wides_total, wides_max, -1)
 
 
 @triton.jit
@@ -315,13 +276,3 @@ def _list_places(  # type: ignore[no-untyped-def]
         tl.store(place_tokens + place + depth, first_token + depth, mask=inside)
         tl.store(place_rows + place + depth, tl.zeros_like(depth) + row, mask=inside)
         tl.store(place_depths + place + depth, depth, mask=inside)
-
-
-@triton.jit
-def _list_blocks(block_rows, block_firsts, block, row, count, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the blocks of one plan row from place `block` of the list on."""
-    blocks = tl.cdiv(count, TOKENS)
-    for first in range(0, blocks, _CHUNK):
-        j = first + tl.arange(0, _CHUNK)
-        tl.store(block_rows + block + j, tl.zeros_like(j) + row, mask=j < blocks)
-        tl.store(block_firsts + block + j, j * TOKENS, mask=j < blocks)

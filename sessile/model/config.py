@@ -1,6 +1,5 @@
 """What the user chooses about the model, and what a checkpoint says about itself."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,22 @@ import numpy as np
 
 from sessile.errors import StartupError
 from sessile.gguf import GgufFile, default_gguf_path
+from sessile.modelfile import read_json, shown
 from sessile.options import option
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+_SIZES_MAX: Mapping[str, int] = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "layers": 1 << 12,
+    "heads": 1 << 12,
+    "kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "context_tokens": 1 << 24,  # float32, in which angles are computed, counts positions exactly up to there
+}
+"""Field of ModelConfig → the largest value that is believed: ten times what the largest models have, or more."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +83,12 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise StartupError(f"the model's configuration is damaged: {name} is {getattr(self, name)}.")
+        for name in _SIZES_MAX:
+            _check_size(name, getattr(self, name))
+        if not math.isfinite(self.norm_epsilon) or self.norm_epsilon < 0:
+            raise StartupError(f"the model's configuration is damaged: norm_epsilon is {self.norm_epsilon}.")
+        if not all(math.isfinite(frequency) and frequency > 0 for frequency in self.rope_frequencies):
+            raise StartupError("the model's configuration is damaged: its rotary frequencies are not positive numbers.")
         if self.heads % self.kv_heads or self.head_dim % 2 or len(self.rope_frequencies) != self.head_dim // 2:
             raise StartupError(
                 f"the model's configuration is damaged: {self.heads} query heads, {self.kv_heads} KV heads and "
@@ -115,43 +129,41 @@ def resolve_model_path(model: str) -> Path:
 def config_from_folder(folder: Path) -> ModelConfig:
     """Read config.json of a folder in the Hugging Face layout. Raises StartupError for what we cannot serve."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StartupError(f"cannot read {path}: {error.strerror}. Is {folder} a model folder?") from error
-    except ValueError as error:
-        raise StartupError(f"{path} is not valid JSON. Download it again.") from error
-    if not isinstance(raw, dict):
-        raise StartupError(f"{path} does not hold a JSON object. Download it again.")
+    raw = read_json(path)
     try:
         return _config_from_json(raw, path)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StartupError(f"{path} is incomplete or damaged ({error!r}). Download it again.") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise StartupError(f"{path} is incomplete or damaged ({shown(error)}). Download it again.") from error
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
     """Read the metadata of a GGUF file. Raises StartupError for what we cannot serve."""
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise _unsupported(str(architecture), file.path)
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise _unsupported(architecture, file.path)
     try:
         return _config_from_metadata(architecture, file)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StartupError(f"{file.path} lacks metadata or is damaged ({error!r}). Download it again.") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise StartupError(f"{file.path} lacks metadata or is damaged ({shown(error)}). Download it again.") from error
 
 
-def _unsupported(architecture: str, path: Path) -> StartupError:
+def _check_size(name: str, size: int) -> None:
+    if not 1 <= size <= _SIZES_MAX[name]:
+        raise StartupError(f"the model's configuration is damaged: {name} is {size}, not 1 to {_SIZES_MAX[name]}.")
+
+
+def _unsupported(architecture: object, path: Path) -> StartupError:
     return StartupError(
-        f"{path}: the architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}."
+        f"{path}: the architecture {shown(architecture)} is not supported; supported are {', '.join(ARCHITECTURES)}."
     )
 
 
 def _config_from_json(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     architecture = raw.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise _unsupported(str(architecture), path)
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise _unsupported(architecture, path)
     if raw.get("hidden_act", "silu") != "silu":
-        raise StartupError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'.")
+        raise StartupError(f"{path}: hidden_act {shown(raw['hidden_act'])} is not supported, only 'silu'.")
     if raw.get("quantization_config"):
         raise StartupError(f"{path}: quantised checkpoints are not supported; give plain weights and use --quantize.")
     heads = int(raw["num_attention_heads"])
@@ -184,27 +196,41 @@ def _sliding_window(raw: Mapping[str, Any], architecture: str) -> int | None:
     window = raw.get("sliding_window")
     layer_types = raw.get("layer_types")
     if layer_types is not None:
-        return window if "sliding_attention" in layer_types else None
+        return _window(window) if "sliding_attention" in layer_types else None
     if architecture in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
         return None
-    return int(window) if window is not None else None
+    return _window(window)
+
+
+def _window(tokens: Any) -> int | None:
+    """A sliding window as a checkpoint states it, 0 for none. Raises ValueError for a negative one."""
+    if tokens is None:
+        return None
+    if int(tokens) < 0:
+        raise ValueError(f"a sliding window of {int(tokens)} tokens")
+    return int(tokens) or None
 
 
 def _rope_frequencies(head_dim: int, rope: Mapping[str, Any], path: Path) -> tuple[float, ...]:
     """Radians a position for each pair of dimensions; see `_llama3_scaled` for the one scaling that is not a factor."""
     if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise StartupError(f"{path}: partial rotary embeddings are not supported.")
-    theta = np.float32(rope["rope_theta"])
-    # float32 throughout, as the models were trained: at position 100,000 the last bits matter.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1.0) / theta**exponents).astype(np.float32)
+    _check_size("head_dim", head_dim)
+    theta = np.float32(float(rope["rope_theta"]))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "linear":
-        frequencies /= np.float32(rope["factor"])
-    elif kind == "llama3":
-        frequencies = _llama3_scaled(frequencies, rope)
-    elif kind not in ("default", None):
-        raise StartupError(f"{path}: rope scaling {kind!r} is not supported; supported are 'linear' and 'llama3'.")
+    # float32 throughout, as the models were trained: at position 100,000 the last bits matter. What overflows is no
+    # warning but a frequency that ModelConfig refuses.
+    with np.errstate(all="ignore"):
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequencies = (np.float32(1.0) / theta**exponents).astype(np.float32)
+        if isinstance(kind, str) and kind == "linear":
+            frequencies /= np.float32(float(rope["factor"]))
+        elif isinstance(kind, str) and kind == "llama3":
+            frequencies = _llama3_scaled(frequencies, rope)
+        elif kind is not None and not (isinstance(kind, str) and kind == "default"):
+            raise StartupError(
+                f"{path}: rope scaling {shown(kind)} is not supported; supported are 'linear' and 'llama3'."
+            )
     return tuple(frequencies.tolist())
 
 
@@ -231,12 +257,13 @@ def _config_from_metadata(architecture: str, file: GgufFile) -> ModelConfig:
     head_dim = int(metadata.get(f"{architecture}.attention.key_length") or hidden_size // heads)
     rope: dict[str, Any] = {"rope_theta": metadata.get(f"{architecture}.rope.freq_base", 10000.0)}
     rope["rope_type"] = metadata.get(f"{architecture}.rope.scaling.type", "default")
-    if rope["rope_type"] == "none":
+    if isinstance(rope["rope_type"], str) and rope["rope_type"] == "none":
         rope["rope_type"] = "default"
     rope["factor"] = metadata.get(f"{architecture}.rope.scaling.factor", 1.0)
     frequencies = np.array(_rope_frequencies(head_dim, rope, file.path), np.float32)
     if "rope_freqs.weight" in tensors:  # Llama 3.1 scaling, written as divisors by the converter.
-        frequencies = frequencies / tensors["rope_freqs.weight"].raw.view("<f4")
+        with np.errstate(all="ignore"):
+            frequencies = frequencies / tensors["rope_freqs.weight"].raw.view("<f4")
     return ModelConfig(
         architecture=architecture,
         vocab_size=tensors["token_embd.weight"].shape[0],
@@ -253,5 +280,5 @@ def _config_from_metadata(architecture: str, file: GgufFile) -> ModelConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        sliding_window=metadata.get(f"{architecture}.attention.sliding_window"),
+        sliding_window=_window(metadata.get(f"{architecture}.attention.sliding_window")),
     )

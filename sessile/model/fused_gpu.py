@@ -4,18 +4,21 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sessile.kernels.linear import PlainWeight
-from sessile.kernels.triton_attention import HeadShape, Tile, narrow_tile, paged_attention, wide_tile
+from sessile.kernels.triton_attention import narrow_row_tokens, narrow_tile, paged_attention, wide_tile
 from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store, silu_mul
 from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear
 from sessile.kernels.triton_plan import StepLayout
+from sessile.kernels.triton_work import AttentionWork, HeadShape
 from sessile.model.config import ModelConfig
 from sessile.model.layers import Attention, Block, Decoder, Linear, RMSNorm
+from sessile.units import ceil_div
 
 Angles = tuple[Tensor, Tensor]
 
@@ -35,7 +38,7 @@ class GpuCache:
 
 @dataclass(frozen=True)
 class BlockKinds:
-    """Which lists of query blocks a step may fill; the others are not launched."""
+    """Which kinds of rows a step may have; attention of the others is not launched."""
 
     narrow: bool
     wide: bool
@@ -49,32 +52,40 @@ class FusedDecoder:
         self.shape = HeadShape(decoder.config.heads, decoder.config.kv_heads, decoder.config.head_dim)
         self._decoder = decoder
         self._cache = cache
-        self._narrow: Tile = narrow_tile(self.shape, cache.keys.dtype)
-        self._wide: Tile = wide_tile(self.shape, cache.keys.dtype)
+        self._narrow = narrow_tile(self.shape, cache.keys.dtype)
+        self._wide = wide_tile(self.shape, cache.keys.dtype)
+        self._beside = torch.cuda.Stream() if cache.keys.device.type == "cuda" else None
         self._frequencies = decoder.rope.frequencies.to(cache.keys.device)
 
     @property
-    def narrow_tokens(self) -> int:
-        """Query tokens of a narrow block."""
-        return self.shape.block_tokens(self._narrow.queries)
+    def narrow_row_tokens(self) -> int:
+        """Rows with at most so many query tokens are narrow."""
+        return narrow_row_tokens(self.shape)
 
-    @property
-    def wide_tokens(self) -> int:
-        """Query tokens of a wide block."""
-        return self.shape.block_tokens(self._wide.queries)
+    def layout(self, tokens: int, rows: int, places: int, kinds: BlockKinds) -> StepLayout:
+        """Memory for the layout of a step of this size."""
+        device, narrow_tokens = self._frequencies.device, self.shape.block_tokens(self._narrow.queries)
+        narrows = rows if tokens == rows else min(ceil_div(self.narrow_row_tokens, narrow_tokens) * rows, tokens)
+        wides = min(rows + tokens // self.shape.block_tokens(self._wide.queries), tokens)
+        return StepLayout.empty(
+            tokens, rows, places,
+            AttentionWork.empty(narrows if kinds.narrow else 0, self.shape, self._narrow, device),
+            AttentionWork.empty(wides if kinds.wide else 0, self.shape, self._wide, device),
+            self.narrow_row_tokens,
+        )  # fmt: skip
 
-    def forward(self, layout: StepLayout, kinds: BlockKinds) -> Tensor:
+    def forward(self, layout: StepLayout) -> Tensor:
         """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then."""
         residual = functional.embedding(layout.tokens, self._decoder.embedding)
         turns = layout.positions[:, None] * self._frequencies
         angles = turns.cos(), turns.sin()
         if residual.shape[0] == 1 and not self.config.mlp_bias:
             for layer in self._decoder.layers:
-                self._one_token_layer(layer, residual, angles, layout, kinds)
+                self._one_token_layer(layer, residual, angles, layout)
             return residual
         x = torch.zeros_like(residual)
         for layer in self._decoder.layers:
-            x = self._layer(layer, x, residual, angles, layout, kinds)
+            x = self._layer(layer, x, residual, angles, layout)
         return residual.add_(x)
 
     def logits(self, residual: Tensor, tokens: Tensor) -> Tensor:
@@ -85,33 +96,27 @@ class FusedDecoder:
             return norm_linear(chosen, norm_of(norm), plain(head), head.bias)
         return head(rms_norm(chosen, norm.weight, norm.epsilon))
 
-    def _layer(
-        self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout, kinds: BlockKinds
-    ) -> Tensor:
+    def _layer(self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
         """Add the last layer's output x to the residual stream, and return this one's."""
         norm = layer.input_layernorm
         x = add_rms_norm(x, residual, norm.weight, norm.epsilon)
-        attended = self._attend(layer.self_attn, layer.self_attn.qkv_proj(x), angles, layout, kinds)
+        attended = self._attend(layer.self_attn, layer.self_attn.qkv_proj(x), angles, layout)
         norm = layer.post_attention_layernorm
         x = add_rms_norm(layer.self_attn.o_proj(attended), residual, norm.weight, norm.epsilon)
         return layer.mlp.down_proj(silu_mul(layer.mlp.gate_up_proj(x)))
 
-    def _one_token_layer(
-        self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout, kinds: BlockKinds
-    ) -> None:
+    def _one_token_layer(self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout) -> None:
         """Run a layer on the residual stream in place, with norms, gating and sums inside the products."""
         attention, mlp = layer.self_attn, layer.mlp
         qkv = norm_linear(
             residual, norm_of(layer.input_layernorm), plain(attention.qkv_proj), attention.qkv_proj.bias
         )  # fmt: skip
-        attended = self._attend(attention, qkv, angles, layout, kinds)
+        attended = self._attend(attention, qkv, angles, layout)
         add_linear(attended, plain(attention.o_proj), attention.o_proj.bias, residual)
         gated = norm_gated_linear(residual, norm_of(layer.post_attention_layernorm), plain(mlp.gate_up_proj))
         add_linear(gated, plain(mlp.down_proj), mlp.down_proj.bias, residual)
 
-    def _attend(
-        self, module: Attention, qkv: Tensor, angles: Angles, layout: StepLayout, kinds: BlockKinds
-    ) -> Tensor:
+    def _attend(self, module: Attention, qkv: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
         """Rotate, store and attend; [t, heads × head_dim]."""
         cache = self._cache
         keys, values = cache.keys[module.layer], cache.values[module.layer]
@@ -119,12 +124,20 @@ class FusedDecoder:
         query = rotate_and_store(qkv, angles, layout.slots, keys, values, norms)
         # Nothing writes the rows of padding tokens, and no other token reads them.
         out = torch.empty_like(query)
-        if kinds.narrow:
-            paged_attention(
-                query, keys, values, cache.table, layout, layout.narrow, self._narrow, cache.page_size, out
-            )  # fmt: skip
-        if kinds.wide:
-            paged_attention(query, keys, values, cache.table, layout, layout.wide, self._wide, cache.page_size, out)
+        attend = partial(paged_attention, query, keys, values, cache.table, layout)
+        wide, narrow = layout.wide, layout.narrow
+        if self._beside and wide.pieces and narrow.pieces:
+            # Prompts wait for arithmetic and decoding rows for memory: side by side they take less than in turn.
+            here = torch.cuda.current_stream()
+            self._beside.wait_stream(here)
+            attend(wide, cache.page_size, out)
+            with torch.cuda.stream(self._beside):
+                attend(narrow, cache.page_size, out)
+            here.wait_stream(self._beside)
+            return out.flatten(1)
+        for work in (wide, narrow):
+            if work.pieces:
+                attend(work, cache.page_size, out)
         return out.flatten(1)
 
 

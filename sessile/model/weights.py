@@ -1,6 +1,5 @@
 """Read a model: find its folder or file, build the family's module, fill it from safetensors, GGUF or a seed."""
 
-import json
 import math
 import zlib
 from collections.abc import Callable
@@ -22,10 +21,12 @@ from sessile.model.llama import Llama
 from sessile.model.mistral import Mistral
 from sessile.model.qwen2 import Qwen2
 from sessile.model.qwen3 import Qwen3
+from sessile.modelfile import read_json, shown
 
 FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
 
 _DUMMY_DEVIATION = 0.02
+_FILE_NAME_BYTES_MAX = 255
 
 
 class Checkpoint(Protocol):
@@ -104,12 +105,9 @@ class SafetensorsCheckpoint:
         if not index.exists():
             single = "model.safetensors"
             return dict.fromkeys(self._open(single).keys(), single)
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise _corrupt(index, error) from error
-        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-            raise _corrupt(index, "weight_map does not map names to files")
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(_is_file_name(place) for place in places.values()):
+            raise _corrupt(index, "weight_map does not map names to files of its folder")
         return places
 
     def _open(self, place: str) -> Any:
@@ -197,6 +195,13 @@ def _pair_halves(weights: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
+def _is_file_name(place: object) -> bool:
+    """Whether an index names a file beside it: what leads out of the model's folder is not read."""
+    if not isinstance(place, str) or not place.isprintable() or not 0 < len(place.encode()) <= _FILE_NAME_BYTES_MAX:
+        return False
+    return Path(place).name == place and place != ".."
+
+
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
     if found != expected:
         raise StartupError(
@@ -206,4 +211,4 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], p
 
 
 def _corrupt(path: Path, cause: object) -> StartupError:
-    return StartupError(f"{path} is corrupt or truncated ({cause}). Download it again.")
+    return StartupError(f"{path} is corrupt or truncated ({shown(str(cause))}). Download it again.")

@@ -11,6 +11,8 @@ from sessile.server.auth import authenticate
 from sessile.server.body import BodyLimit
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.corpora import routes as corpora_routes
+from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.server.replies import add_error_replies
@@ -24,17 +26,19 @@ def create_app(
     *,
     settings: Mapping[str, Any] | None = None,
     key_ring: KeyRing | None = None,
+    corpora: CorpusStore | None = None,
 ) -> FastAPI:
     """The application over a link to an engine; `app.state.service` is the Service that its routes share.
 
     settings: all settings of the deployment by section, to be shown by /get_server_info. key_ring: the keys that are
-    accepted; None: none is needed. The link stays the caller's.
+    accepted; None: none is needed. corpora: where they are kept; None: they are answered with 503. Link and corpora
+    stay the caller's.
     """
-    service = Service(link, tokenizer, options, settings or {}, key_ring)
+    service = Service(link, tokenizer, options, settings or {}, key_ring, corpora)
     app = FastAPI(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
     app.state.service = service
-    app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max)
-    for module in (generate, openai, sessions, operations):
+    app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)
+    for module in (generate, openai, sessions, corpora_routes, operations):
         app.include_router(module.routes(service))
     add_error_replies(app)
     return app

@@ -1,10 +1,12 @@
 """Who may do what: every route needs a valid key but those listed here, where a keys file is in use.
 
 The decision hangs on the route that was matched, never on the path as it was sent nor on a Host header. It is made
-before the body is read. Without a keys file everybody is the operator.
+before the body is read. Without a keys file everybody is the operator; a page that some other site has put into the
+operator's browser is not.
 """
 
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends
 from starlette.requests import Request
@@ -21,6 +23,7 @@ ADMIN_ROUTES = frozenset({"/flush_cache", "/get_server_info", "/metrics", "/v1/p
 
 async def authenticate(request: Request) -> Caller:
     """Whom the request's key stands for. Raises Unauthenticated, or Forbidden on a route for administrators."""
+    _refuse_foreign_pages(request)
     ring: KeyRing | None = request.app.state.service.key_ring
     if ring is None:
         return OPERATOR
@@ -43,6 +46,16 @@ def require_admin(caller: Caller, what: str) -> None:
     """Raise Forbidden unless the caller's key has the role."""
     if not caller.is_admin:
         raise Forbidden(f"{what} needs a key with the role admin; this one has the role user")
+
+
+def _refuse_foreign_pages(request: Request) -> None:
+    """Raise Forbidden for what a browser sends on behalf of another site: it may post, though it cannot read."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        return
+    parts = urlsplit(origin)
+    if origin == "null" or (parts.scheme in ("http", "https") and parts.netloc != request.headers.get("host")):
+        raise Forbidden("pages of other sites may not send requests to this server")
 
 
 def _bearer(request: Request) -> str:

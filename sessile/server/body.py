@@ -6,7 +6,7 @@ that nobody defines. The first fault becomes an InvalidRequest that names the fi
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
@@ -49,12 +49,14 @@ class BodyTooLarge(TooLong):
 class BodyLimit:
     """ASGI middleware that refuses a body over the limit as soon as that is known: announced, or while reading."""
 
-    def __init__(self, app: ASGIApp, *, bytes_max: int) -> None:
+    def __init__(self, app: ASGIApp, *, bytes_max: int, is_streamed: Callable[[Scope], bool]) -> None:
+        """is_streamed: whether the route reads the body in portions and has a bound of its own."""
         self._app = app
         self._bytes_max = bytes_max
+        self._is_streamed = is_streamed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or self._is_streamed(scope):
             await self._app(scope, receive, send)
             return
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
@@ -130,13 +132,18 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], says("must b
 
 async def read_body(request: Request, model: type[AnyBody]) -> AnyBody:
     """The request's JSON body as a checked model, whatever its content type. Raises InvalidRequest or BodyTooLarge."""
-    coding = request.headers.get("content-encoding", "identity")
-    if coding != "identity":
-        raise InvalidRequest(f"content-encoding: send the body as it is; {shortened(repr(coding))} is not supported")
+    check_coding(request)
     raw = await request.body()
     if len(raw) > THREAD_BYTES:
         return await asyncio.to_thread(parse_body, raw, model)
     return parse_body(raw, model)
+
+
+def check_coding(request: Request) -> None:
+    """Raise InvalidRequest for a compressed body."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise InvalidRequest(f"content-encoding: send the body as it is; {shortened(repr(coding))} is not supported")
 
 
 def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:

@@ -21,6 +21,7 @@ from starlette.types import Receive
 from sessile.contract.messages import Branch, Done, Sampling, Submit, pack_tokens
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
+from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import KeyRing
 from sessile.server.link import Arrival, EngineLink, Stream
 from sessile.server.metrics import Metrics
@@ -44,6 +45,7 @@ class Service:
         options: ServerOptions,
         settings: Mapping[str, Any],
         key_ring: KeyRing | None = None,
+        corpora: CorpusStore | None = None,
     ) -> None:
         self.link = link
         self.tokenizer = tokenizer
@@ -52,6 +54,8 @@ class Service:
         """All settings of the deployment by section, to be shown by /get_server_info."""
         self.key_ring = key_ring
         """The keys that are accepted; None: none is needed."""
+        self.corpora = corpora
+        """Texts to draft from; None while there is no place for them."""
         self.metrics = Metrics(key_ring.tenants if key_ring else ())
         self.retry_advice = RetryAdvice()
         self.started_s = int(time.time())

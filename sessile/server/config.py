@@ -59,6 +59,32 @@ class ServerOptions:
         low=0.1,
         high=600,
     )
+    corpora_dir: str | None = option(
+        None,
+        "Folder of texts that clients may name as corpora, and that is otherwise left alone; what is loaded is kept in"
+        " .sessile below it and is there again after a restart. Default: no paths, and corpora go with the server.",
+    )
+    corpora_max: int = option(
+        1000,
+        "Most corpora at once, loading ones included; one more is refused with 429.",
+        unit="corpora",
+        low=1,
+        high=100_000,
+    )
+    corpora_tokens_max: int = option(
+        100_000_000,
+        "Most tokens of all corpora together; a corpus that exceeds it is refused. Tenants may have less, see --keys.",
+        unit="tokens",
+        low=0,
+        high=1 << 40,
+    )
+    corpora_bytes_max: int = option(
+        1 << 30,
+        "Most memory for the indexes of all corpora together, 8 bytes a token; the same on the disk.",
+        unit="bytes",
+        low=0,
+        high=1 << 44,
+    )
     drain_timeout_s: float = option(
         30.0,
         "How long running requests may go on after SIGTERM or Ctrl-C before they are aborted.",

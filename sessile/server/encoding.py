@@ -4,9 +4,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from sessile.errors import InvalidRequest
 from sessile.server.body import THREAD_BYTES
 from sessile.text.template import check_messages
 from sessile.text.tokenizer import Tokenizer
+
+RENDER_TIMEOUT_S = 20.0
+"""How long a chat template may take; the steps that it may take are bounded too, so that its thread comes to an end."""
 
 
 async def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -25,4 +29,8 @@ async def render_messages(tokenizer: Tokenizer, messages: object, variables: Map
     def render() -> str:
         return tokenizer.render_chat(check_messages(messages), variables=variables)
 
-    return await asyncio.to_thread(render)
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(render), RENDER_TIMEOUT_S)
+    except TimeoutError:
+        message = f"the chat template took longer than {RENDER_TIMEOUT_S:g} s over the messages"
+        raise InvalidRequest(message, param="messages") from None

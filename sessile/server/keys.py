@@ -2,7 +2,10 @@
 
 import hashlib
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from sessile.server.corpora.budget import CorpusLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class KeyRing:
 
     keys: tuple[Key, ...] = field(repr=False)
     tenants: tuple[str, ...]
+    corpus_limits: Mapping[str, CorpusLimits] = field(default_factory=dict)
+    """Of those tenants that have some."""
 
     def caller_with(self, key: str) -> Caller | None:
         """Whom a key stands for; None for a key that is not known.

@@ -5,7 +5,8 @@ names as well.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -127,6 +128,9 @@ TENANT_COUNTERS = {
 """Field of Done → name and help."""
 
 
+CORPUS_STATES = ("loading", "ready", "removing", "failed")
+
+
 class Histogram:
     """Counts of values by bucket; its only writer is the event loop, so it needs no lock."""
 
@@ -209,12 +213,15 @@ class Metrics:
             for field in TENANT_COUNTERS:
                 tokens[field] += getattr(done, field)
 
-    def render(self, stats: Stats | None, *, model: str, in_flight: int) -> bytes:
+    def render(
+        self, stats: Stats | None, *, model: str, in_flight: int, corpora: "CorporaFigures | None" = None
+    ) -> bytes:
         """The Prometheus text; without stats (the engine does not answer) only what the server itself knows."""
         registry = CollectorRegistry(auto_describe=False)
         families = [
             *self._families(model, in_flight),
             *self._tenant_families(model),
+            *_corpora_families(corpora, model),
             *_engine_families(stats, model),
             *self._throughput(stats, model),
         ]
@@ -262,6 +269,30 @@ class Metrics:
             return
         rate = (stats.generated_tokens_total - earlier.generated_tokens_total) / (stats.time_s - earlier.time_s)
         yield _gauge("sglang:gen_throughput", "Generated tokens a second since the last look.", rate, model)
+
+
+@dataclass(frozen=True, slots=True)
+class CorporaFigures:
+    """How many corpora there are by state, the room that they have claimed, and how many loads have failed."""
+
+    by_state: Mapping[str, int]
+    tokens: int
+    bytes: int
+    failures: int
+
+
+def _corpora_families(corpora: CorporaFigures | None, model: str) -> Iterator[Metric]:
+    if corpora is None:
+        return
+    states = GaugeMetricFamily("sessile_corpora", "Corpora by state.", labels=["model_name", "state"])
+    for state in CORPUS_STATES:
+        states.add_metric([model, state], corpora.by_state.get(state, 0))
+    yield states
+    yield _gauge("sessile_corpora_tokens", "Tokens of corpora, loading ones as far as known.", corpora.tokens, model)
+    yield _gauge("sessile_corpora_bytes", "Bytes of their indexes, in memory.", corpora.bytes, model)
+    failed = CounterMetricFamily("sessile_corpora_loads_failed", "Corpora not loaded.", labels=["model_name"])
+    failed.add_metric([model], corpora.failures)
+    yield failed
 
 
 class _Collected:

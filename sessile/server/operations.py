@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from sessile.server.auth import Asking, require_admin
 from sessile.server.body import Body, TokenIds, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
+from sessile.server.metrics import CorporaFigures
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary
 
@@ -98,7 +100,9 @@ def _add_figures(router: APIRouter, service: Service) -> None:
         except NotReady:
             stats = None  # shown as sessile_engine_up 0
         model = service.options.served_name or (service.link.ready.model_name if stats else "")
-        text = service.metrics.render(stats, model=model, in_flight=service.link.in_flight)
+        text = service.metrics.render(
+            stats, model=model, in_flight=service.link.in_flight, corpora=corpora_figures(service)
+        )
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     @router.get("/get_model_info")
@@ -139,6 +143,15 @@ def _add_figures(router: APIRouter, service: Service) -> None:
         view = await service.link.ask(lambda op: GetPool(op, holders))
         assert isinstance(view, PoolView)
         return JsonReply(pool_content(view, {key: rid for (_, rid), key in service.keys_by_rid.items()}))
+
+
+def corpora_figures(service: Service) -> CorporaFigures | None:
+    """What /metrics shows of corpora; None where there are none to show."""
+    store = service.corpora
+    if store is None:
+        return None
+    by_state = Counter(corpus.state for corpus in store.all())
+    return CorporaFigures(by_state, store.budget.used.tokens, store.budget.used.bytes, store.failures)
 
 
 def pool_content(view: PoolView, rids: Mapping[int, str]) -> dict[str, Any]:

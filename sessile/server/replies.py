@@ -33,12 +33,12 @@ class Surface(Enum):
     OPENAI = "openai"
     """{"error": {"message", "type", "param", "code"}}; the same statuses, but an unknown model is 404."""
     RESOURCES = "resources"
-    """Sessions as a resource: the same shape with statuses of its own (docs/HTTP.md), malformed input is 422."""
+    """Sessions and corpora as resources: the same shape, statuses of its own (docs/HTTP.md); malformed is 422."""
 
     @classmethod
     def of(cls, path: str) -> "Surface":
         """The surface that a path belongs to."""
-        if path.startswith(("/v1/sessions", "/v1/pool")):
+        if path.startswith(("/v1/sessions", "/v1/corpora", "/v1/pool")):
             return cls.RESOURCES
         return cls.OPENAI if path.startswith("/v1/") else cls.NATIVE
 

@@ -24,9 +24,13 @@ import uvloop
 
 from sessile.contract.messages import EngineReady, Shutdown
 from sessile.errors import NotReady, StartupError
+from sessile.server.allocator import return_freed_memory
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.connections import BoundedHttp
+from sessile.server.corpora.opening import open_corpora, open_folder
+from sessile.server.corpora.store import CorpusStore
 from sessile.server.engine_process import EngineProcess, describe_exit
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
@@ -54,6 +58,7 @@ def serve(
     engine_argv: Sequence[str],
     engine_config: str,
     *,
+    builder_argv: Sequence[str],
     settings: Mapping[str, Any] | None = None,
     key_ring: KeyRing | None = None,
     exit_with_stdin: bool = False,
@@ -61,19 +66,29 @@ def serve(
     """Serve until a signal, the end of standard input (with exit_with_stdin), or the engine's death; the exit status.
 
     engine_argv: command of the engine process; `--address=ipc://…` is appended. engine_config: one line of JSON for
-    its standard input. load_tokenizer: called while the engine starts. settings: shown by /get_server_info. key_ring:
-    the keys that are accepted; None: none is needed. Raises StartupError for an address we cannot listen on, and what
-    load_tokenizer raises.
+    its standard input. builder_argv: command of the process that builds indexes of corpora, started when there is
+    something to build; it gets the same line. load_tokenizer: called while the engine starts. settings: shown by
+    /get_server_info. key_ring: the keys that are accepted; None: none is needed. Raises StartupError for an address we
+    cannot listen on and a folder that we cannot use, and what load_tokenizer raises.
     """
     configure_logs(options.log_format, options.log_level)
+    return_freed_memory()
     with ended_by_sigterm(), bind(options) as listener, private_folder() as folder:
         address = f"ipc://{folder}/engine"
+        corpora = open_folder(options, folder)  # before the engine starts: a folder in use costs nothing either
         engine = EngineProcess([*engine_argv, f"--address={address}"], engine_config)
         try:
             tokenizer = load_tokenizer()
             host = Host(options, engine, listener, exit_with_stdin=exit_with_stdin)
-            return uvloop.run(host.run(address, tokenizer, settings, key_ring))
+
+            def open_store(link: EngineLink) -> CorpusStore:
+                return open_corpora(
+                    link, tokenizer, options, corpora, builder_argv, engine_config, key_ring=key_ring
+                )
+
+            return uvloop.run(host.run(address, tokenizer, open_store, settings, key_ring))
         finally:
+            corpora.close()
             engine.stop()
 
 
@@ -149,13 +164,20 @@ class Host:
         self._hurry = asyncio.Event()
 
     async def run(
-        self, address: str, tokenizer: Tokenizer, settings: Mapping[str, Any] | None, key_ring: KeyRing | None
+        self,
+        address: str,
+        tokenizer: Tokenizer,
+        open_store: Callable[[EngineLink], CorpusStore],
+        settings: Mapping[str, Any] | None,
+        key_ring: KeyRing | None,
     ) -> int:
         """Serve until told to stop or the engine is gone; the exit status."""
         self._listen_to_signals()
         link = EngineLink(address, lag_tokens_max=self._options.stream_lag_tokens_max)
         link.start()
-        app = create_app(link, tokenizer, self._options, settings=settings, key_ring=key_ring)
+        corpora = open_store(link)
+        corpora.start()
+        app = create_app(link, tokenizer, self._options, settings=settings, key_ring=key_ring, corpora=corpora)
         http = HttpServer(app)
         serving = asyncio.create_task(http.serve([self._listener]))
         watching = asyncio.create_task(self._watch_engine(link))
@@ -175,6 +197,7 @@ class Host:
         finally:
             starting.cancel()
             watching.cancel()
+            await corpora.close()
             await link.close()
 
     def _listen_to_signals(self) -> None:
@@ -261,6 +284,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

@@ -17,9 +17,17 @@ HEADERS = [
 ]
 
 
+LINE_BREAKS = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
+"""What Unicode, and with it some clients, takes for the end of a line, and JSON does not: written as escapes."""
+
+
 def event(content: Any) -> bytes:
-    """One event."""
-    return b"data: " + orjson.dumps(content) + b"\n\n"
+    """One event, in one line by anybody's rules."""
+    line = orjson.dumps(content)
+    for character, escape in LINE_BREAKS.items():
+        if character in line:
+            line = line.replace(character, escape)
+    return b"data: " + line + b"\n\n"
 
 
 class EventStream(Response):

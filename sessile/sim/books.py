@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 
 from sessile.contract import messages as wire
+from sessile.contract.corpora import CorpusOperation
 from sessile.sim import hashing, replies
 from sessile.sim.origins import Origin, context_of, descendants, origin_of
 from sessile.sim.records import RequestBook, SessionBook, check, fail
@@ -69,7 +70,8 @@ class Books:
         elif isinstance(message, wire.Cancel):
             self._note_cancel(message.key)
         else:
-            assert not isinstance(message, wire.Shutdown | wire.GetPool) and message.op not in self._awaited
+            assert not isinstance(message, wire.Shutdown | wire.GetPool | CorpusOperation)
+            assert message.op not in self._awaited
             self._awaited[message.op] = self._note_op(message)
             if isinstance(message, wire.Flush):
                 self._flushes.add(message.op)

@@ -1,6 +1,5 @@
 """Build a tokenizer from a hub folder: tokenizer.json, with tokenizer_config.json and generation_config.json beside."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,10 +7,13 @@ from typing import Any, NoReturn
 import tokenizers
 
 from sessile.errors import StartupError
+from sessile.modelfile import read_json, read_text, shown
 from sessile.text.template import ChatTemplate
 from sessile.text.tokenizer import Tokenizer
 from sessile.text.vocabulary import Vocabulary, byte_fallback_bytes, byte_level_bytes
 
+_TOKEN_ID_MAX = (1 << 22) - 1
+"""The table of a vocabulary has a place for every id up to the highest, so that one huge id would fill the memory."""
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -27,11 +29,11 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise StartupError(f"cannot use {path}: {' '.join(str(error).split())}. Download it again.") from error
+        raise StartupError(f"cannot use {path}: {shown(str(error))}. Download it again.") from error
     backend.no_truncation()
     backend.no_padding()
     config = _read(folder / "tokenizer_config.json")
-    specials = {name: token for name in _SPECIAL_NAMES if (token := _literal(config.get(name))) is not None}
+    specials = {name: token for name in _SPECIAL_NAMES if (token := _literal(config.get(name), folder)) is not None}
     front = backend.encode("", add_special_tokens=True).ids
     bos = backend.token_to_id(specials["bos_token"]) if "bos_token" in specials else None
     return Tokenizer(
@@ -45,7 +47,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
 
 def _vocabulary(backend: tokenizers.Tokenizer, source: Mapping[str, Any], path: Path) -> Vocabulary:
-    kinds = {step["type"] for step in _steps(source.get("decoder"))}
+    kinds = {str(step.get("type")) for step in _steps(source.get("decoder"))}
     if "ByteLevel" in kinds:
         bytes_of = byte_level_bytes
     elif kinds & {"ByteFallback", "Metaspace"}:
@@ -53,17 +55,21 @@ def _vocabulary(backend: tokenizers.Tokenizer, source: Mapping[str, Any], path: 
     else:
         _fail(path, "it is neither byte-level nor byte-fallback BPE", "Use another model.")
     added = backend.get_added_tokens_decoder()
-    pieces = {id: bytes_of(token) for token, id in backend.get_vocab(with_added_tokens=True).items()}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if (highest := max(vocabulary.values(), default=0)) > _TOKEN_ID_MAX:
+        _fail(path, f"it has a token with the id {highest}; the highest we serve is {_TOKEN_ID_MAX}", "Repair it.")
+    pieces = {id: bytes_of(token) for token, id in vocabulary.items()}
     pieces.update({id: token.content.encode() for id, token in added.items()})
     return Vocabulary.build(pieces, (id for id, token in added.items() if token.special))
 
 
-def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A decoder's steps, flattened."""
-    if decoder is None:
+def _steps(decoder: object) -> Iterator[Mapping[str, Any]]:
+    """A decoder's steps, flattened. (The library has read it before and is lenient: what is no step is none.)"""
+    if not isinstance(decoder, dict):
         return
-    if decoder["type"] == "Sequence":
-        for step in decoder["decoders"]:
+    steps = decoder.get("decoders")
+    if decoder.get("type") == "Sequence" and isinstance(steps, list):
+        for step in steps:
             yield from _steps(step)
     else:
         yield decoder
@@ -71,9 +77,9 @@ def _steps(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 def _strips_space(step: Mapping[str, Any]) -> bool:
     """Whether a decoder's step takes away the space that the encoder put before the text."""
-    if step["type"] == "Metaspace":
+    if step.get("type") == "Metaspace":
         return bool(step.get("prepend_scheme") != "never")
-    return bool(step["type"] == "Strip" and step["content"] == " " and step["start"] == 1)
+    return bool(step.get("type") == "Strip" and step.get("content") == " " and step.get("start") == 1)
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -> tuple[int, ...]:
@@ -85,8 +91,8 @@ def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, eos_token: str | None)
     else:
         declared = []
     ids = declared if isinstance(declared, list) else [declared]
-    if not all(isinstance(id, int) and id >= 0 for id in ids):
-        _fail(folder / name, f"eos_token_id is {declared!r}", "Give a token id or a list of them.")
+    if not all(type(id) is int and 0 <= id <= _TOKEN_ID_MAX for id in ids):
+        _fail(folder / name, f"eos_token_id is {shown(declared)}", "Give a token id or a list of them.")
     own = backend.token_to_id(eos_token) if eos_token is not None else None
     return tuple(sorted({*ids, *([] if own is None else [own])}))
 
@@ -95,11 +101,11 @@ def _template(folder: Path, config: Mapping[str, Any], specials: Mapping[str, st
     """The chat template: a file of its own, or in tokenizer_config.json, alone or as the one named "default"."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return ChatTemplate(_text(path), specials)
+        return ChatTemplate(read_text(path), specials)
     source = config.get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = entries[-1].get("template") if entries else None
     if source is None:
         return None
     if not isinstance(source, str):
@@ -107,33 +113,20 @@ def _template(folder: Path, config: Mapping[str, Any], specials: Mapping[str, st
     return ChatTemplate(source, specials)
 
 
-def _literal(token: Any) -> str | None:
+def _literal(token: Any, folder: Path) -> str | None:
     """The text of a special token, which is written as a string or as an object with content."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    if not isinstance(token, str):
+        return None
+    if any("\ud800" <= character <= "\udfff" for character in token):  # JSON can write them, no encoding has them
+        _fail(folder / "tokenizer_config.json", f"the token {shown(token)} has half a surrogate pair", "Repair it.")
+    return token
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     """A JSON object from a file; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(_text(path))
-    except ValueError as error:
-        raise StartupError(f"cannot use {path}: it is not JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        _fail(path, "it is not a JSON object", "Download it again.")
-    return content
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StartupError(f"cannot read {path}: {error.strerror or error}. Check its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise StartupError(f"cannot use {path}: it is not UTF-8 text. Download it again.") from error
+    return read_json(path) if path.exists() else {}
 
 
 def _fail(path: Path, problem: str, remedy: str) -> NoReturn:

@@ -13,12 +13,16 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from sessile.errors import StartupError
 from sessile.gguf import GgufFile
+from sessile.modelfile import shown
 from sessile.text.template import ChatTemplate
 from sessile.text.tokenizer import Tokenizer
 from sessile.text.vocabulary import Vocabulary, byte_fallback_bytes, byte_level_bytes
 
 # Values of tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+_MERGED_CHARS_MAX = 1024
+"""Longest token that merges may build: looking for the merges of a token takes the square of its length."""
 
 _TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"})
 """Control tokens that end an answer even where older conversions name only the end of text as EOS."""
@@ -94,13 +98,13 @@ class _Builder:
             self._fail(f"{len(self._types)} token types for {len(self._tokens)} tokens", "Download it again.")
 
     def build(self) -> Tokenizer:
-        kind = self._get("model")
+        kind = self._word("model")
         if kind == "gpt2":
             backend, add_bos, bytes_of = *self._byte_level(), byte_level_bytes
         elif kind == "llama":
             backend, add_bos, bytes_of = *self._sentencepiece(), byte_fallback_bytes
         else:
-            self._fail(f"its tokenizer is {kind!r}; only 'gpt2' and 'llama' are supported", "Use another model.")
+            self._fail(f"its tokenizer is {shown(kind)}; only 'gpt2' and 'llama' are supported", "Use another model.")
         added = self._add_tokens(backend)
         bos, eos = self._special("bos"), self._special("eos")
         front = [bos] if bos is not None and self._flag("add_bos_token", add_bos) else []
@@ -119,11 +123,11 @@ class _Builder:
 
     def _byte_level(self) -> tuple[tokenizers.Tokenizer, bool]:
         """Byte-level BPE as GPT-2 has it; and whether BOS is added by default."""
-        name = self._get("pre")
-        split = _SPLITS.get(name)
+        name = self._word("pre")
+        split = _SPLITS.get(name or "")
         if split is None:
             self._fail(
-                f"its pre-tokenizer is {name!r}; supported are {', '.join(sorted(_SPLITS))}",
+                f"its pre-tokenizer is {shown(name)}; supported are {', '.join(sorted(_SPLITS))}",
                 "Use the model's hub folder (with tokenizer.json) instead.",
             )
         backend = tokenizers.Tokenizer(self._bpe(self._merges(), ignore_merges=split.whole_words))
@@ -142,6 +146,8 @@ class _Builder:
         scores = self._array("scores", float)
         if len(scores) != len(self._tokens):
             self._fail(f"{len(scores)} scores for {len(self._tokens)} tokens", "Download it again.")
+        if max(map(len, self._tokens)) > _MERGED_CHARS_MAX:
+            self._fail(f"a token has more than {_MERGED_CHARS_MAX} characters", "Use another model.")
         merges = _merges_by_score(self._tokens, self._types, scores)
         unknown = next((self._tokens[id] for id, kind in enumerate(self._types) if kind == _UNKNOWN), None)
         backend = tokenizers.Tokenizer(self._bpe(merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -155,7 +161,7 @@ class _Builder:
 
     def _add_tokens(self, backend: tokenizers.Tokenizer) -> frozenset[int]:
         """Have control and user-defined tokens matched whole in the text; return their ids."""
-        byte_level = self._get("model") == "gpt2"
+        byte_level = self._word("model") == "gpt2"
         added = {}
         for id, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
             if kind in (_CONTROL, _USER_DEFINED):
@@ -167,10 +173,13 @@ class _Builder:
 
     def _post_processor(self, front: Sequence[int], back: Sequence[int]) -> processors.TemplateProcessing:
         names = [self._tokens[id] for id in front], [self._tokens[id] for id in back]
-        return processors.TemplateProcessing(
-            single=[*names[0], "$A", *names[1]],
-            special_tokens=[(self._tokens[id], id) for id in dict.fromkeys([*front, *back])],
-        )
+        try:
+            return processors.TemplateProcessing(
+                single=[*names[0], "$A", *names[1]],
+                special_tokens=[(self._tokens[id], id) for id in dict.fromkeys([*front, *back])],
+            )
+        except ValueError as error:  # a name such as "$A" or "x:1", which means something else there
+            self._fail(f"its BOS or EOS cannot be added ({shown(str(error))})", "Use the model's hub folder.")
 
     def _eos_ids(self) -> tuple[int, ...]:
         ends = {id for key in ("eos", "eot", "eom") if (id := self._special(key)) is not None}
@@ -197,14 +206,14 @@ class _Builder:
         try:
             return models.BPE(vocab=ids, merges=merges, **settings)
         except Exception as error:  # the library raises bare Exception, for a merge of unknown tokens
-            self._fail(f"its merges do not fit its tokens ({error})", "Download it again.")
+            self._fail(f"its merges do not fit its tokens ({shown(str(error))})", "Download it again.")
 
     def _merges(self) -> list[tuple[str, str]]:
         pairs = []
         for merge in self._array("merges", str):
             left, _, right = merge.partition(" ")
             if not left or not right or " " in right:
-                self._fail(f"the merge {merge!r} is not a pair of tokens", "Download it again.")
+                self._fail(f"the merge {shown(merge)} is not a pair of tokens", "Download it again.")
             pairs.append((left, right))
         return pairs
 
@@ -214,11 +223,20 @@ class _Builder:
         if id is None:
             return None
         if not isinstance(id, int) or not 0 <= id < len(self._tokens):
-            self._fail(f"the {key} token is {id!r} of {len(self._tokens)}", "Download it again.")
+            self._fail(f"the {key} token is {shown(id)} of {len(self._tokens)}", "Download it again.")
         return id
 
     def _flag(self, key: str, default: bool) -> bool:
-        return bool(self._metadata.get(f"tokenizer.ggml.{key}", default))
+        flag = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        if not isinstance(flag, int):
+            self._fail(f"tokenizer.ggml.{key} is {shown(flag)}, not true or false", "Download it again.")
+        return bool(flag)
+
+    def _word(self, key: str) -> str | None:
+        word = self._get(key)
+        if word is not None and not isinstance(word, str):
+            self._fail(f"tokenizer.ggml.{key} is {shown(word)}, not text", "Download it again.")
+        return word
 
     def _get(self, key: str) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}")

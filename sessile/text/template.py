@@ -1,19 +1,37 @@
-"""Chat messages to one prompt, with the Jinja template that comes with a model, in a sandbox."""
+"""Chat messages to one prompt, with the Jinja template that comes with a model, in a sandbox.
+
+A template is foreign code: it reaches nothing outside the sandbox, nothing of it is evaluated when it is compiled, and
+a render may take so many steps and write so much, no more (H57).
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn, TypedDict
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sessile.errors import InvalidRequest, StartupError
+from sessile.modelfile import shown
 
 _ROLES = ("system", "developer", "user", "assistant")
 _FIELDS = frozenset({"role", "content", "name"})
+
+SOURCE_CHARS_MAX = 1 << 20
+"""Longest template that is compiled; those of the hub have some thousand characters."""
+STEPS_MAX = 4_000_000
+"""Rounds of loops and calls of one render: some seconds. A long conversation takes some thousand."""
+WRITTEN_CHARS_MAX = 1 << 28
+"""Most that one render writes: several times the largest body."""
+_REPEATED_MAX = 1 << 20
+_INTEGER_BITS_MAX = 4096
+_BUDGET = "the budget of the render"
+"""Where a render's budget lies among its variables: no template can name it."""
 
 
 class Message(TypedDict, total=False):
@@ -34,12 +52,20 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self.source = source
         self._variables = dict(variables)
+        if len(source) > SOURCE_CHARS_MAX:
+            raise StartupError(
+                f"the model's chat template has {len(source)} characters, over {SOURCE_CHARS_MAX}. Use another model."
+            )
         try:
             self._template = _environment().from_string(source)
         except TemplateSyntaxError as error:
             raise StartupError(
-                f"the model's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
+                f"the model's chat template is not valid Jinja (line {error.lineno}: {shown(error.message)}). "
                 "Repair it in the model's folder, or use another model."
+            ) from error
+        except Exception as error:  # nested beyond what Jinja's parser or Python's compiler can take
+            raise StartupError(
+                f"the model's chat template cannot be compiled ({shown(error)}). Repair it, or use another model."
             ) from error
 
     def render(
@@ -50,7 +76,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for checked messages. Raises InvalidRequest with the template's own words if it refuses them."""
-        names = {**self._variables, "tools": None, "documents": None, **(variables or {})}
+        names = {**self._variables, "tools": None, "documents": None, **(variables or {}), _BUDGET: _Budget()}
         try:
             return self._template.render(
                 {**names, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
@@ -112,6 +138,67 @@ def _check_content(content: object, field: str) -> str:
     return "\n".join(texts)
 
 
+@dataclass(slots=True)
+class _Budget:
+    """What one render has left."""
+
+    steps: int = STEPS_MAX
+    chars: int = WRITTEN_CHARS_MAX
+
+    def step(self) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise TemplateError(f"rendering takes more than {STEPS_MAX} steps")
+
+    def write(self, chars: int) -> None:
+        self.chars -= chars
+        if self.chars < 0:
+            raise TemplateError(f"rendering writes more than {WRITTEN_CHARS_MAX} characters")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with every round of a loop and every call counted, and no number or repetition out of bounds."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            count = nodes.Filter(nodes.Const(None), "count_step", [], [], None, None, lineno=loop.lineno)
+            loop.body.insert(0, nodes.ExprStmt(count, lineno=loop.lineno))
+        return tree
+
+    def call(self, context: Context, callee: Any, /, *arguments: Any, **named: Any) -> Any:
+        """Every call in a template comes here."""
+        context[_BUDGET].step()
+        return super().call(context, callee, *arguments, **named)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Every product and power comes here."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > _INTEGER_BITS_MAX:
+                raise TemplateError(f"a number would have more than {_INTEGER_BITS_MAX} bits")
+        elif operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if isinstance(times, int) and hasattr(sequence, "__len__") and len(sequence) * times > _REPEATED_MAX:
+                    raise TemplateError(f"a repetition would have more than {_REPEATED_MAX} elements")
+        return super().call_binop(context, operator, left, right)
+
+
+@pass_context
+def _count_step(context: Context, nothing: None) -> None:
+    context[_BUDGET].step()
+
+
+@pass_context
+def _written(context: Context, value: Any) -> str:
+    """Called for whatever a template writes. Because it wants the context, nothing is evaluated while compiling."""
+    text = str(value)
+    context[_BUDGET].write(len(text))
+    return text
+
+
 class _GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it is just its body."""
 
@@ -122,12 +209,18 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> _Sandbox:
     """The environment that templates of the hub are written for: transformers' settings, filters and globals."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        optimized=False,
+        finalize=_written,
     )
+    del environment.globals["lipsum"]  # writes as much as it is asked for
     environment.filters["tojson"] = _to_json
+    environment.filters["count_step"] = _count_step
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

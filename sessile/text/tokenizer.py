@@ -1,5 +1,6 @@
 """The one Tokenizer that server and clients use, whatever file it was built from (see from_gguf.py, from_folder.py)."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from sessile.errors import InvalidRequest
 from sessile.text.detokenise import TextStream
 from sessile.text.template import ChatTemplate, Message
 from sessile.text.vocabulary import Vocabulary
+
+FINGERPRINT_BYTES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,11 @@ class Tokenizer:
         """Token ids of `render_chat`; what the template wrote is all there is."""
         prompt = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(prompt, add_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """Tells this tokenizer from any that gives other ids: 24 bytes in hexadecimal. Takes 10 to 100 ms."""
+        digest = hashlib.blake2b(self.backend.to_str().encode(), digest_size=FINGERPRINT_BYTES)
+        return digest.hexdigest()
 
     def facts(self, *, vocab_size: int, context_tokens: int) -> ModelFacts:
         """What the core needs to know, for a model of this vocabulary size and context length."""

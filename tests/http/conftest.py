@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -19,12 +20,18 @@ import uvicorn
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
+from sessile.server.connections import BoundedHttp
+from sessile.server.corpora.opening import open_corpora, open_folder
+from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import FakeEngine, byte_tokenizer
 
 PATIENCE_S = 60.0
 """How long anything may take that has to come: on a loaded machine much is slow, and a failure need not be quick."""
+
+
+BUILDER = [sys.executable, "-m", "tests.http.builder_child"]
 
 
 def ring_of(**tenants: str) -> KeyRing:
@@ -88,19 +95,28 @@ def running_server(
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{Path(folder) / 'link'}"
         engine = make_engine(address)
+        indexes = open_folder(ServerOptions(**options), folder)
         started = threading.Event()
         shared: dict[str, object] = {}
+
+        def open_store(link: EngineLink) -> CorpusStore:
+            return open_corpora(
+                link, byte_tokenizer(), ServerOptions(**options), indexes, BUILDER, "{}", key_ring=key_ring
+            )
 
         async def serve() -> None:
             link = EngineLink(address, lag_tokens_max=ServerOptions(**options).stream_lag_tokens_max)
             link.start()
-            app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+            corpora = open_store(link)
+            corpora.start()
+            app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring, corpora=corpora)
+            server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_level="warning", lifespan="off"))
             shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
             engine.start()
             await link.wait_ready()
             started.set()
             await server.serve([bound])
+            await corpora.close()
             await link.close()
 
         thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)

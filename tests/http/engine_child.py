@@ -1,4 +1,4 @@
-"""The fake engine as a process, as `sessile.server.run.serve` starts it."""
+"""The engine as a process, as `sessile.server.run.serve` starts it: a fake; in mode "toy" the core on a toy device."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import threading
 import time
 
 from tests.http.fake_engine import FakeEngine
+from tests.http.toy_engine import ToyEngine
 
 
 def main(address: str) -> int:
@@ -16,6 +17,10 @@ def main(address: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if mode == "silent":
         time.sleep(60)
+    if mode == "toy":
+        threading.Thread(target=exit_with_stdin, daemon=True).start()
+        ToyEngine(address, vocab_size=128, drafts_max=7, rows_max=16, audit_level=1, pages=2000).run()
+        return 0
     engine = FakeEngine(address)
     engine.script = [ord("x")] * 400
     engine.token_interval_s = 0.01  # slow enough for a test to act while 300 tokens come

@@ -348,8 +348,8 @@ class FakeEngine:
             "pages_total": READY.pages_total, "pages_scratch": 1, "page_size": READY.page_size,
             "pages_free": READY.pages_total - 1, "requests_running": len(self._requests),
             "sessions_open": len(self._sessions), "steps_total": self._steps, "rows_total": READY.rows_max,
-            "tenants": [], "sources": [], "finished_total": {"stop": 1}, "sessions_by_phase": {"idle": len(self._sessions)},
-            "audit_violations_total": {"pages": 1},
+            "tenants": [], "sources": [], "finished_total": {"stop": 1},
+            "sessions_by_phase": {"idle": len(self._sessions)}, "audit_violations_total": {"pages": 1},
             "time_s": time.monotonic(),
         }  # fmt: skip
         return Stats(**figures)

@@ -91,7 +91,8 @@ def server_main(port: str, drain_s: str, start_timeout_s: str, mode: str) -> int
         port=int(port), drain_timeout_s=float(drain_s), engine_start_timeout_s=float(start_timeout_s)
     )
     engine = [sys.executable, "-m", "tests.http.engine_child"]
-    return serve(options, byte_tokenizer, engine, json.dumps({"mode": mode}))
+    builder = [sys.executable, "-m", "tests.http.builder_child"]
+    return serve(options, byte_tokenizer, engine, json.dumps({"mode": mode}), builder_argv=builder)
 
 
 if __name__ == "__main__":

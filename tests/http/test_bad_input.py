@@ -187,7 +187,7 @@ def test_a_body_at_the_limit_is_accepted(server: Running) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/", 404), ("POST", "/v1/responses", 404), ("POST", "/v1/conversations", 404),
-     ("POST", "/add_external_corpus", 404), ("POST", "/v1/corpora", 404), ("GET", "/generate", 405)],
+     ("POST", "/v1/corpora/x/y", 404), ("POST", "/v1/corpora/x", 405), ("GET", "/generate", 405)],
 )  # fmt: skip
 def test_routes_that_do_not_exist_answer_json(server: Running, method: str, path: str, status: int) -> None:
     reply = server.client.request(method, path)
@@ -250,11 +250,12 @@ def test_a_wrong_method_is_told_the_right_one(server: Running, method: str, path
     assert reply.json()["error"]["message"] == f"{path} takes {allowed}, not {method}"
 
 
-def test_h56_no_field_of_any_body_names_a_file_of_the_server() -> None:
+def test_h56_no_field_of_any_body_names_a_file_of_the_server_but_those_of_corpora() -> None:
     paths = create_app(NotImplemented, NotImplemented, ServerOptions()).openapi()["paths"]
-    named = {word for route in paths.values() for call in route.values() for word in _property_names(call)}
-    assert {"input_ids", "metadata"} <= named
-    assert [name for name in named if {"path", "file", "url"} & set(name.split("_"))] == []
+    named = {(path, word) for path, route in paths.items() for call in route.values() for word in _property_names(call)}
+    assert {("/generate", "input_ids"), ("/v1/sessions", "metadata")} <= named
+    files = {(path, name) for path, name in named if {"path", "file", "url"} & set(name.split("_"))}
+    assert files == {("/v1/corpora", "path"), ("/add_external_corpus", "file_path")}
 
 
 def _property_names(schema: object) -> Iterator[str]:
@@ -312,3 +313,21 @@ def test_h57_a_template_that_takes_long_holds_up_nobody_else(
         finally:
             go_on.set()
         assert slow.result().status_code == 200
+
+
+def test_h57_a_template_that_takes_too_long_costs_its_request_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def render(*arguments: object, **variables: object) -> str:
+        assert go_on.wait(PATIENCE_S)
+        return "slow"
+
+    monkeypatch.setattr("sessile.text.template.ChatTemplate.render", render)
+    monkeypatch.setattr("sessile.server.encoding.RENDER_TIMEOUT_S", 0.1)
+    try:
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        assert "took longer than 0.1 s" in refused(server, "/v1/chat/completions", json.dumps(chat))
+    finally:
+        go_on.set()

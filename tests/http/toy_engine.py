@@ -12,7 +12,11 @@ from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
+from sessile.draft.drafter import LookupDrafter
+from sessile.draft.pace import StepTimes
+from sessile.draft.shelf import Shelf
 from sessile.engine.clock import MonotonicClock
+from sessile.engine.corpora import CorpusDesk
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.inbox import SocketInbox
 from sessile.engine.loop import EngineLoop
@@ -22,6 +26,8 @@ from sessile.sim.toy import ToyDevice
 VOCAB_SIZE = 256
 """Every byte is a token; no token ends an output."""
 CONTEXT_TOKENS = 512
+FREE_DRAFTS = StepTimes((1, 64), (1_000_000, 1_000_001))
+"""A step costs the same whatever is verified in it, so that drafts are worth it wherever there are any."""
 
 
 class Paced:
@@ -40,24 +46,37 @@ class Paced:
 
 
 class ToyEngine:
-    """An engine in a thread: connects to a server's link on start(), and is audited after every step."""
+    """An engine in a thread: connects to a server's link on start(), and is audited after every step.
+
+    drafts_max: with it, it drafts; where no drafter is given, from what is on its shelf, as if drafts cost nothing.
+    """
 
     def __init__(
-        self, address: str, *, pages: int = 400, overlap: bool = True, drafter: Drafter | None = None, **limits: object
+        self,
+        address: str,
+        *,
+        pages: int = 400,
+        overlap: bool = True,
+        vocab_size: int = VOCAB_SIZE,
+        drafter: Drafter | None = None,
+        **limits: object,
     ) -> None:
         self._address = address
         self._overlap = overlap
         settings = {"page_size": 4, "rows_max": 8, "chunk_tokens": 32, "audit_level": 2} | limits
         self.limits = Limits(pages_total=pages, context_tokens=CONTEXT_TOKENS, **settings)  # type: ignore[arg-type]
-        facts = ModelFacts(
-            VOCAB_SIZE, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([byte]) for byte in range(VOCAB_SIZE))
+        self.facts = ModelFacts(
+            vocab_size, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([byte]) for byte in range(vocab_size))
         )
-        self.machine = Machine(self.limits, facts, drafter=drafter)
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.shelf = Shelf()
+        if self.limits.drafts_max and drafter is None:
+            drafter = LookupDrafter(self.shelf, FREE_DRAFTS)
+        self.machine = Machine(self.limits, self.facts, drafter=drafter)
+        self._thread = threading.Thread(target=self.run, daemon=True)
         self._loop: EngineLoop | None = None
         device = ToyDevice(
             pages_total=pages, page_size=self.limits.page_size, rows_max=self.limits.rows_max,
-            context_tokens=CONTEXT_TOKENS, drafts_max=self.limits.drafts_max, vocab_size=VOCAB_SIZE,
+            context_tokens=CONTEXT_TOKENS, drafts_max=self.limits.drafts_max, vocab_size=vocab_size,
         )  # fmt: skip
         self.device = Paced(device)
 
@@ -70,19 +89,24 @@ class ToyEngine:
         self._thread.join(60)
         assert not self._thread.is_alive(), "the engine did not stop"
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Connect, and work until told to stop."""
         limits = self.limits
         context = zmq.Context()
         socket = context.socket(zmq.PAIR)
         socket.connect(self._address)
         ready = EngineReady(
-            model_name="toy", model_path="toy", architecture="toy", dtype="none", device="toy", vocab_size=VOCAB_SIZE,
-            context_tokens=CONTEXT_TOKENS, page_size=limits.page_size, pages_total=limits.pages_total,
-            rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens, kv_bytes=0, weight_bytes=0, start_s=0.0,
+            model_name="toy", model_path="toy", architecture="toy", dtype="none", device="toy",
+            vocab_size=self.facts.vocab_size, context_tokens=CONTEXT_TOKENS, page_size=limits.page_size,
+            pages_total=limits.pages_total, rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens,
+            drafts_max=limits.drafts_max or 1, kv_bytes=0,
+            weight_bytes=0, start_s=0.0,
         )  # fmt: skip
         socket.send(msgspec.msgpack.encode(ready))
         ends = SocketInbox(socket), SocketOutbox(socket)
-        self._loop = EngineLoop(self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap)
+        self._loop = EngineLoop(
+            self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap, corpora=CorpusDesk(self.shelf)
+        )
         self._loop.run()
         socket.close(linger=200)
         context.term()

@@ -12,7 +12,7 @@ from sessile.device import gpu_factory
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.device.gpu_factory import open_gpu
-from sessile.kernels import triton_attention, triton_plan, triton_sampling
+from sessile.kernels import triton_plan, triton_sampling
 from sessile.model.config import ModelOptions
 from tests.kernels.layouts import DEVICE
 from tests.parity.driver import Driver, Run
@@ -42,7 +42,6 @@ def few_programs() -> Iterator[None]:
     """The interpreter runs programs one after the other."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
-            patch.setattr(triton_attention, "PROGRAMS_WANTED", 8)
             patch.setattr(triton_sampling, "PROGRAMS_WANTED", 4)
             patch.setattr(triton_plan, "STATE_PROGRAMS", 2)
             patch.setattr(gpu_factory, "WARM_PROMPT_TOKENS", ())

@@ -7,6 +7,7 @@ import pytest
 
 from sessile.contract.messages import Cancel
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, StepPlan
+from sessile.core.limits import TenantPolicy
 from tests.unit.drafters import PerfectDrafter
 from tests.unit.stage import Stage, expected
 
@@ -433,3 +434,27 @@ def test_a_pool_full_of_cache_makes_no_row_sit_out_a_step() -> None:
     stage.run()
     assert stage.stats().evicted_pages_total > 0
     assert stage.stats().steps_total - steps == 24
+
+
+@pytest.mark.parametrize("tokens", range(17, 24))
+def test_prompts_take_their_turn_when_decoding_cannot_go_on(tokens: int) -> None:
+    """Without mixed steps: the one row that decodes is the newest and gets no page. It sits out, and must not block."""
+    tenants = TenantPolicy("old"), TenantPolicy("new")
+    stage = Stage(pages=26, page_size=1, chunk=2, mixed_chunk=False, output_estimate_tokens=1, tenants=tenants)
+    old, new = prompt(1, tokens), prompt(2, 2)
+    stage.submit(1, old, tenant="old", max_new_tokens=2)
+    stage.submit(2, new, tenant="new", max_new_tokens=20)
+    stage.run()
+    assert stage.output[1] == expected(old, 2) and stage.output[2] == expected(new, 20)
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_a_partial_prompt_goes_on_when_the_budget_went_to_a_row_that_gets_no_page(tokens: int) -> None:
+    """Mixed steps of one token: the newest decodes and sits out, and an older prompt must have its token instead."""
+    tenants = TenantPolicy("old"), TenantPolicy("new")
+    stage = Stage(pages=20, page_size=1, chunk=2, mixed_chunk_tokens=1, output_estimate_tokens=1, tenants=tenants)
+    old, new = prompt(1, tokens), prompt(2, 3)
+    stage.submit(1, old, tenant="old", max_new_tokens=2)
+    stage.submit(2, new, tenant="new", max_new_tokens=15)
+    stage.run()
+    assert stage.output[1] == expected(old, 2) and stage.output[2] == expected(new, 15)

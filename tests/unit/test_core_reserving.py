@@ -39,6 +39,22 @@ def test_kv_within_the_reservation_outlives_a_storm(page_size: int) -> None:
     assert stage.done[2].cached_tokens == 23
 
 
+def test_kv_that_a_turn_without_a_row_found_in_the_tree_is_kept_as_well() -> None:
+    """Appended tokens that a plain request computed before: nothing runs, and the KV is the session's all the same."""
+    stage = staged()
+    assert stage.open("s", reserve_tokens=32).error is None
+    stage.submit(1, [5] * 21, max_new_tokens=2)
+    stage.run()
+    stage.submit(2, [5] * 21, session="s", max_new_tokens=0)
+    stage.run()
+    assert (stage.done[2].cached_tokens, stage.done[2].computed_tokens) == (20, 0)
+    storm(stage, range(100, 140))
+    stage.run()
+    assert stage.stats().evicted_pages_total > 0
+    turn(stage, 3, [8])
+    assert stage.done[3].cached_tokens == 20
+
+
 def test_without_a_reservation_the_same_storm_takes_the_kv() -> None:
     stage = staged()
     stage.open("s")

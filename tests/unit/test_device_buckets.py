@@ -1,11 +1,12 @@
 """Steps run at few sizes, each at least as large as its plan."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sessile.contract.plan import SAMPLE, StepPlan
-from sessile.device.buckets import CAPTURED_TOKENS_MAX, DECODE_SIZES, bucket_of, round_up
+from sessile.device.buckets import CAPTURED_TOKENS_MAX, DECODE_SIZES, bucket_of, common_buckets, round_up
 
 
 def plan_of(counts: list[int], drafts: list[int], samples: list[bool]) -> StepPlan:
@@ -41,15 +42,26 @@ def test_long_steps_run_at_their_own_size_without_a_graph() -> None:
     assert (bucket.tokens, bucket.rows, bucket.is_captured) == (CAPTURED_TOKENS_MAX + 1, 1, False)
 
 
-def test_a_step_that_samples_nothing_has_no_places() -> None:
-    assert bucket_of(plan_of([1, 1], [0, 0], [False, False]), 4).places == 0
-    assert bucket_of(plan_of([7, 9], [0, 0], [False, False]), 4).places == 0
+def test_a_step_that_samples_nothing_needs_no_graph_of_its_own() -> None:
+    for counts in ([1, 1], [7, 9]):
+        silent, sampling = (bucket_of(plan_of(counts, [0, 0], [samples] * 2), 4) for samples in (False, True))
+        assert silent == sampling
 
 
 def test_mixed_steps_of_any_make_up_need_few_graphs() -> None:
     plans = [plan_of([tokens, *[1] * rows], [0] * (rows + 1), [True] * (rows + 1)) for tokens in range(2, 600, 7)
              for rows in (0, 3, 30, 200)]  # fmt: skip
-    assert len({bucket_of(plan, 4) for plan in plans}) <= 27
+    assert {bucket_of(plan, 4) for plan in plans} <= set(common_buckets(256))
+
+
+@pytest.mark.parametrize("rows_max", [1, 8, 9, 64, 200, 256])
+def test_what_common_steps_need_is_captured_before(rows_max: int) -> None:
+    common = common_buckets(rows_max)
+    assert len(set(common)) == len(common) <= 90
+    decoding = range(1, rows_max + 1)
+    assert {bucket_of(plan_of([1] * rows, [0] * rows, [True] * rows), 4) for rows in decoding} <= set(common)
+    for tokens in (9, 400, CAPTURED_TOKENS_MAX - rows_max):
+        assert bucket_of(plan_of([tokens, *[1] * (rows_max - 1)], [0] * rows_max, [True] * rows_max), 4) in common
 
 
 def test_decoding_pads_batches_by_a_quarter_at_most() -> None:

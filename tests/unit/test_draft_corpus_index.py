@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sessile.draft.corpus_file import HEADER_BYTES
+from sessile.draft.corpus_file import HEADER_BYTES, LABEL_BYTES, stored_checksum
 from sessile.draft.corpus_index import CorpusIndex
 from sessile.draft.suffixes import SMALL_SORT, TOKEN_ID_MAX
 from sessile.errors import BuildCancelled, CorpusFileError, InvalidRequest
@@ -130,7 +130,15 @@ def test_a_truncated_file_is_refused(saved: tuple[CorpusIndex, Path], length: in
         CorpusIndex.load(saved[1], verify=False)
 
 
-@pytest.mark.parametrize("offset", [17, 70, HEADER_BYTES + 3, -1])
+def test_a_label_comes_back_and_the_checksum_is_of_it_too(saved: tuple[CorpusIndex, Path], tmp_path: Path) -> None:
+    index, plain = saved
+    index.save(tmp_path / "labelled", label=b"of this model")
+    assert CorpusIndex.load(tmp_path / "labelled").label == b"of this model".ljust(LABEL_BYTES, b"\0")
+    assert CorpusIndex.load(plain).label == bytes(LABEL_BYTES)
+    assert stored_checksum(tmp_path / "labelled") != stored_checksum(plain)
+
+
+@pytest.mark.parametrize("offset", [17, 50, 70, HEADER_BYTES + 3, -1])
 def test_a_damaged_file_is_refused(saved: tuple[CorpusIndex, Path], offset: int) -> None:
     whole = bytearray(saved[1].read_bytes())
     whole[offset] ^= 1

@@ -7,7 +7,7 @@ import pytest
 from sessile.contract.messages import Batch, GetStats, Sampling, Stats, Submit, pack_tokens
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import SchedulerOptions, TenantPolicy
-from sessile.engine.build import CPU_ROWS_MAX, GPU_ROWS_MAX, DeviceRequest, Engine, open_engine
+from sessile.engine.build import CPU_ROWS_MAX, GPU_ROWS_MAX, DeviceRequest, Engine, limits_for, open_engine
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.config import EngineOptions
 from sessile.engine.inbox import LocalInbox
@@ -116,6 +116,21 @@ def test_a_step_limit_of_zero_leaves_prompts_whole() -> None:
     submit = Submit(key=1, tokens=pack_tokens([9] * 100), sampling=Sampling(seed=0, max_new_tokens=1))
     run_to_end(engine, submit)
     assert engine.machine.stats().steps_total == 1
+
+
+def test_on_a_gpu_a_prompt_of_a_few_hundred_tokens_is_never_cut() -> None:
+    engine = opened(SchedulerOptions(audit_level=2), on_cpu=False)
+    assert isinstance(engine.device, OpenedToy)
+    engine.device.facts.device = "cuda"
+    submit = Submit(key=1, tokens=pack_tokens([9] * 100), sampling=Sampling(seed=0, max_new_tokens=1))
+    run_to_end(engine, submit)
+    assert engine.machine.stats().steps_total == 1
+
+
+def test_steps_in_which_rows_decode_are_as_large_as_others_unless_the_settings_say_so() -> None:
+    for scheduler, tokens in ((SchedulerOptions(), 8192), (SchedulerOptions(mixed_chunk_tokens=64), 64)):
+        limits = limits_for(scheduler, ToyFacts(16), 8, on_cpu=False)
+        assert (limits.chunk_tokens, limits.mixed_chunk_tokens) == (8192, tokens)
 
 
 def test_the_limits_of_tenants_reach_the_core() -> None:

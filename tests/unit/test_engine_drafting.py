@@ -1,5 +1,6 @@
 """Drafting as the engine runs it: when there is a drafter, what it is told of the device, and what it costs."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 
 from sessile.contract.drafting import DraftWish
 from sessile.contract.messages import Sampling, Submit, pack_tokens
+from sessile.contract.plan import StepPlan
 from sessile.core.limits import SchedulerOptions
-from sessile.device.factory import TIMED_TOKENS
+from sessile.device.factory import TIMED_TOKENS, time_steps
 from sessile.draft.shelf import Shelf
 from sessile.engine.build import DeviceRequest, Engine, open_engine
 from sessile.engine.config import EngineOptions
@@ -111,6 +113,28 @@ def test_a_cpu_measures_its_steps_at_the_start(timed: tuple[tuple[int, float], .
     assert all(ms > 0 for _, ms in timed)
 
 
+class StallingRunner:
+    """A device that takes 0.5 ms a token, but for its first timed step: then something else has the processor."""
+
+    pages_total = 64
+
+    def __init__(self, stalled_s: float) -> None:
+        self._stalls_s = [stalled_s]
+
+    def run(self, plan: StepPlan) -> None:
+        if plan.tokens.size:
+            time.sleep(self._stalls_s.pop() if self._stalls_s else 5e-4 * plan.tokens.size)
+
+
+@pytest.mark.parametrize("stalled_s", [0.15, 0.5])
+def test_a_stall_at_the_start_is_not_taken_for_the_time_of_a_step(stalled_s: float) -> None:
+    """Verifying would seem to cost nothing, and drafts that are wrong would be offered all the time."""
+    runner: Any = StallingRunner(stalled_s)
+    table = time_steps(runner, page_size=16, rows_max=8)
+    assert [tokens for tokens, _ in table][:4] == list(TIMED_TOKENS)[:4]
+    assert table[0][1] < 1e3 * stalled_s
+
+
 @pytest.mark.parametrize("table", [CHEAP, ()])
 def test_the_drafter_of_an_engine_finds_what_was_said_before(table: Any) -> None:
     """On a device without a table too, with the times that are assumed then."""
@@ -124,4 +148,3 @@ def test_the_drafter_of_an_engine_finds_what_was_said_before(table: Any) -> None
     assert engine.drafter.limits([line], 1)[0] > 0
     assert list(engine.drafter.draft([line], [3])[0]) == [7, 8, 9]
     engine.close()
-

@@ -7,6 +7,7 @@ import pytest
 from sessile.contract.messages import Cancel, CancelAll, GetStats, OpenSession, Sampling, Shutdown, Submit
 from sessile.contract.plan import StepPlan
 from sessile.core.watch import Report
+from sessile.engine.build import CPU_CHUNK_TOKENS_MIN
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.loop import IDLE_WAIT_NS_MAX, STUCK_WAIT_NS_MAX, EngineLoop
 from sessile.engine.outbox import LocalOutbox
@@ -156,7 +157,7 @@ def test_stats_carry_the_wall_time_of_steps() -> None:
 
 
 def test_the_pace_lowers_the_budget_after_a_step_that_took_too_long() -> None:
-    r = rig(steps_left=1, step_ns=1_000_000_000, pace=Pace(limit_ms=250, chunk_tokens_max=512))
+    r = rig(steps_left=1, step_ns=1_000_000_000, pace=Pace(250, 512, CPU_CHUNK_TOKENS_MIN))
     for _ in range(2):
         r.loop.turn()
     assert r.machine.chunk_tokens == [64, 16]

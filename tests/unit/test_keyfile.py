@@ -12,6 +12,7 @@ from sessile.config import Config
 from sessile.core.limits import TenantPolicy
 from sessile.errors import StartupError
 from sessile.keyfile import POLICY_FIELDS, KeyFile, draw_key, read_keys
+from sessile.server.corpora.budget import CorpusLimits
 from sessile.server.keys import Caller
 
 A, B = hashlib.sha256(b"a").hexdigest(), hashlib.sha256(b"b").hexdigest()
@@ -52,6 +53,14 @@ def test_tenants_have_the_limits_that_the_file_says(read: ReadText) -> None:
         shares_prefixes=True,
     )  # fmt: skip
     assert umbra == TenantPolicy("umbra")
+
+
+def test_limits_of_corpora_go_to_the_server_and_no_others_do(read: ReadText) -> None:
+    text = GOOD.replace("    weight: 2\n", "    corpora_tokens_max: 0\n")
+    file = read(text.replace("  umbra:", "  umbra: {corpora-bytes-max: 99}"))
+    assert file.ring.corpus_limits == {"acme": CorpusLimits(tokens_max=0), "umbra": CorpusLimits(bytes_max=99)}
+    assert file.policies[1] == TenantPolicy("umbra")
+    assert read(GOOD).ring.corpus_limits == {}
 
 
 def test_keys_stand_for_tenants_and_roles(read: ReadText) -> None:
@@ -97,6 +106,7 @@ def test_the_file_can_set_every_limit_that_a_tenant_has() -> None:
         ("tenants:\n  t:\n    requests_max: 1.5\nkeys: []", "requests_max must be a whole number", 3),
         ("tenants:\n  t:\n    requests_max: -1\nkeys: []", "requests_max must be a whole number", 3),
         ("tenants:\n  t:\n    tokens_max: 9999999999999999999\nkeys: []", "tokens_max must be a whole number", 3),
+        ("tenants:\n  t:\n    corpora_tokens_max: -1\nkeys: []", "corpora_tokens_max must be a whole number from 0", 3),
         ("tenants:\n  t:\n    tokens_max: [1]\nkeys: []", "tokens_max must be a single value", 3),
         ("tenants:\n  t:\n    shares_prefixes: yes\nkeys: []", "shares_prefixes must be true or false, got 'yes'", 3),
         ("tenants:\n  t:\n    weight: 1\n    weight: 2\nkeys: []", "weight is set twice", 4),

@@ -106,6 +106,76 @@ def test_h57_a_template_cannot_leave_the_sandbox(source: str) -> None:
     assert messages == check_messages(TURNS)
 
 
+ENDLESS = {
+    "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "a loop that calls itself": "{% for a in [range(99)] recursive %}{{ loop(range(9)) }}{{ loop([a]) }}{% endfor %}",
+    "a macro that calls itself": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "macros that double": "".join(f"{{% macro m{n}() %}}{{{{ m{n - 1}() }}}}{{{{ m{n - 1}() }}}}{{% endmacro %}}"
+                                  for n in range(1, 60)) + "{{ m59() }}",
+    "a tower of powers": "{{ 9 ** (9 ** 9) }}",
+    "squares of squares": "{% set ns = namespace(n=9) %}"
+    "{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "a text a billion times": "{{ 'x' * 1000000000 }}",
+    "a list a billion times": "{{ 1000000000 * [0] }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_h57_a_template_that_would_not_end_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sessile.text.template._Budget.__init__", small_budget)
+    with pytest.raises(InvalidRequest, match="chat template"):
+        template("{% macro m0() %}{% endmacro %}" + ENDLESS[name]).render(check_messages(TURNS))
+
+
+def small_budget(budget: Any) -> None:
+    budget.steps, budget.chars = 50_000, 1_000
+
+
+def test_h57_what_a_template_writes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sessile.text.template._Budget.__init__", small_budget)
+    source = "{% for i in range(101) %}0123456789{{ '0123456789' }}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="more than"):
+        template(source).render(check_messages(TURNS))
+    assert len(template(source.replace("101", "100")).render(check_messages(TURNS))) == 2000
+
+
+def test_h57_a_conversation_of_ten_thousand_messages_is_rendered() -> None:
+    messages = check_messages([TURNS[0], TURNS[1]] * 5000)
+    assert template(SOURCES["trimmed"]).render(messages).count("U: ") == 5000
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 9 ** (9 ** 9) }}", "{{ 'x' * 10 ** 10 }}", "{{ 'x' | center(10000000000) }}", "{{ lipsum(10000000) }}"],
+)
+def test_h57_nothing_of_a_template_is_evaluated_when_it_is_compiled(source: str) -> None:
+    assert template(source).source == source
+
+
+NESTED = {
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "loops": "{% for x in y %}" * 50 + "{% endfor %}" * 50,
+    "conditions": "{% if x %}" * 3000 + "{% endif %}" * 3000,
+    "lists": "{{ " + "[" * 500 + "]" * 500 + " }}",
+    "signs": "{{ " + "-" * 5000 + "1 }}",
+    "too many characters": " " * (1 << 20) + "x",
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_template_that_cannot_be_compiled_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(StartupError, match="chat template") as refusal:
+        template(NESTED[name])
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["the budget of the render", "budget", "_BUDGET"])
+def test_h57_no_template_reaches_its_budget(name: str) -> None:
+    for source in (f"{{{{ self['{name}'].steps }}}}", f"{{{{ self._TemplateReference__context['{name}'].steps }}}}"):
+        with pytest.raises(InvalidRequest):
+            template(source).render(check_messages(TURNS))
+
+
 def test_a_template_that_is_not_jinja_is_refused_at_start() -> None:
     with pytest.raises(StartupError, match="line 2"):
         template("a\n{% for %}")

@@ -129,7 +129,7 @@ def test_a_configuration_we_cannot_serve_is_refused(folder: Path, changes: dict[
 
 def test_a_broken_or_missing_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    assert "not valid JSON" in refusal(folder)
+    assert "not JSON" in refusal(folder)
     (folder / "config.json").write_text("[]")
     assert "JSON object" in refusal(folder)
     (folder / "config.json").unlink()
