@@ -19,8 +19,7 @@ SEEDS = range(1000, 1040)
 STEPS = 400
 RARE = frozenset({
     "turns found ahead", "refused 410", "done error", f"mark: {Mark.WAITED_FOR_DRAFTS.value}",
-    f"mark: {Mark.RESERVE_OWED.value}",
-    f"mark: {Mark.DRAFT_PAGES_GIVEN_UP.value}",
+    f"mark: {Mark.DRAFT_PAGES_GIVEN_UP.value}", f"mark: {Mark.RESERVE_OWED.value}",
 })  # fmt: skip
 """Totals that a sample of this size may miss."""
 
