@@ -367,7 +367,7 @@ class Planner:
         after = rows.planned[decodes] + 1
         wanted = -(-(after + caps) // size) - rows.pages[decodes]
         for index in (wanted > 0).nonzero()[0].tolist():
-            row, pages = RowId(decodes[index]), int(wanted[index])
+            row, pages = RowId(int(decodes[index])), int(wanted[index])
             granted = min(pages, books.ledger.free_pages)
             if granted:
                 self._draw(planned, row, granted)
