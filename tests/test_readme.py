@@ -35,13 +35,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server as `make serve` starts it, on a port of its own."""
+    """A server as `make serve ARGS="--speculate on"` starts it, on a port of its own."""
     where = f"127.0.0.1:{free_port()}"
     log = tmp_path_factory.mktemp("server") / "log"
+    flags = ["--port", where.split(":")[1], "--audit-level", "2", "--speculate", "on"]
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sessile", "serve", "--port", where.split(":")[1], "--audit-level", "2"],
-            stdout=sink, stderr=sink, cwd=ROOT,
+            [sys.executable, "-m", "sessile", "serve", *flags], stdout=sink, stderr=sink, cwd=ROOT
         )  # fmt: skip
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -98,3 +98,12 @@ def test_the_session_example_computes_only_what_is_new(address: str) -> None:
     history_tokens = first["meta_info"]["prompt_tokens"] + first["meta_info"]["completion_tokens"]
     assert second["meta_info"]["cached_tokens"] == history_tokens - 1
     assert view["tokens"] == second["meta_info"]["prompt_tokens"] + second["meta_info"]["completion_tokens"]
+
+
+def test_the_corpus_example_adds_shows_and_removes_a_corpus(address: str) -> None:
+    lines = example("bash", "corpus add").splitlines()
+    commands = [line.replace(".venv/bin/sessile", f"{sys.executable} -m sessile") for line in lines]
+    assert len(commands) == 3 and commands != lines
+    listed = run(["bash", "-ec"], "\n".join(f"{each} --url http://{SHOWN_ADDRESS}" for each in commands), address)
+    assert re.search(r"^manual +ready ", listed, re.MULTILINE)
+    assert httpx.get(f"http://{address}/v1/corpora").json()["data"] == []

@@ -147,3 +147,17 @@ def server(shared_server: Running) -> Iterator[Running]:
     engine.script, engine.token_interval_s = None, 0.0
     engine.refusals.clear()
     engine.received.clear()
+
+
+@pytest.fixture
+def acme(toy: Running) -> Iterator[httpx.Client]:
+    """A client with the key of a tenant, of the module's `toy`."""
+    with toy.as_tenant("acme") as client:
+        yield client
+
+
+@pytest.fixture
+def umbra(toy: Running) -> Iterator[httpx.Client]:
+    """The same of another tenant."""
+    with toy.as_tenant("umbra") as client:
+        yield client

@@ -30,18 +30,6 @@ def toy(shared: Running) -> Iterator[Running]:
 
 
 @pytest.fixture
-def acme(toy: Running) -> Iterator[httpx.Client]:
-    with toy.as_tenant("acme") as client:
-        yield client
-
-
-@pytest.fixture
-def umbra(toy: Running) -> Iterator[httpx.Client]:
-    with toy.as_tenant("umbra") as client:
-        yield client
-
-
-@pytest.fixture
 def ops(toy: Running) -> Iterator[httpx.Client]:
     with toy.as_tenant("ops") as client:
         yield client
