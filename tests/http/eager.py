@@ -33,6 +33,7 @@ def engine(address: str) -> int:
     """The engine process, with the drafter of sessile/draft but for its thrift."""
     from sessile import commands, offline
     from sessile.draft.drafter import LookupDrafter
+    from sessile.draft.history import History, HistoryLimits
     from sessile.draft.pace import StepTimes
 
     class EagerDrafter(LookupDrafter):
@@ -40,7 +41,7 @@ def engine(address: str) -> int:
             return [line.wish.drafts_max for line in lines]
 
     def eager_drafter(shelf, table):  # type: ignore[no-untyped-def]
-        return EagerDrafter(shelf, StepTimes((1, 2), (1, 1)))
+        return EagerDrafter(shelf, StepTimes((1, 2), (1, 1)), history=History(HistoryLimits()))
 
     offline.open_configured_engine = functools.partial(offline.open_configured_engine, make_drafter=eager_drafter)
     return commands.engine(address)

@@ -96,9 +96,11 @@ class Client:
         async with self.streaming(body) as events:
             return await read_to_end(events)
 
-    async def ask(self, client: str, prompt: list[int], output_tokens: int, *, stream: bool) -> None:
-        """A plain request."""
-        output, meta = await self.generate(request_for(prompt, output_tokens), stream=stream)
+    async def ask(
+        self, client: str, prompt: list[int], output_tokens: int, *, stream: bool, **fields: object
+    ) -> None:
+        """A plain request. fields: of its body, besides."""
+        output, meta = await self.generate(request_for(prompt, output_tokens) | fields, stream=stream)
         check_end(output, meta, output_tokens)
         assert meta["prompt_tokens"] == len(prompt)
         self.journal.answers.append(Answer(client, prompt, output, meta["cached_tokens"], drafts=drafts_of(meta)))
