@@ -96,9 +96,7 @@ class Client:
         async with self.streaming(body) as events:
             return await read_to_end(events)
 
-    async def ask(
-        self, client: str, prompt: list[int], output_tokens: int, *, stream: bool, **fields: object
-    ) -> None:
+    async def ask(self, client: str, prompt: list[int], output_tokens: int, *, stream: bool, **fields: object) -> None:
         """A plain request. fields: of its body, besides."""
         output, meta = await self.generate(request_for(prompt, output_tokens) | fields, stream=stream)
         check_end(output, meta, output_tokens)
