@@ -18,6 +18,7 @@ from sessile.errors import NotReady
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
 from sessile.model.fused_cpu import fuse_for_cpu, is_few_tokens, query_items
 from sessile.model.layers import Decoder, StepInputs
+from sessile.model.native_cpu import native_decoder
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class StepRunner:
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
         self._cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
-        self._fused = fuse_for_cpu(decoder, self._cache)
+        self._native = native_decoder(decoder, self._cache)
+        self._fused = fuse_for_cpu(decoder, self._cache) if self._native is None else None
         self._row_tokens_max = row_pages * pool.page_size
 
     @property
@@ -115,7 +117,9 @@ class StepRunner:
         return _result(plan, flat, places, sampled, _emitted_logprobs(plan, places, logits, sampled), scores)
 
     def _forward(self, flat: FlatStep, rows: StepRows) -> torch.Tensor:
-        """Residual stream after the last layer [t, hidden]: compiled as a whole if tokens are few, else by layers."""
+        """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that."""
+        if self._native is not None:
+            return self._native.forward(flat.tokens, flat.positions, flat.slots, rows)
         if self._fused is not None and is_few_tokens(rows):
             return self._fused.forward(flat.tokens, flat.positions, flat.slots, query_items(rows))
         return self._decoder(StepInputs(flat.tokens, flat.positions, CpuAttentionStep(self._cache, rows, flat.slots)))
