@@ -8,6 +8,7 @@ kernels of numba serve. The threads are those of torch's own OpenMP runtime, as 
 import ctypes
 import hashlib
 import platform
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 SOURCES = Path(__file__).parent / "cpp"
@@ -107,7 +109,7 @@ class Product(ctypes.Structure):
 
 
 class NativeKernels:
-    """One loaded build. Not for use by two threads at once, nor from inside itself: the scratch memory is its own."""
+    """One loaded build. Threads that call it have scratch memory of their own; not for use from inside itself."""
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -120,7 +122,7 @@ class NativeKernels:
         self._run.restype = None
         self._openmp = _OpenMp(_address(openmp.omp_get_thread_num), _address(openmp.omp_get_num_threads))
         self._step, self._product = (_address(getattr(self._library, f"sessile_{name}")) for name in ("step", "product"))
-        self._scratch = np.empty(0, np.uint8)
+        self._own = threading.local()
         self.multiplies_bfloat16 = bool(self._library.sessile_has_bfloat16())
 
     def step(self, step: Step) -> None:
@@ -134,15 +136,16 @@ class NativeKernels:
     def _call(self, arguments: Any, count_bytes: Any, function: int) -> None:
         threads = torch.get_num_threads()
         needed = count_bytes(ctypes.byref(arguments), ctypes.c_int64(threads)) + 64
-        if self._scratch.size < needed:
-            self._scratch = np.empty(needed, np.uint8)
+        scratch: npt.NDArray[np.uint8] = getattr(self._own, "scratch", np.empty(0, np.uint8))
+        if scratch.size < needed:
+            scratch = self._own.scratch = np.empty(needed, np.uint8)
         # Vectors of 64 bytes that lie across two lines of the cache take twice as long.
-        start = -self._scratch.ctypes.data % 64
+        start = -scratch.ctypes.data % 64
         shared = np.zeros(64, np.int64)
         arguments.openmp = self._openmp
         arguments.shared = shared.ctypes.data
-        arguments.scratch = self._scratch.ctypes.data + start
-        arguments.scratch_bytes = self._scratch.size - start
+        arguments.scratch = scratch.ctypes.data + start
+        arguments.scratch_bytes = scratch.size - start
         self._run(function, ctypes.addressof(arguments), threads, 0)
 
 

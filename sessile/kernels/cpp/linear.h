@@ -308,6 +308,11 @@ INLINE int expand(int kind, const uint8_t* block, int64_t k, uint8_t* out, const
 }
 
 #if defined(__AVX512BF16__)
+// The order in which the two halves of a register become pairs.
+alignas(64) static const uint16_t ZIPPED[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+alignas(64) static const float NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 template <int K>
 static void expand_to_bfloat16(const uint8_t* block, int64_t k, uint8_t* out) {
     for (int64_t start = 0; start < k; start += GROUP, block += GROUP_BYTES<K>) {
@@ -316,10 +321,19 @@ static void expand_to_bfloat16(const uint8_t* block, int64_t k, uint8_t* out) {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++, out += 64) {
                 F16 even, odd;
-                load_pair<K>(block, quad, i, scales, even, odd);
-                const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even.part[0]));
-                const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd.part[0]));
-                _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                if (K == NIBBLES) {
+                    // Lookups mind the lowest four bits of an index only: nothing is to be masked.
+                    const __m512i words = _mm512_loadu_si512(block + quad * 64);
+                    const __m512 numbers = _mm512_load_ps(NUMBERS);
+                    even.part[0] = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(words, i * 4), numbers);
+                    odd.part[0] = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(words, i * 4 + 16), numbers);
+                    even = multiply_add(even, scales.scale, scales.minimum);
+                    odd = multiply_add(odd, scales.scale, scales.minimum);
+                } else {
+                    load_pair<K>(block, quad, i, scales, even, odd);
+                }
+                const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd.part[0], (__m512)even.part[0]);
+                _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(ZIPPED), halves));
             }
         }
     }
