@@ -300,6 +300,8 @@ COMMANDS = {
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench drafts": bench("drafts", "measure drafts looked up in Python source: how good, how fast, how large"),
     "bench speculate": bench("speculate", "measure what speculation gains and costs on a model, text by text"),
+    "bench quality": bench("quality", "measure how far low precision is from float32, on text of people"),
+    "bench cpu": bench("cpu", "measure decoding and prompts on the CPU, beside other engines if they are there"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),
     "engine": Command("", add_engine_flags, engine),

@@ -189,6 +189,8 @@ _BENCHES = {
     "admission": ("AdmissionBenchOptions", "measure_admission"),
     "drafts": ("DraftBenchOptions", "measure_drafts"),
     "speculate": ("SpeculateBenchOptions", "measure_speculation"),
+    "quality": ("QualityBenchOptions", "measure_quality"),
+    "cpu": ("CpuBenchOptions", "measure_cpu"),
     "agents": ("AgentBenchOptions", "measure_agents"),
     "sessions": ("SessionBenchOptions", "measure_sessions"),
 }

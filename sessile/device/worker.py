@@ -74,6 +74,23 @@ class Ticket:
         self._done.set()
 
 
+class CpuModel:
+    """A decoder on its pool, run in the best way that its weights and this machine allow."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._native = native_decoder(decoder, cache)
+        self._fused = fuse_for_cpu(decoder, cache) if self._native is None else None
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, rows: StepRows) -> torch.Tensor:
+        """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that."""
+        if self._native is not None:
+            return self._native.forward(tokens, positions, slots, rows)
+        if self._fused is not None and is_few_tokens(rows):
+            return self._fused.forward(tokens, positions, slots, query_items(rows))
+        return self._decoder(StepInputs(tokens, positions, CpuAttentionStep(self._cache, rows, slots)))
+
+
 class StepRunner:
     """Applies and runs one plan at a time, on the caller's thread; the state of a device but for its thread."""
 
@@ -85,9 +102,8 @@ class StepRunner:
         self._table = PageTable(rows_max, row_pages, pool.pages, device)
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
-        self._cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
-        self._native = native_decoder(decoder, self._cache)
-        self._fused = fuse_for_cpu(decoder, self._cache) if self._native is None else None
+        cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
+        self._model = CpuModel(decoder, cache)
         self._row_tokens_max = row_pages * pool.page_size
 
     @property
@@ -107,7 +123,7 @@ class StepRunner:
             return _nothing_ran(plan)
         flat = flatten_step(plan, self._table.pages, self._pool.page_size, self._parameters.last_tokens)
         rows = StepRows(plan.rows, plan.starts, plan.query_counts)
-        hidden = self._forward(flat, rows)
+        hidden = self._model.forward(flat.tokens, flat.positions, flat.slots, rows)
         scores = self._score(plan, hidden)
         places = sample_positions(plan)
         if not places.flat.size:
@@ -115,14 +131,6 @@ class StepRunner:
         logits = self._decoder.logits(hidden[torch.from_numpy(places.flat).to(hidden.device)])
         sampled = self._sampler.run(plan, places, logits, flat.tokens)
         return _result(plan, flat, places, sampled, _emitted_logprobs(plan, places, logits, sampled), scores)
-
-    def _forward(self, flat: FlatStep, rows: StepRows) -> torch.Tensor:
-        """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that."""
-        if self._native is not None:
-            return self._native.forward(flat.tokens, flat.positions, flat.slots, rows)
-        if self._fused is not None and is_few_tokens(rows):
-            return self._fused.forward(flat.tokens, flat.positions, flat.slots, query_items(rows))
-        return self._decoder(StepInputs(flat.tokens, flat.positions, CpuAttentionStep(self._cache, rows, flat.slots)))
 
     def _score(self, plan: StepPlan, hidden: torch.Tensor) -> Logprobs:
         if not plan.score_queries.size:
