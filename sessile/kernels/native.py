@@ -59,6 +59,9 @@ class NativeBuild:
 PHASES = ("prepare", "qkv", "rotate", "chunks", "queries", "output", "gate and up", "down")
 """What a step's time is told of, as cpp/decoder.cpp numbers it; "prepare" is norms and rounding of inputs."""
 
+LAYER_PHASES_MAX = 12
+"""Times that threads wait for each other in a layer, at most, as in cpp/decoder.cpp."""
+
 
 class _OpenMp(ctypes.Structure):
     _fields_ = [("thread_number", ctypes.c_int64), ("thread_count", ctypes.c_int64)]
@@ -91,7 +94,7 @@ class Step(ctypes.Structure):
         ("epsilon", ctypes.c_double),
         *((name, ctypes.c_int64) for name in (
             "layer_table", "residual", "cosine", "sine", "slots", "table", "queries", "query_table", "items",
-            "item_table", "chunks", "chunk_table", "key_tiles", "query_tiles", "nanoseconds", "shared", "scratch", "scratch_bytes",
+            "item_table", "chunks", "chunk_table", "key_tiles", "query_tiles", "nanoseconds", "counts", "scratch", "scratch_bytes",
         )),
     ]  # fmt: skip
 
@@ -103,7 +106,7 @@ class Product(ctypes.Structure):
         ("openmp", _OpenMp),
         ("linear", Linear),
         *((name, ctypes.c_int64) for name in (
-            "tokens", "inputs_are_bfloat16", "x", "out", "shared", "scratch", "scratch_bytes",
+            "tokens", "inputs_are_bfloat16", "x", "out", "counts", "scratch", "scratch_bytes",
         )),
     ]  # fmt: skip
 
@@ -127,13 +130,13 @@ class NativeKernels:
 
     def step(self, step: Step) -> None:
         """Run all layers; the arrays that the addresses name must live until this returns."""
-        self._call(step, self._library.sessile_step_bytes, self._step)
+        self._call(step, self._library.sessile_step_bytes, self._step, LAYER_PHASES_MAX * step.layers)
 
     def product(self, product: Product) -> None:
         """Run one linear layer; the arrays that the addresses name must live until this returns."""
-        self._call(product, self._library.sessile_product_bytes, self._product)
+        self._call(product, self._library.sessile_product_bytes, self._product, 2)
 
-    def _call(self, arguments: Any, count_bytes: Any, function: int) -> None:
+    def _call(self, arguments: Any, count_bytes: Any, function: int, phases: int) -> None:
         threads = torch.get_num_threads()
         needed = count_bytes(ctypes.byref(arguments), ctypes.c_int64(threads)) + 64
         scratch: npt.NDArray[np.uint8] = getattr(self._own, "scratch", np.empty(0, np.uint8))
@@ -141,9 +144,9 @@ class NativeKernels:
             scratch = self._own.scratch = np.empty(needed, np.uint8)
         # Vectors of 64 bytes that lie across two lines of the cache take twice as long.
         start = -scratch.ctypes.data % 64
-        shared = np.zeros(64, np.int64)
+        counts = np.zeros((phases, 2), np.int64)
         arguments.openmp = self._openmp
-        arguments.shared = shared.ctypes.data
+        arguments.counts = counts.ctypes.data
         arguments.scratch = scratch.ctypes.data + start
         arguments.scratch_bytes = scratch.size - start
         self._run(function, ctypes.addressof(arguments), threads, 0)

@@ -19,72 +19,66 @@ struct Layer {
     Linear qkv, output, gate_up, down;
 };
 
-// A meeting of all threads. Spins, as the next piece of work is microseconds away, but gives its core up when somebody is
-// late, who may be waiting for that core.
+// The threads of one call, which go through the same phases. A phase is over when its pieces are done, whoever did them:
+// nobody waits for a thread that lost its core between two pieces; it finds the phase over when it comes back.
 class Team {
   public:
-    int64_t thread = 0, threads = 1;
+    const int64_t thread, threads;
 
-    Team(int64_t* shared, int64_t thread, int64_t threads) : thread(thread), threads(threads), shared_(shared) {}
+    Team(int64_t* counts, int64_t thread, int64_t threads)
+        : thread(thread), threads(threads), phase_((Count*)counts) {}
 
-    // The first of the next pieces, or `pieces` if none is left. Half of a fair share at once, as neighbours lie side by
-    // side in memory, down to one near the end.
-    int64_t take(int64_t pieces, int64_t& taken) {
-        auto* next = (std::atomic<int64_t>*)(shared_ + 8 * (3 + phase_ % 3));
-        int64_t first = next->load(std::memory_order_relaxed);
-        do {
-            if (first >= pieces) return pieces;
-            taken = (pieces - first) / (2 * threads);
-            if (taken < 1) taken = 1;
-        } while (!next->compare_exchange_weak(first, first + taken, std::memory_order_relaxed));
-        return first;
+    // run(first, end) for stretches of so many pieces, until all are done by anybody; all that was written in it can be
+    // read after. A stretch is half of a fair share, as neighbours lie side by side in memory, down to one piece near
+    // the end.
+    template <class Run>
+    void share(int64_t pieces, Run run) {
+        int64_t first = phase_->begun.load(std::memory_order_relaxed);
+        while (first < pieces) {
+            const int64_t half = (pieces - first) / (2 * threads), taken = half < 1 ? 1 : half;
+            if (!phase_->begun.compare_exchange_weak(first, first + taken, std::memory_order_relaxed)) continue;
+            run(first, first + taken);
+            phase_->done.fetch_add(taken, std::memory_order_acq_rel);
+            first = phase_->begun.load(std::memory_order_relaxed);
+        }
+        wait(pieces);
     }
 
-    // One piece at a time.
-    int64_t take(int64_t pieces) {
-        auto* next = (std::atomic<int64_t>*)(shared_ + 8 * (3 + phase_ % 3));
-        const int64_t piece = next->fetch_add(1, std::memory_order_relaxed);
-        return piece < pieces ? piece : pieces;
-    }
-
-    // All that was written before by any thread can be read after. Starts the next count of pieces.
-    void meet() {
-        phase_++;
-        if (threads == 1) {
-            shared_[8 * (3 + phase_ % 3)] = 0;
-            return;
+    // run(piece) for each piece, one at a time, until all are done.
+    template <class Run>
+    void each(int64_t pieces, Run run) {
+        for (int64_t piece; (piece = phase_->begun.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+            run(piece);
+            phase_->done.fetch_add(1, std::memory_order_acq_rel);
         }
-        auto* arrived = (std::atomic<int64_t>*)shared_;
-        auto* open = (std::atomic<int64_t>*)(shared_ + 8);
-        const int64_t number = phase_;
-        if (arrived->fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            arrived->store(0, std::memory_order_relaxed);
-            // Nobody takes pieces of the phase after the next before this opens, nor of the last but one any more.
-            shared_[8 * (3 + (phase_ + 1) % 3)] = 0;
-            open->store(number, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; open->load(std::memory_order_acquire) < number; spins++) {
-            if (spins < 20000) {
-#if defined(__x86_64__)
-                _mm_pause();
-#endif
-            } else {
-                sched_yield();
-            }
-        }
+        wait(pieces);
     }
 
   private:
-    int64_t* shared_;  // eight int64 apart: arrived, open, -, three counts of pieces; all zero at the start
-    int64_t phase_ = 0;
+    // One for each phase of a call, zero at the start and never used again: who comes late cannot disturb a later phase.
+    struct Count {
+        std::atomic<int64_t> begun, done;
+    };
+
+    Count* phase_;
+
+    // Spins, as the rest is microseconds away, but gives the core up when it is not: somebody may be waiting for it.
+    void wait(int64_t pieces) {
+        for (int spins = 0; phase_->done.load(std::memory_order_acquire) < pieces; spins++) {
+            if (spins > 2000) sched_yield();
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+        }
+        phase_++;
+    }
 };
 
 struct OpenMp {
     int64_t thread_number, thread_count;
 
-    Team team(int64_t* shared) const {
-        return Team(shared, ((int (*)())thread_number)(), ((int (*)())thread_count)());
+    Team team(int64_t* counts) const {
+        return Team(counts, ((int (*)())thread_number)(), ((int (*)())thread_count)());
     }
 };
 
@@ -100,8 +94,11 @@ struct Step {
     int64_t chunks, chunk_table;  // int32 [chunks][5]: first token, row, position of the first token, tokens, first tile
     int64_t key_tiles, query_tiles;  // of all chunks: of KEY_TILE keys, and of QUERY_TILE positions
     int64_t nanoseconds;  // 0, or int64 [PHASES] to which the time of each phase is added
-    int64_t shared, scratch, scratch_bytes;
+    int64_t counts;  // int64 [PHASES_MAX × layers][2], zero
+    int64_t scratch, scratch_bytes;
 };
+
+constexpr int64_t PHASES_MAX = 12;  // of a layer, told apart by their counts
 
 enum Phase { PREPARE, QKV, ROTATE, CHUNKS, QUERIES, OUTPUT, GATE_UP, DOWN, PHASES };
 
@@ -227,8 +224,7 @@ static Inputs<X> prepare(Team& team, Layout<X>& at, const float* x, const float*
         one(0);
         return out;
     }
-    for (int64_t tile; (tile = team.take(tiles.count)) < tiles.count;) one(tile);
-    team.meet();
+    team.each(tiles.count, one);
     return out;
 }
 
@@ -239,9 +235,8 @@ static void multiply(Team& team, const Inputs<X>& in, int64_t tokens, const Line
     const int64_t pieces = (linear.rows + 31) / 32, bytes = block_bytes((int)linear.kind, linear.k);
     const float* bias = (const float*)linear.bias;
     const Tiles tiles(tokens);
-    int64_t taken;
-    for (int64_t piece; (piece = team.take(pieces, taken)) < pieces;)
-        for (const int64_t end = piece + taken; piece < end;) {
+    team.share(pieces, [&](int64_t piece, int64_t end) {
+        while (piece < end) {
             const int64_t wide = end - piece >= 2 ? 2 : 1, first = piece * 32;
             const uint8_t* blocks[UNIT_BLOCKS];
             for (int r = 0; r < 2 * wide; r++) blocks[r] = (const uint8_t*)linear.blocks + (piece * 2 + r) * bytes;
@@ -257,6 +252,7 @@ static void multiply(Team& team, const Inputs<X>& in, int64_t tokens, const Line
                 multiply_unit<2>(in, tiles, (int)linear.kind, blocks, 2 * bytes, scratch, with_bias);
             piece += wide;
         }
+    });
 }
 
 INLINE void copy_rows(float* to, const float* from, int64_t rows) {
@@ -281,12 +277,11 @@ static void multiply_gated(Team& team, const Inputs<X>& in, int64_t tokens, cons
     const uint8_t *gate = (const uint8_t*)linear.blocks, *up = gate + inner / 16 * bytes;
     const float* bias = (const float*)linear.bias;
     const Tiles tiles(tokens);
-    int64_t taken;
-    for (int64_t start; (start = team.take(pieces, taken)) < pieces;) for (int64_t piece = start; piece < start + taken; piece++) {
+    auto multiply_piece = [&](int64_t piece) {
         const uint8_t* blocks[4] = {gate + piece * 2 * bytes, gate + (piece * 2 + 1) * bytes, up + piece * 2 * bytes,
                                     up + (piece * 2 + 1) * bytes};
         const int64_t first = piece * GROUP;
-        multiply_unit<4>(in, tiles, (int)linear.kind, blocks, 2 * bytes, at.units, [&](int64_t tile_first, int64_t t, int64_t count, float* out) {
+        auto finish = [&](int64_t tile_first, int64_t t, int64_t count, float* out) {
             float values[GROUP];
             if (bias)
                 for (int i = 0; i < GROUP; i++) out[i] += bias[first + i], out[GROUP + i] += bias[inner + first + i];
@@ -294,8 +289,12 @@ static void multiply_gated(Team& team, const Inputs<X>& in, int64_t tokens, cons
             prepare_token(values, (const float*)nullptr, 1.0f, GROUP, t, count,
                           at.gated + tile_first * inner + first * count,
                           at.gated_sums + tile_first * (inner / GROUP) + piece * count);
-        });
-    }
+        };
+        multiply_unit<4>(in, tiles, (int)linear.kind, blocks, 2 * bytes, at.units, finish);
+    };
+    team.share(pieces, [&](int64_t piece, int64_t end) {
+        for (; piece < end; piece++) multiply_piece(piece);
+    });
 }
 
 static void rotate(float* head, const float* cosine, const float* sine, int64_t d) {
@@ -329,47 +328,52 @@ static void place_token(const Step& s, const Layer& layer, const Pool<P>& pool, 
     }
 }
 
+// What the items of a query found for one head → out [d].
+template <class X>
+static void merge_items(const Layout<X>& at, const Step& s, int64_t first, int64_t last, int64_t head, float* out) {
+    float top = LOWEST, total = 0;
+    for (int64_t item = first; item < last; item++)
+        top = at.tops[item * s.heads + head] > top ? at.tops[item * s.heads + head] : top;
+    for (int64_t i = 0; i < s.d; i++) out[i] = 0;
+    for (int64_t item = first; item < last; item++) {
+        const float share = power_of_two(splat(at.tops[item * s.heads + head] - top)).part[0][0];
+        const float* mixed = at.mixed + (item * s.heads + head) * s.d;
+        total += at.totals[item * s.heads + head] * share;
+        for (int64_t i = 0; i < s.d; i++) out[i] += mixed[i] * share;
+    }
+    for (int64_t i = 0; i < s.d; i++) out[i] /= total;
+}
+
+constexpr int64_t HEADS_AT_ONCE = 16;
+
 // Pieces of histories of single queries, then their merges.
 template <class X, class P>
 static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layout<X>& at) {
     const int64_t group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * s.d;
     const int32_t(*queries)[4] = (const int32_t(*)[4])s.query_table;
     const int32_t(*items)[3] = (const int32_t(*)[3])s.item_table;
-    for (int64_t item; (item = team.take(s.items)) < s.items;) for (int64_t kv_head = 0; kv_head < s.kv_heads; kv_head++) {
-        const int64_t first_head = kv_head * group;
+    team.each(s.items, [&](int64_t item) {
         const int32_t* query = queries[items[item][0]];
-        const int64_t start = item * s.heads + first_head;
-        Partial partials[64];
-        for (int64_t h0 = 0; h0 < group; h0 += 64) {
-            const int64_t count = group - h0 < 64 ? group - h0 : 64;
-            for (int64_t h = 0; h < count; h++) partials[h].mixed = at.mixed + (start + h0 + h) * s.d;
-            attend_stretch(pool, query[1], kv_head, count, at.qkv + query[0] * width + (first_head + h0) * s.d,
-                           items[item][1], items[item][2], partials);
+        Partial partials[HEADS_AT_ONCE];
+        for (int64_t head = 0; head < s.heads;) {
+            const int64_t kv_head = head / group, rest = (kv_head + 1) * group - head;
+            const int64_t count = rest < HEADS_AT_ONCE ? rest : HEADS_AT_ONCE, at_head = item * s.heads + head;
+            for (int64_t h = 0; h < count; h++) partials[h].mixed = at.mixed + (at_head + h) * s.d;
+            attend_stretch(pool, query[1], kv_head, count, at.qkv + query[0] * width + head * s.d, items[item][1],
+                           items[item][2], partials);
             for (int64_t h = 0; h < count; h++) {
-                at.tops[start + h0 + h] = partials[h].top;
-                at.totals[start + h0 + h] = partials[h].total;
+                at.tops[at_head + h] = partials[h].top;
+                at.totals[at_head + h] = partials[h].total;
             }
+            head += count;
         }
-    }
-    team.meet();
-    for (int64_t index; (index = team.take(s.queries)) < s.queries;) {
+    });
+    team.each(s.queries, [&](int64_t index) {
         const int32_t* query = queries[index];
-        for (int64_t head = 0; head < s.heads; head++) {
-            float* out = at.attended + ((int64_t)query[0] * s.heads + head) * s.d;
-            const int64_t first = query[2], last = first + query[3];
-            float top = -3.0e38f, total = 0;
-            for (int64_t item = first; item < last; item++)
-                top = at.tops[item * s.heads + head] > top ? at.tops[item * s.heads + head] : top;
-            for (int64_t i = 0; i < s.d; i++) out[i] = 0;
-            for (int64_t item = first; item < last; item++) {
-                const float share = power_of_two(splat(at.tops[item * s.heads + head] - top)).part[0][0];
-                const float* mixed = at.mixed + (item * s.heads + head) * s.d;
-                total += at.totals[item * s.heads + head] * share;
-                for (int64_t i = 0; i < s.d; i++) out[i] += mixed[i] * share;
-            }
-            for (int64_t i = 0; i < s.d; i++) out[i] /= total;
-        }
-    }
+        for (int64_t head = 0; head < s.heads; head++)
+            merge_items(at, s, query[2], query[2] + query[3], head,
+                        at.attended + ((int64_t)query[0] * s.heads + head) * s.d);
+    });
 }
 
 // Chunks of prompts: their histories packed once, then tiles of queries. The last tiles see most, so they go first.
@@ -377,7 +381,7 @@ template <class X, class P>
 static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout<X>& at) {
     const int64_t group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * s.d;
     const int32_t(*chunks)[5] = (const int32_t(*)[5])s.chunk_table;
-    for (int64_t job; (job = team.take(s.key_tiles * s.kv_heads)) < s.key_tiles * s.kv_heads;) {
+    team.each(s.key_tiles * s.kv_heads, [&](int64_t job) {
         const int64_t tile = job / s.kv_heads, kv_head = job % s.kv_heads;
         int64_t chunk = s.chunks - 1;
         while (chunks[chunk][4] > tile) chunk--;
@@ -386,10 +390,9 @@ static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout
         const int64_t place = (base + tile - chunks[chunk][4]) * KEY_TILE;
         pack_tile(pool, chunks[chunk][1], kv_head, start, end, at.d_padded, at.keys + place * s.d,
                   at.values + place * at.d_padded);
-    }
-    team.meet();
+    });
     const int64_t jobs = s.query_tiles * s.kv_heads;
-    for (int64_t job; (job = team.take(jobs)) < jobs;) {
+    team.each(jobs, [&](int64_t job) {
         int64_t tile = (jobs - 1 - job) / s.kv_heads, chunk = 0;
         const int64_t kv_head = job % s.kv_heads;
         while (tile >= (chunks[chunk][3] + QUERY_TILE - 1) / QUERY_TILE)
@@ -402,7 +405,7 @@ static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout
         attend_tile<X>(at.qkv + t * width + head * s.d, width, at.attended + (t * s.heads + head) * s.d,
                        s.heads * s.d, positions, group, s.d, at.d_padded, own[2] + first, at.keys + base * s.d,
                        at.values + base * at.d_padded, at.tiles);
-    }
+    });
 }
 
 template <class X, class P>
@@ -427,27 +430,22 @@ static void run_layers(const Step& s, Team& team) {
                  [&](int64_t t, int64_t first, int64_t rows, const float* out) {
                      copy_rows(at.qkv + t * width + first, out, rows);
                  });
-        team.meet();
         watch.lap(QKV);
-        for (int64_t t; (t = team.take(s.tokens)) < s.tokens;) place_token(s, layer, pool, at.qkv + t * width, t);
-        team.meet();
+        team.each(s.tokens, [&](int64_t t) { place_token(s, layer, pool, at.qkv + t * width, t); });
         watch.lap(ROTATE);
-        if (s.chunks) attend_chunks(team, s, pool, at), team.meet();
+        if (s.chunks) attend_chunks(team, s, pool, at);
         watch.lap(CHUNKS);
-        if (s.queries) attend_queries(team, s, pool, at), team.meet();
+        if (s.queries) attend_queries(team, s, pool, at);
         watch.lap(QUERIES);
         in = prepare(team, at, at.attended, nullptr, epsilon, s.tokens, s.heads * s.d);
         watch.lap(PREPARE);
         multiply(team, in, s.tokens, layer.output, at.units, add);
-        team.meet();
         watch.lap(OUTPUT);
         in = prepare(team, at, residual, (const float*)layer.post_norm, epsilon, s.tokens, s.hidden);
         watch.lap(PREPARE);
         multiply_gated(team, in, s.tokens, layer.gate_up, at);
-        team.meet();
         watch.lap(GATE_UP);
         multiply(team, Inputs<X>{at.gated, at.gated_sums, s.inner}, s.tokens, layer.down, at.units, add);
-        team.meet();
         watch.lap(DOWN);
     }
 }
@@ -455,7 +453,7 @@ static void run_layers(const Step& s, Team& team) {
 struct Product {
     OpenMp openmp;
     Linear linear;
-    int64_t tokens, inputs_are_bfloat16, x, out, shared, scratch, scratch_bytes;
+    int64_t tokens, inputs_are_bfloat16, x, out, counts, scratch, scratch_bytes;
 };
 
 // Where the inputs of one product lie, and each thread's unpacked weights.
@@ -481,13 +479,12 @@ static void run_product(const Product& p, Team& team) {
     if (at.bytes > p.scratch_bytes) __builtin_trap();
     const int64_t k = p.linear.k;
     const Tiles tiles(p.tokens);
-    for (int64_t tile; (tile = team.take(tiles.count)) < tiles.count;) {
+    team.each(tiles.count, [&](int64_t tile) {
         const int64_t first = tiles.first(tile), end = tiles.first(tile + 1);
         for (int64_t t = first; t < end; t++)
             prepare_token((const float*)p.x + t * k, (const float*)nullptr, 1.0f, k, t - first, end - first,
                           (X*)at.in.x + first * k, (float*)at.in.sums + first * (k / GROUP));
-    }
-    team.meet();
+    });
     multiply(team, at.in, p.tokens, p.linear, at.units, [&](int64_t t, int64_t first, int64_t rows, const float* out) {
         copy_rows((float*)p.out + t * p.linear.rows + first, out, rows);
     });
@@ -513,7 +510,7 @@ int64_t sessile_product_bytes(const Product* p, int64_t threads) {
 }
 
 void sessile_step(const Step* s) {
-    Team team = s->openmp.team((int64_t*)s->shared);
+    Team team = s->openmp.team((int64_t*)s->counts);
 #if defined(__AVX512BF16__)
     if (s->inputs_are_bfloat16) return run_layers<uint16_t, uint16_t>(*s, team);
 #endif
@@ -522,7 +519,7 @@ void sessile_step(const Step* s) {
 }
 
 void sessile_product(const Product* p) {
-    Team team = p->openmp.team((int64_t*)p->shared);
+    Team team = p->openmp.team((int64_t*)p->counts);
 #if defined(__AVX512BF16__)
     if (p->inputs_are_bfloat16) return run_product<uint16_t>(*p, team);
 #endif
