@@ -157,7 +157,8 @@ class PeerArm:
             raise StartupError(f"--peers: {self.figures.name} failed ({error}). Run its command by hand.") from error
         found = read_rates(done.stdout)
         if not found:
-            raise StartupError(f"--peers: {self.figures.name} printed no rate. See `sessile/bench/cpu.py` for the lines.")
+            name = self.figures.name
+            raise StartupError(f"--peers: {name} printed no rate. docs/BENCHMARKS.md has the lines that it must print.")
         for what, rate in found.items():
             self.figures.note(what, rate)
 
@@ -165,7 +166,8 @@ class PeerArm:
 def read_rates(text: str) -> dict[str, float]:
     """Tokens a second by what was measured, from the lines of a peer."""
     found = {f"batch {batch}": float(rate) for batch, rate in re.findall(r"B=(\d+) decode ([\d.]+) tok/s", text)}
-    return found | {PREFILL: float(rate) for rate in re.findall(rf"prefill{PREFILL_TOKENS} ([\d.]+) tok/s", text)}
+    prefill = re.search(rf"prefill{PREFILL_TOKENS} ([\d.]+) tok/s", text)
+    return found | ({PREFILL: float(prefill[1])} if prefill else {})
 
 
 def measure_cpu(options: CpuBenchOptions) -> int:

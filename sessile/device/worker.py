@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sessile.contract.plan import StepPlan, StepResult
 from sessile.device.inputs import FlatStep, SamplePositions, check_plan, flatten_step, sample_positions
@@ -82,8 +83,11 @@ class CpuModel:
         self._native = native_decoder(decoder, cache)
         self._fused = fuse_for_cpu(decoder, cache) if self._native is None else None
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, rows: StepRows) -> torch.Tensor:
-        """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that."""
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: StepRows) -> Tensor:
+        """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that.
+
+        tokens, positions, slots int64[t].
+        """
         if self._native is not None:
             return self._native.forward(tokens, positions, slots, rows)
         if self._fused is not None and is_few_tokens(rows):

@@ -94,7 +94,8 @@ class Step(ctypes.Structure):
         ("epsilon", ctypes.c_double),
         *((name, ctypes.c_int64) for name in (
             "layer_table", "residual", "cosine", "sine", "slots", "table", "queries", "query_table", "items",
-            "item_table", "chunks", "chunk_table", "key_tiles", "query_tiles", "nanoseconds", "counts", "scratch", "scratch_bytes",
+            "item_table", "chunks", "chunk_table", "key_tiles", "query_tiles", "nanoseconds", "counts", "scratch",
+            "scratch_bytes",
         )),
     ]  # fmt: skip
 
@@ -124,7 +125,7 @@ class NativeKernels:
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._run.restype = None
         self._openmp = _OpenMp(_address(openmp.omp_get_thread_num), _address(openmp.omp_get_num_threads))
-        self._step, self._product = (_address(getattr(self._library, f"sessile_{name}")) for name in ("step", "product"))
+        self._step, self._product = _address(self._library.sessile_step), _address(self._library.sessile_product)
         self._own = threading.local()
         self.multiplies_bfloat16 = bool(self._library.sessile_has_bfloat16())
 

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -125,5 +126,9 @@ def work_tables(rows: StepRows) -> tuple[Table, Table, Table]:
     tiles = np.array([ceil_div(int(end), KEY_TILE) for end in ends], np.int32)
     chunks = np.stack((offsets[~short], rows.rows[~short], rows.starts[~short], counts[~short],
                        np.cumsum(tiles) - tiles), 1)  # fmt: skip
-    return tuple(np.ascontiguousarray(table, np.int32) for table in (queries, items, chunks))
+    return _as_table(queries), _as_table(items), _as_table(chunks)
+
+
+def _as_table(columns: npt.NDArray[np.signedinteger[Any]]) -> Table:
+    return np.ascontiguousarray(columns, np.int32)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sessile.errors import StartupError
 from sessile.gguf import GgufFile, GgufTensor
-from sessile.model.config import ModelConfig, ModelOptions, config_from_folder, config_from_gguf, resolve_model_path
 from sessile.kernels.packing import Groups
+from sessile.model.config import ModelConfig, ModelOptions, config_from_folder, config_from_gguf, resolve_model_path
 from sessile.model.dequantize import dequantize, stored_groups
 from sessile.model.layers import Checkpoint, Decoder, WeightFormat
 from sessile.model.llama import Llama

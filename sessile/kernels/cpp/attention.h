@@ -38,8 +38,8 @@ class Walk {
     int64_t size_, within_;
 };
 
-// What a stretch of history says to one head: the largest score times log2 e, the sum of exponentials, and the values weighted by
-// them, not yet divided.
+// What a stretch of history says to one head: the largest score times log2 e, the sum of exponentials, and the values
+// weighted by them, not yet divided.
 struct Partial {
     float top, total;
     float* mixed;
@@ -263,7 +263,8 @@ INLINE void convert(float x, uint16_t& out) { out = narrow(x); }
 
 template <class P, class X>
 static void pack_tile(
-    const Pool<P>& pool, int64_t row, int64_t kv_head, int64_t start, int64_t end, int64_t d_padded, X* keys, X* values) {
+    const Pool<P>& pool, int64_t row, int64_t kv_head, int64_t start, int64_t end, int64_t d_padded, X* keys,
+    X* values) {
     const P *key[KEY_TILE], *value[KEY_TILE];
     const int count = (int)(end - start < KEY_TILE ? end - start : KEY_TILE);
     Walk<P> walk(pool, row, start);
@@ -293,33 +294,52 @@ static void pack_tile(
             }
 }
 
-// One tile of a chunk's queries over the packed history of a KV head.
+// What a tile of a chunk's queries keeps while it goes over the history of a KV head.
 template <class X>
 struct TileScratch {
     X* query;  // tiles of inputs, of d
     float* mixed;  // [vectors, d_padded]
-    float *tops, *totals;  // [vectors]
+    float* totals;  // [vectors, 16], one for each lane, to be added up at the end
+    float* tops;  // [vectors]
 
     static int64_t bytes(int64_t vectors, int64_t d, int64_t d_padded) {
-        return vectors * (d * (int64_t)sizeof(X) + d_padded * 4 + 8) + 256;
+        return vectors * (d * (int64_t)sizeof(X) + d_padded * 4 + 68) + 256;
     }
 
     TileScratch(uint8_t* at, int64_t vectors, int64_t d_padded) {
         mixed = (float*)at;
-        tops = mixed + vectors * d_padded;
-        totals = tops + vectors;
-        query = (X*)(totals + vectors);
+        totals = mixed + vectors * d_padded;
+        tops = totals + vectors * 16;
+        query = (X*)(tops + vectors);
     }
 };
 
 INLINE void store_as(float* at, F16 x) { store(at, x); }
 INLINE void store_as(uint16_t* at, F16 x) { store_bfloat16(at, x); }
 
+// `weigh` for a whole tile of keys, of which the first `seen` are visible: scores float32[64] → weights [64].
+template <class X>
+INLINE float weigh_tile(float* scores, int seen, float scale, float& top, float* totals, X* weights) {
+    for (int i = seen; i < KEY_TILE; i++) scores[i] = LOWEST;
+    F16 row[KEY_TILE / 16];
+    for (int i = 0; i < KEY_TILE / 16; i++) row[i] = load(scores + i * 16);
+    const float own_top = largest(maximum(maximum(row[0], row[1]), maximum(row[2], row[3]))) * scale;
+    const float new_top = own_top > top ? own_top : top;
+    const float shrink = new_top == top ? 1.0f : power_of_two(splat(top - new_top)).part[0][0];
+    for (int i = 0; i < KEY_TILE / 16; i++) {
+        row[i] = power_of_two(multiply_add(row[i], splat(scale), splat(-new_top)));
+        store_as(weights + i * 16, row[i]);
+    }
+    store(totals, multiply_add(load(totals), splat(shrink), (row[0] + row[1]) + (row[2] + row[3])));
+    top = new_top;
+    return shrink;
+}
+
 // query and out [positions, group, d] at strides of positions. position: of the first query in its sequence.
 template <class X>
 static void attend_tile(
-    const float* query, int64_t query_stride, float* out, int64_t out_stride, int64_t positions, int64_t group, int64_t d, int64_t d_padded,
-    int64_t position, const X* keys, const X* values, uint8_t* scratch_bytes) {
+    const float* query, int64_t query_stride, float* out, int64_t out_stride, int64_t positions, int64_t group,
+    int64_t d, int64_t d_padded, int64_t position, const X* keys, const X* values, uint8_t* scratch_bytes) {
     const int64_t vectors = positions * group;
     const float scale = LOG2_E / __builtin_sqrtf((float)d);
     TileScratch<X> scratch(scratch_bytes, vectors, d_padded);
@@ -331,7 +351,7 @@ static void attend_tile(
             convert(own[j], scratch.query[first * d + Inputs<X>::place(j, v - first, count)]);
         for (int64_t j = 0; j < d_padded; j++) scratch.mixed[v * d_padded + j] = 0;
         scratch.tops[v] = -3.0e38f;
-        scratch.totals[v] = 0;
+        store(scratch.totals + v * 16, splat(0));
     }
     alignas(64) float scores[TILE_TOKENS * KEY_TILE], product[TILE_TOKENS * UNIT_ROWS], shrinks[TILE_TOKENS];
     alignas(64) X weights[TILE_TOKENS * KEY_TILE];
@@ -346,11 +366,9 @@ static void attend_tile(
             tile_of<KIND, UNIT_BLOCKS>(count, Inputs<X>{scratch.query + first * d, nullptr, d}, key_blocks, 0, scores);
             for (int t = 0; t < count; t++) {
                 const int64_t visible = position + (first + t) / group + 1 - start;
-                float* own = scores + t * KEY_TILE;
                 const int seen = visible < 0 ? 0 : visible < KEY_TILE ? (int)visible : KEY_TILE;
-                shrinks[t] = weigh(own, seen, scale, scratch.tops[first + t], scratch.totals[first + t]);
-                for (int i = (seen + 15) / 16 * 16; i < KEY_TILE; i += 16) store(own + i, splat(0));
-                for (int i = 0; i < KEY_TILE; i += 16) store_as(weights + t * KEY_TILE + i, load(own + i));
+                shrinks[t] = weigh_tile(scores + t * KEY_TILE, seen, scale, scratch.tops[first + t],
+                                        scratch.totals + (first + t) * 16, weights + t * KEY_TILE);
             }
             for (int64_t block = 0; block < d_blocks; block += UNIT_BLOCKS) {
                 const uint8_t* value_blocks[UNIT_BLOCKS];
@@ -358,16 +376,20 @@ static void attend_tile(
                     const int64_t own = block + r < d_blocks ? block + r : block;
                     value_blocks[r] = (const uint8_t*)(values + start * d_padded + own * 16 * KEY_TILE);
                 }
-                tile_of<KIND, UNIT_BLOCKS, true>(count, Inputs<X>{weights, nullptr, KEY_TILE}, value_blocks, 0, product);
+                const Inputs<X> in{weights, nullptr, KEY_TILE};
+                tile_of<KIND, UNIT_BLOCKS, true>(count, in, value_blocks, 0, product);
                 for (int t = 0; t < count; t++)
                     for (int r = 0; r < UNIT_BLOCKS && block + r < d_blocks; r++) {
                         float* mixed = scratch.mixed + (first + t) * d_padded + (block + r) * 16;
-                        store(mixed, multiply_add(load(mixed), splat(shrinks[t]), load(product + t * UNIT_ROWS + r * 16)));
+                        const F16 added = load(product + t * UNIT_ROWS + r * 16);
+                        store(mixed, multiply_add(load(mixed), splat(shrinks[t]), added));
                     }
             }
         }
     }
-    for (int64_t v = 0; v < vectors; v++)
+    for (int64_t v = 0; v < vectors; v++) {
+        const float total = sum(load(scratch.totals + v * 16));
         for (int64_t j = 0; j < d; j++)
-            out[v / group * out_stride + v % group * d + j] = scratch.mixed[v * d_padded + j] / scratch.totals[v];
+            out[v / group * out_stride + v % group * d + j] = scratch.mixed[v * d_padded + j] / total;
+    }
 }

@@ -1,8 +1,8 @@
 // All layers of a decoder for one step, and single linear layers, on the CPU.
 //
 // Every function that is exported is run by all threads of torch's OpenMP runtime at once, with one pointer to its
-// arguments; native.py lays them out, checks them and keeps them alive. Work is taken in small pieces by whoever is free,
-// so that a thread that loses its core delays the others by one piece.
+// arguments; native.py lays them out, checks them and keeps them alive. Work is taken in small pieces by whoever is
+// free, so that a thread that loses its core delays the others by one piece.
 
 #include <atomic>
 #include <sched.h>
@@ -19,8 +19,8 @@ struct Layer {
     Linear qkv, output, gate_up, down;
 };
 
-// The threads of one call, which go through the same phases. A phase is over when its pieces are done, whoever did them:
-// nobody waits for a thread that lost its core between two pieces; it finds the phase over when it comes back.
+// The threads of one call, which go through the same phases. A phase is over when its pieces are done, whoever did
+// them: nobody waits for a thread that lost its core between two pieces; it finds the phase over when it comes back.
 class Team {
   public:
     const int64_t thread, threads;
@@ -55,7 +55,7 @@ class Team {
     }
 
   private:
-    // One for each phase of a call, zero at the start and never used again: who comes late cannot disturb a later phase.
+    // One for each phase of a call, zero at the start and never used again: who comes late disturbs no later phase.
     struct Count {
         std::atomic<int64_t> begun, done;
     };
@@ -91,7 +91,7 @@ struct Step {
     int64_t layer_table, residual, cosine, sine, slots, table;
     int64_t queries, query_table;  // int32 [queries][4]: token, row, its first item, items
     int64_t items, item_table;  // int32 [items][3]: query, first history token, end
-    int64_t chunks, chunk_table;  // int32 [chunks][5]: first token, row, position of the first token, tokens, first tile
+    int64_t chunks, chunk_table;  // int32 [chunks][5]: first token, row, position of that token, tokens, first tile
     int64_t key_tiles, query_tiles;  // of all chunks: of KEY_TILE keys, and of QUERY_TILE positions
     int64_t nanoseconds;  // 0, or int64 [PHASES] to which the time of each phase is added
     int64_t counts;  // int64 [PHASES_MAX × layers][2], zero
@@ -137,7 +137,8 @@ struct Layout {
     int64_t bytes = 0;
     int64_t d_padded;
 
-    static constexpr int64_t OWN_TOKENS = FEW < 4 ? FEW : 4;  // up to so many, each thread prepares inputs for itself and need not wait
+    // Up to so many, each thread prepares inputs for itself and need not wait for another's. One tile, so at most FEW.
+    static constexpr int64_t OWN_TOKENS = 4;
 
     Layout(const Step& s, int64_t thread, int64_t threads) {
         uint8_t* base = (uint8_t*)s.scratch;
@@ -264,7 +265,8 @@ INLINE void copy_rows(float* to, const float* from, int64_t rows) {
 INLINE F16 silu(F16 gate) {
     const F16 zero = splat(0), one = splat(1);
     const F16 size = maximum(gate, zero - gate);
-    const F16 decay = power_of_two((zero - size) * splat(LOG2_E));  // of the two ways to write it, the one that cannot overflow
+    // Of the two ways to write the sigmoid, the one whose exponential cannot overflow.
+    const F16 decay = power_of_two((zero - size) * splat(LOG2_E));
     F16 top = one;
     EACH_PART top.part[p] = gate.part[p] >= 0 ? one.part[p] : decay.part[p];
     return gate * top / (one + decay);

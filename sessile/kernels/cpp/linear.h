@@ -10,8 +10,8 @@
 //             pairs 4c … 4c + 3, lowest bits first: weight = scale × nibble + minimum
 //   BYTES     a group is 16 pairs of [16][2] int8, then 16 scales in float16
 //
-// With many tokens a unit of weights is unpacked once, to float32 or bfloat16 as the inputs are. To float32 that is exact;
-// bfloat16 rounds what fewer tokens, whose groups are summed before they are scaled, take as it is.
+// With many tokens a unit of weights is unpacked once, to float32 or bfloat16 as the inputs are. To float32 that is
+// exact; bfloat16 rounds what fewer tokens, whose groups are summed before they are scaled, take as it is.
 
 #pragma once
 
@@ -49,14 +49,10 @@ INLINE int64_t block_bytes(int kind, int64_t k) {
 struct Tiles {
     int64_t tokens, count;
 
-    explicit Tiles(int64_t tokens) : tokens(tokens), count(tokens <= FEW ? 1 : (tokens + TILE_TOKENS - 1) / TILE_TOKENS) {}
+    explicit Tiles(int64_t tokens)
+        : tokens(tokens), count(tokens <= FEW ? 1 : (tokens + TILE_TOKENS - 1) / TILE_TOKENS) {}
 
     int64_t first(int64_t tile) const { return tokens * tile / count; }
-    int64_t of(int64_t token) const {
-        int64_t tile = token * count / tokens;
-        while (first(tile + 1) <= token) tile++;
-        return tile;
-    }
 };
 
 // Inputs of a product, tile by tile, so that what a tile reads lies in one stretch: float32 [k][T], or bfloat16
@@ -81,8 +77,9 @@ struct Scales {
 
 template <int K>
 INLINE Scales load_scales(const uint8_t* group) {
-    if (K == NIBBLES) return {load_float16((const uint16_t*)(group + 256)), load_float16((const uint16_t*)(group + 288))};
-    if (K == BYTES) return {load_float16((const uint16_t*)(group + 512)), splat(0)};
+    const uint16_t* halves = (const uint16_t*)(group + (K == NIBBLES ? 256 : 512));
+    if (K == NIBBLES) return {load_float16(halves), load_float16(halves + 16)};
+    if (K == BYTES) return {load_float16(halves), splat(0)};
     return {splat(1), splat(0)};
 }
 
@@ -166,8 +163,10 @@ static void tile(const Inputs<float>& in, const uint8_t* const* blocks, int64_t 
 #if defined(__AVX512BF16__)
 // The integers 0 … 15 as bfloat16, twice: a table for nibbles whose fifth bit is not cleared.
 alignas(64) static const uint16_t NIBBLE_TABLE[32] = {
-    0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
-    0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+    0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+    0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+    0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+    0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
 };
 
 // Pair i of four as bfloat16 [16][2], not scaled.
@@ -179,9 +178,9 @@ INLINE W16 load_whole_pair(const uint8_t* group, int quad, int i) {
         const __m512i words = _mm512_loadu_si512(group + quad * 64), table = _mm512_load_si512(NIBBLE_TABLE);
         out.part[0] = (Words)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, i * 4), table);
     } else if (K == BYTES) {
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(group + pair * 32))));
-        const __m512 high =
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(group + pair * 32 + 16))));
+        const __m128i* bytes = (const __m128i*)(group + pair * 32);
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
         out.part[0] = (Words)_mm512_cvtne2ps_pbh(high, low);
     } else {
         out = load_words(group + pair * 64);
@@ -192,7 +191,8 @@ INLINE W16 load_whole_pair(const uint8_t* group, int quad, int i) {
 // The same with bfloat16 inputs. Groups are summed before they are scaled: small integers are exact in bfloat16.
 // ROWS: the inputs lie in rows [T][64] instead.
 template <int K, int T, int R, bool ROWS = false>
-static void tile(const Inputs<uint16_t>& in, const uint8_t* const* blocks, int64_t ahead, float* out, int64_t out_stride) {
+static void tile(const Inputs<uint16_t>& in, const uint8_t* const* blocks, int64_t ahead, float* out,
+                 int64_t out_stride) {
     constexpr bool GROUPED = K == NIBBLES || K == BYTES;
     F16 sums[T][R];
     for (int t = 0; t < T; t++)
@@ -271,7 +271,8 @@ static void tile_of(int tokens, const Inputs<X>& in, const uint8_t* const* block
 }
 
 template <int B, class X>
-static void any_tile(int kind, int tokens, const Inputs<X>& in, const uint8_t* const* blocks, int64_t ahead, float* out) {
+static void any_tile(int kind, int tokens, const Inputs<X>& in, const uint8_t* const* blocks, int64_t ahead,
+                     float* out) {
     switch (kind) {
         case FLOAT32:
             if constexpr (sizeof(X) == 4) return tile_of<FLOAT32, B>(tokens, in, blocks, ahead, out);
@@ -351,8 +352,8 @@ INLINE bool is_ready(int kind) {
     return kind == FLOAT32 || (kind == BFLOAT16 && sizeof(X) == 2);
 }
 
-// Of B blocks (two or four), call finish(first token of the tile, token in it, tokens of it, float32[16 × B]) for every token.
-// ahead: bytes from a block to the one at its place in the next unit. scratch: 4 × k × 64 bytes.
+// Of B blocks (two or four), call finish(first token of the tile, token in it, tokens of it, float32[16 × B]) for every
+// token. ahead: bytes from a block to the one at its place in the next unit. scratch: 4 × k × 64 bytes.
 template <int B, class X, class Finish>
 static void multiply_unit(
     const Inputs<X>& in, const Tiles& tiles, int kind, const uint8_t* const* blocks, int64_t ahead, uint8_t* scratch,

@@ -1,4 +1,4 @@
-// Sixteen float32 as one value, in as many registers as the instruction set of this build needs, and bfloat16 beside it.
+// Sixteen float32 as one value, in as many registers as the instruction set of this build needs, and bfloat16 beside.
 //
 // Everything here is arithmetic without state. A build is for one instruction set; native.py chooses among the builds.
 
