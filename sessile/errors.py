@@ -22,6 +22,8 @@ SessileError
     └── AuditError       the audit found books and holders to differ
 """
 
+from collections.abc import Iterator
+
 
 class SessileError(Exception):
     """Root of all exceptions that Sessile raises on purpose."""
@@ -32,6 +34,8 @@ class UserError(SessileError):
 
     status = 400
     code = "invalid_request"
+    retry_after_s: float | None = None
+    """For a client: when the server said to come back."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -110,6 +114,21 @@ class NotReady(UserError):
 
     status = 503
     code = "not_ready"
+
+
+def error_of(status: int, code: str, message: str, param: str | None = None) -> UserError:
+    """A UserError that crossed a wire: of the class with this code, else of the one with this status."""
+    kinds = list(_kinds_of(UserError))
+    fitting = [kind for kind in kinds if kind.code == code] or [kind for kind in kinds if kind.status == status]
+    error = (fitting or [UserError])[0](message, param=param)
+    error.status, error.code = status, code or error.code
+    return error
+
+
+def _kinds_of(kind: type[UserError]) -> Iterator[type[UserError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _kinds_of(child)
 
 
 class CorpusFileError(SessileError):

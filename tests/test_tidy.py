@@ -31,7 +31,7 @@ FORBIDDEN_NAMES = {"data", "info"}
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "datetime", "secrets", "uuid", "subprocess"}
 CORE_MAY_IMPORT = {"numpy", "sessile"}
 # The shells a user talks to; everything else logs or returns.
-MAY_PRINT = {"cli.py", "chat.py", "doctor.py", "__main__.py"}
+MAY_PRINT = {"cli.py", "doctor.py", "__main__.py"}
 MAY_PRINT_FOLDERS = {"bench", "sim"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
