@@ -44,6 +44,10 @@ class BatchOptions:
     """How `sessile run-batch` asks."""
 
     concurrency: int = option(64, "Most requests in flight at a time.", unit="requests", low=1, high=4096)
+    patience_s: float = option(
+        600.0, "How long a row is sent again while the server is at a limit or gone, before the batch ends.",
+        unit="seconds", low=0,
+    )  # fmt: skip
 
 
 def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
@@ -272,7 +276,7 @@ def run_batch(
 
     async def run(server_url: str) -> Tally:
         with shown_progress(sys.stderr) as report:
-            async with AsyncClient(server_url, api_key) as client:
+            async with AsyncClient(server_url, api_key, patience_s=options.patience_s) as client:
                 return await run_batch(client, source, answers, concurrency=options.concurrency, report=report)
 
     with answer_file(target) as answers, contextlib.ExitStack() as stack:

@@ -114,7 +114,8 @@ def _groups(commands: Sequence[CommandLine]) -> list[str]:
 def _fish_lines(commands: Sequence[CommandLine]) -> Iterator[str]:
     yield "complete -c sessile -f -n __fish_use_subcommand"
     for first in _following(commands)[""]:
-        summary = next((command.summary for command in commands if command.name == first), f"see sessile {first} --help")
+        summaries = [command.summary for command in commands if command.name == first]
+        summary = summaries[0] if summaries else f"see sessile {first} --help"
         yield f"complete -c sessile -n __fish_use_subcommand -a {first} -d {_quoted(summary)}"
     for command in commands:
         first, _, second = command.name.partition(" ")

@@ -98,6 +98,6 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if float in kinds and type(value) is int:
         value = float(value)
     if type(value) not in kinds:
-        words = " or ".join(kind.__name__ for kind in kinds)
+        words = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
         raise StartupError(f"{name} must be {words}; got {value!r}")
     return value

@@ -114,8 +114,8 @@ def _check_names(keywords: Mapping[str, Any]) -> None:
 
 
 def _stops(stop: str | Sequence[str]) -> tuple[bytes, ...]:
-    strings = [stop] if isinstance(stop, str) else list(stop)
-    if any(not isinstance(string, str) for string in strings):
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or any(not isinstance(string, str) for string in strings):
         raise _fault("stop", "must be a string or a list of strings")
     if len(strings) > STOPS_MAX:
         raise _fault("stop", f"at most {STOPS_MAX} strings")
@@ -126,6 +126,8 @@ def _stops(stop: str | Sequence[str]) -> tuple[bytes, ...]:
 
 
 def _listed(name: str, tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    if not isinstance(tokens, list | tuple):
+        raise _fault(name, "must be a list of token ids")
     if len(tokens) > LISTED_TOKENS_MAX:
         raise _fault(name, f"at most {LISTED_TOKENS_MAX} tokens")
     for token in tokens:

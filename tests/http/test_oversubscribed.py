@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sessile.bench.client import NativeServer, connected, side_by_side
 from sessile import LLM
+from sessile.bench.client import NativeServer, connected, side_by_side
 from tests.http.serving import Deployment, free_port, wait_until_healthy
 from tests.parity.tiny_models import VOCAB, make_tiny
 from tests.unit.tiny_folder import write_tiny_model

@@ -81,7 +81,8 @@ def test_a_template_that_cannot_be_continued_is_refused_at_the_start(tokenizer: 
 
 def test_the_summary_counts_new_and_reused_tokens_and_the_speed_after_the_first(tokenizer: Tokenizer) -> None:
     said = replace(completion(tokenizer, "x", "length"), tokens=[5] * 21)
-    assert Answer(said, 0.5, 2.5).summary == "10 new tokens · 20 reused · first token after 500 ms · 21 tokens at 10.0 tokens/s"
+    speed = "first token after 500 ms · 21 tokens at 10.0 tokens/s"
+    assert Answer(said, 0.5, 2.5).summary == f"10 new tokens · 20 reused · {speed}"
     assert Answer(replace(said, tokens=[]), 0.5, 2.5).summary == "10 new tokens · 20 reused"
 
 
