@@ -104,6 +104,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, summary: str) -> None:
         super().__init__(prog=prog, description=f"{summary[:1].upper()}{summary[1:]}.", allow_abbrev=False)
         self.set_defaults(flags={})
+        self._values: dict[str, tuple[str, ...]] = {}
+        """The values of each flag of a setting that has only these."""
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for what it cannot make sense of."""
@@ -128,14 +130,15 @@ class Parser(argparse.ArgumentParser):
                 metavar=_metavar(setting),
                 help=_help(setting),
                 default=argparse.SUPPRESS,
-            ).values = setting.declared.metadata["choices"]
+            )
+            self._values |= {f"--{flag}": setting.declared.metadata["choices"] for flag in setting.flags}
 
     def command_line(self, name: str, summary: str) -> "CommandLine":
         """This command as shell completion knows it."""
         from sessile.shell import CommandLine, Flag
 
         flags = [
-            Flag(text, action.help or "", tuple(action.choices or getattr(action, "values", ())), action.nargs != 0)
+            Flag(text, action.help or "", tuple(action.choices or self._values.get(text, ())), action.nargs != 0)
             for action in self._actions
             for text in action.option_strings
             if text.startswith("--") and action.help != argparse.SUPPRESS

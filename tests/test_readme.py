@@ -100,6 +100,11 @@ def test_the_session_example_computes_only_what_is_new(address: str) -> None:
     assert view["tokens"] == second["meta_info"]["prompt_tokens"] + second["meta_info"]["completion_tokens"]
 
 
+def test_the_example_in_python_says_paris_and_computes_only_what_is_new() -> None:
+    printed = run([sys.executable, "-c"], example("python", "LLM("), SHOWN_ADDRESS)
+    assert "Paris" in printed and re.search(r"Tom\W.* [1-9]", printed)
+
+
 def test_the_corpus_example_adds_shows_and_removes_a_corpus(address: str) -> None:
     lines = example("bash", "corpus add").splitlines()
     commands = [line.replace(".venv/bin/sessile", f"{sys.executable} -m sessile") for line in lines]

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "sessile").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
-PYTHON = LIBRARY + TESTS + SCRIPTS
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+PYTHON = LIBRARY + TESTS + SCRIPTS + EXAMPLES
 DOCS = [path for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))]
 
 FUNCTION_LINES_MAX = 70

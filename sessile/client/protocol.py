@@ -20,6 +20,8 @@ BUSY = "already has an active request"
 """How the native surface, whose errors have no code, says that a session's turn is in flight."""
 RETRIED_STATUSES = (429, 503)
 ID_BYTES = 16
+TOLD = ("return_logprob", "top_logprobs_num")
+"""Keywords of `generate` that are fields of the body itself."""
 
 
 def http_options(url: str, api_key: str | None) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class Attempts:
 
     def pause_after(self, error: "httpx.TransportError | UserError") -> float:
         """Seconds to wait before the request is sent again. Raises a UserError if that is of no use, or too late."""
-        pause_s = min(FIRST_PAUSE_S * 2**self.count, PAUSE_S_MAX)
+        pause_s: float = min(FIRST_PAUSE_S * 2**self.count, PAUSE_S_MAX)
         if isinstance(error, UserError):
             # After a lost reply the server may take a moment to see that we have left, and to roll the turn back.
             turn_is_ending = isinstance(error, SessionBusy) and (self.count or self._waits_for_turn)
@@ -59,8 +61,10 @@ class Attempts:
                 raise error
             pause_s = max(pause_s, error.retry_after_s or 0.0)
             self._told = error
+        elif self._told is None:  # what a server has told before it was gone says more
+            self._told = unreachable(self._url, error)
         if time.monotonic() + pause_s > self._deadline_s:
-            raise self._told or unreachable(self._url, error)  # type: ignore[arg-type]  # a UserError was told
+            raise self._told
         self.count += 1
         return pause_s
 
@@ -148,7 +152,7 @@ class Turn:
             sampling["seed"] = secrets.randbits(63)  # so that what is sent again says the same
         if "logit_bias" in sampling:
             sampling["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"].items()}
-        told = {name: sampling.pop(name) for name in ("return_logprob", "top_logprobs_num") if name in sampling}
+        told: dict[str, Any] = {name: sampling.pop(name) for name in TOLD if name in sampling}
         self.body: dict[str, Any] = {
             "rid": self.rid,
             **input_of(prompt),

@@ -13,7 +13,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self, Unpack, cast, overload
 
 from sessile.completion import Completion, GenerateFields, Message, Piece, Prompt, SamplingParams, SessionState
 from sessile.errors import LimitReached, UserError
@@ -66,7 +66,8 @@ class LLM:
         keywords = merged(sampling_params, fields)
         if is_one_prompt(prompt):
             return self._complete([self._request(prompt, keywords)])[0]
-        return self._complete([self._request(each, keywords) for each in prompt])
+        prompts = cast("Sequence[Prompt]", prompt)
+        return self._complete([self._request(each, keywords) for each in prompts])
 
     @overload
     def chat(

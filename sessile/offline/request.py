@@ -127,4 +127,4 @@ def merged(sampling_params: Any, fields: GenerateFields) -> GenerateFields:
             f"sampling_params: must be a SamplingParams, which is a dict, got {type(sampling_params).__name__}",
             param="sampling_params",
         )
-    return {**sampling_params, **fields}  # type: ignore[typeddict-item]
+    return {**sampling_params, **fields}

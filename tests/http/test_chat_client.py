@@ -201,7 +201,8 @@ class Terminal:
 @pytest.fixture
 def terminal(server: Running, tmp_path: Path) -> Iterator[Terminal]:
     code = (
-        "import sys; from pathlib import Path; from sessile.chat.terminal import run_chat; from tests.http.fake_engine import byte_tokenizer;"
+        "import sys; from pathlib import Path; from sessile.chat.terminal import run_chat;"
+        "from tests.http.fake_engine import byte_tokenizer;"
         f"sys.exit(run_chat({server.url!r}, byte_tokenizer(), stdin=sys.stdin, stdout=sys.stdout,"
         f"history=Path({str(tmp_path / 'typed')!r})))"
     )
