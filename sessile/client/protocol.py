@@ -148,7 +148,7 @@ class Turn:
         self.session_tokens: int | None = None
         """The length of the session's history after the turn, if it was committed."""
         sampling: dict[str, Any] = dict(fields)
-        if sampling.get("seed") is None:
+        if sampling.get("seed") is None and sampling.get("temperature") != 0:
             sampling["seed"] = secrets.randbits(63)  # so that what is sent again says the same
         if "logit_bias" in sampling:
             sampling["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"].items()}

@@ -25,6 +25,8 @@ from tests.http.fake_engine import EOS, byte_tokenizer
 from tests.http.toy_engine import ToyEngine
 
 ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "\x1b[?2004h"
+"""What a terminal is sent when a line is waited for: to mark what is pasted."""
 
 
 def chat(server: Running, lines: str, **options: int) -> tuple[int, str]:
@@ -72,13 +74,13 @@ def test_a_refused_turn_is_told_and_fails_a_pipe_but_not_the_conversation(server
 
 
 def test_commands_show_the_session_start_afresh_and_leave(server: Running) -> None:
-    status, shown = chat(server, "one\n/stats\n/new\ntwo\n/help\n/quit\nthree\n")
+    status, shown = chat(server, "one\n/stats\n/new\ntwo\n/help\n/quit\nnever\n")
     assert status == 0
     assert "turns           1" in shown
     assert sent(server) == ["user:one\n", "user:two\n"]
     assert len({submit.session for submit in server.engine.submits()}) == 2
     assert "/quit" in shown
-    assert "three" not in shown
+    assert "never" not in shown
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,7 @@ def terminal(server: Running, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def test_at_a_terminal_control_c_ends_the_answer_and_control_d_the_chat(server: Running, terminal: Terminal) -> None:
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     server.engine.script, server.engine.token_interval_s = [*b"zebra " * 80], 0.005
     terminal.type("stripes\r")
     terminal.wait_for("zebra zebra")
@@ -222,7 +224,7 @@ def test_at_a_terminal_control_c_ends_the_answer_and_control_d_the_chat(server: 
     terminal.type("again\r")
     terminal.wait_for("done")
     # Before the prompt is back the terminal would take the key for itself.
-    wait_until(lambda: "> " in terminal.shown.rpartition("done")[2], 30)
+    wait_until(lambda: PROMPT in terminal.shown.rpartition("done")[2], 30)
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
     turns = [message for message in server.engine.received if isinstance(message, Submit)]
@@ -235,14 +237,14 @@ def test_at_a_terminal_several_lines_are_one_message_and_what_was_typed_comes_ba
     server: Running, terminal: Terminal, tmp_path: Path
 ) -> None:
     server.engine.script = [*b"done", EOS]
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("first\x1b\rsecond\r")
     terminal.wait_for("done")
-    wait_until(lambda: "> " in terminal.shown.rpartition("done")[2], 30)
+    wait_until(lambda: PROMPT in terminal.shown.rpartition("done")[2], 30)
     terminal.type("\x1b[200~pasted\nlines\x1b[201~\r")
     wait_until(lambda: len(sent(server)) == 2, 30)
     assert sent(server) == ["user:first\nsecond\n", "\nuser:pasted\nlines\n"]
-    wait_until(lambda: terminal.shown.count("done") == 2 and "> " in terminal.shown.rpartition("done")[2], 30)
+    wait_until(lambda: terminal.shown.count("done") == 2 and PROMPT in terminal.shown.rpartition("done")[2], 30)
     terminal.type("\x1b[A")
     wait_until(lambda: "lines" in terminal.shown.rpartition("done")[2], 30)
     terminal.type("\r")

@@ -112,7 +112,7 @@ def test_a_bad_line_is_told_by_its_number_and_the_others_are_done(server: Runnin
 
 
 def test_what_the_server_refuses_is_an_answer_with_its_status(server: Running, folder: Path) -> None:
-    write(folder, row("a", body={"model": "default", "prompt": "x", "temperature": 9}), row("b"))
+    write(folder, row("a", body={"model": "default", "prompt": "x", "temperature": -1}), row("b"))
     assert run(server, folder) == 0
     refused = next(each for each in answers(folder) if each["custom_id"] == "a")
     assert (refused["error"], refused["response"]["status_code"]) == (None, 400)
@@ -142,6 +142,7 @@ def test_wrong_files_are_one_line(server: Running, folder: Path, capsys: pytest.
     assert "line 1, is no answer of a batch" in refused(capsys, source, str(folder / "notes"), *there)
     assert (folder / "notes").read_text() == "my notes\n"
     run(server, folder)
+    capsys.readouterr()
     write(folder, row("another"))
     error = refused(capsys, source, str(folder / "out.jsonl"), *there)
     assert "answers to rows that the input has not, such as 'custom_id a'" in error
@@ -161,11 +162,13 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(slow: Running, folder: Path
     killed = subprocess.Popen([*command, "--concurrency=2"], cwd=folder, env={"PYTHONPATH": str(ROOT)})
     out = folder / "out.jsonl"
     slow.wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") >= 3)
+    slow.engine.pause()
     other = subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (other.returncode, other.stderr.count("\n")) == (2, 1) and "another batch writes" in other.stderr
     killed.kill()
     killed.wait(60)
     slow.engine.token_interval_s = 0.0
+    slow.engine.resume()
     done = out.read_bytes().count(b"\n")
     assert 3 <= done < 30
     sent = len(prompts(slow))

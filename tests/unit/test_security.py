@@ -33,7 +33,7 @@ FETCHES = {
 }  # fmt: skip
 CLIENTS = {
     "sessile/client/async_client.py", "sessile/client/protocol.py", "sessile/client/sync_client.py",
-    "sessile/commands.py", "sessile/bench/client.py", "sessile/corpora/client.py",
+    "sessile/commands.py", "sessile/corpora/client.py",
 }  # fmt: skip
 """Programs that talk to a server whose address the person at the keyboard gives."""
 SERVING = ("server", "engine", "core", "device", "text", "model", "kernels", "contract")
