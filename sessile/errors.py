@@ -8,6 +8,8 @@ SessileError
 │   ├── Forbidden        403: a valid key that may not do this
 │   ├── NotFound         404: no such session, model or request
 │   ├── SessionBusy      409: a turn is in flight
+│   ├── HistoryMismatch  409: the session's history is not as long as the client says
+│   ├── AnswerChanged    409: raised by a client alone: what was sent again was answered otherwise
 │   ├── SessionClosed    410: close was requested
 │   ├── TooLong          413: does not fit the context, the pool, the session's cap or the body limit
 │   └── LimitReached     429: queue or session limit; try again later
@@ -86,6 +88,13 @@ class HistoryMismatch(UserError):
 
     status = 409
     code = "history_mismatch"
+
+
+class AnswerChanged(UserError):
+    """A client's stream broke, and the answer that was made again differs from what had come of it."""
+
+    status = 409
+    code = "answer_changed"
 
 
 class SessionClosed(UserError):

@@ -136,6 +136,7 @@ class AsyncClient:
                         content_of(reply)
                     async for line in reply.aiter_lines():
                         if piece := turn.take(line):
+                            attempts.heard()
                             yield piece
                 if turn.is_done:
                     return

@@ -10,7 +10,7 @@ import httpx
 import orjson
 
 from sessile.completion import Completion, GenerateFields, Piece, Prompt, SessionState, TokenLogprob
-from sessile.errors import HistoryMismatch, InvalidRequest, NotReady, SessionBusy, UserError, error_of
+from sessile.errors import AnswerChanged, HistoryMismatch, InvalidRequest, NotReady, SessionBusy, UserError, error_of
 
 PATIENCE_S = 30.0
 FIRST_PAUSE_S, PAUSE_S_MAX = 0.1, 5.0
@@ -45,27 +45,37 @@ class Attempts:
 
     def __init__(self, url: str, patience_s: float, *, waits_for_turn: bool = False) -> None:
         """waits_for_turn: the session's last turn was left, and may not have ended yet."""
-        self.count = 0
         self._url = url
-        self._deadline_s = time.monotonic() + patience_s
+        self._patience_s = patience_s
         self._waits_for_turn = waits_for_turn
+        self._pauses = 0
+        self._deadline_s: float | None = None
         self._told: UserError | None = None
+
+    def heard(self) -> None:
+        """Something new has come: patience begins anew with the next failure."""
+        self._pauses = 0
+        self._deadline_s = self._told = None
 
     def pause_after(self, error: "httpx.TransportError | UserError") -> float:
         """Seconds to wait before the request is sent again. Raises a UserError if that is of no use, or too late."""
-        pause_s: float = min(FIRST_PAUSE_S * 2**self.count, PAUSE_S_MAX)
+        now_s = time.monotonic()
+        if self._deadline_s is None:
+            self._deadline_s = now_s + self._patience_s
+        pause_s: float = min(FIRST_PAUSE_S * 2**self._pauses, PAUSE_S_MAX)
         if isinstance(error, UserError):
-            # After a lost reply the server may take a moment to see that we have left, and to roll the turn back.
-            turn_is_ending = isinstance(error, SessionBusy) and (self.count or self._waits_for_turn)
+            turn_is_ending = isinstance(error, SessionBusy) and self._waits_for_turn
             if error.status not in RETRIED_STATUSES and not turn_is_ending:
                 raise error
             pause_s = max(pause_s, error.retry_after_s or 0.0)
             self._told = error
         elif self._told is None:  # what a server has told before it was gone says more
             self._told = unreachable(self._url, error)
-        if time.monotonic() + pause_s > self._deadline_s:
+        if now_s + pause_s > self._deadline_s:
             raise self._told
-        self.count += 1
+        self._pauses += 1
+        # It may take the server a moment to see that we have left, and to roll the turn back.
+        self._waits_for_turn = True
         return pause_s
 
 
@@ -200,7 +210,7 @@ class Turn:
             ids, text = ids[token_count:], text[heard.text_chars :]
         repeated = known.tokens[token_count : token_count + len(ids)]
         if list(ids[: len(repeated)]) != repeated:
-            raise NotReady("the connection broke, and the answer that was made again differs from what had come of it")
+            raise AnswerChanged("the connection broke, and the answer, made again, differs from what had come of it")
         silent_chars = min(max(known.text_chars - heard.text_chars, 0), len(text))
         heard.texts.append(text)
         heard.text_chars += len(text)

@@ -143,7 +143,9 @@ class Client:
                     if not reply.is_success:
                         reply.read()
                         content_of(reply)
-                    yield from filter(None, map(turn.take, reply.iter_lines()))
+                    for piece in filter(None, map(turn.take, reply.iter_lines())):
+                        attempts.heard()
+                        yield piece
                 if turn.is_done:
                     return
                 raise broken_off()

@@ -121,8 +121,8 @@ class Driver:
     def close(self) -> None:
         """End what runs, as aborts, and give the device back. May be called again."""
         self._inbox.put(Shutdown())
-        self._thread.join()
-        self._engine.close()
+        if threading.current_thread() is not self._thread:  # whose garbage collection may be what calls us
+            self._thread.join()
 
     def send(self, message: FromEngine) -> None:
         """Called by the loop, as its outbox, with the effects of a step."""
@@ -150,6 +150,7 @@ class Driver:
             reason = f"the engine failed: {type(error).__name__}: {error}"
             log.exception("the engine failed", extra={"events": self._engine.machine.event_lines()})
         self._end(reason)
+        self._engine.close()
 
     def _end(self, reason: str) -> None:
         """Tell all who still wait, and whoever comes later, that there is no engine."""

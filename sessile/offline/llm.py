@@ -40,7 +40,7 @@ class LLM:
         sections = sections_of({"model": model, **settings})
         self.tokenizer = load_tokenizer(model)
         self._driver = open_driver(sections, self.tokenizer)
-        self.close_at_exit = weakref.finalize(self, self._driver.close)
+        self._close_once = weakref.finalize(self, self._driver.close)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
@@ -123,7 +123,7 @@ class LLM:
 
     def close(self) -> None:
         """End what runs and give the device back; sessions are gone. May be called again."""
-        self.close_at_exit()
+        self._close_once()
 
     def __enter__(self) -> Self:
         return self

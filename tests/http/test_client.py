@@ -10,6 +10,7 @@ import pytest
 from sessile import AsyncClient, Client, SamplingParams
 from sessile.contract.messages import Done
 from sessile.errors import (
+    AnswerChanged,
     DuplicateSession,
     HistoryMismatch,
     InvalidRequest,
@@ -175,6 +176,18 @@ def test_a_stream_that_breaks_anywhere_goes_on_and_says_nothing_twice(
         assert session.tokens() == [*b"onetwo", *completion.tokens]
 
 
+def test_an_answer_that_was_made_again_otherwise_ends_the_stream(server: Running) -> None:
+    """What is not the same after a break, on a GPU for example, is not joined to what had come."""
+    server.engine.script, server.engine.token_interval_s = [*b"first answer"], 0.002
+    with BrokenWire(server.url) as wire, Client(wire.url) as client:
+        wire.breaks = [900]
+        stream = client.stream("x", max_new_tokens=12)
+        assert next(stream).text == "f"
+        server.engine.script = [*b"other answer"]
+        with pytest.raises(AnswerChanged):
+            list(stream)
+
+
 def test_a_lost_fork_or_open_is_made_once(toy: Running, wire: BrokenWire) -> None:
     with Client(wire.url) as client:
         before = {state.id for state in client.sessions()}
@@ -245,7 +258,7 @@ def test_a_key_is_sent_and_a_wrong_one_is_told() -> None:
 def test_the_same_in_asyncio(toy: Running, wire: BrokenWire) -> None:
     async def main() -> None:
         async with asyncio.timeout(60), AsyncClient(wire.url) as client:
-            many = await asyncio.gather(*(client.generate("hi", max_new_tokens=4, seed=1)._whole() for _ in range(20)))
+            many = await asyncio.gather(*(client.generate("hi", max_new_tokens=4, seed=1) for _ in range(20)))
             assert all(each.tokens == many[0].tokens for each in many)
             async with await client.session() as session:
                 wire.breaks = ["lost"]

@@ -70,7 +70,7 @@ def test_a_cancelled_task_rolls_its_turn_back() -> None:
         device.step_s = 0.01
         async with await llm.session() as session:
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(session.generate("one", LONG)._whole(), 0.1)
+                await asyncio.wait_for(session.generate("one", LONG), 0.1)
             assert (await session.state()).tokens == 0
             assert (await session.generate("two", max_new_tokens=1)).prompt_tokens == 3
 
@@ -80,7 +80,7 @@ def test_a_cancelled_task_rolls_its_turn_back() -> None:
 def test_a_request_that_is_left_makes_room_for_others() -> None:
     async def test(llm: AsyncLLM, device: ToyEngineDevice) -> None:
         device.step_s = 0.005
-        left = [asyncio.create_task(llm.generate("x", LONG)._whole()) for _ in range(8)]
+        left = [asyncio.ensure_future(llm.generate("x", LONG)) for _ in range(8)]
         await asyncio.sleep(0.05)
         for task in left:
             task.cancel()
@@ -116,7 +116,7 @@ def test_refusals_are_raised_where_the_output_is_read() -> None:
 def test_closing_ends_what_runs() -> None:
     async def test(llm: AsyncLLM, device: ToyEngineDevice) -> None:
         device.step_s = 0.01
-        running = asyncio.create_task(llm.generate("x", LONG)._whole())
+        running = asyncio.ensure_future(llm.generate("x", LONG))
         await asyncio.sleep(0.05)
         await llm.close()
         assert (await running).finish_reason == "abort"
@@ -136,9 +136,11 @@ def test_a_failed_engine_is_told() -> None:
 
 
 def test_before_its_start_it_says_what_is_missing() -> None:
-    llm = AsyncLLM()
+    async def main() -> None:
+        await AsyncLLM().generate("x")
+
     with pytest.raises(NotReady, match="not started"):
-        asyncio.run(llm.generate("x")._whole())
+        asyncio.run(main())
 
 
 def test_a_wrong_setting_is_told_before_anything_is_loaded() -> None:
