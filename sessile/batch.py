@@ -186,12 +186,11 @@ async def run_batch(
     Raises StartupError if the target belongs to another source; NotReady if the server is lost, with all answers that
     there are written.
     """
-    rows = list(read_rows(source))
     done = target.ids()
-    ids = [_key_of_row(row) for row in rows]
-    if strangers := done - set(ids):
+    keys = [_key_of_row(row) for row in read_rows(source)]
+    if strangers := done - set(keys):
         raise StartupError(f"the output has answers to rows that the input has not, such as {min(strangers)!r}")
-    waiting = iter([row for row, key in zip(rows, ids, strict=True) if key not in done])
+    waiting = (row for row in read_rows(source) if _key_of_row(row) not in done)
     counts: Counter[str] = Counter()
 
     async def work() -> None:
@@ -204,16 +203,16 @@ async def run_batch(
                 response = await _ask(client, row)
                 target.append(_answer(row.number, row.custom_id, response, None))
                 counts["answered" if response["status_code"] == 200 else "refused"] += 1
-            report(len(done) + counts.total(), len(rows))
+            report(len(done) + counts.total(), len(keys))
 
-    report(len(done), len(rows))
+    report(len(done), len(keys))
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(work())
     except* UserError as failures:
         raise NotReady(str(failures.exceptions[0])) from failures
-    return Tally(len(rows), len(done), counts["answered"], counts["refused"], counts["bad"])
+    return Tally(len(keys), len(done), counts["answered"], counts["refused"], counts["bad"])
 
 
 async def _ask(client: AsyncClient, row: Row) -> dict[str, Any]:

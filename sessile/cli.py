@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-if TYPE_CHECKING:
-    from sessile.shell import CommandLine
-
 from sessile import __version__, commands
 from sessile.config import API_KEY_VARIABLE, Config, Setting, compose, nearest, settings, settings_of
 from sessile.errors import StartupError
+
+if TYPE_CHECKING:
+    from sessile.shell import CommandLine
 
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130

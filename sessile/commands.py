@@ -14,13 +14,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-if TYPE_CHECKING:
-    from sessile.shell import CommandLine
-
 from sessile.config import Config
 from sessile.contract.corpora import INDEX_SUFFIX
 from sessile.errors import StartupError
 from sessile.options import option
+
+if TYPE_CHECKING:
+    from sessile.shell import CommandLine
 
 QUIET_S = 2.0
 """What takes longer shows on standard error how it goes."""
@@ -232,7 +232,7 @@ def chat(
 
     resolve_model_path(config.model.model)  # Before a server is started that would only say the same.
     with contextlib.ExitStack() as stack:
-        server = None if url else stack.enter_context(OwnServer(config, server_flags))
+        server = None if url is not None else stack.enter_context(OwnServer(config, server_flags))
         # While the server starts.
         from sessile.chat.terminal import run_chat
         from sessile.text.load import load_tokenizer
@@ -281,11 +281,14 @@ def run_batch(
 
     with answer_file(target) as answers, contextlib.ExitStack() as stack:
         answers.ids()
-        server = None if url else stack.enter_context(OwnServer(config, server_flags))
+        server = None if url is not None else stack.enter_context(OwnServer(config, server_flags))
         if server:
             server.wait_until_healthy()
         try:
             tally = asyncio.run(run(server.url if server else str(url)))
+        except KeyboardInterrupt:
+            say(f"stopped. What was answered is in {target}; run the same command again for the rest.")
+            raise
         except NotReady as error:
             say(f"{error.message}. What was answered is in {target}; run the same command again for the rest.")
             return 1

@@ -176,7 +176,7 @@ async def one_request(target: Target, prompt: Sequence[int], output_tokens: int)
 
 @contextlib.asynccontextmanager
 async def _target(options: ThroughputBenchOptions) -> AsyncIterator[Target]:
-    if options.url:
+    if options.url is not None:
         async with AsyncClient(options.url, patience_s=0) as client:
             yield client
         return
@@ -211,7 +211,7 @@ def summarise(options: ThroughputBenchOptions, duration_s: float, times: Sequenc
 def _show(options: ThroughputBenchOptions, summary: Summary) -> None:
     console = Console()
     load = f"{options.rate:g} requests/s" if options.rate else "all at once"
-    where = options.url or f"an engine in this process, model {options.model}"
+    where = options.url if options.url is not None else f"an engine in this process, model {options.model}"
     console.print(
         f"{summary.requests} requests of {options.input_tokens} + {options.output_tokens} tokens, {load}, at most "
         f"{options.batch} in flight; {where}",

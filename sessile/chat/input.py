@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
+from sessile.errors import StartupError
+
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-from sessile.errors import StartupError
 
 COMMANDS = ("/help", "/stats", "/sessions", "/new", "/fork", "/rewind", "/quit")
 

@@ -10,7 +10,16 @@ import httpx
 import orjson
 
 from sessile.completion import Completion, GenerateFields, Piece, Prompt, SessionState, TokenLogprob
-from sessile.errors import AnswerChanged, HistoryMismatch, InvalidRequest, NotReady, SessionBusy, UserError, error_of
+from sessile.errors import (
+    AnswerChanged,
+    HistoryMismatch,
+    InvalidRequest,
+    NotReady,
+    SessionBusy,
+    StartupError,
+    UserError,
+    error_of,
+)
 
 PATIENCE_S = 30.0
 FIRST_PAUSE_S, PAUSE_S_MAX = 0.1, 5.0
@@ -20,12 +29,22 @@ BUSY = "already has an active request"
 """How the native surface, whose errors have no code, says that a session's turn is in flight."""
 RETRIED_STATUSES = (429, 503)
 ID_BYTES = 16
+EXAMPLE_URL = "http://127.0.0.1:30000"
 TOLD = ("return_logprob", "top_logprobs_num")
 """Keywords of `generate` that are fields of the body itself."""
 
 
 def http_options(url: str, api_key: str | None) -> dict[str, Any]:
-    """How an httpx client talks to a server. Only the connection has a time limit: a long prompt takes its time."""
+    """How an httpx client talks to a server. Only the connection has a time limit: a long prompt takes its time.
+
+    Raises StartupError for what is no address of a server.
+    """
+    try:
+        where = httpx.URL(url)
+        if where.scheme not in ("http", "https") or not where.host:
+            raise httpx.InvalidURL("it must begin with http:// or https://, and a host")
+    except httpx.InvalidURL as error:
+        raise StartupError(f"{url!r} is not the address of a server: {error}. Give one like {EXAMPLE_URL}") from error
     return {
         "base_url": url,
         "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},

@@ -18,6 +18,7 @@ from sessile.errors import (
     NotFound,
     NotReady,
     SessionBusy,
+    StartupError,
     Unauthenticated,
 )
 from tests.http.broken_wire import BrokenWire
@@ -219,6 +220,12 @@ def test_without_patience_nothing_is_sent_again(toy: Running, wire: BrokenWire) 
 def test_no_server_is_told_with_its_address() -> None:
     with Client("http://127.0.0.1:9", patience_s=0.2) as client, pytest.raises(NotReady, match="http://127.0.0.1:9"):
         client.generate("x")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://x", "http://", "http://x:port", ""])
+def test_what_is_no_address_is_refused_at_once(url: str) -> None:
+    with pytest.raises(StartupError, match="is not the address of a server"):
+        Client(url)
 
 
 def busy(status: int) -> Done:
