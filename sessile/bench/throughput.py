@@ -18,7 +18,7 @@ from typing import Protocol, Unpack
 from rich.console import Console
 from rich.table import Table
 
-from sessile.bench.client import check_token_range, percentile, write_report
+from sessile.bench.client import check_token_range, percentile, side_by_side, write_report
 from sessile.client.async_client import AsyncClient
 from sessile.completion import GenerateFields, Generation, Prompt
 from sessile.errors import StartupError, UserError
@@ -146,25 +146,28 @@ async def _measure(options: ThroughputBenchOptions) -> tuple[float, list[Request
             async with places:
                 return await one_request(target, prompt, options.output_tokens)
 
-        times = await asyncio.gather(*map(run, prompts, starts_s))
+        times = await side_by_side(list(map(run, prompts, starts_s)))
         return time.perf_counter() - started_s, times
 
 
 async def one_request(target: Target, prompt: Sequence[int], output_tokens: int) -> RequestTimes:
-    """Generate exactly so many tokens, greedily. Raises StartupError if fewer come."""
+    """Generate exactly so many tokens, greedily. Raises StartupError if it is refused, or fewer come."""
     times = RequestTimes()
     started_s = last_s = time.perf_counter()
-    async for piece in target.generate(prompt, max_new_tokens=output_tokens, temperature=0, ignore_eos=True):
-        now_s = time.perf_counter()
-        if piece.tokens:
-            if times.output_tokens:
-                times.gaps_s.append(now_s - last_s)
-            else:
-                times.first_token_s = now_s - started_s
-            times.output_tokens += len(piece.tokens)
-            last_s = now_s
-        if piece.completion:
-            times.cached_tokens = piece.completion.cached_tokens
+    try:
+        async for piece in target.generate(prompt, max_new_tokens=output_tokens, temperature=0, ignore_eos=True):
+            now_s = time.perf_counter()
+            if piece.tokens:
+                if times.output_tokens:
+                    times.gaps_s.append(now_s - last_s)
+                else:
+                    times.first_token_s = now_s - started_s
+                times.output_tokens += len(piece.tokens)
+                last_s = now_s
+            if piece.completion:
+                times.cached_tokens = piece.completion.cached_tokens
+    except UserError as error:
+        raise StartupError(error.message) from error
     times.total_s = time.perf_counter() - started_s
     if times.output_tokens != output_tokens:
         raise StartupError(

@@ -1,8 +1,10 @@
 """LLM and its sessions, on the toy device: lists, streams, turns as transactions, and what an end does to callers."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -137,17 +139,24 @@ def test_a_second_turn_beside_the_first_is_refused(slow: LLM) -> None:
         turn.close()  # type: ignore[attr-defined]
 
 
-def test_an_interrupted_call_ends_its_requests(slow: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    with slow.session() as session:
-        with monkeypatch.context() as patch:
-            patch.setattr("sessile.offline.request.Request.add", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                session.generate("one", LONG)
+@contextmanager
+def heard_control_c() -> Iterator[int]:
+    """Python's own way of taking SIGINT, which a shell may have switched off; the main thread's number."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = threading.main_thread().ident
+    assert main is not None
+    yield main
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["turn", "list"])
+def test_control_c_in_a_call_ends_its_requests_and_nothing_else(slow: LLM, listed: bool) -> None:
+    with slow.session() as session, heard_control_c() as main:
+        control_c = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+        control_c.start()
+        with pytest.raises(KeyboardInterrupt):
+            slow.generate(["one"] * 20, LONG) if listed else session.generate("one", LONG)
         assert session.generate("two", max_new_tokens=1).prompt_tokens == 3
-
-
-def interrupted(*arguments: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_closed_session_is_gone_and_closing_it_again_is_fine(llm: LLM) -> None:
