@@ -22,10 +22,10 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "sessile.client": ("AsyncClient", "AsyncClientSession", "Client", "ClientSession"),
-    "sessile.completion": ("Completion", "Generation", "Piece", "SamplingParams", "TokenLogprob"),
-    "sessile.offline.async_llm": ("AsyncLLM", "AsyncSession"),
-    "sessile.offline.llm": ("LLM", "Session"),
+    "client": ("AsyncClient", "AsyncClientSession", "Client", "ClientSession"),
+    "completion": ("Completion", "Generation", "Piece", "SamplingParams", "TokenLogprob"),
+    "offline.async_llm": ("AsyncLLM", "AsyncSession"),
+    "offline.llm": ("LLM", "Session"),
 }
 
 
@@ -33,6 +33,6 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its home. Called by Python for what the package does not have yet."""
     for home, names in _HOMES.items():
         if name in names:
-            globals()[name] = value = getattr(import_module(home), name)
+            globals()[name] = value = getattr(import_module(f"sessile.{home}"), name)
             return value
     raise AttributeError(f"module 'sessile' has no attribute {name!r}")

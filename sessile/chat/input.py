@@ -62,17 +62,20 @@ def _prompt_of(history: Path | None) -> "PromptSession[str]":
 
 
 def _keys() -> "KeyBindings":
-    """Enter sends; Alt-Enter, or Ctrl-J, begins another line. What is pasted keeps its lines by itself."""
+    """Enter sends, Alt-Enter begins another line. What is pasted keeps its lines by itself.
+
+    A line feed (Ctrl-J) sends as well: it is what a terminal makes of an Enter that was typed during an answer.
+    """
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")
     def send(event: "KeyPressEvent") -> None:
         event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def begin_line(event: "KeyPressEvent") -> None:
         event.current_buffer.insert_text("\n")
 

@@ -250,7 +250,7 @@ def test_at_a_terminal_several_lines_are_one_message_and_what_was_typed_comes_ba
     terminal.type("\r")
     wait_until(lambda: len(sent(server)) == 3, 30)
     assert sent(server)[2] == "\nuser:pasted\nlines\n"
-    terminal.type("/nonsense\r")
+    terminal.type("/nonsense\r")  # perhaps before the prompt is back
     terminal.wait_for("unknown command /nonsense; /help lists them")
     terminal.type("half\x03")
     terminal.type("/quit\r")
