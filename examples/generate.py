@@ -15,7 +15,7 @@ def main() -> None:
         for prompt, completion in zip(prompts, llm.generate(prompts, greedy), strict=True):
             print(prompt, completion.text)
 
-        answer = llm.chat([{"role": "user", "content": "What is the capital of Italy?"}], greedy)
+        answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], greedy)
         print(answer.text)
 
 

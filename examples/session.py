@@ -6,13 +6,13 @@ from sessile import LLM
 def main() -> None:
     """Take turns, fork, rewind."""
     with LLM(model="default", context_tokens=1024) as llm, llm.session() as session:
-        session.append("Anna has a cat called Tom and a dog called Rex.")
-        turn = session.generate(" The name of the cat is", max_new_tokens=4, temperature=0)
+        session.append("The capital of France is Paris.")
+        turn = session.generate(" The capital of Italy is", max_new_tokens=4, temperature=0)
         print(turn.text, f"({turn.cached_tokens} of {turn.prompt_tokens} tokens were there)")
 
         # Both go on from the same history and share its KV; neither sees what the other says from now on.
         with session.fork() as fork:
-            print(fork.generate(" The name of the dog is", max_new_tokens=4, temperature=0).text)
+            print(fork.generate(" The capital of Spain is", max_new_tokens=4, temperature=0).text)
 
         # A turn that is left early is rolled back: the history is what it was.
         before = session.tokens()

@@ -27,13 +27,13 @@ def test_every_example_is_run_here() -> None:
 
 def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = output("generate.py", capsys, monkeypatch)
-    assert "Paris" in shown and "Rome" in shown and "5 tokens of prompt" in shown
+    assert shown.count("Paris") >= 2 and "5 tokens of prompt" in shown
     assert shown.count("A short fact") == 5
 
 
 def test_session(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = output("session.py", capsys, monkeypatch)
-    assert "Tom" in shown and "Rex" in shown
+    assert "Rome" in shown and "Madrid" in shown
     assert "tokens were there" in shown and "tokens are left of" in shown
 
 
