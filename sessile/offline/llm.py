@@ -13,6 +13,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self, Unpack, cast, overload
 
 from sessile.completion import Completion, GenerateFields, Message, Piece, Prompt, SamplingParams, SessionState
@@ -22,6 +23,9 @@ from sessile.offline.opening import open_driver, sections_of
 from sessile.offline.operations import Operations
 from sessile.offline.request import Request, chat_tokens, is_one_prompt, merged
 from sessile.text.load import load_tokenizer
+
+ROWS_AHEAD = 4
+"""How many requests of a list are submitted for each row, so that none is ever free; the rest waits here."""
 
 
 class LLM:
@@ -153,13 +157,15 @@ class LLM:
         ends: dict[int, Completion | UserError] = {}
         arrivals: queue.SimpleQueue[tuple[int, Arrival]] = queue.SimpleQueue()
         room = self._driver.ready.rows_max * ROWS_AHEAD
+
+        def tell(index: int, arrival: Arrival) -> None:
+            arrivals.put((index, arrival))
+
         try:
             while waiting or running:
                 while waiting and len(running) < room:
                     index, request = waiting.popleft()
-                    running[index] = self._driver.submit(
-                        request.submit, lambda arrival, index=index: arrivals.put((index, arrival))  # type: ignore[misc]
-                    )
+                    running[index] = self._driver.submit(request.submit, partial(tell, index))
                 index, arrival = arrivals.get()
                 try:
                     completion = requests[index].add(arrival).completion
@@ -181,10 +187,6 @@ class LLM:
             for key in running.values():
                 self._driver.cancel(key)
         return completions_of([ends[index] for index in range(len(requests))])
-
-
-ROWS_AHEAD = 4
-"""How many requests of a list are submitted for each row, so that none is ever free; the rest waits here."""
 
 
 def completions_of(ends: list[Completion | UserError]) -> list[Completion]:
