@@ -1,5 +1,6 @@
 """LLM and its sessions, on the toy device: lists, streams, turns as transactions, and what an end does to callers."""
 
+import gc
 import signal
 import threading
 import time
@@ -210,6 +211,16 @@ def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
         assert (ends, device.closed) == (["abort"], 1)
         with pytest.raises(NotReady, match="closed"):
             llm.generate("z")
+
+
+def test_an_llm_that_nobody_closed_gives_its_device_back_when_it_is_collected() -> None:
+    with toys() as (device, make, _):
+        llm = make()
+        thread = llm._driver._thread
+        del llm
+        gc.collect()
+        thread.join(60)
+        assert device.closed == 1
 
 
 def test_an_engine_that_fails_is_told_to_everybody() -> None:
