@@ -34,9 +34,9 @@ class Conversation:
         return len(self._places)
 
     @property
-    def first_words(self) -> str:
-        """How it began, or nothing."""
-        return self._transcript.first_words
+    def title(self) -> str:
+        """Its first question and its last one; or nothing."""
+        return self._transcript.title
 
     def ask(self, text: str, sampling: SamplingParams, show: Callable[[str], None]) -> Answer:
         """Send what is new and generate; `show` gets the text as it comes. Refused, it leaves no trace."""

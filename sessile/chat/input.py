@@ -45,6 +45,7 @@ def _prompt_of(history: Path | None) -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.shortcuts import CompleteStyle
 
     if history is not None:
         try:
@@ -55,6 +56,7 @@ def _prompt_of(history: Path | None) -> "PromptSession[str]":
         history=InMemoryHistory() if history is None else FileHistory(str(history)),
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,  # a menu would keep eight lines below the prompt free
         multiline=True,
         prompt_continuation="  ",
         key_bindings=_keys(),

@@ -35,7 +35,6 @@ the server has rolled the turn back, and gets its tokens again with the next que
 ENDS = {"length": " · cut off by the token limit", "abort": " · interrupted"}
 SHOWN = ("id", "phase", "turns", "tokens", "kv_tokens", "own_pages", "shared_pages", "tokens_max")
 """Of a session, what `/stats` shows."""
-TITLE_CHARS = 50
 PATIENCE_S = 5.0
 """How long a turn is sent again while the server is at a limit, or is gone."""
 
@@ -133,7 +132,7 @@ class _Chat:
         if number is not None:
             self._conversations.choose(number)
         for index, is_current, conversation in self._conversations.listed():
-            title = conversation.first_words[:TITLE_CHARS] or "(nothing said yet)"
+            title = conversation.title or "(nothing said yet)"
             count = f"{conversation.exchanges} question{'s' if conversation.exchanges != 1 else ''}"
             _say(self._console, f"{'*' if is_current else ' '} {index:<3} {count:<14}{title}")
 

@@ -12,6 +12,9 @@ from sessile.text.tokenizer import Tokenizer
 _PLACEHOLDER = "\ue000answer\ue000"
 """Stands for an answer where only what the template writes after it matters; private use, so nobody types it."""
 
+TITLE_CHARS = 40
+"""Of each question in a title."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -56,9 +59,10 @@ class Transcript:
                 raise StartupError("cannot chat with this model: its template drops earlier answers. Use /generate.")
 
     @property
-    def first_words(self) -> str:
-        """How the conversation began, or nothing."""
-        return " ".join(self._messages[0]["content"].split()) if self._messages else ""
+    def title(self) -> str:
+        """The first question and the last one, on one line; or nothing."""
+        questions = [" ".join(self._messages[at]["content"].split())[:TITLE_CHARS] for at in (0, -2) if self._messages]
+        return " … ".join(questions if len(self._messages) > 2 else questions[:1])
 
     def copy(self) -> Self:
         """The same up to now; what is said to one from now on is not said to the other."""

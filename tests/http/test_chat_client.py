@@ -92,9 +92,9 @@ def toy() -> Iterator[Running]:
 def test_a_fork_goes_on_in_a_copy_and_the_first_conversation_can_be_chosen_again(toy: Running) -> None:
     status, shown = chat(toy, "one\n/fork\ntwo\n/sessions 1\nthree\n/sessions\n", max_new_tokens=4)
     assert status == 0
-    assert "* 1   1 question    one\n  2   2 questions   one" in shown
+    assert "* 1   1 question    one\n  2   2 questions   one … two\n" in shown
     assert shown.count("· 12 reused") == 2, "both go on behind 9 + 4 tokens"
-    assert shown.endswith("* 1   2 questions   one\n  2   2 questions   one\n")
+    assert shown.endswith("* 1   2 questions   one … three\n  2   2 questions   one … two\n")
 
 
 def test_a_question_that_is_taken_back_is_gone_from_the_session(toy: Running) -> None:

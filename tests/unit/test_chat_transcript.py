@@ -92,4 +92,6 @@ def test_a_copy_of_a_transcript_goes_its_own_way(tokenizer: Tokenizer) -> None:
     copy = transcript.copy()
     transcript.answered("Hi", first, completion(tokenizer, "Hello", "stop"))
     assert copy.question("Hi") == first
-    assert (copy.first_words, transcript.first_words) == ("", "Hi")
+    assert (copy.title, transcript.title) == ("", "Hi")
+    transcript.answered("And\nyou?", [5], completion(tokenizer, "Fine", "stop"))
+    assert transcript.title == "Hi … And you?"
