@@ -65,7 +65,10 @@ class Client:
         max_tokens: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> "ClientSession":
-        """Open a session. Raises DuplicateSession if one with this id is open; `resume` goes on with that."""
+        """Open a session. Raises DuplicateSession if one with this id is open; `resume` goes on with that.
+
+        That may be our own, if the reply to the request that opened it was lost. With a drawn id it is, and is taken.
+        """
         body: dict[str, Any] = {"id": session_id or drawn_id()}
         for name, value in (
             ("idle_timeout_s", idle_timeout_s),
