@@ -36,9 +36,8 @@ def section(name: str) -> str:
 def row(action: argparse.Action) -> str:
     """One flag or argument."""
     flags = " ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.metavar or action.dest}`"
-    takes = action.metavar if action.option_strings and action.nargs != 0 else ""
-    if action.choices and not action.metavar:
-        takes = ", ".join(map(str, action.choices))
+    takes = "" if action.nargs == 0 or not action.option_strings else action.metavar or ", ".join(action.choices or ())
+    takes = re.sub(r"[{},]+", " ", str(takes)).strip().replace(" ", ", ").lower()
     text = re.sub(r"\s+", " ", (action.help or "").replace("%%", "%")).replace("|", "\\|").replace("<", "&lt;")
     remark = f"*required*. {text}" if action.required and action.option_strings else text
-    return f"| {flags} | {str(takes or '').strip('{}').replace(',', ', ').lower()} | {remark} |"
+    return f"| {flags} | {takes} | {remark} |"

@@ -1,13 +1,13 @@
 """The page of the documentation site that describes every route field by field, from the application's OpenAPI."""
 
+import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from fastapi.routing import APIRoute
 
 from sessile.server.app import create_app
 from sessile.server.body import ANYTHING, Body
@@ -28,6 +28,8 @@ limit and a field that nobody defines are refused by name.
 PROPER_NAMES = {"Openai": "OpenAI"}
 
 Schema = Mapping[str, Any]
+Field = tuple[str, Schema, bool]
+"""Name, schema, and whether it is required."""
 
 
 def render() -> str:
@@ -35,28 +37,29 @@ def render() -> str:
     app = create_app(NotImplemented, NotImplemented, ServerOptions())  # type: ignore[arg-type]  # nothing is served
     description = app.openapi()
     definitions = description.get("components", {}).get("schemas", {})
+    operations = [
+        (operation["tags"][0], Route(method.upper(), path, operation, definitions))
+        for path, methods in description["paths"].items() for method, operation in methods.items()
+    ]  # fmt: skip
     parts = [INTRODUCTION]
-    routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    for module, members in groupby(routes, key=lambda route: inspect.getmodule(route.endpoint)):
-        parts.append(f"## {surface(module.__name__)}\n\n{told(module.__doc__)}\n")
-        for route in members:
-            for method in sorted(route.methods):
-                operation = description["paths"].get(route.path_format, {}).get(method.lower())
-                if operation:
-                    parts.append(Route(method, route.path_format, operation, definitions).render())
+    for tag, members in groupby(operations, key=lambda tagged: tagged[0]):
+        parts.append(f"## {heading(tag)}\n\n{told(tag)}\n")
+        parts += [route.render() for _, route in members]
     return "\n".join(parts)
 
 
-def surface(module: str) -> str:
-    """A heading for the routes of a module."""
-    words = [word for word in module.split(".")[2:] if word != "routes"]
-    name = " ".join(words).replace("_", " ").capitalize()
+def heading(tag: str) -> str:
+    """A heading for the routes of a module, whose name the tag is."""
+    name = re.sub(r"[._]", " ", tag).capitalize()
     return PROPER_NAMES.get(name, name)
 
 
-def told(docstring: str | None) -> str:
-    """A module's docstring as text of the page."""
-    return re.sub(r" \(docs/HTTP\.md\)", "", inspect.cleandoc(docstring or ""))
+def told(tag: str) -> str:
+    """What the module says of itself."""
+    module = importlib.import_module(f"sessile.server.{tag}")
+    if hasattr(module, "__path__"):  # a package has its routes, and what is to be said of them, in a module of its own
+        module = importlib.import_module(f"{module.__name__}.routes")
+    return re.sub(r" \(docs/HTTP\.md\)", "", inspect.cleandoc(module.__doc__ or ""))
 
 
 class Route:
@@ -73,8 +76,8 @@ class Route:
         parts = [f"### `{self._name}` {{ #{anchor} }}", self._description()]
         parameters = self._operation.get("parameters", [])
         if parameters:
-            rows = [(each["name"], each["schema"], each["required"], each["in"]) for each in parameters]
-            parts.append(self._table("parameter", [(f"`{name}`, in the {place}", *rest) for name, *rest, place in rows]))
+            rows = [(f"`{each['name']}`, in the {each['in']}", each["schema"], each["required"]) for each in parameters]
+            parts.append(self._table("parameter", rows))
         for kind, content in self._operation.get("requestBody", {}).get("content", {}).items():
             schema = self._resolved(content.get("schema", {}))
             parts.append(f"Body, `{kind}`:")
@@ -86,7 +89,7 @@ class Route:
     def _description(self) -> str:
         """What the handler says of itself, or the guide of it."""
         said = self._operation.get("description") or guide().get(self._name, "")
-        return re.sub(r"\s*\n\s*", " ", said)
+        return re.sub(r"\s*\n\s*", " ", said[:1].upper() + said[1:])
 
     def _answers(self) -> str:
         """The bodies of answers, where the application declares them."""
@@ -98,8 +101,8 @@ class Route:
                     rows.append(f"| {status} | {self._type(schema)} | {cell(answer.get('description', ''))} |")
         return "\n".join(["| status | answer | |", "|---|---|---|", *rows]) if rows else ""
 
-    def _fields(self, schema: Schema, path: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, Schema, bool]]:
-        """Every field of an object and of the objects in it, as (name, schema, is required)."""
+    def _fields(self, schema: Schema, path: str = "", above: tuple[str, ...] = ()) -> Iterator[Field]:
+        """Every field of an object and of the objects in it."""
         required = schema.get("required", [])
         for name, field in schema.get("properties", {}).items():
             yield f"`{path}{name}`", field, name in required
@@ -118,7 +121,7 @@ class Route:
         if isinstance(schema.get("items"), Mapping):
             yield from self._objects(schema["items"], suffix + "[]")
 
-    def _table(self, head: str, rows: list[tuple[str, Schema, bool]]) -> str:
+    def _table(self, head: str, rows: list[Field]) -> str:
         lines = [f"| {head} | type | |", "|---|---|---|"]
         for name, schema, is_required in rows:
             default = schema.get("default")
@@ -146,15 +149,22 @@ class Route:
             case "string":
                 return f"string{counted(schema, 'Length', 'characters')}"
             case "array":
-                items = self._type(schema["items"]) if schema.get("items") else "anything"
+                items = grouped(self._type(schema["items"])) if schema.get("items") else "anything"
                 return f"list of {items}{counted(schema, 'Items', 'of them')}"
             case "object":
                 values = schema.get("additionalProperties")
-                return f"object of {self._type(values)}" if isinstance(values, Mapping) and values else "object"
+                if isinstance(values, Mapping) and values:
+                    return f"object of {grouped(self._type(values))}"
+                return "object"
             case None:
                 return "anything"
             case kind:
                 return str(kind)
+
+
+def grouped(words: str) -> str:
+    """A type inside another, in brackets where it says more than a word."""
+    return f"({words})" if " " in words else words
 
 
 def bounds(schema: Schema) -> str:
@@ -216,14 +226,7 @@ def tolerated(title: str) -> str:
 
 def shown_off(name: str, values: tuple[Any, ...]) -> str:
     """A field and the values at which it has no effect."""
-    return f"`{name}`" + (f" ({', '.join(f'`{as_json(value)}`' for value in values)})" if values else "")
-
-
-def as_json(value: Any) -> str:
-    """A value as a client writes it."""
-    import json
-
-    return json.dumps(value)
+    return f"`{name}`" + (f" ({', '.join(f'`{json.dumps(value)}`' for value in values)})" if values else "")
 
 
 def kinds_of(kind: type[Body]) -> Iterator[type[Body]]:

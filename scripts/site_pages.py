@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
-
 import site_commands
 import site_http
 import site_python
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,12 +37,16 @@ NOT_SHOWN = {"RELEASE.md"}
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STATE = re.compile(r'^(?P<name>\w+|\[\*\])\s*(?:\(\("(?P<round>[^"]+)"\)\)|\["(?P<box>[^"]+)"\])?')
-ARROW = re.compile(r"^(?P<source>.+?)\s+(?:--\s\"?(?P<on>[^\"]+?)\"?\s-->|-\.\s\"?(?P<dotted>[^\"]+?)\"?\s\.->|-\.->|-->)"
-                   r"\s+(?P<target>[^:]+)(?::\s*(?P<after>.+))?$")  # fmt: skip
+ARROW = re.compile(
+    r"""^(?P<source>.+?)\s+
+    (?: --\s"?(?P<on>[^"]+?)"?\s--> | -\.\s"?(?P<dotted>[^"]+?)"?\s\.-> | -\.-> | --> )
+    \s+(?P<target>[^:]+)(?::\s*(?P<after>.+))?$""",
+    re.VERBOSE,
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Give every page of docs/ that the navigation does not name a place in it: guides under Use, decisions by Design."""
+    """Give pages of docs/ that the navigation does not name a place in it: guides under Use, decisions under Design."""
     docs = Path(config.docs_dir)
     headings = {name: pages for entry in config.nav for name, pages in entry.items()}
     named = set(re.findall(r"[\w/.-]+\.md", repr(config.nav)))
@@ -74,7 +77,7 @@ def quick_start(readme: str) -> str:
 
 
 def fitted(markdown: str, folder: str, page: str) -> str:
-    """Links of a file in a folder of the repository as links of a page of the site; strict builds find what has none."""
+    """Links of a file in a folder of the repository as links of a page of the site; one that leads to no page stays."""
 
     def link(found: re.Match[str]) -> str:
         target, anchor = found[1], found[2] or ""

@@ -15,6 +15,7 @@ from types import ModuleType
 
 MODULES = ("sessile", "sessile.offline", "sessile.errors")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+LINE_CHARS_MAX = 88
 SHOWN_DUNDERS = {"__init__", "__await__", "__aiter__", "__iter__"}
 
 INTRODUCTION = """\
@@ -70,7 +71,7 @@ def described(kind: type) -> str:
     if rows:
         parts.append("\n".join(["| field | type | |", "|---|---|---|", *rows]))
     for name, signatures, said in methods(tree):
-        parts.append(f"#### {kind.__name__}.{name}\n\n```python\n" + "\n".join(signatures) + "\n```")
+        parts.append(f"#### `{kind.__name__}.{name}`\n\n```python\n" + "\n".join(signatures) + "\n```")
         parts.append(said)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -117,40 +118,56 @@ def signature(node: Function) -> str:
     """A function's first line, an argument a line where it is long."""
     name = f"{'async ' if isinstance(node, ast.AsyncFunctionDef) else ''}def {node.name}"
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    line = f"{name}({ast.unparse(node.args)}){returns}"
+    given = list(arguments(node.args))
+    line = f"{name}({', '.join(given)}){returns}"
+    if len(line) > LINE_CHARS_MAX:
+        line = f"{name}(\n" + "".join(f"    {each},\n" for each in given) + f"){returns}"
     shown = [f"@{each}" for each in decorators(node) if each in ("property", "classmethod", "staticmethod")]
-    return "\n".join([*shown, line if len(line) <= 88 else wrapped(name, node, returns)])
+    return "\n".join([*shown, line])
 
 
-def wrapped(name: str, node: Function, returns: str) -> str:
-    """A long signature, an argument a line."""
-    pieces = ast.unparse(ast.Lambda(args=node.args, body=ast.Constant(0))).removeprefix("lambda ").removesuffix(": 0")
-    assert pieces is not None
-    arguments = split_arguments(ast.unparse(node.args))
-    return f"{name}(\n" + "".join(f"    {each},\n" for each in arguments) + f"){returns}"
+def arguments(given: ast.arguments) -> Iterator[str]:
+    """The arguments of a method as a caller sees them, without self."""
+    by_place = [*given.posonlyargs, *given.args]
+    defaults: list[ast.expr | None] = [None] * (len(by_place) - len(given.defaults)) + given.defaults
+    for each, default in list(zip(by_place, defaults, strict=True))[1:]:
+        yield argument(each, default)
+    if given.vararg:
+        yield f"*{argument(given.vararg, None)}"
+    elif given.kwonlyargs:
+        yield "*"
+    for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        yield argument(each, default)
+    if given.kwarg:
+        yield f"**{argument(given.kwarg, None)}"
 
 
-def split_arguments(arguments: str) -> list[str]:
-    """Arguments one by one: commas inside brackets do not part them."""
-    parts, depth = [""], 0
-    for character in arguments:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
+def argument(given: ast.arg, default: ast.expr | None) -> str:
+    """One argument with its type and default."""
+    typed = f"{given.arg}: {ast.unparse(given.annotation)}" if given.annotation else given.arg
+    if default is None:
+        return typed
+    return f"{typed} = {ast.unparse(default)}" if given.annotation else f"{typed}={ast.unparse(default)}"
 
 
 def text(docstring: object) -> str:
     """A docstring as Markdown: what is drawn in columns stays so, and nothing in it is taken for markup."""
     parts = []
     for paragraph in inspect.cleandoc(str(docstring or "")).split("\n\n"):
-        if re.search(r"[├│└]|\S {2,}\S", paragraph):
-            parts.append(f"```text\n{paragraph}\n```")
+        if re.search(r"^ |[├│└]|\S {2,}\S", paragraph, re.MULTILINE):
+            parts.append(f"```{language(paragraph)}\n{paragraph}\n```")
         else:
             parts.append(escaped(paragraph))
     return "\n\n".join(parts)
+
+
+def language(block: str) -> str:
+    """What a block of a docstring is written in, as far as it matters for its colours."""
+    try:
+        ast.parse(block)
+    except SyntaxError:
+        return "text"
+    return "python"
 
 
 def escaped(paragraph: str) -> str:
