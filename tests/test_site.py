@@ -31,7 +31,7 @@ NOT_ON_THE_SITE = {"RELEASE"}
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a site that was built strictly: a warning, as of a link or an anchor that leads nowhere, ends it."""
+    """The folder of a site that was built strictly: a link or an anchor that leads nowhere ends it."""
     folder = tmp_path_factory.mktemp("site")
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
     return folder
