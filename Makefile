@@ -52,7 +52,7 @@ check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py || failed+=" tidy"; \
 	if [[ $$failed ]]; then echo "make check failed:$$failed"; exit 1; fi; echo "make check: all good"
 
-# The theme would announce a competitor at every build.
+# The theme would announce its successor at every build. To search the site: python3 -m http.server -d build/site
 docs: $(DEVELOPMENT) ## build the documentation as a site, build/site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --quiet --strict $(ARGS) && echo "build/site/index.html"
 

@@ -38,7 +38,7 @@ def render() -> str:
     description = app.openapi()
     definitions = description.get("components", {}).get("schemas", {})
     operations = [
-        (operation["tags"][0], Route(method.upper(), path, operation, definitions))
+        (operation.get("tags", ["app"])[0], Route(method.upper(), path, operation, definitions))
         for path, methods in description["paths"].items() for method, operation in methods.items()
     ]  # fmt: skip
     parts = [INTRODUCTION]
@@ -82,7 +82,7 @@ class Route:
             schema = self._resolved(content.get("schema", {}))
             parts.append(f"Body, `{kind}`:")
             parts.append(self._table("field", list(self._fields(schema))))
-            parts.append(tolerated(schema.get("title", "")))
+            parts += [tolerated(title, path) for title, path in self._titles(schema)]
         parts.append(self._answers())
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -110,6 +110,15 @@ class Route:
                 title = inner.get("title", "")
                 if title not in above:
                     yield from self._fields(inner, f"{path}{name}{suffix}.", (*above, title))
+
+    def _titles(self, schema: Schema, path: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+        """The names of a body's class and of those of the objects in it, each with where it is."""
+        title = schema.get("title", "")
+        yield title, path
+        for name, field in schema.get("properties", {}).items():
+            for inner, suffix in self._objects(field):
+                if inner.get("title", "") not in (*above, title):
+                    yield from self._titles(inner, f"{path}{name}{suffix}.", (*above, title))
 
     def _objects(self, schema: Schema, suffix: str = "") -> Iterator[tuple[Schema, str]]:
         """The objects with fields of their own that a value may be or hold; [] for each list that they are in."""
@@ -210,12 +219,12 @@ def guide() -> dict[str, str]:
     return dict(re.findall(r"^\| `([A-Z]+ /[^`]*)` \| (.*) \|$", GUIDE.read_text("utf-8"), re.MULTILINE))
 
 
-def tolerated(title: str) -> str:
-    """The fields that a body of this name accepts without effect."""
+def tolerated(title: str, path: str) -> str:
+    """The fields that a body of this name accepts without effect. path: what stands before each field's name."""
     kinds = [kind for kind in kinds_of(Body) if kind.__name__ == title and kind.tolerated]
     fields = kinds[0].tolerated if kinds else {}
-    always = [f"`{name}`" for name, values in fields.items() if values is ANYTHING]
-    off = [shown_off(name, values) for name, values in fields.items() if values is not ANYTHING]
+    always = [f"`{path}{name}`" for name, values in fields.items() if values is ANYTHING]
+    off = [shown_off(f"{path}{name}", values) for name, values in fields.items() if values is not ANYTHING]
     parts = []
     if always:
         parts.append(f"Accepted without effect: {', '.join(always)}.")

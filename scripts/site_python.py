@@ -10,8 +10,10 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import is_typeddict
 
 MODULES = ("sessile", "sessile.offline", "sessile.errors")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -32,10 +34,10 @@ def render() -> str:
     parts = [INTRODUCTION]
     for name in MODULES:
         module = importlib.import_module(name)
-        shown = list(with_their_keywords(public(module)))
-        if shown:
+        kinds = public(module)
+        if kinds:
             parts.append(f"## {name}\n\n{text(module.__doc__)}\n")
-            parts += [described(kind) for kind in shown]
+            parts += [described(kind) for kind in [*kinds, *beside(kinds)]]
     parts += examples()
     return "\n".join(parts)
 
@@ -50,16 +52,17 @@ def public(module: ModuleType) -> list[type]:
     return [value for value in found if isinstance(value, type)]
 
 
-def with_their_keywords(kinds: list[type]) -> Iterator[type]:
-    """The classes, and after them the dictionaries whose keys their methods take as keywords."""
-    yield from kinds
+def beside(kinds: list[type]) -> Iterator[type]:
+    """Records that methods of public classes give and dictionaries whose keys they take, where these are not public."""
     seen = set(kinds)
     for kind in kinds:
-        for name in re.findall(r"Unpack\[(\w+)\]", inspect.getsource(kind)):
-            keywords = getattr(sys.modules[kind.__module__], name)
-            if keywords not in seen:
-                seen.add(keywords)
-                yield keywords
+        source = inspect.getsource(kind)
+        for name in re.findall(r"Unpack\[(\w+)\]|-> \W*(?:\w+\[)*(\w+)", source):
+            found = getattr(sys.modules[kind.__module__], name[0] or name[1], None)
+            is_record = is_dataclass(found) or is_typeddict(found)
+            if is_record and found not in seen and found.__module__.startswith("sessile"):
+                seen.add(found)
+                yield found
 
 
 def described(kind: type) -> str:

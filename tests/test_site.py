@@ -17,7 +17,7 @@ from sessile.server.app import create_app
 from sessile.server.body import Body
 from sessile.server.config import ServerOptions
 
-# The theme announces a competitor on standard error when it is imported.
+# The theme announces its successor on standard error when it is imported.
 os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
 
 from mkdocs.commands.build import build
