@@ -16,6 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = {name: (ROOT / "docs" / name).read_text("utf-8") for name in ("SESSIONS.md", "SPECULATION.md")}
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON_EXAMPLES = [
+    pytest.param(source, id=f"{path.name}-{index}")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for index, source in enumerate(PYTHON_BLOCK.findall(path.read_text("utf-8")))
+]
 MARK = "---- next block ----"
 SHOWN_ADDRESS = "127.0.0.1:30000"
 START_TIMEOUT_S = 240
@@ -93,6 +99,11 @@ def test_the_curl_example_of_chat_answers_paris(address: str) -> None:
 
 def test_the_openai_example_streams_an_answer(address: str) -> None:
     assert len(run([sys.executable, "-c"], example("python", "OpenAI("), address).split()) > 3
+
+
+@pytest.mark.parametrize("source", PYTHON_EXAMPLES)
+def test_every_python_example_of_a_document_runs_as_it_stands_and_prints(address: str, source: str) -> None:
+    assert run([sys.executable, "-c"], source, address, ROOT).strip()
 
 
 def test_the_session_example_computes_only_what_is_new(address: str) -> None:
