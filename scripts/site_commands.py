@@ -36,8 +36,15 @@ def section(name: str) -> str:
 def row(action: argparse.Action) -> str:
     """One flag or argument."""
     flags = " ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.metavar or action.dest}`"
-    takes = "" if action.nargs == 0 or not action.option_strings else action.metavar or ", ".join(action.choices or ())
-    takes = re.sub(r"[{},]+", " ", str(takes)).strip().replace(" ", ", ").lower()
     text = re.sub(r"\s+", " ", (action.help or "").replace("%%", "%")).replace("|", "\\|").replace("<", "&lt;")
     remark = f"*required*. {text}" if action.required and action.option_strings else text
-    return f"| {flags} | {takes} | {remark} |"
+    return f"| {flags} | {taken(action)} | {remark} |"
+
+
+def taken(action: argparse.Action) -> str:
+    """What stands behind a flag: nothing, one of some words, or a kind of value."""
+    if action.nargs == 0 or not action.option_strings:
+        return ""
+    metavar = str(action.metavar or "")
+    words = action.choices or (metavar.strip("{}").split(",") if metavar.startswith("{") else [metavar.lower()])
+    return ", ".join(map(str, words))

@@ -80,8 +80,9 @@ class Route:
             parts.append(self._table("parameter", rows))
         for kind, content in self._operation.get("requestBody", {}).get("content", {}).items():
             schema = self._resolved(content.get("schema", {}))
-            parts.append(f"Body, `{kind}`:")
-            parts.append(self._table("field", list(self._fields(schema))))
+            fields = list(self._fields(schema))
+            parts.append(f"Body, `{kind}`:" if fields else f"Body, `{kind}`: {self._type(schema)}.")
+            parts.append(self._table("field", fields) if fields else "")
             parts += [tolerated(title, path) for title, path in self._titles(schema)]
         parts.append(self._answers())
         return "\n\n".join(part for part in parts if part) + "\n"
@@ -134,8 +135,8 @@ class Route:
         lines = [f"| {head} | type | |", "|---|---|---|"]
         for name, schema, is_required in rows:
             default = schema.get("default")
-            remarks = ["*required*" if is_required else "" if default is None else f"`{default}` if not given",
-                       cell(self._resolved(schema).get("description", ""))]  # fmt: skip
+            absent = "" if default is None else f"`{json.dumps(default)}` if not given"
+            remarks = ["*required*" if is_required else absent, cell(self._resolved(schema).get("description", ""))]
             lines.append(f"| {name} | {self._type(schema)} | {'. '.join(filter(None, remarks))} |")
         return "\n".join(lines)
 
