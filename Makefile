@@ -54,7 +54,7 @@ check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 
 # The theme would announce its successor at every build. To search the site: python3 -m http.server -d build/site
 docs: $(DEVELOPMENT) ## build the documentation as a site, build/site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --quiet --strict $(ARGS) && echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --strict $(ARGS)
 
 sim: $(RUNTIME) ## torment the scheduler in the simulator: make sim ARGS="--seeds 300 --steps 1000"
 	@$(PYTHON_VENV) -m sessile.sim $(ARGS)

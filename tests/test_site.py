@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import runpy
+import shutil
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
 
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWN = runpy.run_path(str(ROOT / "scripts" / "draw_pictures.py"))
@@ -41,6 +43,15 @@ def text_of(page: Path) -> str:
     """What a page says, without its markup."""
     article = page.read_text("utf-8").partition("<article")[2].partition("</article>")[0]
     return unescape(re.sub(r"<[^>]+>", "", article))
+
+
+@pytest.mark.parametrize("broken", ["(HTTP.md#nowhere)", "(NOWHERE.md)"], ids=["anchor", "page"])
+def test_a_link_that_leads_nowhere_ends_the_build(broken: str, tmp_path: Path) -> None:
+    docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    page = docs / "SPECULATION.md"
+    page.write_text(page.read_text("utf-8").replace("(HTTP.md#corpora)", broken), "utf-8")
+    with pytest.raises(Abort, match="Aborted with 1 warnings in strict mode"):
+        build(load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(docs), site_dir=str(tmp_path / "site"), strict=True))
 
 
 def test_every_document_is_a_page(site: Path) -> None:
