@@ -17,6 +17,7 @@ FIRST_PLAIN_ID = 16
 
 def null_result(plan: StepPlan) -> StepResult:
     """A result in which every sampling row emits one token, none of them special."""
+    assert not len(plan.mask_queries), "this device chooses tokens without regard to masks"
     emitted = (plan.flags & SAMPLE).astype(np.int32)
     tokens = FIRST_PLAIN_ID + (plan.rows * 31 + plan.output_indices * 17) % (VOCAB_SIZE - FIRST_PLAIN_ID)
     return StepResult(
