@@ -1,0 +1,148 @@
+"""From a grammar's text to a matcher at its start, within bounds of size, depth and work (H57)."""
+
+import json
+import re
+import threading
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
+
+from sessile.contract.messages import Grammar
+from sessile.contract.model import ModelFacts
+from sessile.errors import InvalidRequest
+from sessile.grammar.schema import DEPTH_MAX, checked_schema, place_of_fault
+
+SOURCE_BYTES_MAX = 131_072
+ANY_OBJECT = '{"type": "object"}'
+
+_BOUNDS = {
+    "max_items_in_row": 1_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 20_000,  # of 1 to 2 kB each
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+"""What a compilation, and the mask of one step, may cost: some hundred milliseconds, and some milliseconds."""
+_JSON_OPTIONS: dict[str, Any] = {
+    # Bounded: a small model that has begun to indent may never stop.
+    "whitespace_pattern": r"[ \t\r\n]{0,32}",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_PARSE_ERROR = re.compile(
+    r"regex parse error:\n    (?P<pattern>.*)\n    (?P<indent> *)\^+.*\nerror: (?P<reason>[^\n]*)"
+)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary. Any thread may call it, several at once.
+
+    The trie of the vocabulary is built with the first grammar: who needs none does not wait for it.
+    """
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self._facts = facts
+        self._building = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+
+    def prepare(self) -> None:
+        """Build what all grammars share, unless it is there: some tenths of a second."""
+        with self._building:
+            if self._tokenizer is None:
+                self._tokenizer = _tokenizer_of(self._facts)
+                # The first JSON grammar warms up what later ones share.
+                LLMatcher(self._tokenizer, _from_schema(ANY_OBJECT), log_level=0)
+
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """A matcher at the start of the grammar, never to be advanced: requests get copies. Raises InvalidRequest."""
+        self.prepare()
+        assert self._tokenizer is not None
+        text, field = grammar.source, grammar.field or grammar.kind
+        if len(text.encode()) > SOURCE_BYTES_MAX:
+            raise InvalidRequest(f"{field}: longer than {SOURCE_BYTES_MAX} bytes", param=field)
+        matcher = LLMatcher(self._tokenizer, _translated(grammar, field), log_level=0, limits=LLParserLimits(**_BOUNDS))
+        if matcher.is_error():
+            raise InvalidRequest(f"{field}: {_explained(grammar, matcher.get_error())}", param=field)
+        return matcher
+
+
+def _tokenizer_of(facts: ModelFacts) -> LLTokenizer:
+    return LLTokenizer(
+        TokenizerWrapper(_Vocabulary(facts)), n_vocab=facts.vocab_size, eos_token=list(facts.eos_ids)
+    )
+
+
+class _Vocabulary:
+    """A vocabulary as llguidance asks for one."""
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self.tokens = facts.token_bytes
+        self.special_token_ids = sorted(facts.special_ids)
+        self.eos_token_id = facts.eos_ids[0]
+        self.bos_token_id = facts.bos_id
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Called to see whether it takes bytes; text to continue is never tokenised, since no token is forced."""
+        return []
+
+
+def _translated(grammar: Grammar, field: str) -> str:
+    """The grammar in llguidance's own form. Raises InvalidRequest."""
+    match grammar.kind:
+        case "json_object":
+            return _from_schema(ANY_OBJECT)
+        case "json_schema":
+            checked_schema(grammar.source, field)
+            return _from_schema(grammar.source)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case "ebnf" | "lark":
+            _check_brackets(grammar.source, field)
+            try:
+                return grammar_from(grammar.kind, grammar.source)
+            except ValueError as error:
+                reason = str(error).partition("Lark: ")[2] or str(error)
+                raise InvalidRequest(f"{field}: {_shortened(reason)}", param=field) from None
+        case kind:
+            raise InvalidRequest(f"{field}: there is no kind of grammar called {kind!r}", param=field)
+
+
+def _from_schema(source: str) -> str:
+    return LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+
+
+def _check_brackets(source: str, field: str) -> None:
+    depth = 0
+    for character in source:
+        depth += (character in "([{") - (character in ")]}")
+        if depth > DEPTH_MAX:
+            raise InvalidRequest(f"{field}: brackets nested more than {DEPTH_MAX} deep", param=field)
+
+
+def _explained(grammar: Grammar, error: str) -> str:
+    """What llguidance says is wrong, with the place."""
+    if grammar.kind == "json_schema":
+        schema = checked_schema(grammar.source, grammar.field)
+        return f"at {place_of_fault(schema, error, _fault_of)}: {_reason(error)}"
+    return _reason(error)
+
+
+def _fault_of(schema: Any) -> str:
+    return LLMatcher.validate_grammar(_from_schema(json.dumps(schema)), limits=LLParserLimits(**_BOUNDS))
+
+
+def _reason(error: str) -> str:
+    """One line: of a regular expression the character where it is wrong, else the first line."""
+    if parse := _PARSE_ERROR.search(error):
+        where = f"pattern {_shortened(parse['pattern'])!r}, character {len(parse['indent']) + 1}"
+        return f"{where}: {parse['reason']}"
+    if "too big" in error or "fuel" in error:
+        return f"too complex to be compiled within bounds ({_shortened(error.splitlines()[0])})"
+    return _shortened(error.splitlines()[0])
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:199] + "…"

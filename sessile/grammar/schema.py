@@ -1,0 +1,126 @@
+"""JSON schemas before they are compiled: what is refused by name, and where in a schema a fault lies.
+
+A keyword that would be ignored is refused instead: an output that passes for valid and is not is worse than none.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sessile.errors import InvalidRequest
+
+DEPTH_MAX = 64
+"""Deepest nesting of a schema, or of brackets in any other grammar."""
+NODES_MAX = 50_000
+"""Most values in a schema, nested ones included."""
+_LOOKS_MAX = 64
+"""Subschemas that are tried to find the place of a fault."""
+
+_FOLLOWED = frozenset({
+    "type", "const", "enum", "anyOf", "allOf", "oneOf", "$ref", "properties", "patternProperties",
+    "additionalProperties", "required", "minProperties", "maxProperties", "items", "prefixItems", "additionalItems",
+    "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum",
+    "exclusiveMaximum", "multipleOf",
+})  # fmt: skip
+"""Keywords that outputs follow."""
+_NOTES = frozenset({
+    "$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions", "$vocabulary", "title", "description",
+    "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType",
+    "contentSchema", "discriminator",
+})  # fmt: skip
+"""Keywords that say nothing about what is valid, or only name schemas."""
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
+_SINGLES = ("items", "additionalItems", "additionalProperties")
+
+Place = tuple[str, Any]
+"""A JSON pointer as a fragment, "#/properties/name", and the schema there."""
+
+
+def checked_schema(source: str, field: str) -> Any:
+    """The schema in this text. Raises InvalidRequest that names the field and the place in it."""
+    try:
+        schema = json.loads(source, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequest(f"{field}: not valid JSON at {where}: {error.msg}", param=field) from None
+    except (RecursionError, ValueError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
+        raise InvalidRequest(f"{field}: {what}", param=field) from None
+    _check_size(schema, field)
+    for place, part in walk(schema):
+        if isinstance(part, dict):
+            _check_keywords(place, part, field)
+        elif not isinstance(part, bool):
+            raise InvalidRequest(f"{field}: at {place}: a schema must be an object, true or false", param=field)
+    return schema
+
+
+def walk(schema: Any, place: str = "#") -> Iterator[Place]:
+    """The schema and all within it, outermost first; what a `$ref` names is visited where it stands."""
+    waiting = [(place, schema)]
+    while waiting:
+        here = waiting.pop()
+        yield here
+        waiting.extend(reversed(list(children(*here))))
+
+
+def children(place: str, schema: Any) -> Iterator[Place]:
+    """The schemas right below this one."""
+    if not isinstance(schema, dict):
+        return
+    for keyword in _MAPS:
+        if isinstance(named := schema.get(keyword), dict):
+            yield from ((f"{place}/{keyword}/{_escaped(name)}", part) for name, part in named.items())
+    for keyword in (*_LISTS, *_SINGLES):
+        if isinstance(parts := schema.get(keyword), list):
+            yield from ((f"{place}/{keyword}/{index}", part) for index, part in enumerate(parts))
+        elif keyword in _SINGLES and keyword in schema:
+            yield f"{place}/{keyword}", parts
+
+
+def place_of_fault(schema: Any, fault: str, fault_of: Callable[[Any], str]) -> str:
+    """The innermost schema that has this fault by itself. fault_of: what is wrong with a schema; empty if nothing."""
+    place, looks = "#", 0
+    own = schema if isinstance(schema, dict) else {}
+    definitions = {name: own[name] for name in ("$defs", "definitions") if name in own}
+    here: Any = schema
+    while True:
+        for inner, part in children(place, here):
+            looks += 1
+            if looks > _LOOKS_MAX:
+                return place
+            if fault_of({**definitions, **part} if isinstance(part, dict) else part) == fault:
+                place, here = inner, part
+                break
+        else:
+            return place
+
+
+def _check_size(schema: Any, field: str) -> None:
+    waiting = [(schema, 1)]
+    nodes = 0
+    while waiting:
+        value, depth = waiting.pop()
+        nodes += 1
+        if depth > DEPTH_MAX:
+            raise InvalidRequest(f"{field}: nested more than {DEPTH_MAX} deep", param=field)
+        if nodes > NODES_MAX:
+            raise InvalidRequest(f"{field}: more than {NODES_MAX} values", param=field)
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting.extend((each, depth + 1) for each in inner)
+
+
+def _check_keywords(place: str, schema: dict[str, Any], field: str) -> None:
+    for keyword in schema:
+        is_known = keyword in _FOLLOWED or keyword in _NOTES
+        if not is_known and (not keyword.startswith("x-") or keyword == "x-guidance"):
+            raise InvalidRequest(f"{field}: at {place}: keyword {keyword[:64]!r} is not supported", param=field)
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
