@@ -10,6 +10,7 @@ with LLM(model="default") as llm:
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -254,7 +255,7 @@ def open_configured_engine(
     on_cpu = chosen_kind(device) == "cpu"
     return open_engine(
         scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock, tenants=tenants,
-        make_drafter=make_drafter,
+        make_drafter=make_drafter, tokenize=partial(tokenizer.encode, add_special_tokens=False),
     )  # fmt: skip
 
 

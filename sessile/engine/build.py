@@ -21,7 +21,7 @@ from sessile.engine.inbox import Inbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
-from sessile.grammar.compiler import GrammarCompiler
+from sessile.grammar.compiler import GrammarCompiler, Tokenize
 from sessile.grammar.following import CompiledGrammars
 
 CPU_STEP_LIMIT_MS, GPU_STEP_LIMIT_MS = 250.0, 100.0
@@ -142,11 +142,13 @@ def open_engine(
     clock: Clock,
     tenants: tuple[TenantPolicy, ...] = (),
     make_drafter: MakeDrafter = lookup_drafter,
+    tokenize: Tokenize | None = None,
 ) -> Engine:
     """Open the device and build the machine that its facts allow.
 
     on_cpu decides defaults. tenants: those with limits of their own. make_drafter: called if drafts are to be looked
-    up. The clock's origin is taken as the begin of the start. Raises StartupError.
+    up. tokenize: how the model knows a text that a grammar leaves no choice about. The clock's origin is taken as the
+    begin of the start. Raises StartupError.
     """
     rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
     drafts_max = 0 if options.speculate == "off" else options.drafts_max
@@ -162,7 +164,7 @@ def open_engine(
     grammars, desk = None, None
     if model.eos_ids and model.token_bytes:
         grammars = CompiledGrammars(model.vocab_size)
-        desk = GrammarDesk(GrammarCompiler(model), grammars, clock)
+        desk = GrammarDesk(GrammarCompiler(model, tokenize), grammars, clock)
     machine = Machine(limits, model, drafter=drafter, grammars=grammars)
     ready = EngineReady(
         model_name=Path(facts.model_path).name.removesuffix(".gguf"),

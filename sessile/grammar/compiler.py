@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
@@ -11,6 +12,8 @@ from sessile.contract.messages import Grammar
 from sessile.contract.model import ModelFacts
 from sessile.errors import InvalidRequest
 from sessile.grammar.schema import DEPTH_MAX, checked_schema, place_of_fault
+
+Tokenize = Callable[[str], Sequence[int]]
 
 SOURCE_BYTES_MAX = 131_072
 ANY_OBJECT = '{"type": "object"}'
@@ -42,8 +45,10 @@ class GrammarCompiler:
     The trie of the vocabulary is built with the first grammar: who needs none does not wait for it.
     """
 
-    def __init__(self, facts: ModelFacts) -> None:
-        self._facts = facts
+    def __init__(self, facts: ModelFacts, tokenize: Tokenize | None = None) -> None:
+        """tokenize: as the model knows text; None: the longest tokens that fit are as good."""
+        self._vocabulary = _Vocabulary(facts, tokenize)
+        self._eos_ids = list(facts.eos_ids)
         self._building = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
@@ -51,7 +56,9 @@ class GrammarCompiler:
         """Build what all grammars share, unless it is there: some tenths of a second."""
         with self._building:
             if self._tokenizer is None:
-                self._tokenizer = _tokenizer_of(self._facts)
+                self._vocabulary.prepare()
+                size, wrapped = len(self._vocabulary.tokens), TokenizerWrapper(self._vocabulary)
+                self._tokenizer = LLTokenizer(wrapped, n_vocab=size, eos_token=self._eos_ids)
                 # The first JSON grammar warms up what later ones share.
                 LLMatcher(self._tokenizer, _from_schema(ANY_OBJECT), log_level=0)
 
@@ -68,24 +75,48 @@ class GrammarCompiler:
         return matcher
 
 
-def _tokenizer_of(facts: ModelFacts) -> LLTokenizer:
-    return LLTokenizer(
-        TokenizerWrapper(_Vocabulary(facts)), n_vocab=facts.vocab_size, eos_token=list(facts.eos_ids)
-    )
-
-
 class _Vocabulary:
     """A vocabulary as llguidance asks for one."""
 
-    def __init__(self, facts: ModelFacts) -> None:
+    def __init__(self, facts: ModelFacts, tokenize: Tokenize | None) -> None:
         self.tokens = facts.token_bytes
         self.special_token_ids = sorted(facts.special_ids)
         self.eos_token_id = facts.eos_ids[0]
         self.bos_token_id = facts.bos_id
+        self._special_ids = facts.special_ids
+        self._tokenize = tokenize
+        self._ids: dict[bytes, int] = {}
+        self._longest_bytes = 0
+
+    def prepare(self) -> None:
+        """Look at all tokens once; to be called before any text comes."""
+        plain = [token for token in range(len(self.tokens)) if token not in self._special_ids]
+        self._ids = {self.tokens[token]: token for token in reversed(plain) if self.tokens[token]}
+        self._longest_bytes = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Called to see whether it takes bytes; text to continue is never tokenised, since no token is forced."""
-        return []
+        """Tokens of a text that must follow, where all but these are masked: as the model knows it, if that is exact.
+
+        It is not where a tokenizer adds a space in front, or takes the text for a special token.
+        """
+        if self._tokenize is not None:
+            ids = list(self._tokenize(text.decode()))
+            if self._special_ids.isdisjoint(ids) and b"".join([self.tokens[token] for token in ids]) == text:
+                return ids
+        return self._longest(text)
+
+    def _longest(self, text: bytes) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            for end in range(min(len(text), start + self._longest_bytes), start, -1):
+                if (token := self._ids.get(text[start:end])) is not None:
+                    ids.append(token)
+                    start = end
+                    break
+            else:
+                start += 1  # A byte that no token stands for cannot be said in any way.
+        return ids
 
 
 def _translated(grammar: Grammar, field: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from sessile.contract.grammar import GrammarLine
 from sessile.contract.messages import Grammar
@@ -98,21 +98,26 @@ class CompiledGrammars:
     def masks(
         self, lines: Sequence[GrammarLine], drafts: Sequence[Sequence[TokenId]]
     ) -> tuple[Sequence[int], Ints]:
-        """See Grammars. All masks of the step in one call, on several threads, without the interpreter lock."""
+        """See Grammars. The masks of all lines are filled at once, on several threads, without the interpreter lock."""
         counts: list[int] = []
-        asked: list[tuple[LLMatcher, int, list[int]]] = []
+        single: list[tuple[LLMatcher, int]] = []
+        drafted: list[tuple[LLMatcher, int, list[int]]] = []
         places = 0
         for line, proposed in zip(lines, drafts, strict=True):
             assert isinstance(line, MatcherLine)
             allowed = line.matcher.validate_tokens(list(proposed)) if proposed and not line.failure else 0
             counts.append(allowed)
-            if not line.failure:
-                asked.append((line.matcher, places, list(proposed[:allowed])))
+            if allowed:
+                drafted.append((line.matcher, places, list(proposed[:allowed])))
+            elif not line.failure:
+                single.append((line.matcher, places))
             places += allowed + 1
         words = np.full((places, self._words), -1, np.int32)
-        if asked:
-            self._executor = self._executor or LLExecutor(self._threads)
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, asked, words)
+        self._executor = self._executor or LLExecutor(self._threads)
+        if single:
+            fill_next_token_bitmask_par(self._executor, single, words)
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, words)
         place = 0
         for line, count in zip(lines, counts, strict=True):
             assert isinstance(line, MatcherLine)

@@ -1,0 +1,152 @@
+"""`sessile bench grammar`: what outputs under a grammar cost the step loop, and what a grammar costs before its first.
+
+No model runs: tokens are drawn among those that the masks allow, so that every grammar is walked from its start to its
+end, or as far as it goes. The masks of a step are asked for as the core asks, all rows in one call.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from sessile.bench.grammar_schemas import SCHEMAS
+from sessile.contract.grammar import GrammarLine
+from sessile.contract.messages import Grammar
+from sessile.contract.model import ModelFacts
+from sessile.grammar.compiler import GrammarCompiler
+from sessile.grammar.following import CompiledGrammars
+from sessile.options import option
+from sessile.text.load import load_tokenizer
+from sessile.units import TokenId
+
+MASK_US, COMPILE_MS = 50.0, 100.0
+"""Targets: of a mask, a row at the median; of compiling a schema, at the median."""
+
+
+@dataclass(frozen=True)
+class GrammarBenchOptions:
+    """Which vocabulary, and how many rows."""
+
+    model: str = option("default", "Model whose tokenizer is used: 'default', a .gguf file, or a hub folder.")
+    rows: int = option(40, "Rows with a grammar in a step, over as many schemas.", unit="rows", low=1, high=4096)
+    steps: int = option(300, "Steps to measure.", unit="steps", low=1)
+
+
+@dataclass(frozen=True)
+class GrammarTimes:
+    """What was measured."""
+
+    prepare_s: float
+    """What all grammars share, once."""
+    compile_ms: npt.NDArray[np.float64]
+    """Of each schema."""
+    mask_us: npt.NDArray[np.float64]
+    """Of each step, by its rows."""
+    draft_us: npt.NDArray[np.float64]
+    """The same where each row has four drafts, of which the first is allowed, by rows."""
+    extend_us: npt.NDArray[np.float64]
+    """Of telling one token, a row."""
+
+
+def measured_grammars(options: GrammarBenchOptions) -> GrammarTimes:
+    """Compile the schemas and walk them. Raises StartupError if there is no such model."""
+    tokenizer = load_tokenizer(options.model)
+    vocab_size = len(tokenizer.vocabulary.token_bytes)
+    facts = tokenizer.facts(vocab_size=vocab_size, context_tokens=1 << 20)
+    started_s = time.perf_counter()
+    compiler = GrammarCompiler(facts, partial(tokenizer.encode, add_special_tokens=False))
+    compiler.prepare()
+    prepare_s = time.perf_counter() - started_s
+    grammars = CompiledGrammars(vocab_size)
+    compile_ms = []
+    for schema in SCHEMAS.values():
+        grammar = Grammar("json_schema", json.dumps(schema))
+        started_s = time.perf_counter()
+        grammars.put(grammar, compiler.compile(grammar))
+        compile_ms.append((time.perf_counter() - started_s) * 1e3)
+    walk = _Walk(grammars, facts, options.rows)
+    for _ in range(options.steps):
+        walk.step()
+    return GrammarTimes(prepare_s, np.array(compile_ms), *map(np.array, (walk.mask_us, walk.draft_us, walk.extend_us)))
+
+
+class _Walk:
+    """Rows that walk through the schemas, each beginning the next one when it has come to an end."""
+
+    def __init__(self, grammars: CompiledGrammars, facts: ModelFacts, rows: int) -> None:
+        self.mask_us: list[float] = []
+        self.draft_us: list[float] = []
+        self.extend_us: list[float] = []
+        self._grammars = grammars
+        self._facts = facts
+        self._dice = np.random.default_rng(1)
+        self._schemas = [Grammar("json_schema", json.dumps(schema)) for schema in SCHEMAS.values()]
+        self._begun = 0
+        self._lines = [self._begin() for _ in range(rows)]
+
+    def step(self) -> None:
+        """Masks for all rows, with nothing else and with drafts; then a token for each."""
+        rows = len(self._lines)
+        none: list[list[TokenId]] = [[] for _ in range(rows)]
+        started_s = time.perf_counter()
+        _, words = self._grammars.masks(self._lines, none)
+        self.mask_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        tokens = [self._draw(own) for own in words]
+        drafts = [[token] * 4 for token in tokens]
+        started_s = time.perf_counter()
+        self._grammars.masks(self._lines, drafts)
+        self.draft_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        started_s = time.perf_counter()
+        ends = [row for row, token in enumerate(tokens) if token in self._facts.eos_ids]
+        for line, token in zip(self._lines, tokens, strict=True):
+            if token not in self._facts.eos_ids:
+                line.extend([token])
+            assert not line.failure, line.failure
+        self.extend_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        for row in ends:
+            self._lines[row] = self._begin()
+
+    def _begin(self) -> GrammarLine:
+        self._begun += 1
+        return self._grammars.start(self._schemas[self._begun % len(self._schemas)])
+
+    def _draw(self, words: npt.NDArray[np.int32]) -> TokenId:
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self._facts.vocab_size]
+        return TokenId(int(self._dice.choice(bits.nonzero()[0])))
+
+
+def measure_grammars(options: GrammarBenchOptions) -> int:
+    """Measure and print; 0 if every target is met, else 1."""
+    console = Console()
+    times = measured_grammars(options)
+    console.print(
+        f"{len(SCHEMAS)} schemas, {options.rows} rows, {options.steps} steps; {times.prepare_s:.2f} s once for the "
+        "vocabulary"
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "p50", "p99", "target at p50", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    met = [
+        _add(table, "masks of a step, µs a row", times.mask_us, MASK_US),
+        _add(table, "compiling a schema, ms", times.compile_ms, COMPILE_MS),
+    ]
+    _add(table, "masks with drafts, µs a row", times.draft_us, None)
+    _add(table, "telling a token, µs a row", times.extend_us, None)
+    console.print(table)
+    return 0 if all(met) else 1
+
+
+def _add(table: Table, name: str, values: npt.NDArray[np.float64], target: float | None) -> bool:
+    middle = float(np.median(values))
+    shown = [name, f"{middle:.1f}", f"{np.percentile(values, 99):.1f}"]
+    if target is None:
+        table.add_row(*shown)
+        return True
+    met = middle <= target
+    table.add_row(*shown, f"≤ {target:g}", "[green]met" if met else "[red]missed")
+    return met
