@@ -46,7 +46,9 @@ class GrammarTimes:
     compile_ms: npt.NDArray[np.float64]
     """Of each schema."""
     mask_us: npt.NDArray[np.float64]
-    """Of each step, by its rows."""
+    """Of each mask, asked for by itself."""
+    step_us: npt.NDArray[np.float64]
+    """Of the masks of each step, asked for together, by its rows."""
     draft_us: npt.NDArray[np.float64]
     """The same where each row has four drafts, of which the first is allowed, by rows."""
     extend_us: npt.NDArray[np.float64]
@@ -72,44 +74,61 @@ def measured_grammars(options: GrammarBenchOptions) -> GrammarTimes:
     walk = _Walk(grammars, facts, options.rows)
     for _ in range(options.steps):
         walk.step()
-    return GrammarTimes(prepare_s, np.array(compile_ms), *map(np.array, (walk.mask_us, walk.draft_us, walk.extend_us)))
+    return GrammarTimes(prepare_s, np.array(compile_ms), *walk.times())
 
 
 class _Walk:
     """Rows that walk through the schemas, each beginning the next one when it has come to an end."""
 
     def __init__(self, grammars: CompiledGrammars, facts: ModelFacts, rows: int) -> None:
-        self.mask_us: list[float] = []
-        self.draft_us: list[float] = []
-        self.extend_us: list[float] = []
+        self._mask_us: list[float] = []
+        self._step_us: list[float] = []
+        self._draft_us: list[float] = []
+        self._extend_us: list[float] = []
         self._grammars = grammars
         self._facts = facts
         self._dice = np.random.default_rng(1)
         self._schemas = [Grammar("json_schema", json.dumps(schema)) for schema in SCHEMAS.values()]
         self._begun = 0
+        self._steps = 0
         self._lines = [self._begin() for _ in range(rows)]
 
+    def times(self) -> list[npt.NDArray[np.float64]]:
+        """What was measured, in the order of GrammarTimes."""
+        return [np.array(times) for times in (self._mask_us, self._step_us, self._draft_us, self._extend_us)]
+
     def step(self) -> None:
-        """Masks for all rows, with nothing else and with drafts; then a token for each."""
+        """Masks for all rows, one by one or together by turns, then with drafts; then a token for each."""
         rows = len(self._lines)
         none: list[list[TokenId]] = [[] for _ in range(rows)]
-        started_s = time.perf_counter()
-        _, words = self._grammars.masks(self._lines, none)
-        self.mask_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        # What was asked once is remembered, so a row is asked either by itself or together with the others.
+        self._steps += 1
+        if self._steps % 2:
+            started_s = time.perf_counter()
+            _, words = self._grammars.masks(self._lines, none)
+            self._step_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        else:
+            words = np.concatenate([self._mask(line) for line in self._lines])
         tokens = [self._draw(own) for own in words]
         drafts = [[token] * 4 for token in tokens]
         started_s = time.perf_counter()
         self._grammars.masks(self._lines, drafts)
-        self.draft_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        self._draft_us.append((time.perf_counter() - started_s) * 1e6 / rows)
         started_s = time.perf_counter()
         ends = [row for row, token in enumerate(tokens) if token in self._facts.eos_ids]
         for line, token in zip(self._lines, tokens, strict=True):
             if token not in self._facts.eos_ids:
                 line.extend([token])
             assert not line.failure, line.failure
-        self.extend_us.append((time.perf_counter() - started_s) * 1e6 / rows)
+        self._extend_us.append((time.perf_counter() - started_s) * 1e6 / rows)
         for row in ends:
             self._lines[row] = self._begin()
+
+    def _mask(self, line: GrammarLine) -> npt.NDArray[np.int32]:
+        started_s = time.perf_counter()
+        _, words = self._grammars.masks([line], [[]])
+        self._mask_us.append((time.perf_counter() - started_s) * 1e6)
+        return words
 
     def _begin(self) -> GrammarLine:
         self._begun += 1
@@ -132,9 +151,10 @@ def measure_grammars(options: GrammarBenchOptions) -> int:
     for column in ("", "p50", "p99", "target at p50", ""):
         table.add_column(column, justify="left" if not column else "right")
     met = [
-        _add(table, "masks of a step, µs a row", times.mask_us, MASK_US),
+        _add(table, "a mask, µs", times.mask_us, MASK_US),
         _add(table, "compiling a schema, ms", times.compile_ms, COMPILE_MS),
     ]
+    _add(table, "masks of a step, µs a row", times.step_us, None)
     _add(table, "masks with drafts, µs a row", times.draft_us, None)
     _add(table, "telling a token, µs a row", times.extend_us, None)
     console.print(table)

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
@@ -18,6 +19,8 @@ Tokenize = Callable[[str], Sequence[int]]
 SOURCE_BYTES_MAX = 131_072
 ANY_OBJECT = '{"type": "object"}'
 
+_FORCED_TEXTS_KEPT = 4096
+"""Names of properties and the like, whose tokens are asked for again and again while masks are filled."""
 _BOUNDS = {
     "max_items_in_row": 1_000,
     "initial_lexer_fuel": 1_000_000,
@@ -85,6 +88,7 @@ class _Vocabulary:
         self.bos_token_id = facts.bos_id
         self._special_ids = facts.special_ids
         self._tokenize = tokenize
+        self._cached = lru_cache(_FORCED_TEXTS_KEPT)(self._tokens_of)
         self._ids: dict[bytes, int] = {}
         self._longest_bytes = 0
 
@@ -99,8 +103,11 @@ class _Vocabulary:
 
         It is not where a tokenizer adds a space in front, or takes the text for a special token.
         """
+        return list(self._cached(text))
+
+    def _tokens_of(self, text: bytes) -> Sequence[int]:
         if self._tokenize is not None:
-            ids = list(self._tokenize(text.decode()))
+            ids = self._tokenize(text.decode())
             if self._special_ids.isdisjoint(ids) and b"".join([self.tokens[token] for token in ids]) == text:
                 return ids
         return self._longest(text)
