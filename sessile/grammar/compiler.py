@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 from sessile.contract.messages import Grammar
 from sessile.contract.model import ModelFacts
 from sessile.errors import InvalidRequest
-from sessile.grammar.schema import DEPTH_MAX, checked_schema, place_of_fault
+from sessile.grammar.schema import DEPTH_MAX, FORCED_CHARS_MAX, checked_schema, least_length, place_of_fault
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -21,6 +21,8 @@ ANY_OBJECT = '{"type": "object"}'
 
 _FORCED_TEXTS_KEPT = 4096
 """Names of properties and the like, whose tokens are asked for again and again while masks are filled."""
+RULES_MAX = 400
+_RULE = re.compile(r"^\s*[?!]?[\w.-]+\s*(?:\[[^\]\n]*\]\s*)?(?:::=|:)", re.MULTILINE)
 _BOUNDS = {
     "max_items_in_row": 1_000,
     "initial_lexer_fuel": 1_000_000,
@@ -132,12 +134,16 @@ def _translated(grammar: Grammar, field: str) -> str:
         case "json_object":
             return _from_schema(ANY_OBJECT)
         case "json_schema":
-            checked_schema(grammar.source, field)
-            return _from_schema(grammar.source)
+            schema = checked_schema(grammar.source, field)
+            if schema is False:
+                raise InvalidRequest(f"{field}: at #: nothing is valid under false", param=field)
+            return _from_schema("{}" if schema is True else grammar.source)
         case "regex":
+            if least_length(grammar.source) > FORCED_CHARS_MAX:
+                raise InvalidRequest(f"{field}: it asks for more than {FORCED_CHARS_MAX} characters", param=field)
             return LLMatcher.grammar_from_regex(grammar.source)
         case "ebnf" | "lark":
-            _check_brackets(grammar.source, field)
+            _check_rules(grammar.source, field)
             try:
                 return grammar_from(grammar.kind, grammar.source)
             except ValueError as error:
@@ -151,7 +157,12 @@ def _from_schema(source: str) -> str:
     return LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
 
 
-def _check_brackets(source: str, field: str) -> None:
+def _check_rules(source: str, field: str) -> None:
+    """Bound what the translation from GBNF and the compilation of rules take the square of."""
+    if len(_RULE.findall(source)) > RULES_MAX:
+        raise InvalidRequest(f"{field}: more than {RULES_MAX} rules", param=field)
+    if least_length(source) > SOURCE_BYTES_MAX:
+        raise InvalidRequest(f"{field}: counts ask for more than {SOURCE_BYTES_MAX} characters", param=field)
     depth = 0
     for character in source:
         depth += (character in "([{") - (character in ")]}")
@@ -162,12 +173,14 @@ def _check_brackets(source: str, field: str) -> None:
 def _explained(grammar: Grammar, error: str) -> str:
     """What llguidance says is wrong, with the place."""
     if grammar.kind == "json_schema":
-        schema = checked_schema(grammar.source, grammar.field)
+        schema = json.loads(grammar.source)
         return f"at {place_of_fault(schema, error, _fault_of)}: {_reason(error)}"
     return _reason(error)
 
 
 def _fault_of(schema: Any) -> str:
+    if isinstance(schema, bool):
+        return ""
     return LLMatcher.validate_grammar(_from_schema(json.dumps(schema)), limits=LLParserLimits(**_BOUNDS))
 
 

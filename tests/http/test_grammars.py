@@ -1,13 +1,18 @@
 """Fields that ask for an output of a certain form: what they come to, and what of them is refused, on every surface."""
 
 import json
+import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
 from sessile.contract.messages import Grammar
-from tests.http.conftest import Running
+from tests.http.conftest import Running, running_server
+from tests.http.toy_engine import ToyEngine
+from tests.unit.drafters import ToldDrafter
 
 SCHEMA = {"type": "object", "properties": {"z": {"type": "integer"}, "a": {"type": "null"}}}
 TEXT = json.dumps(SCHEMA)
@@ -17,6 +22,20 @@ HI: Any = [{"role": "user", "content": "hi"}]
 @pytest.fixture
 def client(server: Running) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+class FollowingEngine(ToyEngine):
+    """Every byte but 0 is a token, and 0 ends an output; drafts that the last token comes again."""
+
+    def __init__(self, address: str) -> None:
+        drafter = ToldDrafter(lambda text, count: text[-1:] * count, limit=2)
+        super().__init__(address, eos=0, drafter=drafter, drafts_max=4, retract_every=5)
+
+
+@pytest.fixture(scope="module")
+def following() -> Iterator[Running]:
+    with running_server(FollowingEngine) as running:
+        yield running
 
 
 def sent(server: Running) -> Grammar | None:
@@ -101,3 +120,64 @@ def test_a_format_that_makes_no_sense_is_refused_with_its_param(
         client.chat.completions.create(model="default", messages=HI, extra_body=body)
     assert refusal.value.param is not None and refusal.value.param.endswith(param)
     assert server.engine.submits() == []
+
+
+# -- with an engine that follows them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "form"),
+    [
+        ("/generate", {"text": "a", "sampling_params": {"regex": "[a-c]{3,9}-[0-9]{2}"}}, r"[a-c]{3,9}-\d\d"),
+        ("/generate", {"text": "a", "sampling_params": {"ebnf": 'root ::= "aaa" ("b" | "cc")'}}, "aaa(b|cc)"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 99, "json_schema": {"enum": ["aaa", "bb"]}}, '"(aaa|bb)"'),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 99, "regex": "(yes|no)!!!"}, "(yes|no)!!!"),
+    ],
+)
+def test_what_is_said_has_the_form_and_stops(following: Running, route: str, body: Any, form: str) -> None:
+    reply = following.client.post(route, json=body, timeout=60).json()
+    text = reply["text"] if "text" in reply else reply["choices"][0]["text"]
+    reason = reply["meta_info"]["finish_reason"]["type"] if "text" in reply else reply["choices"][0]["finish_reason"]
+    assert re.fullmatch(form, text) and reason == "stop"
+
+
+def test_a_turn_of_a_session_has_a_form_of_its_own(following: Running) -> None:
+    following.client.post("/v1/sessions", json={"id": "s"})
+    texts = []
+    for form in ("aaa|bbb", "c{5}"):
+        reply = following.generate("x", sampling_params={"regex": form}, session_params={"id": "s"}).json()
+        texts.append(reply["text"])
+    assert texts[0] in ("aaa", "bbb") and texts[1] == "ccccc"
+    following.client.delete("/v1/sessions/s")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"regex": "a(b"}, "regex", "character 2: unclosed group"),
+        ({"json_schema": {"properties": {"a": {"not": {}}}}}, "json_schema", "#/properties/a: keyword 'not'"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
+            "response_format.json_schema.schema", "Invalid type: strin",
+        ),
+        ({"ebnf": "root ::= foo"}, "ebnf", "Rule 'foo' not found"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos", "leave it out"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_grammar_is_400_with_its_place(
+    following: Running, body: dict[str, Any], param: str, said: str, stream: bool
+) -> None:
+    reply = following.client.post("/v1/completions", json={"prompt": "a", "stream": stream, **body}, timeout=60)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param) and said in error["message"]
+
+
+def test_h57_a_schema_made_to_exhaust_the_compiler_is_400_within_a_second_and_holds_up_nobody(
+    following: Running,
+) -> None:
+    bomb = {"allOf": [{"type": "integer", "multipleOf": 9000 + n} for n in range(9)]}
+    started_s = time.perf_counter()
+    reply = following.client.post("/v1/completions", json={"prompt": "a", "json_schema": bomb}, timeout=60)
+    assert reply.status_code == 400 and time.perf_counter() - started_s < 5
+    assert following.generate("a", sampling_params={"max_new_tokens": 3}).status_code == 200
