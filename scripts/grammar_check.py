@@ -39,7 +39,8 @@ class Verdict:
     """What became of the generations of one setting."""
 
     valid: int = 0
-    cut: int = 0
+    cut: list[str] = field(default_factory=list)
+    """Schemas of outputs that the length limit ended."""
     wrong: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
@@ -48,7 +49,7 @@ def judge(name: str, completion: Completion, verdict: Verdict) -> None:
     """Count one output."""
     verdict.texts.append(completion.text)
     if completion.finish_reason == "length":
-        verdict.cut += 1
+        verdict.cut.append(name)
         return
     try:
         value = json.loads(completion.text)
@@ -91,8 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started_s = time.perf_counter()
         verdict = verdicts[name] = run(options.model, SETTINGS[name], options.rounds, options.max_new_tokens)
         seconds = time.perf_counter() - started_s
-        print(f"{name}: {verdict.valid} valid, {verdict.cut} cut off, {len(verdict.wrong)} wrong, {seconds:.0f} s")
-        print("\n".join(verdict.wrong[:20]))
+        counts = f"{verdict.valid} valid, {len(verdict.cut)} cut off, {len(verdict.wrong)} wrong"
+        print(f"{name}: {counts}, {seconds:.0f} s", flush=True)
+        print("\n".join([*verdict.wrong[:20], *(f"cut off: {each}" for each in verdict.cut[:20])]))
     first = next(iter(verdicts.values())).texts
     differing = [name for name, verdict in verdicts.items() if verdict.texts != first]
     print(f"same texts in every setting: {'no: ' + ', '.join(differing) if differing else 'yes'}")

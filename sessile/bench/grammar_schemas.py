@@ -8,7 +8,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 
-def _object(required: list[str] | None = None, **properties: Any) -> Schema:
+def _object(required: Any = None, **properties: Any) -> Schema:
     """A closed object; all properties are required unless said otherwise."""
     return {
         "type": "object",

@@ -42,7 +42,7 @@ def constraint_of(books: Books, message: Submit) -> GrammarLine | None:
 def are_any(books: Books, decodes: Column) -> bool:
     """Whether any of these rows has a grammar."""
     rows = books.rows
-    return rows.constraints_wanted and np.count_nonzero(rows.constrained[decodes]) > 0
+    return rows.constraints_wanted and bool(np.count_nonzero(rows.constrained[decodes]))
 
 
 @dataclass(frozen=True, slots=True)

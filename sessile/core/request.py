@@ -164,9 +164,7 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
-        self.drafts = drafts
-        self.constraint = constraint
-        """Its output as its grammar sees it; it may lag behind, and is told the rest before it is asked."""
+        self.drafts, self.constraint = drafts, constraint
         self.slow = (
             self.matcher is not None
             or self.logprobs >= 0

@@ -23,15 +23,15 @@ _FORCED_TEXTS_KEPT = 4096
 """Names of properties and the like, whose tokens are asked for again and again while masks are filled."""
 RULES_MAX = 400
 _RULE = re.compile(r"^\s*[?!]?[\w.-]+\s*(?:\[[^\]\n]*\]\s*)?(?:::=|:)", re.MULTILINE)
-_BOUNDS = {
-    "max_items_in_row": 1_000,
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_lexer_states": 20_000,  # of 1 to 2 kB each
-    "max_grammar_size": 200_000,
-    "verbose_errors": False,
-}
+_BOUNDS = LLParserLimits(
+    max_items_in_row=1_000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,  # of 1 to 2 kB each
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
 """What a compilation, and the mask of one step, may cost: some hundred milliseconds, and some milliseconds."""
 _JSON_OPTIONS: dict[str, Any] = {
     # Bounded: a small model that has begun to indent may never stop.
@@ -74,7 +74,7 @@ class GrammarCompiler:
         text, field = grammar.source, grammar.field or grammar.kind
         if len(text.encode()) > SOURCE_BYTES_MAX:
             raise InvalidRequest(f"{field}: longer than {SOURCE_BYTES_MAX} bytes", param=field)
-        matcher = LLMatcher(self._tokenizer, _translated(grammar, field), log_level=0, limits=LLParserLimits(**_BOUNDS))
+        matcher = LLMatcher(self._tokenizer, _translated(grammar, field), log_level=0, limits=_BOUNDS)
         if matcher.is_error():
             raise InvalidRequest(f"{field}: {_explained(grammar, matcher.get_error())}", param=field)
         return matcher
@@ -181,7 +181,7 @@ def _explained(grammar: Grammar, error: str) -> str:
 def _fault_of(schema: Any) -> str:
     if isinstance(schema, bool):
         return ""
-    return LLMatcher.validate_grammar(_from_schema(json.dumps(schema)), limits=LLParserLimits(**_BOUNDS))
+    return LLMatcher.validate_grammar(_from_schema(json.dumps(schema)), limits=_BOUNDS)
 
 
 def _reason(error: str) -> str:

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import (
+    fill_next_token_bitmask,
+    fill_next_token_bitmask_par,
+    fill_next_token_bitmask_par_with_draft_tokens,
+)
 
 from sessile.contract.grammar import GrammarLine
 from sessile.contract.messages import Grammar
@@ -17,6 +21,9 @@ KEPT_MAX = 128
 """Grammars that stay compiled after their last use."""
 KEPT_SOURCE_BYTES_MAX = 4 * 2**20
 """Text of these together: what a matcher takes grows with it."""
+
+PARALLEL_FROM = 4
+"""Masks for which it is worth waking other threads."""
 
 Key = tuple[str, str]
 """Kind and source: equal texts are one grammar, whichever field they came in."""
@@ -114,7 +121,10 @@ class CompiledGrammars:
             places += allowed + 1
         words = np.full((places, self._words), -1, np.int32)
         self._executor = self._executor or LLExecutor(self._threads)
-        if single:
+        if len(single) < PARALLEL_FROM:
+            for matcher, own_place in single:
+                fill_next_token_bitmask(matcher, words, own_place)
+        else:
             fill_next_token_bitmask_par(self._executor, single, words)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, words)
