@@ -51,7 +51,7 @@ SCHEMAS: dict[str, Schema] = {
     "text by pattern": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
     "version number": {"type": "string", "pattern": r"^\d{1,2}\.\d{1,2}\.\d{1,2}$"},
     "date": {"type": "string", "format": "date"},
-    "date and time": {"type": "string", "format": "date-time", "maxLength": 40},
+    "duration": {"type": "string", "format": "duration", "maxLength": 24},
     "uuid": {"type": "string", "format": "uuid"},
     "IPv4 address": {"type": "string", "format": "ipv4"},
     "list of words": _list(_text(10), 4, 1),

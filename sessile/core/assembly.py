@@ -69,7 +69,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
     total = decode_count + len(parts)
     if not total and not books.copies:
         return None
-    counts, drafts, *masks = _late_part(books, decodes, caps, parts)
+    counts, drafts, mask_queries, mask_words = _late_part(books, decodes, caps, parts)
     rows = np.empty(total, np.int64)
     columns = np.zeros((7, total), np.int32)
     decoding = columns[:, :decode_count]
@@ -110,7 +110,8 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
         columns[_TOP],
         unpack_tokens(tokens),
         *scores,
-        *masks,
+        mask_queries,
+        mask_words,
     )
     return Flight(plan, rows, allowed, sampling, samples, is_drafted, decode_count, parts)
 

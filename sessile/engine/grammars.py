@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
@@ -84,15 +85,17 @@ class GrammarDesk:
             for request in list(job.waiting):
                 self.cancel(Cancel(request.key, "aborted by the operator"))
 
-    def take_ready(self) -> list[Submit]:
-        """The requests whose grammar has been compiled since the last call; the machine must get them at once."""
-        ready: list[Submit] = []
+    def take_ready(self) -> Iterator[Submit]:
+        """The requests whose grammar has been compiled since the last call; the machine must get each at once.
+
+        To be taken to the end.
+        """
         while self._finished:
             job = self._finished.popleft()
             del self._jobs[key_of(job.grammar)]
             if isinstance(job.outcome, LLMatcher):
                 self._grammars.put(job.grammar, job.outcome)
-                ready += job.waiting
+                yield from job.waiting  # Before the next one is put: what is kept is bounded.
                 continue
             assert job.outcome is not None
             for request in job.waiting:
@@ -104,7 +107,6 @@ class GrammarDesk:
                 for request in job.waiting:
                     self._refuse(request, _too_slow(request))
                 job.waiting.clear()
-        return ready
 
     def take_refusals(self) -> list[Done]:
         """The ends of requests that came no further, since the last call."""

@@ -30,7 +30,8 @@ class GrammarFields(Body):
 
     @model_validator(mode="after")
     def _check_one_grammar(self) -> Self:
-        given = [name for name in self._grammar_names() if getattr(self, name) not in (None, False)]
+        # A schema may be false: nothing is valid under it, which is for the engine to say.
+        given = [name for name in self._grammar_names() if getattr(self, name) is not None]
         if len(given) > 1:
             raise field_fault(given[1], f"give {given[0]} or {given[1]}, not both")
         if self.json_schema is not None:
@@ -58,7 +59,8 @@ class NativeGrammarFields(GrammarFields):
     """The output is a JSON object, whatever is in it."""
 
     def _grammar_names(self) -> tuple[str, ...]:
-        return *super()._grammar_names(), "json_object"
+        names = super()._grammar_names()
+        return (*names, "json_object") if self.json_object else names
 
     def grammar_in(self, place: str = "") -> Grammar | None:
         """See GrammarFields."""
