@@ -5,6 +5,7 @@ A keyword that would be ignored is refused instead: an output that passes for va
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
@@ -20,7 +21,8 @@ FORCED_CHARS_MAX = 4096
 REMAINDERS_MAX = 10_000
 """Most states that all `multipleOf` of a schema take together: five milliseconds a thousand."""
 _LOOKS_MAX = 64
-"""Subschemas that are tried to find the place of a fault."""
+_LOOKING_S_MAX = 0.2
+"""Subschemas that are tried to find the place of a fault, and how long; beyond, the place is what is known by then."""
 
 _FOLLOWED = frozenset({
     "type", "const", "enum", "anyOf", "allOf", "oneOf", "$ref", "properties", "patternProperties",
@@ -96,14 +98,14 @@ def children(place: str, schema: Any) -> Iterator[Place]:
 
 def place_of_fault(schema: Any, fault: str, fault_of: Callable[[Any], str]) -> str:
     """The innermost schema that has this fault by itself. fault_of: what is wrong with a schema; empty if nothing."""
-    place, looks = "#", 0
+    place, looks, until_s = "#", 0, time.perf_counter() + _LOOKING_S_MAX
     own = schema if isinstance(schema, dict) else {}
     definitions = {name: own[name] for name in ("$defs", "definitions") if name in own}
     here: Any = schema
     while True:
         for inner, part in children(place, here):
             looks += 1
-            if looks > _LOOKS_MAX:
+            if looks > _LOOKS_MAX or time.perf_counter() > until_s:
                 return place
             if fault_of({**definitions, **part} if isinstance(part, dict) else part) == fault:
                 place, here = inner, part
