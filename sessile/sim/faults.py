@@ -324,7 +324,7 @@ _STEPS = (
     ),
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
-        "planning", "            self._draw_for_drafts(planned, caps)\n", "",
+        "planning", "                self._draw_for_drafts(planned, caps)\n", "",
     ),
     _fault(
         "oldest is the victim", "H77", "preemption picks the oldest running request",
@@ -393,7 +393,7 @@ _DRAFTS = (
     ),
     _fault(
         "drafts beyond the budget", "H15, H50", "drafts are not counted against what a step may run",
-        "planning", "            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
+        "planning", "                caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
     ),
     _fault(
         "drafts of a row that said no", "H50", "a request that turned drafts off gets some",
