@@ -162,10 +162,9 @@ class OpenAIGrammarFields(GrammarFields):
 
     @model_validator(mode="after")
     def _check_one_format(self) -> Self:
-        first, *others = [*self._asked(), None]
-        if first is not None and others[0] is not None:
-            name, other = (each.field.partition(".")[0] for each in (first, others[0]))
-            raise field_fault(name, f"give {name} or {other}, not both")
+        names = [grammar.field.partition(".")[0] for grammar in self._asked()]
+        if len(names) > 1:
+            raise field_fault(names[0], f"give {names[0]} or {names[1]}, not both")
         return self
 
     @property
