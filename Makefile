@@ -16,7 +16,7 @@ GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_m
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 
-.PHONY: help chat serve doctor compile bench test check sim mutants soak grammar-check parity gpu-check gpu-bench clean
+.PHONY: help chat serve doctor compile bench test check docs sim mutants soak grammars parity gpu-check gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,10 @@ check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py || failed+=" tidy"; \
 	if [[ $$failed ]]; then echo "make check failed:$$failed"; exit 1; fi; echo "make check: all good"
 
+# The theme would announce its successor at every build. To search the site: python3 -m http.server -d build/site
+docs: $(DEVELOPMENT) ## build the documentation as a site, build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --strict $(ARGS)
+
 sim: $(RUNTIME) ## torment the scheduler in the simulator: make sim ARGS="--seeds 300 --steps 1000"
 	@$(PYTHON_VENV) -m sessile.sim $(ARGS)
 
@@ -61,7 +65,7 @@ mutants: $(RUNTIME) ## plant faults in the scheduler; the simulator must catch e
 soak: $(RUNTIME) ## torment a server over HTTP for half an hour: make soak ARGS="--minutes 5"
 	@$(PYTHON_VENV) scripts/soak.py $(ARGS)
 
-grammar-check: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty schemas: make grammar-check ARGS="--rounds 1"
+grammars: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty schemas: make grammars ARGS="--rounds 1"
 	@$(PYTHON_VENV) scripts/grammar_check.py $(ARGS)
 
 parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)

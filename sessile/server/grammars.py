@@ -158,7 +158,9 @@ class OpenAIGrammarFields(GrammarFields):
     """Those of OpenAI's bodies: response_format, and SGLang's and vLLM's names beside it."""
 
     response_format: ResponseFormat | None = None
+    """The form of the output, as OpenAI has it: text, any JSON object, or JSON under a schema."""
     structured_outputs: StructuredOutputs | None = None
+    """The form of the output, as vLLM has it."""
 
     @model_validator(mode="after")
     def _check_one_format(self) -> Self:
