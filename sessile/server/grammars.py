@@ -27,7 +27,7 @@ class GrammarFields(Body):
     regex: Source | None = None
     """The whole output matches this regular expression, in the syntax of Rust's regex crate."""
     ebnf: Source | None = None
-    """The output is derived from `root` of this GBNF grammar, or from `start` of a Lark grammar."""
+    """The output is derived from the rule root of this GBNF grammar, or from start of a Lark grammar."""
 
     @model_validator(mode="after")
     def _check_one_grammar(self) -> Self:
