@@ -203,6 +203,7 @@ _BENCHES = {
     "audit": ("AuditBenchOptions", "measure_audit"),
     "admission": ("AdmissionBenchOptions", "measure_admission"),
     "drafts": ("DraftBenchOptions", "measure_drafts"),
+    "grammar": ("GrammarBenchOptions", "measure_grammars"),
     "speculate": ("SpeculateBenchOptions", "measure_speculation"),
     "agents": ("AgentBenchOptions", "measure_agents"),
     "throughput": ("ThroughputBenchOptions", "measure_throughput"),

@@ -47,6 +47,14 @@ class SamplingParams(TypedDict, total=False):
     """Leave special tokens out of the text; True if not given."""
     no_stop_trim: bool
     """Keep the stop that ended it in the text."""
+    json_schema: str | Mapping[str, Any] | bool
+    """The output is JSON that is valid under this schema. One of this and the next three may be given."""
+    regex: str
+    """The whole output matches this regular expression, in the syntax of Rust's regex crate."""
+    ebnf: str
+    """The output is derived from the rule root of this GBNF grammar, or from start of a Lark grammar."""
+    json_object: bool
+    """The output is a JSON object, whatever is in it."""
 
 
 class GenerateFields(SamplingParams, total=False):

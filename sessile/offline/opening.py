@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from sessile.core.limits import SchedulerOptions, TenantPolicy
@@ -66,7 +67,7 @@ def open_configured_engine(
     on_cpu = chosen_kind(device) == "cpu"
     return open_engine(
         scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock, tenants=tenants,
-        make_drafter=make_drafter,
+        make_drafter=make_drafter, tokenize=partial(tokenizer.encode, add_special_tokens=False),
     )  # fmt: skip
 
 

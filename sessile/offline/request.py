@@ -44,6 +44,7 @@ class Request:
             sampling=self._wish.sampling,
             session=self._session,
             logprobs=self._wish.logprobs,
+            grammar=self._wish.grammar,
         )
 
     def add(self, arrival: Arrival) -> Piece:

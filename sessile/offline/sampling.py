@@ -4,13 +4,14 @@ tests/unit/test_offline_sampling.py holds the two together, value by value.
 """
 
 import difflib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sessile.completion import GenerateFields
-from sessile.contract.messages import Sampling
+from sessile.contract.messages import Grammar, Sampling
 from sessile.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5
@@ -22,6 +23,7 @@ MAX_NEW_TOKENS = 128
 STOPS_MAX = 64
 STOP_BYTES_MAX = 1024
 LISTED_TOKENS_MAX = 1024
+GRAMMAR_CHARS_MAX = 131_072
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +58,18 @@ _RANGES = {
     "min_new_tokens": _Range(int, 0, COUNT_MAX),
     "top_logprobs_num": _Range(int, 0, LOGPROBS_MAX),
 }
-_SWITCHES = ("ignore_eos", "skip_special_tokens", "no_stop_trim", "return_logprob")
+_SWITCHES = ("ignore_eos", "skip_special_tokens", "no_stop_trim", "return_logprob", "json_object")
+_GRAMMARS = ("json_schema", "regex", "ebnf", "json_object")
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What one request asks for. trim_stop: its text ends before the stop. logprobs: as in Submit."""
+    """What one request asks for. trim_stop: its text ends before the stop. logprobs, grammar: as in Submit."""
 
     sampling: Sampling
     trim_stop: bool
     logprobs: int
+    grammar: Grammar | None
 
 
 def wish_of(keywords: GenerateFields, vocab_size: int) -> Wish:
@@ -102,6 +106,7 @@ def wish_of(keywords: GenerateFields, vocab_size: int) -> Wish:
         sampling,
         trim_stop=not given.get("no_stop_trim", False),
         logprobs=given.get("top_logprobs_num", 0) if given.get("return_logprob") else -1,
+        grammar=_grammar(given),
     )
 
 
@@ -111,6 +116,27 @@ def _check_names(keywords: Mapping[str, Any]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise _fault(name, "no such sampling parameter" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _grammar(given: dict[str, Any]) -> Grammar | None:
+    """The one that is asked for; whether it is any good, the engine finds when it compiles it."""
+    # A schema may be false: nothing is valid under it, which is for the engine to say.
+    kinds = [kind for kind in _GRAMMARS if kind in given and (given[kind] is not False or kind == "json_schema")]
+    if not kinds:
+        return None
+    if len(kinds) > 1:
+        raise _fault(kinds[1], f"give {kinds[0]} or {kinds[1]}, not both")
+    (kind,) = kinds
+    source = given[kind]
+    if kind == "json_object":
+        return Grammar(kind, "", kind)
+    if kind == "json_schema" and isinstance(source, dict | bool):
+        source = json.dumps(source)
+    if not isinstance(source, str):
+        raise _fault(kind, f"must be {'a JSON schema, or the text of one' if kind == 'json_schema' else 'a string'}")
+    if not (kind == "json_schema" or source) or len(source) > GRAMMAR_CHARS_MAX:
+        raise _fault(kind, f"must be of 1 to {GRAMMAR_CHARS_MAX:,} characters")
+    return Grammar(kind, source, kind)
 
 
 def _stops(stop: str | Sequence[str]) -> tuple[bytes, ...]:

@@ -105,6 +105,7 @@ async def _completion_choices(service: Service, caller: Caller, body: Completion
             rid=rid if len(prompts) == 1 else f"{rid}-{index}",
             logprobs=-1 if body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
+            grammar=body.grammar,
             **body.wish,
         )
         call = Call(service, order, whole=not body.stream)
@@ -127,6 +128,7 @@ async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choi
         priority=body.priority or 0,
         rid=body.rid or f"chatcmpl-{uuid.uuid4().hex}",
         logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        grammar=body.grammar,
         **body.wish,
     )
     call = Call(service, order, whole=not body.stream)

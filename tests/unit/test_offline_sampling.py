@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from sessile.completion import GenerateFields, SamplingParams
-from sessile.contract.messages import Sampling
+from sessile.contract.messages import Grammar, Sampling
 from sessile.errors import InvalidRequest
 from sessile.offline.sampling import MAX_NEW_TOKENS, wish_of
 from sessile.server.body import parse_body
@@ -31,6 +31,10 @@ ACCEPTED: dict[str, list[Any]] = {
     "ignore_eos": [True, False],
     "skip_special_tokens": [True, False],
     "no_stop_trim": [True, False],
+    "json_schema": ['{"type": "integer"}', {"type": "integer"}, True, False],
+    "regex": ["a+"],
+    "ebnf": ['root ::= "a"'],
+    "json_object": [True, False],
 }
 REFUSED: dict[str, list[Any]] = {
     "temperature": [-0.1, 100.1, "1", True, float("nan")],
@@ -49,21 +53,26 @@ REFUSED: dict[str, list[Any]] = {
     "ignore_eos": [1, "yes"],
     "skip_special_tokens": [0],
     "no_stop_trim": [1],
+    "json_schema": [5, ["x"], "x" * 131_073],
+    "regex": ["", 5],
+    "ebnf": ["", []],
+    "json_object": [1],
     "temprature": [1],
 }
 
 
-def over_http(**fields: Any) -> Sampling:
+def over_http(**fields: Any) -> tuple[Sampling, Grammar | None]:
     """What the server makes of the same fields."""
     if isinstance(fields.get("logit_bias"), dict):
         fields["logit_bias"] = {str(token): bias for token, bias in fields["logit_bias"].items()}
     params = parse_body(orjson.dumps(fields), HttpSamplingParams)
-    return to_sampling(
+    sampling = to_sampling(
         params,
         max_new_tokens=params.max_new_tokens,
         min_new_tokens=params.min_new_tokens,
         vocab_size=VOCAB_SIZE,
     )
+    return sampling, params.grammar_in()
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
@@ -78,7 +87,8 @@ def test_every_parameter_has_values_here() -> None:
 @pytest.mark.parametrize(("name", "value"), cases(ACCEPTED))
 def test_what_is_accepted_means_the_same(name: str, value: Any) -> None:
     fields: Any = {"seed": 5, name: value}
-    assert wish_of(fields, VOCAB_SIZE).sampling == over_http(**fields)
+    wish = wish_of(fields, VOCAB_SIZE)
+    assert (wish.sampling, wish.grammar) == over_http(**fields)
 
 
 @pytest.mark.parametrize(("name", "value"), cases(REFUSED))
@@ -90,6 +100,12 @@ def test_what_is_refused_is_refused_by_name_on_both_sides(name: str, value: Any)
     if value == value and value not in (2**64, -(2**63) - 1):  # JSON has no NaN, and orjson no larger numbers
         with pytest.raises(InvalidRequest, match=name):
             over_http(**fields)
+
+
+def test_one_grammar_is_enough() -> None:
+    fields: Any = {"json_schema": {}, "regex": "a"}
+    with pytest.raises(InvalidRequest, match="give json_schema or regex, not both"):
+        wish_of(fields, VOCAB_SIZE)
 
 
 def test_a_misspelt_parameter_suggests_the_right_one() -> None:
