@@ -106,6 +106,8 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
     key: int
     message: str = "aborted by the client"
+    if_waiting: bool = False
+    """Only if no step has been planned for it yet; it is refused then, with 503."""
 
 
 class CancelAll(msgspec.Struct, frozen=True, tag=True):
@@ -167,6 +169,29 @@ class RewindSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, k
     to_turn: int | None = None
 
 
+class CommittedTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """The last turn of a history: what it was sent with and how it ended, so that it can be answered again by `rid`."""
+
+    rid: str
+    input: bytes
+    done: "Done"
+
+
+class RestoreSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Open a streaming session with the history that it had in an engine which is gone. It begins without KV.
+
+    Reply and refusals: as of OpenSession; 413 if the history does not fit. What a tenant may hold is not asked again.
+    """
+
+    op: int
+    opening: OpenSession
+    """As it was opened; its own `op` means nothing."""
+    tokens: bytes
+    turn_ends: tuple[int, ...]
+    """Length of the history after each committed turn, rising."""
+    last: CommittedTurn | None = None
+
+
 class GetSession(msgspec.Struct, frozen=True, tag=True):
     """Reply: SessionView, or 404."""
 
@@ -225,6 +250,7 @@ ToEngine = (
     | CloseSession
     | ForkSession
     | RewindSession
+    | RestoreSession
     | GetSession
     | ListSessions
     | SessionTokens
@@ -547,6 +573,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pages_total: int
     rows_max: int
     chunk_tokens: int
+    queue_max: int = 0
+    """Requests that may wait beside those that run; 0: it is not said."""
     drafts_max: int = 0
     """Most drafts of a request in a step; 0: none are looked up, and corpora are of no use."""
     kv_bytes: int

@@ -5,11 +5,12 @@ is in flight. In a branching session each turn is a node of its own that begins 
 so turns run side by side, and the right to be in flight belongs to the turn.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
-from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
+from sessile.contract.messages import Branch, OpenSession, RestoreSession, Submit, unpack_tokens
 from sessile.core.books import Books
 from sessile.core.drafting import drafts_of
 from sessile.core.ending import discard_turns, end_request
@@ -18,7 +19,7 @@ from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.marks import Mark
 from sessile.core.request import Drafts, Request
 from sessile.core.reserving import reserve
-from sessile.core.session import Session
+from sessile.core.session import Session, StoredReply
 from sessile.core.tenants import Tenant
 from sessile.errors import (
     DuplicateSession,
@@ -112,6 +113,28 @@ def open_as_asked(books: Books, message: OpenSession) -> Session:
     )
     if reserved_pages:
         reserve(books, session, reserved_pages)
+    return session
+
+
+def restore_as_asked(books: Books, message: RestoreSession) -> Session:
+    """A session with the history of one that an earlier engine had, and no KV. Raises UserError, with nothing changed.
+
+    Nothing is shared and nothing parked, so the first turn computes the history as that of a session gone cold.
+    """
+    opening, ends, last = message.opening, message.turn_ends, message.last
+    tokens = len(message.tokens) // TOKEN_BYTES
+    assert not opening.branching, "a branching session has no single history"
+    assert list(ends) == sorted(ends) and (ends[-1] if ends else 0) == tokens, "the turns are not those of the history"
+    longest = min(books.limits.sequence_tokens_max, opening.tokens_max or books.limits.context_tokens)
+    if tokens > longest:
+        raise TooLong(f"the history of session {opening.session!r} has {tokens} tokens, {longest} fit")
+    _check_tokens(books, message.tokens)
+    session = open_as_asked(books, opening)
+    session.history.append(message.tokens)
+    session.turn_ends = array("q", ends)
+    session.tenant.held_tokens += tokens
+    if last is not None:
+        session.reply = StoredReply(last.rid, last.input, last.done, (), ())
     return session
 
 

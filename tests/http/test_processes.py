@@ -14,7 +14,8 @@ import pytest
 
 from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
-from sessile.server.run import bind, private_folder
+from sessile.server.listening import bind
+from sessile.server.run import private_folder
 from tests.http.serving import PATIENCE_S, ROOT, Deployment, deployed
 
 SLOW = {"text": "a", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
@@ -83,7 +84,7 @@ def test_requests_over_the_drain_time_end_as_aborts(tmp_path: Path) -> None:
 
 
 def test_killing_the_engine_gives_clients_an_error_at_once_and_ends_the_server(tmp_path: Path) -> None:
-    with deployed(tmp_path) as deployment:
+    with deployed(tmp_path, engine_restarts_max=0) as deployment:
         client = Streaming(deployment)
         os.kill(deployment.engine_pid(), signal.SIGKILL)
         killed_s = time.monotonic()

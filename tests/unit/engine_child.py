@@ -11,7 +11,7 @@ import time
 from sessile.contract.messages import EngineReady
 from sessile.contract.plan import StepPlan
 from sessile.engine.clock import Clock
-from sessile.engine.process import die_with_parent, run_engine
+from sessile.engine.process import Server, run_engine
 from sessile.errors import StartupError
 from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedTicket
 
@@ -67,14 +67,15 @@ class ScriptedEngine:
 
 def main(address: str, mode: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    server = Server()
+    server.watch()
 
     def open_engine(clock: Clock) -> ScriptedEngine:
         if mode == "refuses":
             raise StartupError("no model at nowhere")
         return ScriptedEngine(mode)
 
-    return run_engine(address, open_engine)  # type: ignore[arg-type]
+    return run_engine(address, open_engine, server)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

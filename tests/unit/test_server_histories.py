@@ -1,0 +1,177 @@
+"""What the server holds of sessions is what their engine had: turn by turn, through forks, rewinds and lost replies."""
+
+import asyncio
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+from sessile.contract.messages import (
+    Batch,
+    Cancel,
+    CloseSession,
+    Done,
+    ForkSession,
+    OpenSession,
+    Reply,
+    RestoreSession,
+    RewindSession,
+    Sampling,
+    SessionGone,
+    SessionTokens,
+    Submit,
+    ToEngine,
+    pack_tokens,
+    unpack_tokens,
+)
+from sessile.errors import NotReady, TooLong, UserError
+from sessile.server.histories import SESSION_BYTES, Histories
+from tests.unit.stage import FACTS, Stage, deltas_of
+
+BOS = 1
+
+
+class Watched:
+    """An engine on a stage, and histories that see what passes between it and a client."""
+
+    def __init__(self, bytes_max: int = 1 << 20) -> None:
+        self.stage = Stage(facts=dataclasses.replace(FACTS, bos_id=BOS))
+        self.histories = Histories(bytes_max)
+        self._numbers = itertools.count(1)
+        self._take_effects = self.stage.machine.take_effects
+        self.stage.machine.take_effects = self._watched_effects  # type: ignore[method-assign]
+
+    def ask(self, kind: type, **fields: Any) -> None:
+        self._send(kind(op=next(self._numbers), **fields))
+
+    def turn(self, session: str, tokens: list[int], *, cancel: bool = False, **fields: Any) -> None:
+        sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=fields.pop("new_tokens", 4))
+        key = next(self._numbers)
+        self._send(Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling, session=session, **fields))
+        if cancel:
+            self.stage.step()
+            self._send(Cancel(key))
+        self.stage.run()
+
+    def _send(self, message: ToEngine) -> None:
+        self.histories.note_sent(message)
+        self.stage.send(message)
+
+    def _watched_effects(self) -> Batch | None:
+        batch = self._take_effects()
+        if batch is not None:
+            for key, tokens in deltas_of(batch):
+                if key in self.histories.turns:
+                    self.histories.turns[key].output += pack_tokens(tokens)
+            for done in batch.done:
+                self.histories.note_end(done)
+            self.histories.note_replies(batch)
+        return batch
+
+    def restored(self) -> dict[str, list[int]]:
+        """What another engine would be given, by session."""
+        asked: list[RestoreSession] = []
+
+        async def ask(make: Any) -> None:
+            asked.append(make(0))
+
+        self.histories.note_engine_gone()
+        asyncio.run(self.histories.restore(ask))
+        return {each.opening.session: unpack_tokens(each.tokens).tolist() for each in asked}
+
+    def truth(self, *sessions: str) -> dict[str, list[int]]:
+        """What the engine itself says."""
+        return {session: self.stage.history(session) for session in sessions}
+
+
+def opened(*sessions: str, **settings: Any) -> Watched:
+    watched = Watched(**settings)
+    for session in sessions or ("s",):
+        watched.ask(OpenSession, session=session)
+    return watched
+
+
+def test_committed_turns_are_held_and_aborted_ones_are_not() -> None:
+    watched = opened()
+    watched.turn("s", [3, 1, 4])
+    watched.turn("s", [9, 9], cancel=True)
+    watched.turn("s", [5, 9])
+    assert watched.restored() == watched.truth("s")
+
+
+def test_a_beginning_of_sequence_that_the_engine_left_out_is_left_out() -> None:
+    watched = opened()
+    watched.turn("s", [3, 1, 4])
+    watched.turn("s", [BOS, 5])
+    assert watched.restored() == watched.truth("s")
+
+
+def test_forks_and_rewinds_are_followed() -> None:
+    watched = opened()
+    watched.turn("s", [3, 1, 4])
+    watched.turn("s", [5])
+    watched.ask(ForkSession, session="s", child="f", at_tokens=9)
+    watched.ask(RewindSession, session="s", to_turn=1)
+    watched.turn("s", [2])
+    watched.turn("f", [8])
+    assert watched.restored() == watched.truth("s", "f")
+
+
+def test_h59_a_reply_that_is_said_again_is_not_a_turn() -> None:
+    watched = opened()
+    watched.turn("s", [3, 1], rid="one")
+    for _ in range(2):
+        watched.turn("s", [3, 1], rid="one")
+    watched.turn("s", [], rid="empty", new_tokens=0)
+    assert watched.restored() == watched.truth("s")
+
+
+def test_closed_and_expired_sessions_are_forgotten() -> None:
+    watched = opened("a", "b", "c")
+    watched.ask(CloseSession, session="a")
+    watched.histories.note_replies(Batch(step=0, gone=[SessionGone("b", "expired")]))
+    assert list(watched.restored()) == ["c"]
+
+
+def test_memory_is_bounded_and_the_longest_unused_is_let_go_of() -> None:
+    watched = opened("a", "b", bytes_max=2 * SESSION_BYTES + 60)
+    watched.turn("a", [1] * 8)
+    watched.turn("b", [1] * 8)
+    assert watched.histories.bytes <= 2 * SESSION_BYTES + 60 and watched.histories.held == 1
+    assert list(watched.restored()) == ["b"]
+    assert watched.histories.lost_total == 1
+
+
+def test_a_lost_session_is_refused_until_it_is_opened_again() -> None:
+    watched = opened(bytes_max=0)
+    watched.restored()
+    question = SessionTokens(1, "s")
+    refusal = watched.histories.refusal(question)
+    assert refusal is not None and refusal.status == 410
+    assert watched.histories.refusal(SessionTokens(1, "s", "another tenant")) is None
+    watched.histories.note_sent(OpenSession(op=5, session="s"))
+    assert watched.histories.refusal(question) is None
+
+
+def test_a_history_that_differs_from_what_the_engine_says_is_not_gone_on_from() -> None:
+    watched = opened()
+    watched.histories.note_sent(Submit(key=7, tokens=pack_tokens([1, 2]), sampling=Sampling(seed=0), session="s"))
+    watched.histories.note_end(Done(key=7, reason="stop", prompt_tokens=9, session_tokens=9))
+    assert watched.restored() == {}
+
+
+def test_sessions_that_the_next_engine_refuses_are_lost_and_those_that_it_dies_of_are_not() -> None:
+    watched = opened("a")
+
+    def fail(error: UserError) -> None:
+        async def ask(make: Any) -> Reply:
+            raise error
+
+        asyncio.run(watched.histories.restore(ask))
+
+    with pytest.raises(NotReady):
+        fail(NotReady("gone"))
+    assert watched.histories.held == 1
+    fail(TooLong("does not fit"))
+    assert (watched.histories.held, watched.histories.lost_total) == (0, 1)
