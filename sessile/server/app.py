@@ -21,6 +21,7 @@ from sessile.server.listening import allowed_origins
 from sessile.server.replies import add_error_replies
 from sessile.server.request_ids import RequestIds
 from sessile.server.supervision import Supervisor
+from sessile.server.tracing import TraceContext, Tracing
 from sessile.text.tokenizer import Tokenizer
 
 
@@ -33,14 +34,15 @@ def create_app(
     key_ring: KeyRing | None = None,
     corpora: CorpusStore | None = None,
     supervisor: Supervisor | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application over a link to an engine; `app.state.service` is the Service that its routes share.
 
     settings: all settings of the deployment by section, to be shown by /get_server_info. key_ring: the keys that are
     accepted; None: none is needed. corpora: where they are kept; None: they are answered with 503. supervisor: of the
-    engine; None: nobody replaces it. All three stay the caller's.
+    engine; None: nobody replaces it. tracing: None: nothing is traced. All four stay the caller's.
     """
-    service = Service(link, tokenizer, options, settings or {}, key_ring, corpora, supervisor)
+    service = Service(link, tokenizer, options, settings or {}, key_ring, corpora, supervisor, tracing)
     app = FastAPI(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
     app.state.service = service
     app.add_middleware(Admission, service=service)
@@ -48,6 +50,8 @@ def create_app(
     for module in (generate, openai, sessions, corpora_routes, operations):
         app.include_router(module.routes(service))
     add_error_replies(app)
+    if options.otlp_endpoint is not None:
+        app.add_middleware(TraceContext)
     app.add_middleware(RequestIds)
     if origins := allowed_origins(options):
         # Outermost: a browser asks before it sends a key, and reads refusals as well.

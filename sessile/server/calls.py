@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from starlette.types import Receive
 
+from sessile import __version__
 from sessile.contract.messages import Branch, Done, Sampling, Submit, pack_tokens
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
@@ -28,6 +29,7 @@ from sessile.server.listening import allowed_origins
 from sessile.server.metrics import Metrics
 from sessile.server.retry import RetryAdvice
 from sessile.server.supervision import Supervisor
+from sessile.server.tracing import NoSpan, Span, Tracing
 from sessile.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Service:
         key_ring: KeyRing | None = None,
         corpora: CorpusStore | None = None,
         supervisor: Supervisor | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.link = link
         self.tokenizer = tokenizer
@@ -59,6 +62,7 @@ class Service:
         """The keys that are accepted; None: none is needed."""
         self.corpora = corpora
         """Texts to draft from; None while there is no place for them."""
+        self.tracing = tracing or Tracing(None, version=__version__)
         self.supervisor = supervisor
         """Who replaces the engine; None: nobody."""
         self.metrics = Metrics(key_ring.tenants if key_ring else ())
@@ -159,6 +163,7 @@ class Call:
         self._whole = whole
         self._stream: Stream | None = None
         self._read_s = 0.0
+        self._span: Span = NoSpan()
         self._limits: list[asyncio.TimerHandle] = []
 
     @property
@@ -191,6 +196,7 @@ class Call:
             remember=order.remember,
         )
         service.retry_advice.note_start(service.link.in_flight)
+        self._span = service.tracing.begin("generate")
         self._stream = service.link.submit(submit, whole=self._whole)
         service.keys_by_rid[self._place] = submit.key
         self._limits = service.time_limits(submit.key)
@@ -257,7 +263,9 @@ class Call:
             "first_token_ms": round((stream.first_s - self.started_s) * 1e3, 1) if stream.first_s else None,
             "total_ms": round(self.seconds * 1e3, 1),
         }
-        log.info("request", extra=fields | ({"error": done.message} if done.message else {}))
+        fields |= {"error": done.message} if done.message else {}
+        log.info("request", extra=fields)
+        self._span.end(fields)
 
 
 @contextlib.asynccontextmanager

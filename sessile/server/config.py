@@ -58,6 +58,16 @@ class ServerOptions:
         "Least level that is logged; every finished request is one line at level info.",
         choices=("debug", "info", "warning", "error"),
     )
+    otlp_endpoint: str | None = option(
+        None,
+        "URL of an OpenTelemetry collector to send a span of each request to (http://127.0.0.1:4318/v1/traces); goes on"
+        " in the trace of a traceparent header. Needs the packages of sessile[otel]. Default: nothing is traced.",
+    )
+    request_log: str | None = option(
+        None,
+        "File to append what is asked of the engine to, for `python -m sessile.sim replay FILE`: kinds, times, lengths"
+        " and which prompts begin alike; no text, no token, no name. Default: none.",
+    )
     body_bytes_max: int = option(
         33_554_432,
         "Largest request body; a larger one is refused with 413 while it is read.",

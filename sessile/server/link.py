@@ -33,6 +33,7 @@ from sessile.contract.messages import (
 )
 from sessile.errors import NotReady, UserError
 from sessile.server.histories import TOKEN_BYTES, Histories
+from sessile.server.request_log import RequestLog
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,17 @@ class EngineLink:
     and the next engine's first message. That engine has got all sessions that are held before anybody else can ask it.
     """
 
-    def __init__(self, address: str, *, lag_tokens_max: int = 4096, histories: Histories | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        lag_tokens_max: int = 4096,
+        histories: Histories | None = None,
+        request_log: RequestLog | None = None,
+    ) -> None:
         self.address = address
+        self.request_log = request_log
+        """Where all that passes is noted for the simulator; None: nowhere."""
         self.histories = histories or Histories()
         """What is known of open sessions, for the next engine."""
         self._lag_tokens_max = lag_tokens_max
@@ -227,7 +237,7 @@ class EngineLink:
             stream.end(refused(message.key, refusal))
             return stream
         self._streams[message.key] = stream
-        self.histories.note_sent(message)
+        self._note_sent(message)
         self._socket.send(frame)
         return stream
 
@@ -270,8 +280,13 @@ class EngineLink:
     def send(self, message: ToEngine) -> None:
         """Queue a message; messages arrive in order. Never waits: the socket has no high-water mark."""
         frame = self._encoder.encode(message)
-        self.histories.note_sent(message)
+        self._note_sent(message)
         self._socket.send(frame)
+
+    def _note_sent(self, message: ToEngine) -> None:
+        self.histories.note_sent(message)
+        if self.request_log is not None:
+            self.request_log.note_sent(message)
 
     def fail(self, reason: str) -> None:
         """The engine is gone: end every request and every operation with the reason, now and from now on."""
@@ -296,6 +311,8 @@ class EngineLink:
             if isinstance(message, Batch):
                 self._take_batch(message)
             elif isinstance(message, EngineReady):
+                if self.request_log is not None:
+                    self.request_log.note_ready(message)
                 self._begin(self._bring_back(message))
             else:
                 assert isinstance(message, EngineFailed)
@@ -339,6 +356,8 @@ class EngineLink:
         for stream in woken.values():
             stream.wake()
         self.histories.note_replies(batch)
+        if self.request_log is not None:
+            self.request_log.note_batch(batch)
         for reply in batch.replies:
             self._take_reply(reply.op, reply.value, reply.error)
         for gone in batch.gone:

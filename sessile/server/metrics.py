@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from sessile.contract.messages import Done, Stats
-from sessile.server.histories import Histories
+from sessile.server.link import EngineLink
 from sessile.server.logs import lines_dropped
 
 SECONDS = (
@@ -302,11 +302,12 @@ class SupplyFigures:
     log_lines_dropped: int = 0
 
     @classmethod
-    def of(cls, histories: Histories, restarts: int) -> "SupplyFigures":
+    def of(cls, link: EngineLink, restarts: int) -> "SupplyFigures":
         """As they are now."""
+        histories, request_log = link.histories, link.request_log
         return cls(
             restarts, histories.held, histories.bytes, histories.restored_total, histories.lost_total,
-            lines_dropped(),
+            lines_dropped() + (request_log.dropped if request_log else 0),
         )
 
 

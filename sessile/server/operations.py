@@ -120,7 +120,7 @@ def _add_figures(router: APIRouter, service: Service) -> None:
             model=model,
             in_flight=service.link.in_flight,
             corpora=corpora_figures(service),
-            supply=SupplyFigures.of(service.link.histories, service.supervisor.restarts if service.supervisor else 0),
+            supply=SupplyFigures.of(service.link, service.supervisor.restarts if service.supervisor else 0),
         )
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 

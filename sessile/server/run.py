@@ -15,11 +15,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
 
+from sessile import __version__
 from sessile.contract.messages import EngineReady
 from sessile.errors import NotReady, StartupError
 from sessile.server.allocator import return_freed_memory
@@ -35,7 +37,9 @@ from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.server.listening import listening, shown_address
 from sessile.server.logs import configure_logs
+from sessile.server.request_log import RequestLog
 from sessile.server.supervision import Supervisor
+from sessile.server.tracing import Tracing
 from sessile.text.tokenizer import Tokenizer
 
 KEEP_ALIVE_S = 65
@@ -132,6 +136,8 @@ class Host:
         """Starts the first engine, so that it loads its model while we load the rest."""
         self._options = options
         self._launcher = launcher
+        self._request_log = RequestLog(Path(options.request_log)) if options.request_log else None
+        self._tracing = Tracing(options.otlp_endpoint, version=__version__)
         self._first = launcher.launch()
         self._supervisor: Supervisor | None = None
         self._listeners = listeners
@@ -154,15 +160,19 @@ class Host:
         """Serve until told to stop or the engine is gone for good; the exit status."""
         self._listen_to_signals()
         options = self._options
-        histories = Histories(options.held_bytes_max)
-        link = EngineLink(self._first.address, lag_tokens_max=options.stream_lag_tokens_max, histories=histories)
+        link = EngineLink(
+            self._first.address,
+            lag_tokens_max=options.stream_lag_tokens_max,
+            histories=Histories(options.held_bytes_max),
+            request_log=self._request_log,
+        )
         link.start()
         corpora = open_store(link)
         corpora.start()
         self._supervisor = Supervisor(link, self._launcher, self._first, options, corpora.reload)
         app = create_app(
             link, tokenizer, options, settings=settings, key_ring=key_ring, corpora=corpora,
-            supervisor=self._supervisor,
+            supervisor=self._supervisor, tracing=self._tracing,
         )  # fmt: skip
         http = HttpServer(app, options)
         serving = asyncio.create_task(http.serve(self._listeners))
@@ -186,6 +196,9 @@ class Host:
                 task.cancel()
             await corpora.close()
             await link.close()
+            if self._request_log is not None:
+                self._request_log.close()
+            self._tracing.close()
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()

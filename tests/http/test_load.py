@@ -1,5 +1,6 @@
 """Everything that clients can pile up has a bound: connections, requests, waiting, silence, and what nobody reads."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -60,6 +61,29 @@ def test_a_request_that_the_engine_could_not_take_is_refused_unread(small: Runni
         small.engine.resume()
         assert [reply.result().status_code for reply in (first, second)] == [200, 200]
     assert small.generate("three").status_code == 200
+
+
+def test_a_flood_is_answered_and_leaves_nothing_behind() -> None:
+    """2,000 requests against a queue of 64 are `scripts/overload.py`."""
+    with running_server(lambda address: ToyEngine(address, rows_max=2, queue_max=6)) as server:
+
+        async def ask(client: httpx.AsyncClient, n: int) -> httpx.Response:
+            body = {"text": f"request {n % 5}", "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+            return await client.post("/generate", json=body)
+
+        async def flood() -> list[httpx.Response]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits) as client:
+                return await asyncio.gather(*(ask(client, n) for n in range(150)))
+
+        replies = asyncio.run(flood())
+        assert {reply.status_code for reply in replies} == {200, 429}
+        assert all("retry-after" in reply.headers for reply in replies if reply.status_code == 429)
+        for n, reply in enumerate(replies):
+            if reply.status_code == 200:
+                alone = server.generate(f"request {n % 5}", sampling_params={"max_new_tokens": 8, "temperature": 0})
+                assert reply.json()["text"] == alone.json()["text"]
+        assert server.service.link.in_flight == 0 and server.service.keys_by_rid == {}
 
 
 def test_a_request_that_takes_too_long_ends_with_what_it_has_said() -> None:
