@@ -26,6 +26,8 @@ class Pulse:
         self.stall_timeout_s = stall_timeout_s
         self._link = link
         self._settled_steps = -1
+        self._moves = True
+        """What the last answer showed."""
 
     @property
     def is_stalled(self) -> bool:
@@ -35,13 +37,14 @@ class Pulse:
     def note(self, stats: Stats) -> None:
         """The engine has answered."""
         has_work = stats.requests_running or stats.requests_waiting or stats.requests_draining
-        if not has_work or stats.settled_steps_total != self._settled_steps:
+        self._moves = not has_work or stats.settled_steps_total != self._settled_steps
+        if self._moves:
             self.still_s = 0.0
         self._settled_steps = stats.settled_steps_total
 
     async def wait_stalled(self) -> None:
         """Watch one engine, from its first message on, until it has stood still for too long, or is gone."""
-        self.still_s, self._settled_steps = 0.0, -1
+        self.still_s, self._settled_steps, self._moves = 0.0, -1, True
         loop = asyncio.get_running_loop()
         answer: asyncio.Task[Stats] | None = None
         try:
@@ -51,7 +54,8 @@ class Pulse:
                     answer, asked_s = loop.create_task(self._link.ask(GetStats)), loop.time()
                 ticked_s = loop.time()
                 await (asyncio.wait({answer}, timeout=TICK_S) if answer else asyncio.sleep(TICK_S))
-                self.still_s += min(loop.time() - ticked_s, TICK_S_MAX)
+                if answer is not None or not self._moves:
+                    self.still_s += min(loop.time() - ticked_s, TICK_S_MAX)
                 if answer is not None and answer.done():
                     self.note(answer.result())
                     answer = None

@@ -115,7 +115,7 @@ def script_of(lines: Iterable[Line]) -> dict[int, list[wire.ToEngine]]:
 
 def _messages_of(line: Line, op: int, ends: Mapping[int, Line]) -> Iterator[wire.ToEngine]:
     """What a line stands for: one message, or none where it only tells what came of others."""
-    place = {"session": f"s{line.get('session')}", "tenant": _tenant(line)}
+    place: dict[str, Any] = {"session": f"s{line.get('session')}", "tenant": _tenant(line)}
     match line["kind"]:
         case "submit":
             yield _submit_of(line, ends.get(line["key"]))

@@ -70,7 +70,7 @@ class Simulation:
     def run_script(self) -> Report:
         """The same until everything that the script sends was sent and has ended."""
         last_turn = max(self._script or {0: ()})
-        return self._run_while(lambda: self._turn < last_turn)
+        return self._run_while(lambda: self._turn <= last_turn)
 
     def _run_while(self, goes_on: Callable[[], bool]) -> Report:
         failure = None
