@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -127,15 +127,28 @@ async def gaps(http: httpx.AsyncClient) -> list[float]:
     return found
 
 
-def one_more(port: int, *, reads: bool) -> socket.socket:
+@contextlib.asynccontextmanager
+async def one_more(port: int, *, reads: bool) -> AsyncIterator[None]:
     """A fiftieth client with cumulative logprobs, which are large; what it is sent it reads, or never looks at."""
     sampling = {"max_new_tokens": TOKENS, "ignore_eos": True}
-    extra = {} if reads else {"return_logprob": True, "top_logprobs_num": 20}
-    content = json.dumps(body(0) | {"stream": True, "sampling_params": sampling} | extra).encode()
+    asked = {"stream": True, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 20}
+    content = json.dumps(body(0) | asked).encode()
     client = socket.create_connection(("127.0.0.1", port))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
-    return client
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, client)) if reads else None
+    try:
+        yield
+    finally:
+        client.shutdown(socket.SHUT_RDWR)
+        if reading is not None:
+            await reading
+        client.close()
+
+
+def _read_all(client: socket.socket) -> None:
+    while client.recv(1 << 16):
+        pass
 
 
 async def slow_reader(http: httpx.AsyncClient, port: int) -> list[str]:
@@ -144,7 +157,7 @@ async def slow_reader(http: httpx.AsyncClient, port: int) -> list[str]:
     await gaps(http)
     for _ in range(ROUNDS):
         for reads in (True, False):
-            with one_more(port, reads=reads):
+            async with one_more(port, reads=reads):
                 medians[reads].append(statistics.median(await gaps(http)))
     change = statistics.median(medians[False]) / statistics.median(medians[True]) - 1
     print(f"slow reader: the others' median gap is {statistics.median(medians[False]) * 1e3:.2f} ms, {change:+.1%}")

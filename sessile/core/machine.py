@@ -22,7 +22,6 @@ from sessile.contract.messages import (
     ListSessions,
     OpenSession,
     Outcome,
-    PoolView,
     Refusal,
     Reply,
     RestoreSession,
@@ -38,6 +37,7 @@ from sessile.contract.messages import (
 )
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan, StepResult
+from sessile.contract.pool import PoolView
 from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books

@@ -3,7 +3,7 @@
 All of it passes by on its way to the engine or back: a turn's input when it is sent, its output as it comes, and its
 end, which says whether it was committed. What an engine had and what is held here differ in nothing that a client was
 told. Where they might, a session is held no longer: after a restart it is lost, and says so, instead of going on from a
-wrong history. Branching sessions are not held: they have no single history.
+wrong history.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ from sessile.contract.messages import (
     ToEngine,
 )
 from sessile.errors import NotReady, UserError
+from sessile.server.branches import Branches
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ Ask = Callable[[Callable[[int], ToEngine]], Awaitable[Any]]
 
 @dataclass(eq=False, slots=True)
 class Held:
-    """An open session. tokens: packed, or None once they are held no longer."""
+    """An open session. tokens: packed, or None once they are held no longer; a branching one has branches instead."""
 
     opening: OpenSession
     tokens: bytearray | None
+    branches: Branches | None = None
     turn_ends: "array[int]" = field(default_factory=lambda: array("q"))
     last: CommittedTurn | None = None
     last_rid: str = ""
@@ -67,7 +69,8 @@ class Held:
         if self.tokens is None:
             return SESSION_BYTES
         kept = len(self.last.input) if self.last else 0
-        return SESSION_BYTES + len(self.tokens) + kept + 8 * len(self.turn_ends)
+        branches = self.branches.bytes if self.branches else 0
+        return SESSION_BYTES + len(self.tokens) + kept + 8 * len(self.turn_ends) + branches
 
 
 @dataclass(eq=False, slots=True)
@@ -77,6 +80,8 @@ class Turn:
     place: Place
     submit: Submit
     output: bytearray = field(default_factory=bytearray)
+    replaces: list[str] = field(default_factory=list)
+    """Turns of a branching session that are gone if this one was taken."""
 
 
 class Histories:
@@ -85,12 +90,14 @@ class Histories:
     Beyond bytes_max the tokens of those that were used longest ago are let go of.
     """
 
-    def __init__(self, bytes_max: int = 0) -> None:
+    def __init__(self, bytes_max: int = 0, *, bos_id: int | None = None) -> None:
+        """bos_id: the model's, which the engine leaves out in front of further input."""
         self.bytes = 0
         """What all sessions count as."""
         self.restored_total = 0
         self.lost_total = 0
         self._bytes_max = bytes_max
+        self._bos_id = bos_id
         self._sessions: dict[Place, Held] = {}
         self._held: dict[Place, None] = {}
         """Those of them whose tokens are held, in the order of last use."""
@@ -125,7 +132,8 @@ class Histories:
             place = (message.tenant, message.session or "")
             held = self._sessions.get(place)
             if held is not None and held.tokens is not None:
-                self._turns[message.key] = Turn(place, message)
+                replaces = held.branches.replaced_by(message.branch) if held.branches else []
+                self._turns[message.key] = Turn(place, message, replaces=replaces)
         elif isinstance(message, OpenSession | ForkSession | RewindSession | CloseSession):
             self._operations[message.op] = message
             opened = message.child if isinstance(message, ForkSession) else message.session
@@ -135,7 +143,12 @@ class Histories:
         """A request has ended; a committed turn becomes history."""
         turn = self._turns.pop(done.key, None)
         session = self._sessions.get(turn.place) if turn else None
-        if turn is None or session is None or session.tokens is None or done.session_tokens < 0:
+        if turn is None or session is None or session.tokens is None:
+            return
+        if session.branches is not None:
+            self._note_branch_end(turn, session, session.branches, done)
+            return
+        if done.session_tokens < 0:
             return
         base = len(session.tokens) // TOKEN_BYTES
         if turn.submit.rid and turn.submit.rid == session.last_rid:
@@ -151,8 +164,24 @@ class Histories:
         session.turn_ends.append(done.session_tokens)
         session.last, session.last_rid = _named(turn.submit, done), turn.submit.rid
         self.bytes += session.bytes
-        del self._held[turn.place]
-        self._held[turn.place] = None
+        self._note_use(turn.place)
+
+    def _note_branch_end(self, turn: Turn, session: Held, branches: Branches, done: Done) -> None:
+        before_bytes, is_right = branches.bytes, True
+        if not (done.reason == "error" and 400 <= done.status < 500):  # else it was refused, and has replaced nothing
+            branches.drop(turn.replaces)
+        if done.session_tokens >= 0:
+            told = _named(turn.submit, done)
+            is_right = branches.commit(turn.submit, bytes(turn.output), done, self._bos_id, told)
+        self.bytes += branches.bytes - before_bytes
+        if is_right:
+            self._note_use(turn.place)
+        else:
+            self._let_go(turn.place, session)
+
+    def _note_use(self, place: Place) -> None:
+        del self._held[place]
+        self._held[place] = None
         self._make_room()
 
     def note_replies(self, batch: Batch) -> None:
@@ -167,7 +196,7 @@ class Histories:
     def _apply(self, operation: OpenSession | ForkSession | RewindSession | CloseSession, reply: Reply) -> None:
         place = (operation.tenant, operation.session)
         if isinstance(operation, OpenSession):
-            self._add(place, Held(operation, None if operation.branching else bytearray()))
+            self._add(place, Held(operation, bytearray(), Branches() if operation.branching else None))
         elif isinstance(operation, CloseSession):
             assert isinstance(reply.value, Outcome)
             if reply.value.values["closed"]:
@@ -234,7 +263,8 @@ class Histories:
         log.debug("session held no longer", extra={"session": place[1], "tenant": place[0] or None})
         del self._held[place]
         self.bytes -= session.bytes
-        session.tokens, session.turn_ends, session.last = None, array("q"), None
+        session.tokens, session.branches = None, None
+        session.turn_ends, session.last = array("q"), None
         self.bytes += session.bytes
 
     # -- another engine -------------------------------------------------------------------------------------------
@@ -319,6 +349,7 @@ async def _ask_all(ask: Ask, portion: list[tuple[Place, Held]]) -> list[tuple[Pl
 def _restoring(held: Held) -> Callable[[int], ToEngine]:
     assert held.tokens is not None
     tokens, turn_ends = bytes(held.tokens), tuple(held.turn_ends)
+    nodes = held.branches.restoring() if held.branches else ()
     return lambda op: RestoreSession(
-        op=op, opening=held.opening, tokens=tokens, turn_ends=turn_ends, last=held.last
+        op=op, opening=held.opening, tokens=tokens, turn_ends=turn_ends, last=held.last, nodes=nodes
     )

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sessile import __version__
-from sessile.contract.messages import CancelAll, Flush, GetPool, GetStats, PoolView, Sampling, Stats
+from sessile.contract.messages import CancelAll, Flush, GetPool, GetStats, Sampling, Stats
+from sessile.contract.pool import PoolView
 from sessile.errors import InvalidRequest, NotReady
 from sessile.server.auth import Asking, require_admin
 from sessile.server.body import Body, TokenIds, read_body, takes

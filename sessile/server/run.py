@@ -163,7 +163,7 @@ class Host:
         link = EngineLink(
             self._first.address,
             lag_tokens_max=options.stream_lag_tokens_max,
-            histories=Histories(options.held_bytes_max),
+            histories=Histories(options.held_bytes_max, bos_id=tokenizer.bos_id),
             request_log=self._request_log,
         )
         link.start()

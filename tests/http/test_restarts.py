@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sessile.server.histories import SESSION_BYTES
 from tests.http.serving import PATIENCE_S, Deployment, deployed, wait_until_healthy
 from tests.http.test_processes import Streaming, gone
 
@@ -105,6 +106,24 @@ def test_an_engine_that_falls_again_and_again_ends_the_server(tmp_path: Path) ->
         assert "fallen 2 times within 10 minutes" in deployment.said()
 
 
+def test_the_turns_of_a_branching_session_can_be_gone_on_from_in_the_next_engine(tmp_path: Path) -> None:
+    def branch(deployment: Deployment, rid: str, parent: str | None) -> list[int]:
+        params = {"id": "b", "rid": parent}
+        reply = ask(deployment, "/generate", text=f"turn {rid}", rid=rid, session_params=params, **TURN)
+        assert reply.status_code == 200, reply.text
+        tokens: list[int] = reply.json()["output_ids"]
+        return tokens
+
+    with deployed(tmp_path, mode="toy") as deployment, deployed_twin(tmp_path) as twin:
+        for each in (deployment, twin):
+            ask(each, "/open_session", capacity_of_str_len=1, session_id="b")
+            branch(each, "root", None)
+            branch(each, "left", "root")
+        replaced(deployment, signal.SIGKILL)
+        for rid, parent in (("left", "root"), ("right", "root"), ("further", "left"), ("apart", None)):
+            assert branch(deployment, rid, parent) == branch(twin, rid, parent), rid
+
+
 def test_a_session_that_was_not_held_is_gone_with_its_engine_and_says_so(tmp_path: Path) -> None:
     with deployed(tmp_path, mode="toy", held_bytes_max=0) as deployment:
         ask(deployment, "/open_session", capacity_of_str_len=1, streaming=True, session_id="s")
@@ -128,9 +147,12 @@ def test_h59_a_reply_that_was_lost_with_the_engine_is_said_again(tmp_path: Path)
 
 
 def test_what_happened_to_engines_and_sessions_is_counted(tmp_path: Path) -> None:
-    with deployed(tmp_path, mode="toy") as deployment:
+    room = 2 * SESSION_BYTES + 4 * 150  # for both, and for the tokens of the short one
+    with deployed(tmp_path, mode="toy", held_bytes_max=room) as deployment:
         ask(deployment, "/open_session", capacity_of_str_len=1, streaming=True, session_id="kept")
-        ask(deployment, "/open_session", capacity_of_str_len=1, streaming=False, session_id="branching")
+        ask(deployment, "/open_session", capacity_of_str_len=1, streaming=True, session_id="long")
+        for session, tokens in (("long", 300), ("kept", 10)):
+            turn(deployment, session, "x" * tokens)
         replaced(deployment, signal.SIGKILL)
         shown = httpx.get(f"{deployment.url}/metrics", timeout=PATIENCE_S).text
         for figure in ("engine_restarts_total", "sessions_restored_total", "sessions_lost_total", "held_sessions"):

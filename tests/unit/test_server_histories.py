@@ -9,6 +9,7 @@ import pytest
 
 from sessile.contract.messages import (
     Batch,
+    Branch,
     Cancel,
     CloseSession,
     Done,
@@ -27,6 +28,7 @@ from sessile.contract.messages import (
 )
 from sessile.errors import NotReady, TooLong, UserError
 from sessile.server.histories import SESSION_BYTES, Histories
+from sessile.server.link import refusal_error
 from tests.unit.stage import FACTS, Stage, deltas_of
 
 BOS = 1
@@ -37,7 +39,7 @@ class Watched:
 
     def __init__(self, bytes_max: int = 1 << 20) -> None:
         self.stage = Stage(facts=dataclasses.replace(FACTS, bos_id=BOS))
-        self.histories = Histories(bytes_max)
+        self.histories = Histories(bytes_max, bos_id=BOS)
         self._numbers = itertools.count(1)
         self._take_effects = self.stage.machine.take_effects
         self.stage.machine.take_effects = self._watched_effects  # type: ignore[method-assign]
@@ -46,13 +48,18 @@ class Watched:
         self._send(kind(op=next(self._numbers), **fields))
 
     def turn(self, session: str, tokens: list[int], *, cancel: bool = False, **fields: Any) -> None:
-        sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=fields.pop("new_tokens", 4))
-        key = next(self._numbers)
-        self._send(Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling, session=session, **fields))
+        key = self.begin(session, tokens, **fields)
         if cancel:
             self.stage.step()
             self._send(Cancel(key))
         self.stage.run()
+
+    def begin(self, session: str, tokens: list[int], **fields: Any) -> int:
+        """Submit a turn; its key."""
+        sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=fields.pop("new_tokens", 4))
+        key = next(self._numbers)
+        self._send(Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling, session=session, **fields))
+        return key
 
     def _send(self, message: ToEngine) -> None:
         self.histories.note_sent(message)
@@ -175,3 +182,102 @@ def test_sessions_that_the_next_engine_refuses_are_lost_and_those_that_it_dies_o
     assert watched.histories.held == 1
     fail(TooLong("does not fit"))
     assert (watched.histories.held, watched.histories.lost_total) == (0, 1)
+
+
+# -- branching sessions -------------------------------------------------------------------------------------------
+
+
+def branched(**opening: Any) -> Watched:
+    """A branching session with a root, two children of it, and a child of one of these."""
+    watched = Watched()
+    watched.ask(OpenSession, session="b", branching=True, **opening)
+    for rid, parent in (("root", None), ("left", "root"), ("right", "root"), ("leaf", "left")):
+        branch(watched, rid, parent)
+    return watched
+
+
+def branch(watched: Watched, rid: str, parent: str | None, tokens: tuple[int, ...] = (7, 8), **where: Any) -> None:
+    watched.turn("b", list(tokens), rid=rid, branch=Branch(parent=parent, **where))
+
+
+def given_to(stage: Stage, histories: Histories) -> None:
+    """Restore what is held in another engine."""
+
+    async def ask(make: Any) -> None:
+        error = stage.ask(lambda op: make(op)).error  # type: ignore[arg-type]
+        if error is not None:
+            raise refusal_error(error.status, error.code, error.message)
+
+    histories.note_engine_gone()
+    asyncio.run(histories.restore(ask))
+
+
+def twin_of(watched: Watched) -> Stage:
+    """Another engine that was given what is held."""
+    stage = Stage(facts=dataclasses.replace(FACTS, bos_id=BOS))
+    given_to(stage, watched.histories)
+    return stage
+
+
+def nodes(stage: Stage) -> dict[str, tuple[list[int], list[int], int, str | None]]:
+    """Every turn of session "b": its history, where turns end in it, where its output begins, its parent."""
+    session = stage.machine._books.sessions["", "b"]
+    return {
+        rid: (
+            unpack_tokens(node.history.slice(0, len(node.history))).tolist(),
+            list(node.turn_ends),
+            node.input_end,
+            node.parent.rid if node.parent else None,
+        )
+        for rid, node in session.nodes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"offset": 3}, {"offset": -2}, {"drop_previous_output": True}, {"replace": True},
+     {"drop_previous_output": True, "offset": -1, "replace": True}],
+)  # fmt: skip
+def test_the_turns_of_a_branching_session_are_held_wherever_they_go_on(where: dict[str, Any]) -> None:
+    watched = branched()
+    branch(watched, "more", "left", **where)
+    branch(watched, "begun anew", "left", (BOS, 5), **where)
+    assert "begun anew" in nodes(watched.stage) and nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_a_replaced_turn_that_runs_is_held_with_what_it_said() -> None:
+    watched = branched()
+    key = watched.begin("b", [9], rid="running", branch=Branch(parent="root"), new_tokens=40)
+    watched.stage.step(3)
+    branch(watched, "instead", "running", replace=True)
+    assert key in watched.stage.done and nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_a_refused_replacement_drops_nothing() -> None:
+    watched = branched()
+    branch(watched, "refused", "root", (99,), replace=True)
+    assert "leaf" in nodes(watched.stage) and nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_an_aborted_branch_is_no_node_but_has_replaced_what_it_replaced() -> None:
+    watched = branched()
+    watched.turn("b", [9], rid="aborted", branch=Branch(parent="left", replace=True), cancel=True, new_tokens=40)
+    assert set(nodes(watched.stage)) == {"root", "left", "right"}
+    assert nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_restored_turns_are_gone_on_from_and_answered_again() -> None:
+    watched = branched()
+    twin = twin_of(watched)
+    for stage in (watched.stage, twin):
+        stage.submit(900, [4], session="b", rid="new", branch=Branch(parent="leaf"))
+        stage.submit(901, [7, 8], session="b", rid="right", branch=Branch(parent="root"))
+        stage.run()
+    assert [twin.output[key] for key in (900, 901)] == [watched.stage.output[key] for key in (900, 901)]
+    assert twin.stats().turns_replayed_total == 1
+
+
+def test_a_restored_branching_session_counts_against_the_limit_of_sessions() -> None:
+    watched, stage = branched(), Stage(sessions_max=3)
+    given_to(stage, watched.histories)
+    assert stage.stats().sessions_open == 0 and watched.histories.lost_total == 1
