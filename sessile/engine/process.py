@@ -89,8 +89,8 @@ def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Se
     outbox = SocketOutbox(socket)
     try:
         engine = open_engine(clock)
-        outbox.send(engine.ready)
         server.tell_events = lambda: log.error("the last events", extra={"events": engine.machine.event_lines()})
+        outbox.send(engine.ready)
         drive(engine, SocketInbox(socket), outbox, clock)
     except StartupError as error:
         outbox.send(EngineFailed(str(error)))

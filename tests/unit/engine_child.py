@@ -1,7 +1,7 @@
 """An engine process with a scripted machine and device: `python -m tests.unit.engine_child ADDRESS MODE`.
 
-MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step,
-"refuses" cannot start.
+MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step, "hangs"
+one that never ends it, "refuses" cannot start.
 """
 
 import signal
@@ -45,12 +45,21 @@ class SlowDevice(ScriptedDevice):
         return super().launch(plan)
 
 
+class HangingDevice(ScriptedDevice):
+    def launch(self, plan: StepPlan) -> ScriptedTicket:
+        return self.ticket_that_never_comes()
+
+    def ticket_that_never_comes(self) -> ScriptedTicket:
+        while True:
+            time.sleep(0.01)
+
+
 class ScriptedEngine:
     """What `run_engine` needs of an engine."""
 
     def __init__(self, mode: str) -> None:
-        steps = {"busy": 10**9, "fails": 1}.get(mode, 0)
-        kind = BreakingDevice if mode == "fails" else SlowDevice
+        steps = {"busy": 10**9, "fails": 1, "hangs": 1}.get(mode, 0)
+        kind = {"fails": BreakingDevice, "hangs": HangingDevice}.get(mode, SlowDevice)
         self.machine = ScriptedMachine([], steps_left=steps)
         self.device = kind([], ManualClock())
         self.ready = READY
