@@ -41,6 +41,9 @@ class Branches:
         """What all nodes count as."""
         self._nodes: dict[str, Node] = {}
 
+    def __contains__(self, rid: str) -> bool:
+        return rid in self._nodes
+
     def replaced_by(self, branch: Branch | None) -> list[str]:
         """The turns that a turn drops if it is taken: what else descends from its parent, or every one."""
         if branch is None or not branch.replace:
@@ -58,8 +61,7 @@ class Branches:
 
     def commit(self, submit: Submit, output: bytes, done: Done, bos_id: int | None, told: CommittedTurn | None) -> bool:
         """Add the turn that has ended; False if that cannot be what the engine has."""
-        if submit.rid in self._nodes:
-            return True  # its reply was said again
+        assert submit.rid not in self._nodes
         branch = submit.branch or Branch()
         parent = None if branch.parent is None else self._nodes.get(branch.parent)
         base_tokens = _origin(parent, branch)

@@ -167,6 +167,8 @@ class Histories:
         self._note_use(turn.place)
 
     def _note_branch_end(self, turn: Turn, session: Held, branches: Branches, done: Done) -> None:
+        if turn.submit.rid in branches:
+            return  # The reply of that turn was said again, or the name refused.
         before_bytes, is_right = branches.bytes, True
         if not (done.reason == "error" and 400 <= done.status < 500):  # else it was refused, and has replaced nothing
             branches.drop(turn.replaces)

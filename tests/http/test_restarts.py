@@ -147,11 +147,11 @@ def test_h59_a_reply_that_was_lost_with_the_engine_is_said_again(tmp_path: Path)
 
 
 def test_what_happened_to_engines_and_sessions_is_counted(tmp_path: Path) -> None:
-    room = 2 * SESSION_BYTES + 4 * 150  # for both, and for the tokens of the short one
+    room = 2 * SESSION_BYTES + 4 * 150  # for the tokens of either, and not of both
     with deployed(tmp_path, mode="toy", held_bytes_max=room) as deployment:
         ask(deployment, "/open_session", capacity_of_str_len=1, streaming=True, session_id="kept")
-        ask(deployment, "/open_session", capacity_of_str_len=1, streaming=True, session_id="long")
-        for session, tokens in (("long", 300), ("kept", 10)):
+        ask(deployment, "/open_session", capacity_of_str_len=1, streaming=True, session_id="older")
+        for session, tokens in (("older", 100), ("kept", 60)):
             turn(deployment, session, "x" * tokens)
         replaced(deployment, signal.SIGKILL)
         shown = httpx.get(f"{deployment.url}/metrics", timeout=PATIENCE_S).text
