@@ -116,8 +116,9 @@ class ServerOptions:
         high=1 << 44,
     )
     connections_max: int = option(
-        4096,
-        "Most connections at once; one more is answered with 503 and closed.",
+        3000,
+        "Most connections at once; one more is answered with 503 and closed. The limit of open files is raised to it,"
+        " as far as the system allows (ulimit -Hn).",
         unit="connections",
         low=1,
         high=1_000_000,

@@ -30,7 +30,7 @@ def bounded_http(connections_max: int) -> "type[BoundedHttp]":
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's protocol with those bounds: 503 beyond the first, 431 beyond the second, else the connection's end."""
 
-    connections_max = 4096
+    connections_max = 3000
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

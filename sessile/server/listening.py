@@ -4,6 +4,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -15,6 +16,8 @@ from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
 
 BACKLOG = 2048
+OTHER_FILES = 512
+"""Files beside connections: the model, indexes of corpora, pipes, sockets between our processes."""
 SOCKET_UMASK = 0o177
 """Of a unix socket: read and write for the server's user, nothing for anybody else."""
 
@@ -27,6 +30,7 @@ def listening(options: ServerOptions) -> Iterator[list[socket.socket]]:
     """
     check_tls(options)
     allowed_origins(options)
+    allow_connections(options.connections_max)
     with contextlib.ExitStack() as stack:
         if options.unix_socket is not None:
             sockets = [bind_path(Path(options.unix_socket))]
@@ -37,6 +41,22 @@ def listening(options: ServerOptions) -> Iterator[list[socket.socket]]:
         if options.admin_port is not None:
             sockets.append(stack.enter_context(bind(options, options.admin_port)))
         yield sockets
+
+
+def allow_connections(connections_max: int) -> None:
+    """Let this process have so many connections open; StartupError where the system does not allow it.
+
+    Beyond its limit of open files a process cannot even refuse a connection.
+    """
+    wanted = connections_max + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise StartupError(
+                f"--connections-max {connections_max} needs {wanted} open files and {hard} are allowed: lower it to "
+                f"{max(1, hard - OTHER_FILES)}, or raise the limit (ulimit -Hn, LimitNOFILE)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(options: ServerOptions, port: int | None = None) -> socket.socket:

@@ -1,6 +1,7 @@
 """Where the server listens, and for whom: TLS, a unix socket, pages of other sites, administration at a port apart."""
 
 import os
+import resource
 import ssl
 import stat
 from collections.abc import Iterator
@@ -162,3 +163,24 @@ def test_administration_answers_at_its_own_port(tmp_path: Path) -> None:
         shown = {at: httpx.get(f"{at}/v1/pool", timeout=PATIENCE_S).status_code
                  for at in (deployment.url, f"http://127.0.0.1:{port}")}  # fmt: skip
         assert list(shown.values()) == [404, 200]
+
+
+# -- room for connections ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file_limit() -> Iterator[tuple[int, int]]:
+    """That of this process, put back afterwards."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield before
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_as_many_files_may_be_open_as_there_may_be_connections(file_limit: tuple[int, int]) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, file_limit[1]))
+    with listening(ServerOptions(port=0, connections_max=300)):
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 300 + 512
+
+
+def test_more_connections_than_the_system_allows_are_refused_with_the_remedy() -> None:
+    assert "LimitNOFILE" in refusal(connections_max=1_000_000_000)
