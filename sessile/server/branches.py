@@ -12,11 +12,13 @@ NODE_BYTES = 256
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A committed turn. tokens: packed, of its history behind the first base_tokens of its parent's."""
+    """A committed turn. number: its place among all messages. tokens: packed, of its history behind its parent's."""
 
+    number: int
     rid: str
     parent: "Node | None"
     base_tokens: int
+    """How much of its parent's history it begins with."""
     tokens: bytes
     input_end: int
     told: CommittedTurn | None
@@ -44,14 +46,15 @@ class Branches:
     def __contains__(self, rid: str) -> bool:
         return rid in self._nodes
 
-    def replaced_by(self, branch: Branch | None) -> list[str]:
-        """The turns that a turn drops if it is taken: what else descends from its parent, or every one."""
+    def replaced_by(self, branch: Branch | None, number: int) -> list[str]:
+        """The turns that the message with this number drops: what descended from its parent then, or every one."""
         if branch is None or not branch.replace:
             return []
+        earlier = [node for node in self._nodes.values() if node.number < number]
         if branch.parent is None:
-            return list(self._nodes)
+            return [node.rid for node in earlier]
         origin = self._nodes.get(branch.parent)
-        return [rid for rid, node in self._nodes.items() if origin is not None and _descends(node, origin)]
+        return [node.rid for node in earlier if origin is not None and _descends(node, origin)]
 
     def drop(self, rids: Iterable[str]) -> None:
         """Forget turns, of which all descendants are among them or gone."""
@@ -59,7 +62,9 @@ class Branches:
             if (node := self._nodes.pop(rid, None)) is not None:
                 self.bytes -= node.bytes
 
-    def commit(self, submit: Submit, output: bytes, done: Done, bos_id: int | None, told: CommittedTurn | None) -> bool:
+    def commit(
+        self, number: int, submit: Submit, output: bytes, done: Done, bos_id: int | None, told: CommittedTurn | None
+    ) -> bool:
         """Add the turn that has ended; False if that cannot be what the engine has."""
         assert submit.rid not in self._nodes
         branch = submit.branch or Branch()
@@ -70,7 +75,7 @@ class Branches:
             tokens = tokens[TOKEN_BYTES:]  # the engine leaves it out behind a history
         if base_tokens + len(tokens) // TOKEN_BYTES != done.prompt_tokens or (branch.parent and parent is None):
             return False
-        node = Node(submit.rid, parent, base_tokens, tokens + output, done.prompt_tokens, told)
+        node = Node(number, submit.rid, parent, base_tokens, tokens + output, done.prompt_tokens, told)
         if node.length != done.session_tokens:
             return False
         self._nodes[submit.rid] = node

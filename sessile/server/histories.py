@@ -7,10 +7,12 @@ wrong history.
 """
 
 import asyncio
+import itertools
 import logging
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from sessile.contract.messages import (
@@ -47,6 +49,8 @@ LOST = "session {!r} was lost when the engine was restarted: open a new one and 
 
 Place = tuple[str, str]
 """A tenant's name and a session's id."""
+Operation = OpenSession | ForkSession | RewindSession | CloseSession
+"""What changes which sessions there are, or their histories."""
 Ask = Callable[[Callable[[int], ToEngine]], Awaitable[Any]]
 
 
@@ -75,13 +79,12 @@ class Held:
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """A turn in flight."""
+    """A turn in flight. number: its place among all messages."""
 
+    number: int
     place: Place
     submit: Submit
     output: bytearray = field(default_factory=bytearray)
-    replaces: list[str] = field(default_factory=list)
-    """Turns of a branching session that are gone if this one was taken."""
 
 
 class Histories:
@@ -103,7 +106,9 @@ class Histories:
         """Those of them whose tokens are held, in the order of last use."""
         self._turns: dict[int, Turn] = {}
         """By key of the request."""
-        self._operations: dict[int, OpenSession | ForkSession | RewindSession | CloseSession] = {}
+        self._operations: dict[int, tuple[int, Operation]] = {}
+        """With the place of each among all messages."""
+        self._numbers = itertools.count()
         self._lost: dict[Place, None] = {}
 
     @property
@@ -129,21 +134,44 @@ class Histories:
     def note_sent(self, message: ToEngine) -> None:
         """A message is on its way to the engine."""
         if isinstance(message, Submit):
-            place = (message.tenant, message.session or "")
-            held = self._sessions.get(place)
-            if held is not None and held.tokens is not None:
-                replaces = held.branches.replaced_by(message.branch) if held.branches else []
-                self._turns[message.key] = Turn(place, message, replaces=replaces)
-        elif isinstance(message, OpenSession | ForkSession | RewindSession | CloseSession):
-            self._operations[message.op] = message
+            if message.session is not None:
+                place = (message.tenant, message.session)
+                self._turns[message.key] = Turn(next(self._numbers), place, message)
+        elif isinstance(message, Operation):
+            self._operations[message.op] = next(self._numbers), message
             opened = message.child if isinstance(message, ForkSession) else message.session
             self._lost.pop((message.tenant, opened), None)  # Whoever opens or closes it has understood.
 
-    def note_end(self, done: Done) -> None:
-        """A request has ended; a committed turn becomes history."""
-        turn = self._turns.pop(done.key, None)
-        session = self._sessions.get(turn.place) if turn else None
-        if turn is None or session is None or session.tokens is None:
+    def note_batch(self, batch: Batch) -> None:
+        """Turns have ended, operations were answered, sessions ended by themselves; the output of turns is in already.
+
+        What concerns one session happened in the order in which it was asked for, whatever the order of the batch.
+        """
+        outcomes: list[tuple[int, Turn | Operation, Done | Reply]] = []
+        for done in batch.done:
+            if (turn := self._turns.pop(done.key, None)) is not None:
+                outcomes.append((turn.number, turn, done))
+        for reply in batch.replies:
+            number, operation = self._operations.pop(reply.op, (0, None))
+            if operation is not None and reply.error is None:
+                outcomes.append((number, operation, reply))
+        for _, asked, outcome in sorted(outcomes, key=itemgetter(0)):
+            if isinstance(asked, Turn):
+                assert isinstance(outcome, Done)
+                self._note_end(asked, outcome)
+            else:
+                assert isinstance(outcome, Reply)
+                self._apply(asked, outcome)
+        for gone in batch.gone:
+            session = self._sessions.get((gone.tenant, gone.session))
+            # One that was closed and then opened anew, all in one batch, is another one.
+            if session is not None and (session.closing or gone.reason != "closed"):
+                self._remove((gone.tenant, gone.session))
+
+    def _note_end(self, turn: Turn, done: Done) -> None:
+        """A committed turn becomes history."""
+        session = self._sessions.get(turn.place)
+        if session is None or session.tokens is None:
             return
         if session.branches is not None:
             self._note_branch_end(turn, session, session.branches, done)
@@ -171,10 +199,10 @@ class Histories:
             return  # The reply of that turn was said again, or the name refused.
         before_bytes, is_right = branches.bytes, True
         if not (done.reason == "error" and 400 <= done.status < 500):  # else it was refused, and has replaced nothing
-            branches.drop(turn.replaces)
+            branches.drop(branches.replaced_by(turn.submit.branch, turn.number))
         if done.session_tokens >= 0:
             told = _named(turn.submit, done)
-            is_right = branches.commit(turn.submit, bytes(turn.output), done, self._bos_id, told)
+            is_right = branches.commit(turn.number, turn.submit, bytes(turn.output), done, self._bos_id, told)
         self.bytes += branches.bytes - before_bytes
         if is_right:
             self._note_use(turn.place)
@@ -186,16 +214,7 @@ class Histories:
         self._held[place] = None
         self._make_room()
 
-    def note_replies(self, batch: Batch) -> None:
-        """Operations were answered, and sessions ended by themselves."""
-        for reply in batch.replies:
-            operation = self._operations.pop(reply.op, None)
-            if operation is not None and reply.error is None:
-                self._apply(operation, reply)
-        for gone in batch.gone:
-            self._remove((gone.tenant, gone.session))
-
-    def _apply(self, operation: OpenSession | ForkSession | RewindSession | CloseSession, reply: Reply) -> None:
+    def _apply(self, operation: Operation, reply: Reply) -> None:
         place = (operation.tenant, operation.session)
         if isinstance(operation, OpenSession):
             self._add(place, Held(operation, bytearray(), Branches() if operation.branching else None))

@@ -349,13 +349,12 @@ class EngineLink:
             if (stream := self._streams.get(detail.key)) is not None:
                 stream.put_detail(detail)
         for done in batch.done:
-            self.histories.note_end(done)
             if (stream := self._streams.pop(done.key, None)) is not None:
                 stream.end(done)
                 woken[done.key] = stream
         for stream in woken.values():
             stream.wake()
-        self.histories.note_replies(batch)
+        self.histories.note_batch(batch)
         if self.request_log is not None:
             self.request_log.note_batch(batch)
         for reply in batch.replies:

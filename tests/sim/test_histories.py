@@ -40,9 +40,7 @@ class Watched:
         for key, tokens in deltas_of(batch):
             if key in self.histories.turns:
                 self.histories.turns[key].output += pack_tokens(tokens)
-        for done in batch.done:
-            self.histories.note_end(done)
-        self.histories.note_replies(batch)
+        self.histories.note_batch(batch)
         if self._messages // LOOK_EVERY > self.compared:
             self.compared = self._messages // LOOK_EVERY
             self.compare()

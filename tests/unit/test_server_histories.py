@@ -71,9 +71,7 @@ class Watched:
             for key, tokens in deltas_of(batch):
                 if key in self.histories.turns:
                     self.histories.turns[key].output += pack_tokens(tokens)
-            for done in batch.done:
-                self.histories.note_end(done)
-            self.histories.note_replies(batch)
+            self.histories.note_batch(batch)
         return batch
 
     def restored(self) -> dict[str, list[int]]:
@@ -137,7 +135,7 @@ def test_h59_a_reply_that_is_said_again_is_not_a_turn() -> None:
 def test_closed_and_expired_sessions_are_forgotten() -> None:
     watched = opened("a", "b", "c")
     watched.ask(CloseSession, session="a")
-    watched.histories.note_replies(Batch(step=0, gone=[SessionGone("b", "expired")]))
+    watched.histories.note_batch(Batch(step=0, gone=[SessionGone("b", "expired")]))
     assert list(watched.restored()) == ["c"]
 
 
@@ -164,7 +162,7 @@ def test_a_lost_session_is_refused_until_it_is_opened_again() -> None:
 def test_a_history_that_differs_from_what_the_engine_says_is_not_gone_on_from() -> None:
     watched = opened()
     watched.histories.note_sent(Submit(key=7, tokens=pack_tokens([1, 2]), sampling=Sampling(seed=0), session="s"))
-    watched.histories.note_end(Done(key=7, reason="stop", prompt_tokens=9, session_tokens=9))
+    watched.histories.note_batch(Batch(step=0, done=[Done(key=7, reason="stop", prompt_tokens=9, session_tokens=9)]))
     assert watched.restored() == {}
 
 
@@ -281,3 +279,22 @@ def test_a_restored_branching_session_counts_against_the_limit_of_sessions() -> 
     watched, stage = branched(), Stage(sessions_max=3)
     given_to(stage, watched.histories)
     assert stage.stats().sessions_open == 0 and watched.histories.lost_total == 1
+
+
+# -- all at once --------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_that_was_sent_before_its_session_was_known_to_be_open_is_held() -> None:
+    watched = Watched()
+    wish = Sampling(seed=0, temperature=0.0, max_new_tokens=0)
+    for message in (
+        OpenSession(op=1, session="s"),
+        Submit(key=2, tokens=pack_tokens([3, 1, 4]), sampling=wish, session="s"),
+        CloseSession(3, "s"),
+        OpenSession(op=4, session="s"),
+        Submit(key=5, tokens=pack_tokens([5, 9]), sampling=wish, session="s"),
+    ):
+        watched.histories.note_sent(message)
+        watched.stage.machine.receive(message)
+    watched.stage.run()
+    assert watched.restored() == watched.truth("s")
