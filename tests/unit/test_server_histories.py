@@ -289,7 +289,6 @@ def test_a_turn_that_was_sent_before_its_session_was_known_to_be_open_is_held() 
     wish = Sampling(seed=0, temperature=0.0, max_new_tokens=0)
     for message in (
         OpenSession(op=1, session="s"),
-        Submit(key=2, tokens=pack_tokens([3, 1, 4]), sampling=wish, session="s"),
         CloseSession(3, "s"),
         OpenSession(op=4, session="s"),
         Submit(key=5, tokens=pack_tokens([5, 9]), sampling=wish, session="s"),
