@@ -48,7 +48,8 @@ def create_app(
     app.add_middleware(Admission, service=service)
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)
     for module in (generate, openai, sessions, corpora_routes, operations):
-        app.include_router(module.routes(service))
+        surface = module.__name__.removeprefix("sessile.server.").removesuffix(".routes")
+        app.include_router(module.routes(service), tags=[surface])
     add_error_replies(app)
     if options.otlp_endpoint is not None:
         app.add_middleware(TraceContext)
