@@ -78,12 +78,13 @@ def engine(address: str) -> int:
     from sessile.engine.compiled import use_compiled_core
 
     use_compiled_core()
-    from sessile.engine.process import die_with_parent, run_engine
+    from sessile.engine.process import Server, run_engine
     from sessile.offline.opening import open_configured_engine
     from sessile.server.logs import configure_logs
 
     config = Config.from_json(sys.stdin.readline())
-    die_with_parent()
+    server = Server()
+    server.watch()
     configure_logs(config.server.log_format, config.server.log_level)
     # A log of JSON objects stays one, whatever is told while the model loads.
     tell = logging.getLogger("sessile.engine").info if config.server.log_format == "json" else None
@@ -99,6 +100,7 @@ def engine(address: str) -> int:
             report=report,
             tenants=config.tenants,
         ),
+        server,
     )
 
 

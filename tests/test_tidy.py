@@ -251,6 +251,22 @@ def test_nothing_is_unpickled() -> None:
     refuse(offenders, "msgspec crosses processes; pickle crosses nothing")
 
 
+def test_the_wall_clock_is_shown_and_never_reckoned_with() -> None:
+    """It jumps. What is measured or waited for goes by a monotonic clock; a date is a whole number that is shown."""
+    stamps = {
+        inner
+        for _, node in walk(LIBRARY, ast.Call)
+        if isinstance(node.func, ast.Name) and node.func.id == "int"
+        for inner in node.args
+    }
+    offenders = [
+        f"{spot(path, node.lineno)} {ast.unparse(node)}"
+        for path, node in walk(LIBRARY, ast.Call)
+        if ast.unparse(node.func) in {"time.time", "time.time_ns"} and node not in stamps
+    ]
+    refuse(offenders, "use a monotonic clock, or int(time.time()) for a date that is only shown")
+
+
 def test_every_option_has_help_and_every_number_a_unit() -> None:
     offenders = []
     for path, node in walk(LIBRARY, ast.AnnAssign):

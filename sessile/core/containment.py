@@ -97,12 +97,12 @@ def abandon_plan(books: Books, planned: Planned) -> None:
     touched = [row for row, _, _ in planned.runs] + planned.grown.tolist()
     if planned.is_counted:
         touched += planned.decodes.tolist() + [part.row for part in planned.parts]
-    requests = [rows.occupant(row).key for row in touched] + [request.key for request in planned.bound]
+    keys = [rows.occupant(row).key for row in touched] + [request.key for request in planned.bound]
     for request in books.requests.values():
         if request.phase is Phase.RUNNING and request.row is not None and not rows.live[request.row]:
             rows.seat([request.row], [request.row_start(0, 0, False, books.planned_step)], [request.stop_ids])
-            requests.append(request.key)
-    for key in dict.fromkeys(requests):
+            keys.append(request.key)
+    for key in dict.fromkeys(keys):
         request = books.requests[key]
         if request.row is not None:
             rows.last_step[request.row] = min(int(rows.last_step[request.row]), books.planned_step)

@@ -27,6 +27,7 @@ def end_request(
     kept_bytes: int = -1,
     message: str = "",
     status: int = 200,
+    code: str = "",
     keep: bool = False,
 ) -> None:
     """End a request that is queued or running, commit or roll back its turn, and send its Done.
@@ -48,7 +49,7 @@ def end_request(
     if session is not None and not commits:
         books.totals.turns_rolled_back += 1
         books.marks[_ROLL_BACKS[phase]] += 1
-    done = _done(request, reason, matched, kept_bytes, message, status, commits=commits)
+    done = _done(request, reason, matched, kept_bytes, message, status, code, commits=commits)
     if request.drafts.line is not None:
         done = end_line(books, request, done)
     if request.drafts.remembered and reason in COMMITS:
@@ -97,6 +98,7 @@ def _done(
     kept_bytes: int,
     message: str,
     status: int,
+    code: str,
     *,
     commits: bool,
 ) -> Done:
@@ -113,6 +115,7 @@ def _done(
         preemptions=request.preemptions,
         session_tokens=len(session.history) if session is not None and commits else -1,
         status=status,
+        code=code,
         message=message,
     )
 

@@ -5,12 +5,13 @@ is in flight. In a branching session each turn is a node of its own that begins 
 so turns run side by side, and the right to be in flight belongs to the turn.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
 from sessile.contract.grammar import GrammarLine
-from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
+from sessile.contract.messages import Branch, CommittedTurn, OpenSession, RestoreSession, Submit, unpack_tokens
 from sessile.core.books import Books
 from sessile.core.constraining import constraint_of
 from sessile.core.drafting import drafts_of
@@ -20,7 +21,7 @@ from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.marks import Mark
 from sessile.core.request import Drafts, Request
 from sessile.core.reserving import reserve
-from sessile.core.session import Session
+from sessile.core.session import Session, StoredReply
 from sessile.core.tenants import Tenant
 from sessile.errors import (
     DuplicateSession,
@@ -119,6 +120,59 @@ def open_as_asked(books: Books, message: OpenSession) -> Session:
     return session
 
 
+def restore_as_asked(books: Books, message: RestoreSession) -> Session:
+    """A session with the history of one that an earlier engine had, and no KV. Raises UserError, with nothing changed.
+
+    Nothing is shared and nothing parked, so the first turn computes the history as that of a session gone cold.
+    """
+    opening, ends = message.opening, message.turn_ends
+    tokens = len(message.tokens) // TOKEN_BYTES
+    if opening.branching:
+        assert not tokens, "a branching session has no single history"
+        return _restore_branching(books, message)
+    assert list(ends) == sorted(ends) and (ends[-1] if ends else 0) == tokens, "the turns are not those of the history"
+    longest = min(books.limits.sequence_tokens_max, opening.tokens_max or books.limits.context_tokens)
+    if tokens > longest:
+        raise TooLong(f"the history of session {opening.session!r} has {tokens} tokens, {longest} fit")
+    _check_tokens(books, message.tokens)
+    session = open_as_asked(books, opening)
+    session.history.append(message.tokens)
+    session.turn_ends = array("q", ends)
+    session.tenant.held_tokens += tokens
+    session.reply = _restored_reply(message.last)
+    return session
+
+
+def _restore_branching(books: Books, message: RestoreSession) -> Session:
+    """The same of a branching session: each turn is a node again, behind its parent."""
+    most = books.limits.sessions_max
+    if len(books.sessions) + books.node_count + 1 + len(message.nodes) > most:
+        raise LimitReached(f"{most} sessions and branches are open, which is the limit: close some first")
+    for turn in message.nodes:
+        _check_tokens(books, turn.tokens)
+        if turn.base_tokens + len(turn.tokens) // TOKEN_BYTES > books.limits.sequence_tokens_max:
+            raise TooLong(f"turn {turn.rid!r} of session {message.opening.session!r} does not fit any more")
+    session = open_as_asked(books, message.opening)
+    for turn in message.nodes:
+        parent = None if turn.parent is None else session.nodes[turn.parent]
+        assert turn.base_tokens <= (len(parent.history) if parent else 0), "a turn begins with more than its parent has"
+        node = _add_node(books, session, turn.rid, parent)
+        if parent is not None:
+            fork_session(books, parent, node, turn.base_tokens)
+        node.history.append(turn.tokens)
+        node.turn_ends.append(len(node.history))
+        node.input_end = turn.input_end
+        node.tenant.held_tokens += len(turn.tokens) // TOKEN_BYTES
+        node.reply = _restored_reply(turn)
+    return session
+
+
+def _restored_reply(turn: CommittedTurn | None) -> StoredReply | None:
+    if turn is None or turn.done is None:
+        return None
+    return StoredReply(turn.rid, turn.input, turn.done, (), ())
+
+
 # -- branching ----------------------------------------------------------------------------------------------------
 
 
@@ -148,13 +202,18 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
-    node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
-    node.root, node.rid, node.parent = session, message.rid, origin.node
-    session.nodes[message.rid] = node
-    books.node_count += 1
+    node = _add_node(books, session, message.rid, origin.node)
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
     _start_turn(books, message, node, tokens, goal, drafts, constraint)
+
+
+def _add_node(books: Books, session: Session, rid: str, parent: Session | None) -> Session:
+    node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
+    node.root, node.rid, node.parent = session, rid, parent
+    session.nodes[rid] = node
+    books.node_count += 1
+    return node
 
 
 def _origin(books: Books, session: Session, branch: Branch) -> _Origin:

@@ -23,9 +23,9 @@ from sessile.contract.messages import (
     ListSessions,
     OpenSession,
     Outcome,
-    PoolView,
     Refusal,
     Reply,
+    RestoreSession,
     RewindSession,
     SessionPage,
     SessionTokens,
@@ -38,13 +38,14 @@ from sessile.contract.messages import (
 )
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan, StepResult
+from sessile.contract.pool import PoolView
 from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
 from sessile.core.cold import or_cold
 from sessile.core.containment import abandon_plan, guarded
 from sessile.core.ending import close_session, end_request
-from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
+from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session, restore_as_asked
 from sessile.core.forking import fork_session, rewind_session
 from sessile.core.limits import Limits
 from sessile.core.marks import Mark
@@ -56,6 +57,7 @@ from sessile.core.watch import Report, Watch
 from sessile.errors import (
     InvalidRequest,
     NotFound,
+    NotReady,
     SessionBusy,
     SessionClosed,
     UserError,
@@ -92,7 +94,7 @@ class Machine:
                 case Submit():
                     self.submit(message)
                 case Cancel():
-                    self.cancel(message.key, message.message)
+                    self.cancel(message.key, message.message, if_waiting=message.if_waiting)
                 case OpenSession():
                     self._reply(message.op, self.open(message))
                 case CloseSession():
@@ -101,6 +103,8 @@ class Machine:
                     self._reply(message.op, self.fork(message))
                 case RewindSession():
                     self._reply(message.op, self.rewind(message))
+                case RestoreSession():
+                    self._reply(message.op, self.restore(message))
                 case GetSession():
                     session = self._session(message.tenant, message.session)
                     self._reply(message.op, views.session_view(self._books, session))
@@ -128,10 +132,21 @@ class Machine:
         else:
             enter_turn(self._books, message, self._session(message.tenant, message.session))
 
-    def cancel(self, key: int, message: str) -> None:
-        """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored."""
+    def cancel(self, key: int, message: str, *, if_waiting: bool = False) -> None:
+        """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored.
+
+        if_waiting: leave one alone that was ever admitted, and refuse any other.
+        """
         request = self._books.requests.get(key)
-        if request is not None:
+        if request is None or (if_waiting and request.cached_tokens >= 0):
+            return
+        if if_waiting:
+            code, status = NotReady.code, NotReady.status
+            guarded(
+                self._books, request, end_request, self._books, request, "error",
+                message=message, status=status, code=code,
+            )  # fmt: skip
+        else:
             guarded(self._books, request, end_request, self._books, request, "abort", message=message)
 
     def cancel_all(self) -> Outcome:
@@ -144,6 +159,10 @@ class Machine:
     def open(self, message: OpenSession) -> SessionView:
         """Open a session. Raises UserError, with nothing changed."""
         return views.session_view(self._books, open_as_asked(self._books, message))
+
+    def restore(self, message: RestoreSession) -> SessionView:
+        """Open a session with the history that it had in another engine. Raises UserError, with nothing changed."""
+        return views.session_view(self._books, restore_as_asked(self._books, message))
 
     def fork(self, message: ForkSession) -> SessionView:
         """Open a session that begins as an idle one does, sharing its KV. Raises UserError, with nothing changed."""

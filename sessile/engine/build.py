@@ -178,6 +178,7 @@ def open_engine(
         pages_total=limits.pages_total,
         rows_max=limits.rows_max,
         chunk_tokens=limits.chunk_tokens,
+        queue_max=limits.queue_max,
         drafts_max=limits.drafts_max,
         kv_bytes=facts.kv_bytes,
         weight_bytes=facts.weight_bytes,

@@ -9,6 +9,7 @@ from sessile.contract.messages import (
     Cancel,
     CancelAll,
     Done,
+    GetStats,
     OpenSession,
     Refusal,
     Reply,
@@ -139,7 +140,9 @@ class EngineLoop:
         """Pass on what has come; with nothing to do, wait for it, until the machine's next timer at the latest."""
         messages = self._inbox.take(self._wait_ns())
         if self._collector:
-            note = self._collector.note_use if messages or self._turned else self._collector.note_idle
+            # Who only looks, as a watchdog does all the time, does not keep the loop from being idle.
+            is_used = self._turned or any(not isinstance(message, GetStats) for message in messages)
+            note = self._collector.note_use if is_used else self._collector.note_idle
             note(self._clock.now_ns())
         for message in messages:
             self._receive(message)

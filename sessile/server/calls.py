@@ -18,14 +18,18 @@ import numpy as np
 import numpy.typing as npt
 from starlette.types import Receive
 
+from sessile import __version__
 from sessile.contract.messages import Branch, Done, Grammar, Sampling, Submit, pack_tokens
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import KeyRing
 from sessile.server.link import Arrival, EngineLink, Stream
+from sessile.server.listening import allowed_origins
 from sessile.server.metrics import Metrics
 from sessile.server.retry import RetryAdvice
+from sessile.server.supervision import Supervisor
+from sessile.server.tracing import NoSpan, Span, Tracing
 from sessile.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ class Service:
         settings: Mapping[str, Any],
         key_ring: KeyRing | None = None,
         corpora: CorpusStore | None = None,
+        supervisor: Supervisor | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.link = link
         self.tokenizer = tokenizer
@@ -56,9 +62,16 @@ class Service:
         """The keys that are accepted; None: none is needed."""
         self.corpora = corpora
         """Texts to draft from; None while there is no place for them."""
+        self.tracing = tracing or Tracing(None, version=__version__)
+        self.supervisor = supervisor
+        """Who replaces the engine; None: nobody."""
         self.metrics = Metrics(key_ring.tenants if key_ring else ())
+        self.origins = allowed_origins(options)
+        """Sites whose pages may send requests from a browser, beside our own."""
         self.retry_advice = RetryAdvice()
         self.started_s = int(time.time())
+        self.leaving = False
+        """No more requests should be sent here, though they are taken."""
         self.draining = False
         self.keys = itertools.count(1)
         self.keys_by_rid: dict[tuple[str, str], int] = {}
@@ -76,9 +89,34 @@ class Service:
         self.link.check_ready()
 
     @property
+    def is_stalled(self) -> bool:
+        """Whether the engine has stood still for so long that it is given up."""
+        return self.supervisor is not None and self.supervisor.pulse.is_stalled
+
+    @property
+    def admitted_max(self) -> int | None:
+        """How many requests the engine can run and let wait; None while that is not known."""
+        ready = self.link.last_ready
+        return ready.rows_max + ready.queue_max if ready is not None and ready.queue_max else None
+
+    @property
     def retry_after_s(self) -> int:
         """What a client that met a limit is told to wait."""
         return self.retry_advice.seconds(self.link.in_flight)
+
+    def time_limits(self, key: int) -> list[asyncio.TimerHandle]:
+        """Timers that end a request which has just been sent, unless they are cancelled.
+
+        They only ask: whether its turn was committed before is the engine's to say.
+        """
+        loop, options, timers = asyncio.get_running_loop(), self.options, []
+        if (limit_s := options.queue_timeout_s) is not None:
+            reason = f"the request has waited for {limit_s:g} s (--queue-timeout-s): try again later"
+            timers.append(loop.call_later(limit_s, self.link.give_up_waiting, key, reason))
+        if (limit_s := options.request_timeout_s) is not None:
+            reason = f"the request has taken {limit_s:g} s (--request-timeout-s)"
+            timers.append(loop.call_later(limit_s, self.link.cancel, key, reason))
+        return timers
 
     def abort(self, tenant: str, rid: str) -> bool:
         """End a tenant's request with this rid; False if it has none in flight."""
@@ -126,6 +164,8 @@ class Call:
         self._whole = whole
         self._stream: Stream | None = None
         self._read_s = 0.0
+        self._span: Span = NoSpan()
+        self._limits: list[asyncio.TimerHandle] = []
 
     @property
     def seconds(self) -> float:
@@ -158,12 +198,16 @@ class Call:
             grammar=order.grammar,
         )
         service.retry_advice.note_start(service.link.in_flight)
+        self._span = service.tracing.begin("generate")
         self._stream = service.link.submit(submit, whole=self._whole)
         service.keys_by_rid[self._place] = submit.key
+        self._limits = service.time_limits(submit.key)
         return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._stream is not None
+        for limit in self._limits:
+            limit.cancel()
         self._service.link.abandon(self._stream.key, DISCONNECTED)
         del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
@@ -221,7 +265,9 @@ class Call:
             "first_token_ms": round((stream.first_s - self.started_s) * 1e3, 1) if stream.first_s else None,
             "total_ms": round(self.seconds * 1e3, 1),
         }
-        log.info("request", extra=fields | ({"error": done.message} if done.status >= 400 else {}))
+        fields |= {"error": done.message} if done.message else {}
+        log.info("request", extra=fields)
+        self._span.end(fields)
 
 
 @contextlib.asynccontextmanager

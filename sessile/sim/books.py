@@ -70,7 +70,7 @@ class Books:
         elif isinstance(message, wire.Cancel):
             self._note_cancel(message.key)
         else:
-            assert not isinstance(message, wire.Shutdown | wire.GetPool | CorpusOperation)
+            assert not isinstance(message, wire.Shutdown | wire.GetPool | wire.RestoreSession | CorpusOperation)
             assert message.op not in self._awaited
             self._awaited[message.op] = self._note_op(message)
             if isinstance(message, wire.Flush):

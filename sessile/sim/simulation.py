@@ -3,7 +3,7 @@
 import hashlib
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -68,9 +68,17 @@ class Simulation:
 
     def run(self, steps: int) -> Report:
         """Simulate until `steps` steps were launched and everything has ended; never raises for what it finds."""
+        return self._run_while(lambda: self._steps < steps and self._turn < steps * TURNS_PER_STEP_MAX)
+
+    def run_script(self) -> Report:
+        """The same until everything that the script sends was sent and has ended."""
+        last_turn = max(self._script or {0: ()})
+        return self._run_while(lambda: self._turn <= last_turn)
+
+    def _run_while(self, goes_on: Callable[[], bool]) -> Report:
         failure = None
         try:
-            while self._steps < steps and self._turn < steps * TURNS_PER_STEP_MAX:
+            while goes_on():
                 self._loop_once(self._messages())
             self._wind_down()
         except Exception as error:  # Whatever the core raises is a finding: it is reported with its seed and step.

@@ -199,3 +199,25 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         tick_ns_max=draw.choice([1_000_000, 50_000_000]),
         grammar_rate=rate("grammar", 0.0, 0.2, 0.7),
     )
+
+
+def quiet_temper(tick_ns_max: int) -> Temper:
+    """Of a world whose clients are a script, and whose device does nothing odd."""
+    never = dict.fromkeys(
+        (
+            "submit_rate", "session_share", "shared_prompts", "cancel_rate", "close_rate", "cancel_all_rate",
+            "flush_rate", "fork_rate", "branch_share", "reserve_rate", "replay_rate", "echo_rate", "nonsense_rate",
+            "look_rate", "chatty", "delay_rate", "late_rate", "faulty_rate", "draft_rate", "pace_rate", "logprob_rate",
+            "sampling_variety",
+        ),
+        0.0,
+    )  # fmt: skip
+    return Temper(
+        live_max=1,
+        sessions_wanted=1,
+        prompt_tokens_max=1,
+        priorities=False,
+        timeouts=False,
+        tick_ns_max=tick_ns_max,
+        **never,
+    )

@@ -20,9 +20,10 @@ import uvicorn
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
-from sessile.server.connections import BoundedHttp
+from sessile.server.connections import bounded_http
 from sessile.server.corpora.opening import open_corpora, open_folder
 from sessile.server.corpora.store import CorpusStore
+from sessile.server.histories import Histories
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import FakeEngine, byte_tokenizer
@@ -105,12 +106,14 @@ def running_server(
             )
 
         async def serve() -> None:
-            link = EngineLink(address, lag_tokens_max=ServerOptions(**options).stream_lag_tokens_max)
+            lag_tokens_max = ServerOptions(**options).stream_lag_tokens_max
+            link = EngineLink(address, lag_tokens_max=lag_tokens_max, histories=Histories(1 << 20))
             link.start()
             corpora = open_store(link)
             corpora.start()
             app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring, corpora=corpora)
-            server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_level="warning", lifespan="off"))
+            http = bounded_http(ServerOptions(**options).connections_max)
+            server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", lifespan="off"))
             shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
             engine.start()
             await link.wait_ready()

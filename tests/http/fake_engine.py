@@ -30,8 +30,6 @@ from sessile.contract.messages import (
     ListSessions,
     OpenSession,
     Outcome,
-    PoolHolder,
-    PoolView,
     Refusal,
     Reply,
     Scores,
@@ -46,6 +44,7 @@ from sessile.contract.messages import (
     pack_tokens,
     unpack_tokens,
 )
+from sessile.contract.pool import PoolHolder, PoolView
 from sessile.text.template import ChatTemplate
 from sessile.text.tokenizer import Tokenizer
 from sessile.text.vocabulary import Vocabulary, byte_level_bytes

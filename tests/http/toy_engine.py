@@ -108,6 +108,7 @@ class ToyEngine:
             model_name="toy", model_path="toy", architecture="toy", dtype="none", device="toy",
             vocab_size=self.facts.vocab_size, context_tokens=CONTEXT_TOKENS, page_size=limits.page_size,
             pages_total=limits.pages_total, rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens,
+            queue_max=limits.queue_max,
             drafts_max=limits.drafts_max or 1, kv_bytes=0,
             weight_bytes=0, start_s=0.0,
         )  # fmt: skip

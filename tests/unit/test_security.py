@@ -121,7 +121,7 @@ def test_sockets_between_our_processes_have_no_address_on_any_network() -> None:
     listens = {path for path, _ in found({".create_server", ".start_server", ".bind", ".listen"})}
     # The port that was asked for; the link's path in a private folder; probes whether a port is free.
     assert listens == {
-        "sessile/server/run.py", "sessile/server/link.py", "sessile/commands.py", "sessile/doctor.py"
+        "sessile/server/listening.py", "sessile/server/link.py", "sessile/commands.py", "sessile/doctor.py"
     }  # fmt: skip
 
 
