@@ -52,6 +52,19 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     skip_special_tokens: bool = True
 
 
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an output must be. Its text is compiled in the engine, beside the step loop: sessile/grammar.
+
+    kind: "json_schema" (source: a schema as JSON), "json_object" (any object; source is empty), "regex" (of the whole
+    output), "ebnf" (GBNF or Lark, from `root` or `start` on), or "lark" (Lark as llguidance has it, special tokens
+    included). field: the field of the request that it came from, to be named if it is refused.
+    """
+
+    kind: str
+    source: str
+    field: str = ""
+
+
 class Branch(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Where a turn of a branching session goes on; fields as in SGLang's `session_params`."""
 
@@ -97,6 +110,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     """Most drafts in a step; -1: as many as the engine allows."""
     corpora: tuple[str, ...] | None = None
     """The corpora to look in, by id; None: all that the tenant may use."""
+    grammar: Grammar | None = None
+    """What the output must be; it binds this turn's output alone. An end-of-sequence token may come exactly where the
+    grammar may end, and comes where it must."""
     remember: bool = False
     """Let later requests of the tenant look their drafts up in this one, if it comes to its own end."""
 

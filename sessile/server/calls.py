@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from starlette.types import Receive
 
-from sessile.contract.messages import Branch, Done, Sampling, Submit, pack_tokens
+from sessile.contract.messages import Branch, Done, Grammar, Sampling, Submit, pack_tokens
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.store import CorpusStore
@@ -109,6 +109,7 @@ class Order:
     drafts_max: int = -1
     corpora: tuple[str, ...] | None = None
     remember: bool = False
+    grammar: Grammar | None = None
 
 
 class Call:
@@ -154,6 +155,7 @@ class Call:
             drafts_max=order.drafts_max,
             corpora=order.corpora,
             remember=order.remember,
+            grammar=order.grammar,
         )
         service.retry_advice.note_start(service.link.in_flight)
         self._stream = service.link.submit(submit, whole=self._whole)
