@@ -7,6 +7,7 @@ from fastapi import Depends, FastAPI
 
 from sessile import __version__
 from sessile.server import generate, openai, operations, sessions
+from sessile.server.anthropic import routes as anthropic
 from sessile.server.auth import authenticate
 from sessile.server.body import BodyLimit
 from sessile.server.calls import Service
@@ -38,7 +39,7 @@ def create_app(
     app = FastAPI(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
     app.state.service = service
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)
-    for module in (generate, openai, sessions, corpora_routes, operations):
+    for module in (generate, openai, anthropic, sessions, corpora_routes, operations):
         app.include_router(module.routes(service))
     add_error_replies(app)
     return app

@@ -28,6 +28,18 @@ class ServerOptions:
         "Name of the model in /v1/models and in requests; default: the name of its file or folder.",
         aliases=("served-model-name",),
     )
+    tool_format: str = option(
+        "auto",
+        "How the model writes calls of tools: hermes (Qwen's as well), llama3 or pythonic. auto: as its chat template"
+        " says; a model whose template knows no tools is told to write them as hermes. none: tools are refused.",
+        choices=("auto", "hermes", "llama3", "pythonic", "none"),
+    )
+    reasoning_format: str = option(
+        "auto",
+        "How the model marks its reasoning: think (<think>…</think>), which is then told apart from the answer. auto:"
+        " as its chat template says. none: reasoning is part of the answer.",
+        choices=("auto", "think", "none"),
+    )
     log_format: str = option(
         "text",
         "Format of the log on standard error: lines for people or one JSON object a line.",

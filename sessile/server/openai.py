@@ -22,6 +22,7 @@ from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, En
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
 from sessile.server.stream import EventStream, event
+from sessile.server.tools import answer_format, grammar_of, seen_sampling
 
 
 class ModelNotFound(NotFound):
@@ -40,14 +41,14 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> Response:
-        _check_model(service, model)
+        check_model(service, model)
         return JsonReply(_model_content(service))
 
     @router.post("/completions", openapi_extra=takes(CompletionBody))
     async def completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, CompletionBody)
         service.check_open()
-        _check_model(service, body.model)
+        check_model(service, body.model)
         choices = await _completion_choices(service, caller, body)
         return await _reply(service, request, body, choices, CompletionShape(service.tokenizer, body.logprobs))
 
@@ -55,7 +56,7 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, ChatBody)
         service.check_open()
-        _check_model(service, body.model)
+        check_model(service, body.model)
         choice = await _chat_choice(service, caller, body)
         return await _reply(
             service, request, body, [choice], ChatShape(service.tokenizer, logprobs=bool(body.logprobs))
@@ -76,7 +77,8 @@ def _model_content(service: Service) -> dict[str, Any]:
     }
 
 
-def _check_model(service: Service, name: str | None) -> None:
+def check_model(service: Service, name: str | None) -> None:
+    """Raise ModelNotFound unless the name is one of the served model's."""
     ready = service.link.ready
     known = {"default", service.model_name, ready.model_name, ready.model_path, PurePath(ready.model_path).name}
     if name is not None and name not in known:
@@ -114,23 +116,36 @@ async def _completion_choices(service: Service, caller: Caller, body: Completion
 
 
 async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choice:
-    prompt = await render_messages(service.tokenizer, body.messages, body.chat_template_kwargs)
+    use = body.tool_use
+    form = answer_format(service.options, service.tokenizer, use)
+    prompt = await render_messages(service.tokenizer, body.messages, body.chat_template_kwargs, tools=use.tools)
+    sampling = to_sampling(
+        body,
+        max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        min_new_tokens=body.min_tokens,
+        vocab_size=service.link.ready.vocab_size,
+    )
+    if body.skip_special_tokens is None:
+        sampling = seen_sampling(sampling, form, use, service.tokenizer)
     order = Order(
         tokens=await encode_text(service.tokenizer, prompt, add_special_tokens=False),
-        sampling=to_sampling(
-            body,
-            max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-            min_new_tokens=body.min_tokens,
-            vocab_size=service.link.ready.vocab_size,
-        ),
+        sampling=sampling,
         tenant=caller.tenant,
         priority=body.priority or 0,
         rid=body.rid or f"chatcmpl-{uuid.uuid4().hex}",
         logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        grammar=grammar_of(use, form, service.tokenizer, prompt),
         **body.wish,
     )
     call = Call(service, order, whole=not body.stream)
-    return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim)
+    reader = form.reader(
+        prompt,
+        tool_names=use.names,
+        is_parallel=use.is_parallel,
+        separates_reasoning=body.separate_reasoning is not False,
+        streams_reasoning=body.stream_reasoning is not False,
+    )
+    return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim, reader=reader)
 
 
 async def _reply(service: Service, request: Request, body: OpenAIBody, choices: list[Choice], shape: Shape) -> Response:

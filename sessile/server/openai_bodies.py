@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
 from sessile.server.sampling import LOGPROBS_MAX, Count, Priority, SamplingFields
+from sessile.server.tools import ToolFields
 
 PROMPTS_MAX = 128
 COMPLETION_TOKENS_DEFAULT = 16
@@ -21,7 +22,6 @@ TOLERATED: Tolerated = {
     "safety_identifier": ANYTHING,
     "prompt_cache_key": ANYTHING,
     "prompt_cache_retention": ANYTHING,
-    "parallel_tool_calls": ANYTHING,
     # accepted where they ask for nothing
     "n": (1,),
     "best_of": (1,),
@@ -29,6 +29,7 @@ TOLERATED: Tolerated = {
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -122,7 +123,7 @@ class CompletionBody(OpenAIBody):
         return list(prompt)
 
 
-class ChatBody(OpenAIBody):
+class ChatBody(OpenAIBody, ToolFields):
     """The body of /v1/chat/completions. The messages are checked by sessile.text.template."""
 
     messages: Any
@@ -130,6 +131,8 @@ class ChatBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
     chat_template_kwargs: dict[str, Any] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

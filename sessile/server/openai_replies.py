@@ -1,6 +1,7 @@
 """Replies of the OpenAI-compatible routes: whole, and chunk by chunk."""
 
 import time
+import uuid
 from typing import Any, Protocol
 
 from sessile.contract.messages import Done
@@ -9,6 +10,17 @@ from sessile.server.calls import Call
 from sessile.server.link import Arrival
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import engine_refusal
+from sessile.text.answer.events import (
+    Answer,
+    CallArguments,
+    CallBegan,
+    CallEnded,
+    CallFailed,
+    Content,
+    Event,
+    Reasoning,
+)
+from sessile.text.answer.reader import AnswerReader
 from sessile.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -16,11 +28,21 @@ LEAST_LOGPROB = -9999.0
 
 
 class Choice:
-    """One prompt's answer as it grows. echo: text of the prompt that is repeated before it."""
+    """One prompt's answer as it grows. echo: text of the prompt that is repeated before it. reader: of a chat's."""
 
-    def __init__(self, index: int, call: Call, tokenizer: Tokenizer, *, trim_stop: bool, echo: str = "") -> None:
+    def __init__(
+        self,
+        index: int,
+        call: Call,
+        tokenizer: Tokenizer,
+        *,
+        trim_stop: bool,
+        echo: str = "",
+        reader: AnswerReader | None = None,
+    ) -> None:
         self.index = index
         self.call = call
+        self.reader = reader or AnswerReader()
         self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
         self.done: Done | None = None
         self._unsent_text = echo
@@ -46,6 +68,16 @@ class Choice:
         if first and self._echoes:
             fresh = self.output.prompt_logprobs(self.call.order).followed_by(fresh)
         return text, fresh
+
+    def take_answer(self) -> tuple[list[Event], Logprobs]:
+        """Parts of the answer and log-probabilities that were not taken yet."""
+        text, logprobs = self.take()
+        return self.reader.push(text) if self.done is None else self.reader.finish(text), logprobs
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of its tokens are reasoning."""
+        return self.output.tokens_within(self.reader.reasoning_bytes)
 
     @property
     def finish_reason(self) -> str | None:
@@ -132,25 +164,42 @@ class ChatShape:
     def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._begun = False
+        self._answers: dict[int, Answer] = {}
+        """What has been told of each choice, by index."""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """See Shape."""
-        text, logprobs = choice.take()
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {**self._content(choice, "message", message, logprobs), **self._end(choice)}
+        events, logprobs = choice.take_answer()
+        answer = Answer()
+        for each in events:
+            answer.add(each)
+        message: dict[str, Any] = {"role": "assistant", "refusal": None}
+        message["content"] = answer.content or (None if answer.calls else "")
+        if choice.reader.knows_reasoning:
+            message["reasoning_content"] = answer.reasoning or None
+        if answer.calls:
+            message["tool_calls"] = [_begun_call(call.name, call.arguments) for call in answer.calls]
+        return {**self._content(choice, "message", message, logprobs), **self._end(choice, answer)}
 
     def chunks(self, choice: Choice) -> list[dict[str, Any]]:
-        """See Shape: first the role, then text, and the end by itself, as OpenAI's API does."""
-        text, logprobs = choice.take()
-        chunks = []
-        if not self._begun:
-            self._begun = True
-            chunks.append(self._content(choice, "delta", {"role": "assistant", "content": ""}, Logprobs()))
-        if text or (self._logprobs and logprobs.tokens):
-            chunks.append(self._content(choice, "delta", {"content": text}, logprobs))
+        """See Shape: first the role, then what is said, and the end by itself, as OpenAI's API does."""
+        events, logprobs = choice.take_answer()
+        deltas: list[dict[str, Any]] = []
+        if choice.index not in self._answers:
+            self._answers[choice.index] = Answer()
+            deltas.append({"role": "assistant", "content": ""})
+        answer = self._answers[choice.index]
+        said = [delta for each in events if (delta := _delta(each)) is not None]
+        for each in events:
+            answer.add(each)
+        if self._logprobs and logprobs.tokens and not said:
+            said = [{"content": ""}]
+        chunks = [self._content(choice, "delta", delta, Logprobs()) for delta in deltas]
+        for delta in said:  # what the tokens of a step came to is told together: so are they
+            chunks.append(self._content(choice, "delta", delta, logprobs))
+            logprobs = Logprobs()
         if choice.done is not None:
-            chunks.append({**self._content(choice, "delta", {}, Logprobs()), **self._end(choice)})
+            chunks.append({**self._content(choice, "delta", {}, Logprobs()), **self._end(choice, answer)})
         return chunks
 
     def _content(self, choice: Choice, field: str, message: dict[str, Any], logprobs: Logprobs) -> dict[str, Any]:
@@ -162,8 +211,12 @@ class ChatShape:
             "finish_reason": None,
         }
 
-    def _end(self, choice: Choice) -> dict[str, Any]:
-        return {"finish_reason": choice.finish_reason, "matched_stop": choice.matched_stop}
+    def _end(self, choice: Choice, answer: Answer) -> dict[str, Any]:
+        reason = "tool_calls" if answer.calls and choice.finish_reason == "stop" else choice.finish_reason
+        end: dict[str, Any] = {"finish_reason": reason, "matched_stop": choice.matched_stop}
+        if answer.failures:
+            end["tool_call_errors"] = call_errors(answer)
+        return end
 
     def _logprobs_content(self, logprobs: Logprobs) -> list[dict[str, Any]]:
         return [
@@ -203,7 +256,33 @@ def usage(choices: list[Choice]) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in ends)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
+
+
+def call_errors(answer: Answer) -> list[dict[str, Any]]:
+    """What looked like calls and was none: their text is content. index: of one that a stream had begun, or None."""
+    return [{"index": failure.index, "message": failure.reason} for failure in answer.failures]
+
+
+def _delta(each: Event) -> dict[str, Any] | None:
+    """What a stream says of an event; None if nothing."""
+    match each:
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case Content(text) | CallFailed(_, text, _):
+            return {"content": text}
+        case CallBegan(index, name):
+            return {"tool_calls": [{"index": index, **_begun_call(name, "")}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        case CallEnded():
+            return None
+
+
+def _begun_call(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def error_chunk(error: UserError) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sampling fields of every surface: their ranges, and the one way from them to contract Sampling."""
 
 import secrets
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
@@ -48,13 +48,16 @@ class SamplingFields(Body):
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
 
+    stop_field: ClassVar[str] = "stop"
+    """What the surface calls `stop`."""
+
     @model_validator(mode="after")
     def _check_stops(self) -> Self:
         stops = self.stop_strings
         if len(stops) > STOPS_MAX:
-            raise field_fault("stop", f"at most {STOPS_MAX} strings")
+            raise field_fault(self.stop_field, f"at most {STOPS_MAX} strings")
         if any(not 1 <= len(stop.encode()) <= STOP_BYTES_MAX for stop in stops):
-            raise field_fault("stop", f"each string must be of 1 to {STOP_BYTES_MAX} bytes")
+            raise field_fault(self.stop_field, f"each string must be of 1 to {STOP_BYTES_MAX} bytes")
         return self
 
     @property

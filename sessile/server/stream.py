@@ -23,11 +23,15 @@ LINE_BREAKS = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u
 
 def event(content: Any) -> bytes:
     """One event, in one line by anybody's rules."""
-    line = orjson.dumps(content)
+    return b"data: " + one_line(orjson.dumps(content)) + b"\n\n"
+
+
+def one_line(line: bytes) -> bytes:
+    """JSON without what somebody may take for the end of a line."""
     for character, escape in LINE_BREAKS.items():
         if character in line:
             line = line.replace(character, escape)
-    return b"data: " + line + b"\n\n"
+    return line
 
 
 class EventStream(Response):
@@ -36,8 +40,10 @@ class EventStream(Response):
     The headers go out with the first event: a UserError that `events` raises before it becomes a plain error reply.
     """
 
-    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes]) -> None:
+    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes], *, last: bytes = DONE) -> None:
+        """last: what stands behind all events."""
         super().__init__()
+        self._last = last
         self._calls = calls
         self._events = events
 
@@ -50,4 +56,4 @@ class EventStream(Response):
                     started = True
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             assert started, "an event stream has at least its end"
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._last, "more_body": False})

@@ -47,11 +47,11 @@ class AnswerFormat:
             streams_reasoning=streams_reasoning,
         )
 
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """What must not be skipped as a special token for calls to be seen."""
-        markers = _MARKERS.get(self.tools)
-        return (markers.open, markers.close) if markers else ()
+    def markers(self, tool_names: Iterable[str] = ()) -> tuple[str, ...]:
+        """What must be seen in the text, though it be a special token, for such a reader to find its way."""
+        tools = _MARKERS.get(self.tools) if any(True for _ in tool_names) else None
+        thought = (OPEN, CLOSE) if self.reasoning == "think" else ()
+        return (*((tools.open, tools.close) if tools else ()), *thought)
 
     def _call_reader(self, names: frozenset[str]) -> CallReader | None:
         if self.tools == "pythonic":

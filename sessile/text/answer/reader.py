@@ -41,6 +41,11 @@ class AnswerReader:
         self._has_call = False
 
     @property
+    def knows_reasoning(self) -> bool:
+        """Whether reasoning would be told apart if there were any."""
+        return self._reasoning is not None
+
+    @property
     def reasoning_bytes(self) -> int:
         """How much of the output, as UTF-8, is reasoning, its markers included."""
         return self._reasoning.reasoning_bytes if self._reasoning else 0
