@@ -243,6 +243,8 @@ def json_arguments(source: str) -> str:
         for keyword in call.keywords:
             if keyword.arg is None:
                 raise _NoLiteral("its arguments are not spelled out")
+            if keyword.arg in arguments:
+                raise _NoLiteral("one of its arguments is there twice")
             arguments[keyword.arg] = _plain(keyword.value)
         written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         written.encode()
