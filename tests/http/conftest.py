@@ -25,7 +25,7 @@ from sessile.server.corpora.opening import open_corpora, open_folder
 from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
-from tests.http.fake_engine import FakeEngine, byte_tokenizer
+from tests.http.fake_engine import CONTEXT_TOKENS, FakeEngine, byte_tokenizer
 
 PATIENCE_S = 60.0
 """How long anything may take that has to come: on a loaded machine much is slow, and a failure need not be quick."""
@@ -144,7 +144,7 @@ def server(shared_server: Running) -> Iterator[Running]:
     yield shared_server
     engine = shared_server.engine
     engine.resume()
-    engine.script, engine.token_interval_s = None, 0.0
+    engine.script, engine.token_interval_s, engine.context_tokens = None, 0.0, CONTEXT_TOKENS
     engine.refusals.clear()
     engine.received.clear()
 

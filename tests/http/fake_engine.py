@@ -99,6 +99,7 @@ class FakeEngine:
         self.refusals: list[Done] = []
         self.script: list[int] | None = None
         self.token_interval_s = 0.0
+        self.context_tokens = CONTEXT_TOKENS
         self._address = address
         self._stepping = threading.Event()
         self._stepping.set()
@@ -278,8 +279,8 @@ class FakeEngine:
             if session.turn is not None:
                 return refuse(409, "session_busy", f"session {submit.session!r} already has an active request")
             tokens += len(session.tokens)
-        if tokens >= CONTEXT_TOKENS:
-            return refuse(413, "too_long", f"{tokens} tokens do not fit the context length of {CONTEXT_TOKENS}")
+        if tokens >= self.context_tokens:
+            return refuse(413, "too_long", f"{tokens} tokens do not fit the context length of {self.context_tokens}")
         return None
 
     def _answer(self, message: Any) -> Any:
