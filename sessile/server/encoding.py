@@ -1,7 +1,7 @@
 """Text to token ids without holding up the event loop."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sessile.errors import InvalidRequest
@@ -29,24 +29,26 @@ async def render_messages(
     tools: Sequence[ToolSpec] | None = None,
 ) -> str:
     """The prompt for a client's chat messages. Raises InvalidRequest naming what is wrong with them."""
-    checked = await asyncio.to_thread(check_messages, messages)
-    return await render_checked(tokenizer, checked, variables, tools=tools)
+    return await render_prompt(tokenizer, lambda: check_messages(messages), variables, tools=tools)
 
 
-async def render_checked(
+async def render_prompt(
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    checked: Callable[[], Sequence[Message]],
     variables: Mapping[str, Any] | None,
     *,
     tools: Sequence[ToolSpec] | None = None,
-    continues_last: bool = False,
+    may_continue: bool = False,
 ) -> str:
-    """The prompt for messages that have been checked; continues_last: it ends within the last one.
+    """The prompt for the messages that `checked` returns; it raises what it finds wrong with them.
 
-    Always in a thread: a template is foreign code, and how long it takes over these messages nobody knows (H57).
+    may_continue: if the last message is the assistant's, the prompt ends within it. Always in a thread: a template is
+    foreign code, and how long it takes over these messages nobody knows (H57).
     """
 
     def render() -> str:
+        messages = checked()
+        continues_last = may_continue and messages[-1]["role"] == "assistant"
         return tokenizer.render_chat(messages, variables=variables, tools=tools, continues_last=continues_last)
 
     try:

@@ -10,7 +10,7 @@ from sessile.server.anthropic.replies import MessageReply
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
-from sessile.server.encoding import encode_text, render_checked
+from sessile.server.encoding import encode_text, render_prompt
 from sessile.server.keys import Caller
 from sessile.server.openai import check_model
 from sessile.server.openai_replies import Choice
@@ -52,13 +52,12 @@ def routes(service: Service) -> APIRouter:
 
 async def _prompt(service: Service, body: PromptBody) -> str:
     """The rendered prompt; a last message of the assistant is the beginning of its answer."""
-    messages = to_messages(body.system, body.messages)
-    return await render_checked(
+    return await render_prompt(
         service.tokenizer,
-        messages,
+        lambda: to_messages(body.system, body.messages),
         body.variables,
         tools=body.tool_use.tools,
-        continues_last=messages[-1]["role"] == "assistant",
+        may_continue=True,
     )
 
 
