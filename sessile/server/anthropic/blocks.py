@@ -61,9 +61,9 @@ def _append(turned: list[Message], message: Message) -> None:
 
 
 def _turn(message: object, field: str) -> list[Message]:
-    if not isinstance(message, dict) or message.get("role") not in _OF_ROLE:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in _OF_ROLE:
         raise _fault(f"{field}.role", "must be user or assistant")
-    role = message["role"]
     _refuse_others(message, {"role", "content"}, field)
     content = message.get("content")
     if isinstance(content, str):

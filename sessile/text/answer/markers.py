@@ -17,10 +17,14 @@ def begun_marker(text: str, markers: Sequence[str]) -> int:
     A whole marker within the text does not count; whoever asks has looked for those.
     """
     longest = min(max(map(len, markers)) - 1, len(text))
-    for count in range(longest, 0, -1):
-        if any(marker.startswith(text[-count:]) for marker in markers):
-            return count
-    return 0
+    tail = text[len(text) - longest :]
+    counts = [0]
+    for marker in markers:
+        at = tail.find(marker[0])
+        while at >= 0 and not marker.startswith(tail[at:]):
+            at = tail.find(marker[0], at + 1)
+        counts.append(longest - at if at >= 0 else 0)
+    return max(counts)
 
 
 def first_marker(text: str, markers: Sequence[str]) -> tuple[int, str]:
