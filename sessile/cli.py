@@ -299,6 +299,7 @@ COMMANDS = {
     "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench drafts": bench("drafts", "measure drafts looked up in Python source: how good, how fast, how large"),
+    "bench grammar": bench("grammar", "measure masks of tokens and the compiling of grammars"),
     "bench speculate": bench("speculate", "measure what speculation gains and costs on a model, text by text"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),

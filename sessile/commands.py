@@ -188,6 +188,7 @@ _BENCHES = {
     "audit": ("AuditBenchOptions", "measure_audit"),
     "admission": ("AdmissionBenchOptions", "measure_admission"),
     "drafts": ("DraftBenchOptions", "measure_drafts"),
+    "grammar": ("GrammarBenchOptions", "measure_grammars"),
     "speculate": ("SpeculateBenchOptions", "measure_speculation"),
     "agents": ("AgentBenchOptions", "measure_agents"),
     "sessions": ("SessionBenchOptions", "measure_sessions"),

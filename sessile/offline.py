@@ -10,6 +10,7 @@ with LLM(model="default") as llm:
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -17,6 +18,7 @@ from sessile.contract.messages import (
     Batch,
     CloseSession,
     Done,
+    Grammar,
     OpenSession,
     Outcome,
     Reply,
@@ -44,7 +46,10 @@ SECTIONS = (ModelOptions, DeviceOptions, SchedulerOptions, EngineOptions)
 
 
 class SamplingFields(TypedDict, total=False):
-    """How to sample, as keywords of `generate`; see contract.messages.Sampling. stop: strings."""
+    """How to sample, as keywords of `generate`; see contract.messages.Sampling. stop: strings.
+
+    grammar: what the output must be.
+    """
 
     seed: int
     temperature: float
@@ -61,6 +66,7 @@ class SamplingFields(TypedDict, total=False):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     skip_special_tokens: bool
+    grammar: Grammar
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,15 @@ class LLM:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             key = next(self._numbers)
             pending[key] = []
-            self._inbox.put(Submit(key=key, tokens=pack_tokens(ids), sampling=sampling, session=session_id))
+            self._inbox.put(
+                Submit(
+                    key=key,
+                    tokens=pack_tokens(ids),
+                    sampling=sampling,
+                    session=session_id,
+                    grammar=keywords.get("grammar"),
+                )
+            )
         while len(ends) < len(pending):
             for batch in self._turn():
                 collect_deltas(batch, pending)
@@ -241,7 +255,7 @@ def open_configured_engine(
     on_cpu = chosen_kind(device) == "cpu"
     return open_engine(
         scheduler, engine, open_for, tokenizer.facts, on_cpu=on_cpu, clock=clock, tenants=tenants,
-        make_drafter=make_drafter,
+        make_drafter=make_drafter, tokenize=partial(tokenizer.encode, add_special_tokens=False),
     )  # fmt: skip
 
 
@@ -270,6 +284,7 @@ def sampling_of(keywords: SamplingFields) -> Sampling:
     stop = keywords.get("stop", ())
     strings = [stop] if isinstance(stop, str) else stop
     chosen: dict[str, Any] = {"seed": 0, **keywords, "stop": tuple(string.encode() for string in strings)}
+    chosen.pop("grammar", None)
     return Sampling(**chosen)
 
 

@@ -57,12 +57,14 @@ class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: "json_schema" (source: a schema as JSON), "json_object" (any object; source is empty), "regex" (of the whole
     output), "ebnf" (GBNF or Lark, from `root` or `start` on), or "lark" (Lark as llguidance has it, special tokens
-    included). field: the field of the request that it came from, to be named if it is refused.
+    included). field: the field of the request that it came from, to be named if it is refused. lead: of "json_schema"
+    and "json_object": the rule `lead` and those it needs, in Lark, of what stands before the JSON, as reasoning does.
     """
 
     kind: str
     source: str
     field: str = ""
+    lead: str = ""
 
 
 class Branch(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

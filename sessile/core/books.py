@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from sessile.contract.drafting import Drafter
+from sessile.contract.grammar import Grammars
 from sessile.contract.model import ModelFacts
 from sessile.core.admission import Forecast
 from sessile.core.effects import Effects
@@ -63,11 +64,15 @@ class Totals:
 class Books:
     """Ledger, tree, rows, requests, sessions and the waiting line of one machine."""
 
-    def __init__(self, limits: Limits, facts: ModelFacts, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, limits: Limits, facts: ModelFacts, drafter: Drafter | None = None, grammars: Grammars | None = None
+    ) -> None:
         self.limits = limits
         self.facts = facts
         self.drafter = drafter
         """None: nothing is ever drafted."""
+        self.grammars = grammars
+        """None: no request may bring one."""
         self.ledger = PageLedger(limits.pages_total)
         self.tree = PrefixTree(self.ledger, limits.page_size)
         self.rows: RowTable[Request] = RowTable(limits.rows_max)

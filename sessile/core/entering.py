@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sessile.contract.grammar import GrammarLine
 from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
 from sessile.core.books import Books
+from sessile.core.constraining import constraint_of
 from sessile.core.drafting import drafts_of
 from sessile.core.ending import discard_turns, end_request
 from sessile.core.forking import fork_session
@@ -41,7 +43,8 @@ def enter_plain(books: Books, message: Submit) -> None:
         raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
     tenant = books.tenants.named(message.tenant)
     goal = _goal(books, message, tenant, 0, message.tokens, books.limits.context_tokens)
-    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, drafts_of(books, message, tenant), None)
+    drafts, constraint = drafts_of(books, message, tenant), constraint_of(books, message)
+    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, drafts, constraint, None)
 
 
 def enter_turn(books: Books, message: Submit, session: Session) -> None:
@@ -63,7 +66,8 @@ def enter_turn(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, base_tokens)
     tokens = _without_bos(books, message.tokens, base_tokens)
     goal = _goal(books, message, session.tenant, base_tokens, tokens, session.tokens_max)
-    _start_turn(books, message, session, tokens, goal, drafts_of(books, message, session.tenant))
+    drafts, constraint = drafts_of(books, message, session.tenant), constraint_of(books, message)
+    _start_turn(books, message, session, tokens, goal, drafts, constraint)
 
 
 def open_session(
@@ -140,7 +144,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, origin.tokens)
     tokens = _without_bos(books, message.tokens, origin.tokens)
     goal = _goal(books, message, session.tenant, origin.tokens, tokens, session.tokens_max)
-    drafts = drafts_of(books, message, session.tenant)
+    drafts, constraint = drafts_of(books, message, session.tenant), constraint_of(books, message)
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
@@ -150,7 +154,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     books.node_count += 1
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
-    _start_turn(books, message, node, tokens, goal, drafts)
+    _start_turn(books, message, node, tokens, goal, drafts, constraint)
 
 
 def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
@@ -340,10 +344,16 @@ def _new_session(
 
 
 def _start_turn(
-    books: Books, message: Submit, session: Session, tokens: Packed, goal: int, drafts: Drafts
+    books: Books,
+    message: Submit,
+    session: Session,
+    tokens: Packed,
+    goal: int,
+    drafts: Drafts,
+    constraint: GrammarLine | None,
 ) -> None:
     """The session's right to be in flight goes to this request."""
-    request = _enter(books, message, session.tenant, session.history, tokens, goal, drafts, session)
+    request = _enter(books, message, session.tenant, session.history, tokens, goal, drafts, constraint, session)
     session.turn = RequestKey(request.key)
     if session.root is not None:
         session.root.turns_in_flight += 1
@@ -359,14 +369,16 @@ def _enter(
     tokens: Packed,
     goal: int,
     drafts: Drafts,
+    constraint: GrammarLine | None,
     session: Session | None,
 ) -> Request:
     eos = () if message.sampling.ignore_eos else books.facts.eos_ids
     stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
     request = Request(
-        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, drafts=drafts
-    )
-    books.rows.provide_for(stop_ids, message.logprobs)
+        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, drafts=drafts,
+        constraint=constraint,
+    )  # fmt: skip
+    books.rows.provide_for(stop_ids, message.logprobs, constrained=constraint is not None)
     books.arrivals += 1
     request.arrival = books.arrivals
     books.requests[request.key] = request

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from sessile.contract.drafting import Drafter
+from sessile.contract.grammar import Grammars
 from sessile.contract.messages import (
     Batch,
     Cancel,
@@ -68,10 +69,12 @@ class Machine:
     Order of calls: `receive`* `tick` `plan` (`settle`) `complete` (`settle`) `take_effects`, as in engine/loop.py.
     """
 
-    def __init__(self, limits: Limits, facts: ModelFacts, *, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, limits: Limits, facts: ModelFacts, *, drafter: Drafter | None = None, grammars: Grammars | None = None
+    ) -> None:
         self._limits = limits
         self._facts = facts
-        self._books = Books(limits, facts, drafter if limits.drafts_max else None)
+        self._books = Books(limits, facts, drafter if limits.drafts_max else None, grammars)
         self._planner = Planner(self._books)
         self._bos = pack_tokens([facts.bos_id or 0])
         self._flights: deque[Flight] = deque()

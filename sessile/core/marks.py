@@ -28,6 +28,8 @@ class Mark(StrEnum):
     COPIES_ALONE = "a plan of copies alone"
     DRAFTS_CUT_BY_PAGES = "drafts cut because pages were short"
     WAITED_FOR_DRAFTS = "a row sat out a step because drafts in flight may turn out to be wrong"
+    DRAFTS_FORBIDDEN = "drafts cut because a grammar forbids them"
+    STRAYED = "a grammar could not be followed any further"
     DRAFT_PAGES_GIVEN_UP = "pages drawn for drafts given up before anybody was preempted"
     RESERVE_SPENT = "pages of a reserve set free for their session"
     RESERVE_OWED = "a reserve waited for pages"

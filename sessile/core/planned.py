@@ -39,8 +39,8 @@ class PromptPart:
 class Planned:
     """The early part of a plan: rows, counts and pages are fixed, drafts are not.
 
-    late: drafts are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run one
-    token each, with `draft_caps` drafts at most.
+    late: drafts or masks are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run
+    one token each, with `draft_caps` drafts at most.
     """
 
     __slots__ = (
@@ -54,7 +54,7 @@ class Planned:
         self.sampling = _NO_FLAGS
         """bool[rows_max]: which rows sample in this step, without regard to drafts."""
         self.draft_caps: Column | None = None
-        """None: no drafts, and none in flight."""
+        """None: no drafts, none in flight, and no decoding row with a grammar."""
         self.parts: list[PromptPart] = []
         self.bound: list[Request] = []
         """Who is admitted. Their parts are the last ones of `parts`."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from sessile.core.admitting import Admitter
 from sessile.core.books import Books
+from sessile.core.constraining import are_any
 from sessile.core.drafting import most_drafts
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
@@ -345,18 +346,21 @@ class Planner:
     def _offer_drafts(self, planned: Planned) -> None:
         """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
         decodes, books = planned.decodes, self._books
-        if books.drafter is None or not len(decodes):
+        if not len(decodes):
             return
-        # Behind drafts in flight, a row's position is known only when they have settled.
-        is_ahead = np.count_nonzero(books.rows.pending[decodes] > 1) > 0
+        # Behind drafts in flight a row's position, and behind any token in flight what a grammar allows, is known only
+        # when they have settled.
+        is_late = are_any(books, decodes)
         caps = NO_ROWS
-        budget = self._budget(True) - planned.tokens
-        if budget > 0 and not planned.is_short:
-            caps = most_drafts(books, decodes, planned.tokens)
-            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
-            self._draw_for_drafts(planned, caps)
-            planned.tokens += int(caps.sum())
-        if is_ahead or np.count_nonzero(caps):
+        if books.drafter is not None:
+            is_late = is_late or bool(np.count_nonzero(books.rows.pending[decodes] > 1))
+            budget = self._budget(True) - planned.tokens
+            if budget > 0 and not planned.is_short:
+                caps = most_drafts(books, decodes, planned.tokens)
+                caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
+                self._draw_for_drafts(planned, caps)
+                planned.tokens += int(caps.sum())
+        if is_late or np.count_nonzero(caps):
             planned.late = True
             planned.draft_caps = caps if len(caps) else np.zeros(len(decodes), np.int64)
 

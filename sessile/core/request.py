@@ -6,6 +6,7 @@ from enum import Enum, auto
 from struct import Struct
 
 from sessile.contract.drafting import DraftLine, DraftWish
+from sessile.contract.grammar import GrammarLine
 from sessile.contract.messages import Done, Sampling, Scores, Submit, TokenDetail
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
@@ -66,6 +67,7 @@ class Request:
         "bound_pages",
         "cached_tokens",
         "computed_tokens",
+        "constraint",
         "delta",
         "drafts",
         "goal_tokens",
@@ -108,6 +110,7 @@ class Request:
         delta: Packed,
         *,
         goal_tokens: int, stop_ids: tuple[int, ...], session: Session | None, tenant: Tenant, drafts: Drafts,
+        constraint: GrammarLine | None = None,
     ) -> None:  # fmt: skip
         sampling = message.sampling
         self.key = message.key
@@ -161,7 +164,7 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
-        self.drafts = drafts
+        self.drafts, self.constraint = drafts, constraint
         self.slow = (
             self.matcher is not None
             or self.logprobs >= 0
@@ -193,6 +196,7 @@ class Request:
             self.logprobs,
             self.tenant.index,
             0 if self.drafts.line is None else self.drafts.wish.drafts_max,
+            self.constraint is not None,
         )
 
     def note_admission(self, start_tokens: int) -> None:

@@ -163,6 +163,10 @@ def _settle_other(
     if result.faulty[index]:
         end_request(books, request, "error", message="the model's output was not finite", status=500)
         return
+    if request.constraint is not None and request.constraint.failure:
+        # What was sampled followed no grammar, and nobody was told.
+        end_request(books, request, "error", message=request.constraint.failure, status=400)
+        return
     books.collect_output(request)
     drafts = int(plan.draft_counts[index])
     if index < flight.decodes:

@@ -15,6 +15,7 @@ from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.drafts import DraftFields, draft_figures
 from sessile.server.encoding import encode_text
+from sessile.server.grammars import NativeGrammarFields
 from sessile.server.keys import Caller
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import JsonReply, engine_refusal
@@ -32,7 +33,7 @@ from sessile.server.stream import EventStream, event
 ID_CHARS_MAX = 256
 
 
-class SamplingParams(SamplingFields):
+class SamplingParams(SamplingFields, NativeGrammarFields):
     """sampling_params of /generate."""
 
     max_new_tokens: Count | None = 128
@@ -43,9 +44,6 @@ class SamplingParams(SamplingFields):
         "n": (1,),
         "spaces_between_special_tokens": (True,),
         "stop_regex": ([], ""),
-        "json_schema": (),
-        "regex": (),
-        "ebnf": (),
         "structural_tag": (),
         "custom_params": (),
         "stream_interval": (),
@@ -183,6 +181,7 @@ async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
         expect_tokens=_expected(body.session_params),
         logprobs=(body.top_logprobs_num or 0) if body.return_logprob else -1,
         prompt_logprobs_from=start if body.return_logprob else -1,
+        grammar=params.grammar_in("sampling_params."),
         **body.wish,
     )
 

@@ -22,7 +22,7 @@ from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, En
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
 from sessile.server.stream import EventStream, event
-from sessile.server.tools import answer_format, grammar_of, seen_sampling
+from sessile.server.tools import answer_format, bound_answer, seen_sampling
 
 
 class ModelNotFound(NotFound):
@@ -107,6 +107,7 @@ async def _completion_choices(service: Service, caller: Caller, body: Completion
             rid=rid if len(prompts) == 1 else f"{rid}-{index}",
             logprobs=-1 if body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
+            grammar=body.grammar,
             **body.wish,
         )
         call = Call(service, order, whole=not body.stream)
@@ -119,6 +120,7 @@ async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choi
     use = body.tool_use
     form = answer_format(service.options, service.tokenizer, use)
     prompt = await render_messages(service.tokenizer, body.messages, body.chat_template_kwargs, tools=use.tools)
+    grammar, form = bound_answer(use, form, service.tokenizer, prompt, body.grammar)
     sampling = to_sampling(
         body,
         max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
@@ -134,7 +136,7 @@ async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choi
         priority=body.priority or 0,
         rid=body.rid or f"chatcmpl-{uuid.uuid4().hex}",
         logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
-        grammar=grammar_of(use, form, service.tokenizer, prompt),
+        grammar=grammar,
         **body.wish,
     )
     call = Call(service, order, whole=not body.stream)

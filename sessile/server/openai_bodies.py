@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
+from sessile.server.grammars import OpenAIGrammarFields
 from sessile.server.sampling import LOGPROBS_MAX, Count, Priority, SamplingFields
 from sessile.server.tools import ToolFields
 
@@ -26,7 +27,6 @@ TOLERATED: Tolerated = {
     "n": (1,),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -41,9 +41,6 @@ TOLERATED: Tolerated = {
     "session_id": (),
     # SGLang's and vLLM's
     "stop_regex": ("", []),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "structural_tag": (),
     "lora_path": (),
     "return_hidden_states": (False,),
@@ -73,7 +70,7 @@ class StreamOptions(Body):
     tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "continuous_usage_stats": (False,)}
 
 
-class OpenAIBody(SamplingFields, DraftFields):
+class OpenAIBody(SamplingFields, DraftFields, OpenAIGrammarFields):
     """What both routes have in common."""
 
     model: str | None = None

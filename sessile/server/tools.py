@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
@@ -13,7 +13,7 @@ from sessile.errors import InvalidRequest
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
 from sessile.server.config import ServerOptions
 from sessile.text.answer.formats import AnswerFormat, reasoning_format, tool_format
-from sessile.text.answer.grammar import WITH_GRAMMAR, call_grammar
+from sessile.text.answer.grammar import WITH_GRAMMAR, call_grammar, reasoning_lead
 from sessile.text.tokenizer import Tokenizer
 from sessile.text.tools import FunctionSpec, ToolSpec
 
@@ -127,23 +127,31 @@ def answer_format(options: ServerOptions, tokenizer: Tokenizer, use: ToolUse) ->
     return AnswerFormat(tools, reasoning_format(template.source) if reasoning == "auto" else reasoning)
 
 
-def grammar_of(use: ToolUse, form: AnswerFormat, tokenizer: Tokenizer, prompt: str) -> Grammar | None:
-    """What the answer must be where a call is demanded. Raises InvalidRequest for a format without a grammar."""
+def bound_answer(
+    use: ToolUse, form: AnswerFormat, tokenizer: Tokenizer, prompt: str, asked: Grammar | None = None
+) -> tuple[Grammar | None, AnswerFormat]:
+    """What the answer must be, and how it is then read. asked: the grammar of a request that demands no call.
+
+    A model that reasons does so before it answers in JSON; other grammars bind all that it says, which is then all
+    answer. Raises InvalidRequest where a call is demanded beside another grammar, or in a format that has none.
+    """
+    special = frozenset(marker for marker in form.markers(use.names) if is_special(tokenizer, marker))
     if not use.must_call:
-        return None
+        if asked is None or form.reasoning == "none":
+            return asked, form
+        if asked.kind in ("json_schema", "json_object"):
+            return msgspec.structs.replace(asked, lead=reasoning_lead(form, prompt, special)), form
+        return asked, replace(form, reasoning="none")
+    if asked is not None:
+        raise InvalidRequest(f"tool_choice: a call is demanded, and {asked.field} as well", param="tool_choice")
     if form.tools not in WITH_GRAMMAR:
         raise InvalidRequest(
             f"tool_choice: a call cannot be demanded of a model that writes calls as {form.tools}", param="tool_choice"
         )
     tools = [tool for tool in use.tools if use.only in (None, tool["function"]["name"])]
-    source = call_grammar(
-        form,
-        tools,
-        prompt,
-        is_parallel=use.is_parallel and use.only is None,
-        special=frozenset(marker for marker in form.markers(use.names) if is_special(tokenizer, marker)),
-    )
-    return Grammar("lark", source, "tools")
+    is_parallel = use.is_parallel and use.only is None
+    source = call_grammar(form, tools, prompt, is_parallel=is_parallel, special=special)
+    return Grammar("lark", source, "tools"), form
 
 
 def seen_sampling(sampling: Sampling, form: AnswerFormat, use: ToolUse, tokenizer: Tokenizer) -> Sampling:

@@ -137,7 +137,7 @@ class Books:
             session=session,
             prompt=prompt,
             output_limit=room if wanted is None else min(wanted, room),
-            speaker=Speaker(prompt if not refusals else (), submit.sampling, self._world.facts),
+            speaker=Speaker(prompt if not refusals else (), submit.sampling, self._world.facts, submit.grammar),
             refusals=refusals,
             excuses=frozenset({429} if crowded else ()),
             reclaim_mark=session.reclaim_mark if session else None,
@@ -454,7 +454,8 @@ class Books:
             return
         self.totals[f"done {done.reason}"] += 1
         self.totals["preemptions"] += done.preemptions
-        if done.reason == "error" and 400 <= done.status < 500:
+        is_astray = request.speaker.is_astray and request.ending is None
+        if done.reason == "error" and 400 <= done.status < 500 and not is_astray:
             self._note_refusal(request, done)
             return
         if request.refusals:
@@ -464,7 +465,9 @@ class Books:
         if done.reason == "abort":
             check(request.cancelled, "end", f"nobody cancelled: {done}")
         elif done.reason == "error":
-            check(request.submit.sampling.seed in faulty_seeds, "end", f"no row of it was faulty: {done}")
+            excused = is_astray or request.submit.sampling.seed in faulty_seeds
+            check(excused, "end", f"no row of it was faulty: {done}")
+            self.totals["astray"] += is_astray
         else:
             self._note_finish(request, done)
         self._end_turn(request, done, reclaims)

@@ -4,9 +4,10 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sessile.contract.messages import Sampling
+from sessile.contract.messages import Grammar, Sampling
 from sessile.contract.model import ModelFacts
 from sessile.sim import hashing
+from sessile.sim.grammar import beginning_of, forbidden_at
 
 
 class Chain:
@@ -34,8 +35,11 @@ class Speaker:
     prompt: the whole context, a session's history included. The device must have said the same.
     """
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, facts: ModelFacts) -> None:
+    def __init__(
+        self, prompt: Sequence[int], sampling: Sampling, facts: ModelFacts, grammar: Grammar | None = None
+    ) -> None:
         self.chain = Chain(prompt)
+        self._place = None if grammar is None else beginning_of(grammar)
         self.output_tokens = 0
         self._facts = facts
         self._sampling = sampling
@@ -48,20 +52,31 @@ class Speaker:
         eos_ids = () if sampling.ignore_eos else facts.eos_ids
         self._banned = frozenset((*eos_ids, *sampling.stop_token_ids))
 
+    @property
+    def is_astray(self) -> bool:
+        """Whether its grammar cannot be followed any further."""
+        return self._place is not None and self._place.is_astray
+
     def peek(self) -> int:
-        """The next token."""
+        """The next token; -1 if it may not say any."""
+        if self.is_astray:
+            return -1
         noise = self._flavour
         if self._sampling.temperature != 0:
             noise = hashing.noise_of(self._flavour, self._sampling.seed, self.output_tokens)
         if self._has_penalty:
             noise ^= hashing.mix(self._seen)
         banned = self._banned if self.output_tokens < self._sampling.min_new_tokens else frozenset()
+        if self._place is not None:
+            banned |= forbidden_at(self._place, self._facts.vocab_size)
         return hashing.token_of(self.chain.digest, noise, self._facts.vocab_size, banned)
 
     def push(self, token: int) -> None:
         """Take a token as said, whether it is the right one or not."""
         self.chain.push(token)
         self.output_tokens += 1
+        if self._place is not None:
+            self._place = self._place.after(token)
         if self._has_penalty:
             self._seen += hashing.seen_term(token, is_output=True)
 

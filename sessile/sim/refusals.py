@@ -35,13 +35,15 @@ def refusals_of_tenant(
 
 
 def refusals_of_wish(submit: Submit, limits: Limits) -> set[int]:
-    """What is asked of drafts and cannot be had: no drafter, no such corpus, no history for this tenant."""
+    """What is asked of drafts or grammars and cannot be had: no drafter, no such corpus, no end of a grammar."""
     asks = bool(submit.speculate or submit.corpora is not None or submit.remember)
     refusals = {400} if asks and not limits.drafts_max else set()
     if submit.remember and submit.tenant and not _policy(limits, submit.tenant).remembers:
         refusals.add(400)
     if limits.drafts_max and submit.corpora and submit.corpora != (corpus_of(submit.key),):
         refusals.add(404)
+    if submit.grammar is not None and (submit.sampling.ignore_eos or submit.sampling.min_new_tokens):
+        refusals.add(400)
     return refusals
 
 

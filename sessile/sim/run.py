@@ -32,6 +32,7 @@ EXPECTED = {
     "branch": ("branches", "warm branches", "replaced", "replaced parents"),
     "reserve": ("reservations",),
     "replay": ("replays",),
+    "grammar": ("astray",),
 }  # fmt: skip
 """Totals that a long run must have reached, by the fault that brings them; with all faults, every mark of the core."""
 SEEDS_FOR_TOTALS = 100

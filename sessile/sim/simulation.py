@@ -15,6 +15,7 @@ from sessile.core import machine as core
 from sessile.sim.books import Books
 from sessile.sim.checkers import Readers, check_empty, check_indexes, check_plan, check_stats, check_sums
 from sessile.sim.drafter import ToyDrafter
+from sessile.sim.grammar import ToyGrammars
 from sessile.sim.narrate import Event, narrate
 from sessile.sim.records import CheckFailed, Failure, Report, Script, check
 from sessile.sim.toy import ToyDevice, ToyTicket
@@ -38,7 +39,9 @@ class Simulation:
         self._script = script
         self._sent: dict[int, Sequence[wire.ToEngine]] = {}
         self._drafter = ToyDrafter(world, self._books) if limits.drafts_max else None
-        self._machine = core.Machine(limits, facts, drafter=self._drafter)
+        self._machine = core.Machine(
+            limits, facts, drafter=self._drafter, grammars=ToyGrammars(facts.vocab_size)
+        )
         device_dice = Random(f"device {world.seed}")
         self._device = ToyDevice(
             pages_total=limits.pages_total,

@@ -7,6 +7,7 @@ import msgspec.structs
 
 from sessile.contract import messages as wire
 from sessile.sim.books import Books
+from sessile.sim.grammar import KIND, NEVER
 from sessile.sim.origins import context_of
 from sessile.sim.records import RequestBook, SessionBook, corpus_of
 from sessile.sim.world import BOS, World
@@ -23,6 +24,7 @@ class Workload:
         self._books = books
         self._draw = Random(f"workload {world.seed}")
         self._draft_draw = Random(f"drafts {world.seed}")
+        self._grammar_draw = Random(f"grammars {world.seed}")
         self._stems = [self._tokens(world.temper.prompt_tokens_max) for _ in range(3)]
         self._sessions_wanted = min(world.temper.sessions_wanted, world.limits.sessions_max)
         self._intended: dict[str, list[int]] = {}
@@ -138,10 +140,15 @@ class Workload:
             tokens = self._turn_tokens(session) if session else self._prompt()
         branches = session is not None and session.branching
         is_named = branches or (session is not None and self._chance(min(1.0, 5 * temper.replay_rate)))
+        sampling = self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance())
+        grammar = self._grammar()
+        if grammar is not None and self._grammar_draw.random() < 0.95:
+            sampling = msgspec.structs.replace(sampling, ignore_eos=False, min_new_tokens=0)
         return wire.Submit(
             key=self._keys,
             tokens=wire.pack_tokens(tokens),
-            sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance()),
+            sampling=sampling,
+            grammar=grammar,
             tenant=self._any_tenant() if session_id is None else self._tenant_of(session_id),
             priority=draw.choice([0, 0, -1, 5]) if temper.priorities else 0,
             session=session_id,
@@ -168,6 +175,14 @@ class Workload:
             wish["drafts_max"] = draw.randint(0, limits.drafts_max + 1)
         wish["remember"] = draw.random() < 0.2
         return wish
+
+    def _grammar(self) -> wire.Grammar | None:
+        """Now and then a rule for the output; seldom one that cannot be followed to its end."""
+        draw = self._grammar_draw
+        if draw.random() >= self._world.temper.grammar_rate:
+            return None
+        strays_at = draw.choice([1, 3, 9]) if draw.random() < 0.05 else NEVER
+        return wire.Grammar(KIND, f"{draw.getrandbits(32)} {draw.choice([0, 1, 3, 8, 20, 60])} {strays_at}")
 
     def _turn_name(self, session: SessionBook | None) -> str:
         """Mostly a fresh one; now and then one that is in use."""

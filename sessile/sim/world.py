@@ -14,11 +14,11 @@ EOS, BOS, SPECIAL = 2, 1, 3
 
 FAULTS = (
     "retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush", "fork", "branch", "reserve", "tenants",
-    "replay",
+    "replay", "grammar",
 )  # fmt: skip
 """What `--faults` can switch on: forced retraction, cancels and disconnects, closes at any time, late and delayed
 results, rows whose logits are not finite, drafts, idle timeouts, flushes, forks and rewinds, branching sessions,
-reservations, several tenants and priorities, lost replies."""
+reservations, several tenants and priorities, lost replies, outputs that follow a grammar."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Temper:
     """Chance of each unusual sampling setting."""
     timeouts: bool
     tick_ns_max: int
+    grammar_rate: float
+    """Of all submits, those that bring a grammar."""
 
 
 @dataclass(frozen=True)
@@ -195,4 +197,5 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         sampling_variety=rate("", 0.0, 0.1, 0.4),
         timeouts="expire" in faults and draw.random() < 0.5,
         tick_ns_max=draw.choice([1_000_000, 50_000_000]),
+        grammar_rate=rate("grammar", 0.0, 0.2, 0.7),
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sessile.contract.drafting import Drafter
+from sessile.contract.grammar import Grammars
 from sessile.contract.messages import (
     Batch,
     CloseSession,
@@ -33,7 +34,7 @@ from sessile.sim.toy import ToyDevice, ToyTicket
 
 SUBMIT_FIELDS = (
     "tenant", "priority", "rid", "branch", "expect_tokens", "logprobs", "prompt_logprobs_from", "speculate",
-    "drafts_max", "corpora", "remember",
+    "drafts_max", "corpora", "remember", "grammar",
 )  # fmt: skip
 VOCABULARY = 50
 FACTS = ModelFacts(vocab_size=VOCABULARY, context_tokens=256, eos_ids=())
@@ -53,6 +54,7 @@ class Stage:
         facts: ModelFacts = FACTS,
         drafter: Drafter | None = None,
         drafts_max: int = 0,
+        grammars: Grammars | None = None,
         **limits: Any,
     ) -> None:
         self.page_size = page_size
@@ -63,6 +65,7 @@ class Stage:
             ),
             facts,
             drafter=drafter,
+            grammars=grammars,
         )  # fmt: skip
         self.device = ToyDevice(
             pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=facts.context_tokens,

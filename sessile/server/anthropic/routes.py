@@ -17,7 +17,7 @@ from sessile.server.openai_replies import Choice
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import to_sampling
 from sessile.server.stream import EventStream
-from sessile.server.tools import answer_format, grammar_of, seen_sampling
+from sessile.server.tools import answer_format, bound_answer, seen_sampling
 
 
 def routes(service: Service) -> APIRouter:
@@ -65,6 +65,7 @@ async def _choice(service: Service, caller: Caller, body: MessagesBody) -> Choic
     use = body.tool_use
     form = answer_format(service.options, service.tokenizer, use)
     prompt = await _prompt(service, body)
+    grammar, form = bound_answer(use, form, service.tokenizer, prompt)
     sampling = to_sampling(
         body,
         max_new_tokens=body.max_tokens,
@@ -79,7 +80,7 @@ async def _choice(service: Service, caller: Caller, body: MessagesBody) -> Choic
         tenant=caller.tenant,
         priority=body.priority or 0,
         rid=body.rid,
-        grammar=grammar_of(use, form, service.tokenizer, prompt),
+        grammar=grammar,
         **body.wish,
     )
     reader = form.reader(prompt, tool_names=use.names, is_parallel=use.is_parallel)

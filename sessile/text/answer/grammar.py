@@ -1,4 +1,4 @@
-"""What an answer must be where a call is demanded: a grammar in Lark, as llguidance reads it."""
+"""What an answer must be where a call is demanded, and what may stand before it: Lark, as llguidance reads it."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,9 @@ from sessile.text.tools import ToolSpec
 
 WITH_GRAMMAR = frozenset({"hermes", "llama3"})
 """Formats in which a call can be demanded."""
+
+_AS_MODELS_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How arguments are spaced: as templates render earlier calls, so that the KV of an answer is that of its history."""
 
 
 def call_grammar(
@@ -25,8 +28,8 @@ def call_grammar(
     for index, tool in enumerate(tools):
         function = tool["function"]
         head = json.dumps({"name": function["name"]})[:-1] + f', "{key}": '
-        rules.append(f'call{index}: {_literal(head)} arguments{index} "}}"')
-        rules.append(f"arguments{index}: %json {json.dumps(function['parameters'])}")
+        schema = json.dumps({**function["parameters"], "x-guidance": _AS_MODELS_WRITE})
+        rules.append(f'call{index}: {_literal(head)} %json {schema} "}}"')
     one = " | ".join(f"call{index}" for index in range(len(tools)))
     if form.tools == "hermes":
         begin, end = _marker(HERMES.open, special), _marker(HERMES.close, special)
@@ -34,25 +37,24 @@ def call_grammar(
         calls = 'marked ("\\n" marked)*' if is_parallel else "marked"
     else:
         calls = 'call ("; " call)*' if is_parallel else "call"
-    start = f"start: {_reasoning(form, prompt, special)}{calls}"
-    return "\n".join([start, f"call: {one}", *rules, *_thought(form, special)])
+    lead = reasoning_lead(form, prompt, special)
+    return "\n".join([f"start: {'lead ' if lead else ''}{calls}", f"call: {one}", *rules, lead])
 
 
-def _reasoning(form: AnswerFormat, prompt: str, special: frozenset[str]) -> str:
+def reasoning_lead(form: AnswerFormat, prompt: str, special: frozenset[str]) -> str:
+    """The rule `lead`, and those it needs: reasoning up to its end; "" for a model that does not reason.
+
+    Where the prompt has not opened it, there may be none. No text can spell a marker that is a special token.
+    """
     if form.reasoning != "think":
         return ""
-    thought = f"thought {CLOSE} space" if CLOSE in special else "thought space"
-    return f"{thought} " if prompt.rstrip().endswith(OPEN) else f"({_marker(OPEN, special)} {thought})? "
-
-
-def _thought(form: AnswerFormat, special: frozenset[str]) -> list[str]:
-    """Reasoning up to the marker that closes it, which no text can spell where it is a special token."""
-    if form.reasoning != "think":
-        return []
-    space = "space: /[ \\t\\r\\n]*/"
     if CLOSE in special:
-        return ["thought: /(.|\\n)*/", space]
-    return [f"thought[lazy]: /(.|\\n)*{CLOSE.replace('/', chr(92) + '/')}/", space]
+        thought, rule = f"thought {CLOSE} space", "thought: /(.|\\n)*/"
+    else:
+        thought, rule = "thought space", f"thought[lazy]: /(.|\\n)*{CLOSE.replace('/', chr(92) + '/')}/"
+    is_open = prompt.rstrip().endswith(OPEN)
+    lead = thought if is_open else f"({_marker(OPEN, special)} {thought})?"
+    return "\n".join([f"lead: {lead}", rule, "space: /[ \\t\\r\\n]{0,32}/"])
 
 
 def _marker(marker: str, special: frozenset[str]) -> str:
