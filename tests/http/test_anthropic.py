@@ -1,6 +1,7 @@
 """Anthropic's messages, through Anthropic's own client; the engine says what it is told to."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -184,6 +185,14 @@ def test_a_call_that_is_demanded_is_asked_of_the_engine_as_a_grammar(
     assert server.engine.submits()[-1].grammar is None and "weather" not in prompt_of(server)
 
 
+def test_an_answer_may_have_to_be_json_behind_its_thinking(server: Running, client: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    ask(client, output_config={"format": {"type": "json_schema", "schema": schema}, "effort": "low"})
+    grammar = server.engine.submits()[-1].grammar
+    assert (grammar.kind, json.loads(grammar.source)) == ("json_schema", schema)
+    assert grammar.lead.startswith('lead: ("<think>" thought space)?')
+
+
 def test_calls_side_by_side_may_be_turned_off(server: Running, client: anthropic.Anthropic) -> None:
     says(server, CALL + CALL)
     choice = {"type": "auto", "disable_parallel_tool_use": True}
@@ -230,7 +239,7 @@ def test_blocks_that_make_no_sense_are_refused_by_their_name(
         ({"tool_choice": {"type": "any"}}, "tool_choice"), ({"stop_sequences": [""]}, "stop_sequences"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice"), ({"n": 2}, "n"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"), ({"mcp_servers": [{}]}, "mcp_servers"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
     ],
 )  # fmt: skip
 def test_fields_that_make_no_sense_are_refused_by_their_name(

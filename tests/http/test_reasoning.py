@@ -69,6 +69,17 @@ def test_reasoning_of_earlier_turns_may_be_sent_back(thinking_server: Running, c
     assert said["reasoning_content"] == "Hm, so." and reply.choices[0].finish_reason == "stop"
 
 
+def test_a_model_reasons_before_it_answers_in_json(thinking_server: Running, client: openai.OpenAI) -> None:
+    message = ask(client, response_format={"type": "json_object"}).choices[0].message
+    assert (message.reasoning_content, message.content) == ("Hm, so.", "Because.")
+    assert "thought[lazy]" in thinking_server.engine.submits()[-1].grammar.lead
+
+
+def test_a_grammar_that_binds_all_a_model_says_leaves_it_no_reasoning(client: openai.OpenAI) -> None:
+    message = ask(client, extra_body={"regex": "(?s:.*)"}).choices[0].message
+    assert (message.content, hasattr(message, "reasoning_content")) == (ANSWER, False)
+
+
 @pytest.mark.parametrize("field", ["separate_reasoning", "stream_reasoning"])
 def test_what_is_no_truth_value_is_refused(client: openai.OpenAI, field: str) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:

@@ -1,10 +1,16 @@
 """The grammar of an answer that must call: what it lets through is read as calls, and it lets nothing else through."""
 
+import json
+
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from msgspec.structs import replace
 
+from sessile.contract.messages import Grammar
+from sessile.contract.model import ModelFacts
+from sessile.grammar.compiler import GrammarCompiler
 from sessile.text.answer.formats import AnswerFormat
-from sessile.text.answer.grammar import call_grammar
+from sessile.text.answer.grammar import call_grammar, reasoning_lead
 from sessile.text.tools import ToolSpec
 from tests.unit.answers import HERMES, LLAMA3, THINKING, read
 
@@ -68,6 +74,36 @@ def test_calls_are_let_through_and_are_read(form: AnswerFormat, text: str, promp
 )
 def test_nothing_else_is_let_through(form: AnswerFormat, text: str, prompt: str) -> None:
     assert not lets_through(form, text, prompt=prompt)
+
+
+@pytest.mark.parametrize("grammar", [Grammar("json_object", ""), Grammar("json_schema", json.dumps(PARAMETERS))])
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("<think>\n", 'so {"\n</think>\n\n{"a": 5}', True),
+        ("", '<think>so</think>{"a": 5}', True),
+        ("", '{"a": 5}', True),
+        ("", "so", False),
+        ("<think>", "so</think>so", False),
+    ],
+)
+def test_reasoning_may_stand_before_json(grammar: Grammar, prompt: str, text: str, expected: bool) -> None:
+    facts = ModelFacts(
+        vocab_size=257,
+        context_tokens=100,
+        eos_ids=(256,),
+        token_bytes=(*(bytes([byte]) for byte in range(256)), b"</s>"),
+        special_ids=frozenset({256}),
+    )
+    lead = reasoning_lead(THINKING, prompt, frozenset())
+    matcher = GrammarCompiler(facts).compile(replace(grammar, lead=lead)).deep_copy()
+    tokens = list(text.encode())
+    assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == expected
+
+
+def test_arguments_are_spaced_as_templates_space_them() -> None:
+    assert not lets_through(HERMES, marked(F.replace('"a": 5', '"a":5')))
+    assert not lets_through(HERMES, marked(F.replace('"a": 5', '\n"a": 5')))
 
 
 def test_one_call_may_be_all_there_is_to_be() -> None:

@@ -4,8 +4,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sessile.contract.messages import Grammar
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault
 from sessile.server.drafts import DraftFields
+from sessile.server.grammars import schema_text
 from sessile.server.sampling import Count, Priority, SamplingFields, Stops
 from sessile.server.tools import NO_PARAMETERS, TOOLS_MAX, ToolName, ToolUse
 from sessile.text.tools import FunctionSpec, ToolSpec
@@ -42,10 +44,19 @@ class ThinkingBody(Body):
     tolerated: ClassVar[Tolerated] = {"budget_tokens": ANYTHING}
 
 
+class OutputFormat(Body):
+    """output_config.format: the answer is JSON that is valid under a schema."""
+
+    type: Literal["json_schema"]
+    given: dict[str, Any] = Field(validation_alias="schema")
+
+
 class OutputConfig(Body):
     """output_config."""
 
-    tolerated: ClassVar[Tolerated] = {"effort": ANYTHING, "format": ()}
+    format: OutputFormat | None = None
+
+    tolerated: ClassVar[Tolerated] = {"effort": ANYTHING}
 
 
 class MessagesTool(Body):
@@ -120,6 +131,12 @@ class PromptBody(Body):
             only=choice.name if choice.type == "tool" else None,
             is_parallel=not choice.disable_parallel_tool_use,
         )
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must be, where no call is demanded."""
+        form = self.output_config.format if self.output_config else None
+        return Grammar("json_schema", schema_text(form.given), "output_config.format.schema") if form else None
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ async def _choice(service: Service, caller: Caller, body: MessagesBody) -> Choic
     use = body.tool_use
     form = answer_format(service.options, service.tokenizer, use)
     prompt = await _prompt(service, body)
-    grammar, form = bound_answer(use, form, service.tokenizer, prompt)
+    grammar, form = bound_answer(use, form, service.tokenizer, prompt, body.grammar)
     sampling = to_sampling(
         body,
         max_new_tokens=body.max_tokens,
