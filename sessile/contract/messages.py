@@ -75,6 +75,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     """Who asks: sessions are found, limits counted, prefixes shared and steps divided by tenant."""
     priority: int = 0
     """Higher goes first among the tenant's own requests."""
+    group: int = -1
+    """-1, or what requests in flight with the same prompt have in common, a number as keys are: one computes it."""
     session: str | None = None
     rid: str = ""
     """With a session, the name of this turn: the same name again within the last turn repeats its reply."""
@@ -167,6 +169,18 @@ class RewindSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, k
     to_turn: int | None = None
 
 
+class DropTurn(msgspec.Struct, frozen=True, tag=True):
+    """Forget one finished turn of a branching session; what goes on from it stays as it is.
+
+    Reply: Outcome {}. 404 for an unknown session or turn, 400 in a streaming session, 409 while the turn is in flight.
+    """
+
+    op: int
+    session: str
+    rid: str
+    tenant: str = ""
+
+
 class GetSession(msgspec.Struct, frozen=True, tag=True):
     """Reply: SessionView, or 404."""
 
@@ -225,6 +239,7 @@ ToEngine = (
     | CloseSession
     | ForkSession
     | RewindSession
+    | DropTurn
     | GetSession
     | ListSessions
     | SessionTokens

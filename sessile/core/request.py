@@ -69,6 +69,7 @@ class Request:
         "delta",
         "drafts",
         "goal_tokens",
+        "group",
         "input",
         "key",
         "lease",
@@ -111,6 +112,7 @@ class Request:
     ) -> None:  # fmt: skip
         sampling = message.sampling
         self.key = message.key
+        self.group = message.group
         self.session = session
         self.tenant = tenant
         self.rid = message.rid if session is not None and not message.rid_drawn else ""

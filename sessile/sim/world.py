@@ -69,6 +69,8 @@ class Temper:
     """Chance of each unusual sampling setting."""
     timeouts: bool
     tick_ns_max: int
+    group_rate: float
+    """Of all plain prompts, those that are answered several times."""
 
 
 @dataclass(frozen=True)
@@ -195,4 +197,5 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         sampling_variety=rate("", 0.0, 0.1, 0.4),
         timeouts="expire" in faults and draw.random() < 0.5,
         tick_ns_max=draw.choice([1_000_000, 50_000_000]),
+        group_rate=rate("", 0.0, 0.0, 0.3),
     )
