@@ -10,18 +10,20 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 from starlette.types import Receive
 
 from sessile.contract.messages import Branch, Done, Sampling, Submit, pack_tokens
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.store import CorpusStore
+from sessile.server.dialogues import Dialogues
 from sessile.server.keys import KeyRing
 from sessile.server.link import Arrival, EngineLink, Stream
 from sessile.server.metrics import Metrics
@@ -60,6 +62,7 @@ class Service:
         self.retry_advice = RetryAdvice()
         self.started_s = int(time.time())
         self.draining = False
+        self.dialogues = Dialogues(link, tokenizer, idle_timeout_s=options.dialogue_idle_timeout_s)
         self.keys = itertools.count(1)
         self.keys_by_rid: dict[tuple[str, str], int] = {}
         """Requests in flight, by tenant and rid: nobody meets another's (H55)."""
@@ -80,6 +83,24 @@ class Service:
         """What a client that met a limit is told to wait."""
         return self.retry_advice.seconds(self.link.in_flight)
 
+    def answers(self, order: "Order", count: int) -> "list[Order]":
+        """The order as so many answers to one prompt, which is computed once: the i-th with the seed plus i.
+
+        A name of the client's gets the answer's index behind it.
+        """
+        if count == 1:
+            return [order]
+        group, sampling = next(self.keys), order.sampling
+        return [
+            replace(
+                order,
+                group=group,
+                rid=order.rid and f"{order.rid}-{index}",
+                sampling=structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64)),
+            )
+            for index in range(count)
+        ]
+
     def abort(self, tenant: str, rid: str) -> bool:
         """End a tenant's request with this rid; False if it has none in flight."""
         key = self.keys_by_rid.get((tenant, rid))
@@ -97,8 +118,12 @@ class Order:
     sampling: Sampling
     tenant: str
     priority: int = 0
+    rid_drawn: bool = False
+    """Whether nobody but the server chose `rid`, so that no client can send the turn again by it."""
     rid: str | None = None
     """Names the call while it is in flight, and a session's turn beyond it; None: a fresh one."""
+    group: int = -1
+    """What orders of the same prompt have in common, drawn from `Service.keys`; -1: there is no other."""
     session: str | None = None
     branch: Branch | None = None
     """With a session: where the turn goes on. None, for a turn without a name: in a streaming session only."""
@@ -121,6 +146,8 @@ class Call:
         self._place = (order.tenant, self.rid)
         self.started_s = time.perf_counter()
         self.done: Done | None = None
+        self.at_end: Callable[[], None] | None = None
+        """Called once when the call is left, however it ended, if it was sent at all."""
         self._service = service
         self._whole = whole
         self._stream: Stream | None = None
@@ -143,9 +170,10 @@ class Call:
             sampling=order.sampling,
             tenant=order.tenant,
             priority=order.priority,
+            group=order.group,
             session=order.session,
             rid=self.rid if order.branch is not None else "",
-            rid_drawn=order.branch is not None and order.rid is None,
+            rid_drawn=order.branch is not None and (order.rid_drawn or order.rid is None),
             branch=order.branch,
             expect_tokens=order.expect_tokens,
             logprobs=order.logprobs,
@@ -165,6 +193,8 @@ class Call:
         self._service.link.abandon(self._stream.key, DISCONNECTED)
         del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
+        if self.at_end is not None:
+            self.at_end()
 
     def disconnect(self) -> None:
         """The client is gone: end the request now (H27)."""
@@ -240,3 +270,23 @@ async def _watch(receive: Receive, calls: tuple[Call, ...]) -> None:
         pass
     for call in calls:
         call.disconnect()
+
+
+async def arrivals_of(calls: Sequence[Call]) -> AsyncIterator[tuple[int, Arrival]]:
+    """What comes for any of the calls, with the call's index, until all have ended."""
+    if len(calls) == 1:
+        while calls[0].done is None:
+            yield 0, await calls[0].next()
+        return
+    pending = {asyncio.create_task(call.next()): index for index, call in enumerate(calls)}
+    try:
+        while pending:
+            arrived, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(arrived, key=pending.__getitem__):
+                index = pending.pop(task)
+                yield index, task.result()
+                if calls[index].done is None:
+                    pending[asyncio.create_task(calls[index].next())] = index
+    finally:
+        for task in pending:
+            task.cancel()

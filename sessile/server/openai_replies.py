@@ -9,6 +9,7 @@ from sessile.server.calls import Call
 from sessile.server.link import Arrival
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import engine_refusal
+from sessile.text.template import Message
 from sessile.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -16,10 +17,16 @@ LEAST_LOGPROB = -9999.0
 
 
 class Choice:
-    """One prompt's answer as it grows. echo: text of the prompt that is repeated before it."""
+    """One answer to a prompt as it grows. echo: text of the prompt that is repeated before it.
 
-    def __init__(self, index: int, call: Call, tokenizer: Tokenizer, *, trim_stop: bool, echo: str = "") -> None:
+    leads: whether it is the first one to its prompt, whose tokens count once however many answers there are.
+    """
+
+    def __init__(
+        self, index: int, call: Call, tokenizer: Tokenizer, *, trim_stop: bool, echo: str = "", leads: bool = True
+    ) -> None:
         self.index = index
+        self.leads = leads
         self.call = call
         self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
         self.done: Done | None = None
@@ -46,6 +53,11 @@ class Choice:
         if first and self._echoes:
             fresh = self.output.prompt_logprobs(self.call.order).followed_by(fresh)
         return text, fresh
+
+    @property
+    def message(self) -> Message:
+        """The answer as the client was sent it, and as it will send it back."""
+        return Message(role="assistant", content=self.output.text)
 
     @property
     def finish_reason(self) -> str | None:
@@ -132,7 +144,7 @@ class ChatShape:
     def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._begun = False
+        self._begun: set[int] = set()
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """See Shape."""
@@ -144,8 +156,8 @@ class ChatShape:
         """See Shape: first the role, then text, and the end by itself, as OpenAI's API does."""
         text, logprobs = choice.take()
         chunks = []
-        if not self._begun:
-            self._begun = True
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
             chunks.append(self._content(choice, "delta", {"role": "assistant", "content": ""}, Logprobs()))
         if text or (self._logprobs and logprobs.tokens):
             chunks.append(self._content(choice, "delta", {"content": text}, logprobs))
@@ -180,29 +192,30 @@ class Envelope:
     """What stands around choices: identity, and usage where it is due."""
 
     def __init__(self, reply_id: str, model: str, shape: Shape) -> None:
-        self._shape = shape
+        self.shape = shape
         self._common = {"id": reply_id, "created": int(time.time()), "model": model}
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply of ended choices."""
-        written = [self._shape.whole(choice) for choice in choices]
-        return {**self._common, "object": self._shape.whole_object, "choices": written, "usage": usage(choices)}
+        written = [self.shape.whole(choice) for choice in choices]
+        return {**self._common, "object": self.shape.whole_object, "choices": written, "usage": usage(choices)}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """One chunk of a stream."""
-        return {**self._common, "object": self._shape.chunk_object, "choices": choices, **more}
+        return {**self._common, "object": self.shape.chunk_object, "choices": choices, **more}
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """Tokens of all choices; cached_tokens are those whose KV was there already."""
+    """Tokens of all choices, of each prompt once; cached_tokens are those whose KV was there already."""
     ends = [choice.done for choice in choices if choice.done is not None]
-    prompt_tokens = sum(done.prompt_tokens for done in ends)
+    leaders = [choice.done for choice in choices if choice.done is not None and choice.leads]
+    prompt_tokens = sum(done.prompt_tokens for done in leaders)
     completion_tokens = sum(done.completion_tokens for done in ends)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in ends)},
+        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in leaders)},
     }
 
 

@@ -22,7 +22,11 @@ STOP_BYTES_MAX = 1024
 LISTED_TOKENS_MAX = 1024
 """Most entries of stop_token_ids and of logit_bias."""
 
+ANSWERS_MAX = 128
+"""Most answers that one request asks for, those to all of its prompts together."""
+
 Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
+Answers = Annotated[int, Field(ge=1, le=ANSWERS_MAX)]
 Priority = Annotated[int, Field(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 Stops = Annotated[str | list[str], says("must be a string or a list of strings")]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], says("must map token ids to -100 … 100")]

@@ -26,7 +26,7 @@ def test_eight_answers_compute_their_prompt_once(page_size: int, prompt_tokens: 
     stage.run()
     for key in range(1, 9):
         assert stage.output[key] == expected(PROMPT[:prompt_tokens], 6)
-    # Each has its own last prompt token run, which its first token is sampled from, and the five tokens before its last.
+    # Each runs the last prompt token for itself, from which its first token is sampled, and five tokens of its own.
     assert stage.queries == (prompt_tokens - 1) + 8 * 6
     assert [stage.done[key].cached_tokens for key in range(1, 9)] == [0] + 7 * [prompt_tokens - 1]
     assert sum(stage.done[key].computed_tokens for key in range(1, 9)) == prompt_tokens + 7
