@@ -147,7 +147,7 @@ class Call:
         self.started_s = time.perf_counter()
         self.done: Done | None = None
         self.at_end: Callable[[], None] | None = None
-        """Called once when the call is left, however it ended, if it was sent at all."""
+        """Called once: when the call is left, however it ended, or cannot even be sent; or before, by `tell_end`."""
         self._service = service
         self._whole = whole
         self._stream: Stream | None = None
@@ -160,6 +160,14 @@ class Call:
 
     def __enter__(self) -> Self:
         """Send the request. Raises NotReady, or InvalidRequest if its rid is in flight already."""
+        try:
+            self._send()
+        except BaseException:
+            self.tell_end()
+            raise
+        return self
+
+    def _send(self) -> None:
         service, order = self._service, self.order
         service.check_open()
         if self._place in service.keys_by_rid:
@@ -186,15 +194,19 @@ class Call:
         service.retry_advice.note_start(service.link.in_flight)
         self._stream = service.link.submit(submit, whole=self._whole)
         service.keys_by_rid[self._place] = submit.key
-        return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._stream is not None
         self._service.link.abandon(self._stream.key, DISCONNECTED)
         del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
-        if self.at_end is not None:
-            self.at_end()
+        self.tell_end()
+
+    def tell_end(self) -> None:
+        """Call `at_end`: before the client is told of the end, so that what it sends next finds everything done."""
+        at_end, self.at_end = self.at_end, None
+        if at_end is not None:
+            at_end()
 
     def disconnect(self) -> None:
         """The client is gone: end the request now (H27)."""

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import orjson
@@ -53,8 +53,6 @@ class Dialogue:
     places: int = 0
     """Turns on their way."""
     is_open: bool = True
-    on_gone: list[Callable[[], None]] = field(default_factory=list)
-    """To be called when the session is gone."""
 
     def deepest(self, digests: Sequence[bytes]) -> tuple[Turn, int] | None:
         """The turn that agrees with most messages, and how many they are; digests[k]: of the first k + 1 messages."""
@@ -186,7 +184,7 @@ class Dialogues:
         elif dialogue.is_open:
             # It may have finished though nobody read that: then its turn is there, and nobody knows it.
             self._link.send(DropTurn(NO_OP, dialogue.session, rid, dialogue.tenant))
-            self._close_if_empty(dialogue)
+            self.close_if_empty(dialogue)
         return turn
 
     def drop(self, dialogue: Dialogue, turn: Turn) -> None:
@@ -197,7 +195,7 @@ class Dialogues:
             del dialogue.by_digest[turn.digest]
         if dialogue.is_open and self._link.failure is None:
             self._link.send(DropTurn(NO_OP, dialogue.session, turn.rid, dialogue.tenant))
-            self._close_if_empty(dialogue)
+            self.close_if_empty(dialogue)
 
     def close(self, dialogue: Dialogue) -> None:
         """Close the session of a dialogue, with all its turns."""
@@ -212,11 +210,10 @@ class Dialogues:
             dialogue.is_open = False
             dialogue.turns.clear()
             dialogue.by_digest.clear()
-            for tell in dialogue.on_gone:
-                tell()
 
-    def _close_if_empty(self, dialogue: Dialogue) -> None:
-        if dialogue.is_ours and not dialogue.turns and not dialogue.places:
+    def close_if_empty(self, dialogue: Dialogue) -> None:
+        """Close a dialogue of ours that has no turn, neither finished nor on its way."""
+        if dialogue.is_open and dialogue.is_ours and not dialogue.turns and not dialogue.places:
             self.close(dialogue)
 
     def _note_gone(self, gone: SessionGone) -> None:

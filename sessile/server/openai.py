@@ -40,14 +40,14 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> Response:
-        _check_model(service, model)
+        check_model(service, model)
         return JsonReply(_model_content(service))
 
     @router.post("/completions", openapi_extra=takes(CompletionBody))
     async def completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, CompletionBody)
         service.check_open()
-        _check_model(service, body.model)
+        check_model(service, body.model)
         reply_id = body.rid or f"cmpl-{uuid.uuid4().hex}"
         choices = await _completion_choices(service, caller, body, reply_id)
         envelope = Envelope(reply_id, service.model_name, CompletionShape(service.tokenizer, body.logprobs))
@@ -57,7 +57,7 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, ChatBody)
         service.check_open()
-        _check_model(service, body.model)
+        check_model(service, body.model)
         reply_id = body.rid or f"chatcmpl-{uuid.uuid4().hex}"
         choices = await _chat_choices(service, caller, body, reply_id)
         shape = ChatShape(service.tokenizer, logprobs=bool(body.logprobs))
@@ -78,7 +78,8 @@ def _model_content(service: Service) -> dict[str, Any]:
     }
 
 
-def _check_model(service: Service, name: str | None) -> None:
+def check_model(service: Service, name: str | None) -> None:
+    """Raise ModelNotFound unless the name is one of those of the model that is served."""
     ready = service.link.ready
     known = {"default", service.model_name, ready.model_name, ready.model_path, PurePath(ready.model_path).name}
     if name is not None and name not in known:
@@ -199,6 +200,8 @@ async def _events(choices: list[Choice], envelope: Envelope, *, include_usage: b
                 raise
             yield event(error_chunk(error))
             return
+        if choice.done is not None:
+            choice.call.tell_end()
         for content in envelope.shape.chunks(choice):
             started = True
             yield event(envelope.chunk([content], **more))

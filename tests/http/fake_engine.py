@@ -64,7 +64,8 @@ READY = EngineReady(
 LINES = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
 """A template without an end marker, which no answer can be gone on from."""
 MARKED = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """One that ends each message with a marker of one byte, a semicolon."""
 

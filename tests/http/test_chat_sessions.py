@@ -184,12 +184,14 @@ def test_a_turn_of_a_session_has_one_answer(client: openai.OpenAI) -> None:
 
 
 def test_a_template_that_cannot_be_gone_on_from_has_all_messages_sent_again() -> None:
-    with running_server(partial(ToyEngine, pages=400)) as toy:
-        with openai.OpenAI(base_url=f"{toy.url}/v1", api_key="none", max_retries=0) as client:
-            chat = Chat(client, "n")
-            chat.say()
-            second = chat.say("More")
-            assert second.usage.prompt_tokens == sum(
-                len(f"{message['role']}:{message['content']}\n".encode()) for message in chat.messages[:-1]
-            )
-            assert toy.client.get("/v1/sessions").json()["total"] == 0
+    with (
+        running_server(partial(ToyEngine, pages=400)) as toy,
+        openai.OpenAI(base_url=f"{toy.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        chat = Chat(client, "n")
+        chat.say()
+        second = chat.say("More")
+        assert second.usage.prompt_tokens == sum(
+            len(f"{message['role']}:{message['content']}\n".encode()) for message in chat.messages[:-1]
+        )
+        assert toy.client.get("/v1/sessions").json()["total"] == 0
