@@ -80,9 +80,9 @@ def test_the_session_goes_on_from_the_very_tokens_that_were_said(client: openai.
 def test_an_end_marker_that_was_said_is_not_said_again(toy: Running, client: openai.OpenAI) -> None:
     chat = Chat(client, "c")
     first = chat.say()
-    forced = {"logit_bias": {str(MARKER): 100}, "extra_body": {"session_id": "c", "stop_token_ids": [MARKER]}}
+    stop = {"extra_body": {"session_id": "c", "stop_token_ids": [MARKER]}}
     chat.messages.append({"role": "user", "content": "End"})
-    second = client.chat.completions.create(model="default", messages=chat.messages, temperature=0, **forced)
+    second = client.chat.completions.create(model="default", messages=chat.messages, temperature=0, **stop)
     assert second.choices[0].finish_reason == "stop"
     chat.messages.append({"role": "assistant", "content": second.choices[0].message.content})
     third = chat.say("Next")
