@@ -6,6 +6,7 @@ free again, its latencies are counted and its line is logged. There is no other 
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
@@ -62,10 +63,14 @@ class Service:
         self.retry_advice = RetryAdvice()
         self.started_s = int(time.time())
         self.draining = False
-        self.dialogues = Dialogues(link, tokenizer, idle_timeout_s=options.dialogue_idle_timeout_s)
         self.keys = itertools.count(1)
         self.keys_by_rid: dict[tuple[str, str], int] = {}
         """Requests in flight, by tenant and rid: nobody meets another's (H55)."""
+
+    @functools.cached_property
+    def dialogues(self) -> Dialogues:
+        """Turns that lists of messages go on from; made when it is first asked for, which takes some renders."""
+        return Dialogues(self.link, self.tokenizer, idle_timeout_s=self.options.dialogue_idle_timeout_s)
 
     @property
     def model_name(self) -> str:

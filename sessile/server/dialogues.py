@@ -8,7 +8,6 @@ much is computed.
 
 import asyncio
 import hashlib
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ from sessile.server.link import EngineLink
 from sessile.text.seams import Render, closing_of
 from sessile.text.template import Message
 from sessile.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 TURNS_KEPT_MAX = 64
 """Most turns of one dialogue that can be gone on from; beyond, those used least recently are dropped."""
@@ -82,8 +79,6 @@ class Dialogues:
         self._idle_timeout_s = idle_timeout_s
         self._dialogues: dict[tuple[str, str], Dialogue] = {}
         self._closing = None if tokenizer.template is None else closing_of(self._render)
-        if tokenizer.template is not None and self._closing is None:
-            log.warning("the chat template rewrites earlier turns: chat sessions and responses send all messages again")
         link.gone_listeners.append(self._note_gone)
 
     @property

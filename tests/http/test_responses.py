@@ -179,7 +179,7 @@ def test_input_items_are_listed_in_pages(client: openai.OpenAI) -> None:
     newest_first = list(client.responses.input_items.list(response.id, limit=2))
     assert [item.content[0].text for item in newest_first] == ["Two", "One", "Be kind"]
     oldest_first = list(client.responses.input_items.list(response.id, order="asc"))
-    assert [(item.role, item.content[0].text) for item in oldest_first][0] == ("developer", "Be kind")
+    assert (oldest_first[0].role, oldest_first[0].content[0].text) == ("developer", "Be kind")
 
 
 def test_output_items_sent_back_are_the_same_messages(client: openai.OpenAI) -> None:
