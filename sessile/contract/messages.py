@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.contract.corpora import CorpusOperation, CorpusUses
+from sessile.contract.patterns import StopPattern
 
 
 def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
@@ -47,6 +48,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Before this many output tokens neither end-of-sequence nor stop tokens are sampled; stop strings wait too."""
     stop: tuple[bytes, ...] = ()
     """Stop strings as UTF-8. Matched on the bytes of the output (special tokens count as nothing when skipped)."""
+    stop_patterns: tuple[StopPattern, ...] = ()
+    """Patterns on the same bytes; the output ends with the token in which a match ends, and keeps it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -266,7 +269,7 @@ class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=Tr
     reason: str
     """"stop", "length", "abort" (cancelled, disconnected, session closed) or "error" (refused or failed)."""
     matched: int | bytes | None = None
-    """What stopped it: token id or stop string."""
+    """What stopped it: token id, stop string or pattern."""
     kept_bytes: int = -1
     """With a stop string: bytes of output before the match (counted as the matcher saw them); else -1."""
     prompt_tokens: int = 0

@@ -45,7 +45,6 @@ class SamplingParams(SamplingFields):
 
     tolerated: ClassVar[Tolerated] = {
         "spaces_between_special_tokens": (True,),
-        "stop_regex": ([], ""),
         "json_schema": (),
         "regex": (),
         "ebnf": (),

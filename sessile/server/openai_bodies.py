@@ -37,7 +37,6 @@ TOLERATED: Tolerated = {
     "verbosity": ("medium",),
     "web_search_options": (),
     # SGLang's and vLLM's
-    "stop_regex": ("", []),
     "json_schema": (),
     "regex": (),
     "ebnf": (),
