@@ -10,9 +10,11 @@ from sessile.sim.books import Books
 from sessile.sim.origins import context_of
 from sessile.sim.records import RequestBook, SessionBook, corpus_of
 from sessile.sim.world import BOS, World
+from sessile.text.patterns import compile_pattern
 from sessile.units import ceil_div
 
 _LETTERS = b"abc"
+_PATTERNS = [compile_pattern(source, param="") for source in ("a.b", "c{2,3}[ab]", "(ab|ba)+c", "[^a]{4}")]
 
 
 class Workload:
@@ -366,6 +368,8 @@ class Workload:
         if self._chance(variety):
             settings["stop"] = tuple(self._stop_string() for _ in range(draw.choice([1, 1, 3])))
             settings["skip_special_tokens"] = self._chance(0.5)
+        if self._chance(variety):
+            settings["stop_patterns"] = tuple(draw.sample(_PATTERNS, draw.choice([1, 1, 2])))
         return wire.Sampling(
             seed=(self._keys * 0x9E3779B97F4A7C15) & (2**64 - 1),
             temperature=draw.choice([0.0, 0.0, 0.7]),

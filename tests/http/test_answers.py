@@ -23,8 +23,11 @@ def toy(request: pytest.FixtureRequest) -> Iterator[Running]:
 @pytest.fixture
 def client(toy: Running) -> Iterator[openai.OpenAI]:
     assert toy.client.post("/flush_cache").status_code == 200
+    # As slow as a small model: else the first answer may have ended before the engine has read of the last one.
+    toy.engine.device.step_s = 0.01
     with openai.OpenAI(base_url=f"{toy.url}/v1", api_key="none", max_retries=0) as client:
         yield client
+    toy.engine.device.step_s = 0.0
 
 
 def computed_tokens(toy: Running) -> int:
@@ -94,12 +97,10 @@ def test_native_answers_are_a_list_and_a_stream_names_each(toy: Running, client:
 
 
 def test_a_client_that_leaves_ends_all_answers(toy: Running, client: openai.OpenAI) -> None:
-    toy.engine.device.step_s = 0.01
     stream = client.completions.create(model="default", prompt=PROMPT, n=4, max_tokens=400, stream=True)
     next(iter(stream))
     stream.close()
     toy.wait_until(lambda: toy.service.link.in_flight == 0)
-    toy.engine.device.step_s = 0.0
     assert toy.client.get("/health").status_code == 200
 
 
@@ -123,3 +124,23 @@ def test_a_turn_of_a_session_has_one_answer(toy: Running) -> None:
     body = {"text": "a", "session_params": {"id": session}, "sampling_params": {"n": 2}}
     refused = toy.client.post("/generate", json=body)
     assert refused.status_code == 400 and "sampling_params.n" in refused.json()["error"]["message"]
+
+
+def test_a_pattern_ends_the_answer_and_stays_in_it(toy: Running, client: openai.OpenAI) -> None:
+    settings = {"model": "default", "prompt": PROMPT, "max_tokens": 200, "temperature": 0}
+    whole = client.completions.create(**settings).choices[0]
+    pattern = "[A-Za-z][^A-Za-z]"
+    ended = client.completions.create(**settings, extra_body={"stop_regex": pattern}).choices[0]
+    assert ended.finish_reason == "stop" and ended.matched_stop == pattern
+    assert whole.text.startswith(ended.text.rstrip("\ufffd")) and len(ended.text) < len(whole.text)
+    native = {"text": PROMPT, "sampling_params": {"max_new_tokens": 200, "temperature": 0, "stop_regex": [pattern]}}
+    reply = toy.client.post("/generate", json=native).json()
+    assert reply["meta_info"]["finish_reason"] == {"type": "stop", "matched": pattern}
+    assert reply["text"] == ended.text
+
+
+def test_a_pattern_that_is_none_is_refused_with_its_place(toy: Running) -> None:
+    reply = toy.client.post("/v1/completions", json={"prompt": "a", "stop_regex": "ab)"})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "stop_regex")
+    assert "at character 2" in error["message"]
