@@ -51,7 +51,7 @@ SWEEP: dict[str, Sequence[Any]] = {
     "occurrences": (4, 8, 16, 32, 64),
     "match_cap": (2, 4, 8, 12, 16, 24),
     "session_prior": (1, 2, 4, 8, 16, 32),
-    "window": (2, 4, 8, 16),
+    "window": (0, 1, 2, 4, 8),
     "decay": (1.0, 0.97, 0.9, 0.8),
     "share_min": (0.0, 0.05, 0.1, 0.2, 0.4),
     "factor": (1.0, 2.0, 4.0, 8.0, 64.0),

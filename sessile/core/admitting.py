@@ -214,15 +214,16 @@ class Admitter:
     def _start(self, request: Request, match: Match | None, start: int) -> Lease:
         """Give a request its row, its lease and its pin; `_seat` sets the row's columns."""
         books, session = self._books, request.session
-        books.waiting.leave(request)
-        books.waiting.note_admitted(request)
+        # What finds the books wrong comes first, while the request still stands in the line.
         if match is not None:
-            request.pin = books.tree.pin(match)
-            request.lease = books.ledger.open()
+            pin, lease = books.tree.pin(match), books.ledger.open()
         else:
             assert session is not None
             parked = books.unpark(session)
-            request.pin, request.lease = parked.pin, parked.lease.hand_over()
+            pin, lease = parked.pin, parked.lease.hand_over()
+        books.waiting.leave(request)
+        books.waiting.note_admitted(request)
+        request.pin, request.lease = pin, lease
         request.publishing = session is None or session.turns == 0
         request.note_admission(start)
         if books.drafter is not None:
@@ -235,7 +236,6 @@ class Admitter:
         if request.publishing:
             books.share(request)
         return request.lease
-
 
 
 class _Outlook:

@@ -98,7 +98,7 @@ class Books:
         self.forecast = Forecast(limits.output_estimate_tokens)
         self.effects = Effects()
         self.events = EventRing()
-        self.failures: list[str] = []
+        self.failures: list[tuple[str, str]] = []
         """Why requests were expelled since the books were restored last: see containment.py."""
         self.suspects = array("i")
         """The pages that they, and all others who were expelled, had listed."""

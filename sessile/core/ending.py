@@ -7,6 +7,7 @@ exactly one Done goes out.
 
 from sessile.contract.messages import Done, SessionGone
 from sessile.core.books import Books
+from sessile.core.cold import or_cold
 from sessile.core.drafting import end_line, remember
 from sessile.core.marks import Mark
 from sessile.core.request import Phase, Request
@@ -176,19 +177,24 @@ def _descends(node: Session, origin: Session) -> bool:
 def _discard(books: Books, node: Session) -> None:
     """Forget a node and all that it holds; no turn of it may be in flight."""
     assert node.turn is None and node.root is not None
-    books.drop_parked(node)
+    or_cold(books, (node,), books.drop_parked, node)
     node.index = None
     node.tenant.held_tokens -= len(node.history)
     del node.root.nodes[node.rid]
     books.node_count -= 1
 
 
+def _let_go(books: Books, session: Session) -> None:
+    books.drop_parked(session)
+    release_reserve(books, session)
+
+
 def close_session(books: Books, session: Session, reason: str) -> None:
     """Release all that a session holds and forget it; no turn may be in flight."""
     assert not session.in_flight
     discard_turns(books, session, None)
-    release_reserve(books, session)
-    books.drop_parked(session)
+    or_cold(books, (session,), _let_go, books, session)
+    _let_go(books, session)  # Where that failed, of the empty reserve of a session that is cold now.
     session.index = None
     del books.sessions[session.key]
     session.tenant.sessions -= 1

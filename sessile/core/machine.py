@@ -41,7 +41,8 @@ from sessile.contract.plan import StepPlan, StepResult
 from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
-from sessile.core.containment import guarded
+from sessile.core.cold import or_cold
+from sessile.core.containment import abandon_plan, guarded
 from sessile.core.ending import close_session, drop_turn, end_request
 from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
 from sessile.core.forking import fork_session, rewind_session
@@ -261,7 +262,7 @@ class Machine:
         """Let go of the KV that a session holds while no turn of it runs; returns its own pages. Raises NotFound."""
         session = self._session(tenant, session_id)
         pages = 0 if session.parked is None else len(session.parked.lease)
-        self._books.drop_parked(session)
+        or_cold(self._books, (session,), self._books.drop_parked, session)
         self._books.totals.demoted_pages += pages
         return pages
 
@@ -274,11 +275,26 @@ class Machine:
         self._flush_if_drained()
         if self._flushes:
             return None  # A flush waits for the last rows to drain; what arrived behind it waits for the flush.
-        planned = self._planner.plan()
+        planned = self._planned()
         for request in self._planner.ended:
             end_request(self._books, request, "length")
         self._planner.ended.clear()
         return planned
+
+    def _planned(self) -> Planned | None:
+        """What the planner plans; if that fails and violations are contained, once more without whom it concerned."""
+        try:
+            return self._planner.plan()
+        except Exception as error:
+            if not self._limits.contain_violations:
+                raise
+            failure = f"{type(error).__name__}: {error}"
+        # Outside of the handler: until it is left, the failed call's frames hold leases.
+        self._books.failures.append(("plan", failure))
+        if self._planner.unfinished is not None:
+            abandon_plan(self._books, self._planner.unfinished)
+        self._watch.planning()
+        return self._planner.plan()
 
     def complete(self, planned: Planned) -> StepPlan | None:
         """The late part: what to launch. None if every row ended meanwhile. A late plan needs all steps settled."""
@@ -380,7 +396,7 @@ class Machine:
         before = books.ledger.free_pages + books.ledger.limbo_pages
         for session in books.lines():
             if session.turn is None:
-                books.drop_parked(session)
+                or_cold(books, (session,), books.drop_parked, session)
         books.reclaim(self._limits.pages_total)
         freed = books.ledger.free_pages + books.ledger.limbo_pages - before
         for op in self._flushes:

@@ -44,7 +44,8 @@ class Planned:
     """
 
     __slots__ = (
-        "bound", "decodes", "draft_caps", "followers", "grown", "grown_pages", "grown_slots", "is_short", "late",
+        "bound", "decodes", "draft_caps", "followers", "grown", "grown_pages", "grown_slots", "is_counted", "is_short",
+        "late",
         "leases", "owed", "owed_pages", "parts", "runs", "sampling", "step", "tokens",
     )  # fmt: skip
 
@@ -74,6 +75,8 @@ class Planned:
         self.is_short = False
         """Whether pages were short: then nobody is admitted and nothing is drafted."""
         self.late = False
+        self.is_counted = False
+        """Whether the rows' columns count what the step runs."""
         self.tokens = 0
 
     @property

@@ -31,6 +31,8 @@ class Planner:
         self._denied: list[RowId] = []
         """Rows that got no page for what this plan was to run of them."""
         self.budget_tokens = books.limits.chunk_tokens
+        self.unfinished: Planned | None = None
+        """The plan that is being made; what is left of one that failed."""
         self._admitter = Admitter(books)
 
     @property
@@ -45,9 +47,10 @@ class Planner:
         if books.reserving:
             top_up(books)
         self._retract_by_force()
-        planned = Planned(books.planned_step + 1)
+        self.unfinished = planned = Planned(books.planned_step + 1)
         self._choose_who_can(planned)
         if planned.is_empty and not books.copies:
+            self.unfinished = None
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
         if planned.is_empty:
             books.marks[Mark.COPIES_ALONE] += 1
@@ -57,6 +60,7 @@ class Planner:
         books.planned_step = planned.step
         books.forecast.stepped()
         self._decoded_last = bool(len(planned.decodes))
+        self.unfinished = None
         return planned
 
     def _choose_who_can(self, planned: Planned) -> None:
@@ -386,6 +390,7 @@ class Planner:
     def _advance(self, planned: Planned) -> None:
         """Count what is planned: from here on the step exists. Rows that were seated in it count it already."""
         rows, sampling = self._books.rows, planned.sampling
+        planned.is_counted = True
         rows.plan_one(sampling)
         np.putmask(rows.last_step, sampling, planned.step)
         if planned.draft_caps is not None:

@@ -13,7 +13,7 @@ from sessile.contract.messages import Scores, TokenDetail
 from sessile.contract.plan import Ints, StepResult
 from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
-from sessile.core.containment import guarded
+from sessile.core.containment import drained, guarded
 from sessile.core.drafting import judge_drafts
 from sessile.core.ending import end_request
 from sessile.core.planned import PromptPart
@@ -43,7 +43,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
         if request.phase is Phase.RUNNING:
             guarded(books, request, books.preempt, request)
     books.victims.clear()
-    books.drain()
+    drained(books)
 
 
 def _validate(flight: Flight, result: StepResult) -> None:

@@ -30,14 +30,15 @@ SEARCHES_OF_A_THREAD = 128
 class DraftRules:
     """What a draft is made of. The defaults are the best of `sessile bench drafts`."""
 
-    occurrences: int = 16
+    occurrences: int = 32
     """Most of one part: of the longest matches, in a text of the newest."""
     match_min: int = 1
     """Shortest match that counts, in tokens; texts find none below GRAM_TOKENS."""
     match_cap: int = 16
     """Match beyond which weight does not grow; ≤ 24, so that sums of weights fit."""
-    window: int = 8
-    """Occurrences that match so many tokens less than the longest, up to the cap, are left out."""
+    window: int = 1
+    """Occurrences that match more than so many tokens less than the longest, up to the cap, are left out. Small: many
+    corpora that match a little must not outvote the one that matches best."""
     session_prior: int = 16
     """Weight of an occurrence in the sequence itself, before anything was learned, against one in a corpus: what was
     said here is likelier to be said again."""

@@ -32,11 +32,12 @@ KEY_TOKENS = 6
 
 @dataclass
 class Told:
-    """What the clients were told: by key, output, log-probabilities with the most likely ids, and the end."""
+    """What the clients were told: by key, output, log-probabilities, the most likely ids with theirs, and the end."""
 
     output: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     logprobs: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     top_ids: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    top_logprobs: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     done: dict[int, Done] = field(default_factory=dict)
     prompts: dict[int, list[int]] = field(default_factory=dict)
     """The whole context of each request."""
@@ -152,6 +153,7 @@ class Clients:
         for detail in batch.details:
             self.told.logprobs[detail.key] += np.frombuffer(detail.logprobs, "<f4").tolist()
             self.told.top_ids[detail.key] += np.frombuffer(detail.top_ids, "<i4").tolist()
+            self.told.top_logprobs[detail.key] += np.frombuffer(detail.top_logprobs, "<f4").tolist()
         for done in batch.done:
             assert done.reason in ("stop", "length"), done.message
             self.told.done[done.key] = done

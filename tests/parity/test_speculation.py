@@ -1,5 +1,6 @@
 """Speculation on a real device changes how many steps there are, and nothing that anybody is told (H49)."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -15,15 +16,14 @@ from sessile.device.factory import open_device
 from sessile.gguf import default_gguf_path
 from sessile.model.config import ModelOptions
 from sessile.text.load import load_tokenizer
+from sessile.text.tokenizer import Tokenizer
 from tests.parity.speculation import ChanceDrafter, Clients, Script, Told
 from tests.parity.tiny_models import CONTEXT, VOCAB, Tiny, make_tiny
 from tests.unit.drafters import ToldDrafter
 
 DRAFTS_MAX = 5
 ROWS = 8
-FACTS = ModelFacts(
-    VOCAB, CONTEXT, eos_ids=(2,), token_bytes=tuple(bytes([97 + token % 26]) for token in range(VOCAB))
-)
+FACTS = ModelFacts(VOCAB, CONTEXT, eos_ids=(2,), token_bytes=tuple(bytes([97 + token % 26]) for token in range(VOCAB)))
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +140,20 @@ def _chi_square_p(seen: Counter[tuple[int, ...]], expected: dict[tuple[int, ...]
 TEXTS = ["Once upon a time", "1, 2, 3, 4, 5,", "def fibonacci(n):\n", "Blue, red and yellow are"]
 
 
+@contextlib.contextmanager
+def smollm2(dtype: str, quantize: str, tokenizer: Tokenizer) -> Iterator[tuple[Any, ModelFacts]]:
+    """The real model on a device, and what the core is told of it."""
+    device = open_device(
+        ModelOptions(model=str(default_gguf_path()), dtype=dtype, quantize=quantize),
+        DeviceOptions(device="cpu", kv_memory="64M"), page_size=16, context_tokens=256, rows_max=8, drafts_max=7,
+        progress=lambda stage, done: None,
+    )  # fmt: skip
+    with contextlib.closing(device):
+        yield device, tokenizer.facts(vocab_size=device.facts.vocab_size, context_tokens=256)
+
+
 def test_h49_smollm2_says_the_same_with_and_without_drafts() -> None:
     tokenizer = load_tokenizer("default")
-    device = open_device(
-        ModelOptions(model=str(default_gguf_path()), dtype="float32"), DeviceOptions(device="cpu", kv_memory="64M"),
-        page_size=16, context_tokens=256, rows_max=8, drafts_max=7, progress=lambda stage, done: None,
-    )  # fmt: skip
-    facts = tokenizer.facts(vocab_size=device.facts.vocab_size, context_tokens=256)
     submits = [
         Submit(
             key=key, tokens=pack_tokens(tokenizer.encode(text)),
@@ -154,12 +161,66 @@ def test_h49_smollm2_says_the_same_with_and_without_drafts() -> None:
         )
         for key, (text, temperature) in enumerate((text, warmth) for text in TEXTS for warmth in (0.0, 0.9))
     ]  # fmt: skip
-    plain = Clients(device, facts, chunk_tokens=512)
-    plain.run(submits)
-    drafter = ChanceDrafter(plain.told, facts.vocab_size, 7)
-    drafted = Clients(device, facts, chunk_tokens=512, drafter=drafter, drafts_max=7)
-    drafted.run(submits)
-    device.close()
+    with smollm2("float32", "none", tokenizer) as (device, facts):
+        plain = Clients(device, facts, chunk_tokens=512)
+        plain.run(submits)
+        drafter = ChanceDrafter(plain.told, facts.vocab_size, 7)
+        drafted = Clients(device, facts, chunk_tokens=512, drafter=drafter, drafts_max=7)
+        drafted.run(submits)
     assert drafted.told.output == plain.told.output
     assert set(drafter.verdicts) >= {0, 1, 3, 5, 7}
     assert drafted.told.steps < plain.told.steps
+
+
+TOP_IDS = 8
+NEAR_TIE_TEXTS = 40
+NEAR_TIE_TOKENS = 40
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_h49_in_bfloat16_outputs_part_only_where_two_tokens_are_nearer_than_the_kernels_are(quantize: str) -> None:
+    """A step that verifies multiplies other shapes than one that decodes. How far that moves two tokens apart is
+    measured at all places before two outputs part; where they part, the two tokens are no farther apart than that."""
+    tokenizer = load_tokenizer("default")
+    dice = np.random.default_rng(8)
+    prompts = [dice.integers(3, 40_000, dice.integers(2, 30)).tolist() for _ in range(NEAR_TIE_TEXTS)]
+    submits = [
+        Submit(
+            key=key, tokens=pack_tokens(prompt), logprobs=TOP_IDS,
+            sampling=Sampling(seed=0, temperature=0.0, max_new_tokens=NEAR_TIE_TOKENS, ignore_eos=True),
+        )
+        for key, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    with smollm2("bfloat16", quantize, tokenizer) as (device, facts):
+        plain = Clients(device, facts, chunk_tokens=512)
+        plain.run(submits)
+        drafter = ChanceDrafter(plain.told, facts.vocab_size, 7)
+        drafted = Clients(device, facts, chunk_tokens=512, drafter=drafter, drafts_max=7)
+        drafted.run(submits)
+    moved, margins = kernel_difference(plain.told, drafted.told)
+    assert sum(drafter.verdicts.values()) > 100 and drafted.told.steps < plain.told.steps
+    assert moved > 0
+    assert all(margin <= moved for margin in margins), (margins, moved)
+
+
+def kernel_difference(plain: Told, drafted: Told) -> tuple[float, list[float]]:
+    """(the largest change of a difference of two log-probabilities where the text is still the same, the difference,
+    without drafts, of the two tokens with which each pair of outputs parts)."""
+    moved, margins = 0.0, []
+    for key, output in plain.output.items():
+        other = drafted.output[key]
+        same = next((place for place, pair in enumerate(zip(output, other, strict=True)) if len(set(pair)) > 1), None)
+        for place in range(len(output) if same is None else same):
+            before, after = _likely(plain, key, place), _likely(drafted, key, place)
+            changes = [before[token] - after[token] for token in before.keys() & after.keys()]
+            moved = max(moved, max(changes) - min(changes))
+        if same is not None:
+            likely = _likely(plain, key, same)
+            margins.append(likely[output[same]] - likely.get(other[same], -np.inf))
+    return moved, margins
+
+
+def _likely(told: Told, key: int, place: int) -> dict[int, float]:
+    """Log-probabilities of the TOP_IDS likeliest tokens at a place of an output."""
+    here = slice(place * TOP_IDS, (place + 1) * TOP_IDS)
+    return dict(zip(told.top_ids[key][here], told.top_logprobs[key][here], strict=True))
