@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.contract.corpora import CorpusOperation, CorpusUses
+from sessile.contract.patterns import StopPattern
 
 
 def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
@@ -47,6 +48,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Before this many output tokens neither end-of-sequence nor stop tokens are sampled; stop strings wait too."""
     stop: tuple[bytes, ...] = ()
     """Stop strings as UTF-8. Matched on the bytes of the output (special tokens count as nothing when skipped)."""
+    stop_patterns: tuple[StopPattern, ...] = ()
+    """Patterns on the same bytes; the output ends with the token in which a match ends, and keeps it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -90,6 +93,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     """Who asks: sessions are found, limits counted, prefixes shared and steps divided by tenant."""
     priority: int = 0
     """Higher goes first among the tenant's own requests."""
+    group: int = -1
+    """-1, or what requests in flight with the same prompt have in common, a number as keys are: one computes it."""
     session: str | None = None
     rid: str = ""
     """With a session, the name of this turn: the same name again within the last turn repeats its reply."""
@@ -185,6 +190,18 @@ class RewindSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, k
     to_turn: int | None = None
 
 
+class DropTurn(msgspec.Struct, frozen=True, tag=True):
+    """Forget one finished turn of a branching session; what goes on from it stays as it is.
+
+    Reply: Outcome {}. 404 for an unknown session or turn, 400 in a streaming session, 409 while the turn is in flight.
+    """
+
+    op: int
+    session: str
+    rid: str
+    tenant: str = ""
+
+
 class GetSession(msgspec.Struct, frozen=True, tag=True):
     """Reply: SessionView, or 404."""
 
@@ -243,6 +260,7 @@ ToEngine = (
     | CloseSession
     | ForkSession
     | RewindSession
+    | DropTurn
     | GetSession
     | ListSessions
     | SessionTokens
@@ -269,7 +287,7 @@ class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=Tr
     reason: str
     """"stop", "length", "abort" (cancelled, disconnected, session closed) or "error" (refused or failed)."""
     matched: int | bytes | None = None
-    """What stopped it: token id or stop string."""
+    """What stopped it: token id, stop string or pattern."""
     kept_bytes: int = -1
     """With a stop string: bytes of output before the match (counted as the matcher saw them); else -1."""
     prompt_tokens: int = 0

@@ -17,6 +17,7 @@ from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.server.replies import add_error_replies
+from sessile.server.responses import routes as responses
 from sessile.text.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ def create_app(
     app = FastAPI(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
     app.state.service = service
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)
-    for module in (generate, openai, anthropic, sessions, corpora_routes, operations):
+    for module in (generate, openai, responses, anthropic, sessions, corpora_routes, operations):
         app.include_router(module.routes(service))
     add_error_replies(app)
     return app

@@ -71,6 +71,27 @@ class ServerOptions:
         low=0.1,
         high=600,
     )
+    dialogue_idle_timeout_s: float = option(
+        3600.0,
+        "Idle time after which a chat session that its name opened, a conversation and stored responses are forgotten.",
+        unit="seconds",
+        low=1,
+        high=31_536_000,
+    )
+    responses_max: int = option(
+        10_000,
+        "Most stored responses of a tenant, and most conversations; beyond, those used least recently are forgotten.",
+        unit="responses",
+        low=1,
+        high=10_000_000,
+    )
+    responses_bytes_max: int = option(
+        67_108_864,
+        "Most text of a tenant's stored responses, and of its conversations, as JSON; forgotten as above.",
+        unit="bytes",
+        low=1024,
+        high=1 << 40,
+    )
     corpora_dir: str | None = option(
         None,
         "Folder of texts that clients may name as corpora, and that is otherwise left alone; what is loaded is kept in"

@@ -26,6 +26,7 @@ from sessile.contract.messages import (
     FromEngine,
     Refusal,
     Scores,
+    SessionGone,
     Submit,
     ToEngine,
     TokenDetail,
@@ -120,6 +121,8 @@ class EngineLink:
 
     def __init__(self, address: str, *, lag_tokens_max: int = 4096) -> None:
         self.address = address
+        self.gone_listeners: list[Callable[[SessionGone], None]] = []
+        """Called for each session that ended by itself."""
         self._lag_tokens_max = lag_tokens_max
         self._ready: EngineReady | None = None
         self._failure: str | None = None
@@ -281,6 +284,8 @@ class EngineLink:
         for gone in batch.gone:
             fields = {"session": gone.session, "tenant": gone.tenant or None, "reason": gone.reason}
             log.info("session ended", extra=fields)
+            for listener in self.gone_listeners:
+                listener(gone)
 
     def _take_deltas(self, batch: Batch, woken: dict[int, Stream]) -> None:
         keys = np.frombuffer(batch.delta_keys, "<i8").tolist()

@@ -10,6 +10,7 @@ from sessile.server.calls import Call
 from sessile.server.link import Arrival
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import engine_refusal
+from sessile.server.tools import parsed_arguments
 from sessile.text.answer.events import (
     Answer,
     CallArguments,
@@ -21,14 +22,20 @@ from sessile.text.answer.events import (
     Reasoning,
 )
 from sessile.text.answer.reader import AnswerReader
+from sessile.text.template import Message
 from sessile.text.tokenizer import Tokenizer
+from sessile.text.tools import CalledFunction, CallMessage
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI's API writes for a token that cannot occur; JSON has no infinity."""
 
 
 class Choice:
-    """One prompt's answer as it grows. echo: text of the prompt that is repeated before it. reader: of a chat's."""
+    """One answer to a prompt as it grows. echo: text of the prompt that is repeated before it.
+
+    leads: whether it is the first one to its prompt, whose tokens count once however many answers there are. reader:
+    of a chat's answer; None: all of it is text.
+    """
 
     def __init__(
         self,
@@ -38,24 +45,34 @@ class Choice:
         *,
         trim_stop: bool,
         echo: str = "",
+        leads: bool = True,
         reader: AnswerReader | None = None,
     ) -> None:
         self.index = index
+        self.leads = leads
         self.call = call
         self.reader = reader or AnswerReader()
+        self.answer = Answer()
+        """All that was read so far."""
         self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
         self.done: Done | None = None
         self._unsent_text = echo
         self._echoes = bool(echo)
         self._sent_logprobs = 0
+        self._untold: list[Event] = []
+        self._call_ids: dict[int, str] = {}
 
     def add(self, arrival: Arrival) -> None:
         """Take an arrival. Raises UserError if the engine refused the request or it failed."""
         done = arrival.done
         if done is not None and done.reason == "error":
             raise engine_refusal(done.status, done.code, done.message, done.param)
-        self._unsent_text += self.output.add(arrival)
+        fresh = self.output.add(arrival)
+        self._unsent_text += fresh
         self.done = done
+        for event in self.reader.push(fresh) if done is None else self.reader.finish(fresh):
+            self.answer.add(event)
+            self._untold.append(event)
 
     def take(self) -> tuple[str, Logprobs]:
         """Text and log-probabilities that were not taken yet."""
@@ -71,13 +88,32 @@ class Choice:
 
     def take_answer(self) -> tuple[list[Event], Logprobs]:
         """Parts of the answer and log-probabilities that were not taken yet."""
-        text, logprobs = self.take()
-        return self.reader.push(text) if self.done is None else self.reader.finish(text), logprobs
+        events, self._untold = self._untold, []
+        return events, self.take()[1]
+
+    def call_id(self, index: int) -> str:
+        """What a call is known by, to whoever is told of it and sends it back."""
+        return self._call_ids.setdefault(index, f"call_{uuid.uuid4().hex}")
 
     @property
     def reasoning_tokens(self) -> int:
         """How many of its tokens are reasoning."""
         return self.output.tokens_within(self.reader.reasoning_bytes)
+
+    @property
+    def message(self) -> Message:
+        """The answer as the client was sent it, and as it will send it back."""
+        message = Message(role="assistant", content=self.answer.content)
+        if self.answer.calls:
+            message["tool_calls"] = [
+                CallMessage(
+                    id=self.call_id(call.index),
+                    type="function",
+                    function=CalledFunction(name=call.name, arguments=parsed_arguments(call.arguments)),
+                )
+                for call in self.answer.calls
+            ]
+        return message
 
     @property
     def finish_reason(self) -> str | None:
@@ -164,42 +200,35 @@ class ChatShape:
     def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._answers: dict[int, Answer] = {}
-        """What has been told of each choice, by index."""
+        self._begun: set[int] = set()
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """See Shape."""
-        events, logprobs = choice.take_answer()
-        answer = Answer()
-        for each in events:
-            answer.add(each)
+        _, logprobs = choice.take_answer()
+        answer = choice.answer
         message: dict[str, Any] = {"role": "assistant", "refusal": None}
         message["content"] = answer.content or (None if answer.calls else "")
         if choice.reader.knows_reasoning:
             message["reasoning_content"] = answer.reasoning or None
         if answer.calls:
-            message["tool_calls"] = [_begun_call(call.name, call.arguments) for call in answer.calls]
-        return {**self._content(choice, "message", message, logprobs), **self._end(choice, answer)}
+            message["tool_calls"] = [_call(choice, call.index, call.name, call.arguments) for call in answer.calls]
+        return {**self._content(choice, "message", message, logprobs), **self._end(choice)}
 
     def chunks(self, choice: Choice) -> list[dict[str, Any]]:
         """See Shape: first the role, then what is said, and the end by itself, as OpenAI's API does."""
         events, logprobs = choice.take_answer()
-        deltas: list[dict[str, Any]] = []
-        if choice.index not in self._answers:
-            self._answers[choice.index] = Answer()
-            deltas.append({"role": "assistant", "content": ""})
-        answer = self._answers[choice.index]
-        said = [delta for each in events if (delta := _delta(each)) is not None]
-        for each in events:
-            answer.add(each)
+        chunks = []
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            chunks.append(self._content(choice, "delta", {"role": "assistant", "content": ""}, Logprobs()))
+        said = [delta for each in events if (delta := self._delta(choice, each)) is not None]
         if self._logprobs and logprobs.tokens and not said:
             said = [{"content": ""}]
-        chunks = [self._content(choice, "delta", delta, Logprobs()) for delta in deltas]
-        for delta in said:  # what the tokens of a step came to is told together: so are they
+        for delta in said:  # the tokens of a step are told together, whatever they came to
             chunks.append(self._content(choice, "delta", delta, logprobs))
             logprobs = Logprobs()
         if choice.done is not None:
-            chunks.append({**self._content(choice, "delta", {}, Logprobs()), **self._end(choice, answer)})
+            chunks.append({**self._content(choice, "delta", {}, Logprobs()), **self._end(choice)})
         return chunks
 
     def _content(self, choice: Choice, field: str, message: dict[str, Any], logprobs: Logprobs) -> dict[str, Any]:
@@ -211,7 +240,22 @@ class ChatShape:
             "finish_reason": None,
         }
 
-    def _end(self, choice: Choice, answer: Answer) -> dict[str, Any]:
+    def _delta(self, choice: Choice, event: Event) -> dict[str, Any] | None:
+        """What a stream says of an event; None if nothing."""
+        match event:
+            case Reasoning(text):
+                return {"reasoning_content": text}
+            case Content(text) | CallFailed(_, text, _):
+                return {"content": text}
+            case CallBegan(index, name):
+                return {"tool_calls": [{"index": index, **_call(choice, index, name, "")}]}
+            case CallArguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case CallEnded():
+                return None
+
+    def _end(self, choice: Choice) -> dict[str, Any]:
+        answer = choice.answer
         reason = "tool_calls" if answer.calls and choice.finish_reason == "stop" else choice.finish_reason
         end: dict[str, Any] = {"finish_reason": reason, "matched_stop": choice.matched_stop}
         if answer.failures:
@@ -233,29 +277,30 @@ class Envelope:
     """What stands around choices: identity, and usage where it is due."""
 
     def __init__(self, reply_id: str, model: str, shape: Shape) -> None:
-        self._shape = shape
+        self.shape = shape
         self._common = {"id": reply_id, "created": int(time.time()), "model": model}
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply of ended choices."""
-        written = [self._shape.whole(choice) for choice in choices]
-        return {**self._common, "object": self._shape.whole_object, "choices": written, "usage": usage(choices)}
+        written = [self.shape.whole(choice) for choice in choices]
+        return {**self._common, "object": self.shape.whole_object, "choices": written, "usage": usage(choices)}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """One chunk of a stream."""
-        return {**self._common, "object": self._shape.chunk_object, "choices": choices, **more}
+        return {**self._common, "object": self.shape.chunk_object, "choices": choices, **more}
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """Tokens of all choices; cached_tokens are those whose KV was there already."""
+    """Tokens of all choices, of each prompt once; cached_tokens are those whose KV was there already."""
     ends = [choice.done for choice in choices if choice.done is not None]
-    prompt_tokens = sum(done.prompt_tokens for done in ends)
+    leaders = [choice.done for choice in choices if choice.done is not None and choice.leads]
+    prompt_tokens = sum(done.prompt_tokens for done in leaders)
     completion_tokens = sum(done.completion_tokens for done in ends)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in ends)},
+        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in leaders)},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
 
@@ -265,24 +310,8 @@ def call_errors(answer: Answer) -> list[dict[str, Any]]:
     return [{"index": failure.index, "message": failure.reason} for failure in answer.failures]
 
 
-def _delta(each: Event) -> dict[str, Any] | None:
-    """What a stream says of an event; None if nothing."""
-    match each:
-        case Reasoning(text):
-            return {"reasoning_content": text}
-        case Content(text) | CallFailed(_, text, _):
-            return {"content": text}
-        case CallBegan(index, name):
-            return {"tool_calls": [{"index": index, **_begun_call(name, "")}]}
-        case CallArguments(index, text):
-            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-        case CallEnded():
-            return None
-
-
-def _begun_call(name: str, arguments: str) -> dict[str, Any]:
-    function = {"name": name, "arguments": arguments}
-    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+def _call(choice: Choice, index: int, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": choice.call_id(index), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def error_chunk(error: UserError) -> dict[str, Any]:

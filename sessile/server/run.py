@@ -178,6 +178,8 @@ class Host:
         corpora = open_store(link)
         corpora.start()
         app = create_app(link, tokenizer, self._options, settings=settings, key_ring=key_ring, corpora=corpora)
+        if tokenizer.template is not None and not app.state.service.dialogues.keeps_kv:
+            log.warning("the chat template rewrites earlier turns: chat sessions and responses send all messages again")
         http = HttpServer(app)
         serving = asyncio.create_task(http.serve([self._listener]))
         watching = asyncio.create_task(self._watch_engine(link))

@@ -40,10 +40,10 @@ class EventStream(Response):
     The headers go out with the first event: a UserError that `events` raises before it becomes a plain error reply.
     """
 
-    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes], *, last: bytes = DONE) -> None:
-        """last: what stands behind all events."""
+    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes], *, end: bytes = DONE) -> None:
+        """end: what is sent behind the last event."""
         super().__init__()
-        self._last = last
+        self._end = end
         self._calls = calls
         self._events = events
 
@@ -56,4 +56,4 @@ class EventStream(Response):
                     started = True
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             assert started, "an event stream has at least its end"
-            await send({"type": "http.response.body", "body": self._last, "more_body": False})
+            await send({"type": "http.response.body", "body": self._end, "more_body": False})

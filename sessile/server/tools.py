@@ -8,12 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from pydantic import Field, model_validator
 
-from sessile.contract.messages import Grammar, Sampling
+from sessile.contract.messages import Grammar
 from sessile.errors import InvalidRequest
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
+from sessile.server.calls import Order
 from sessile.server.config import ServerOptions
 from sessile.text.answer.formats import AnswerFormat, reasoning_format, tool_format
 from sessile.text.answer.grammar import WITH_GRAMMAR, call_grammar, reasoning_lead
+from sessile.text.answer.reader import AnswerReader
 from sessile.text.tokenizer import Tokenizer
 from sessile.text.tools import FunctionSpec, ToolSpec
 
@@ -113,6 +115,64 @@ class ToolUse:
         return [tool["function"]["name"] for tool in self.tools]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerReading:
+    """How the answer to one prompt is bound and read. shows_special: special tokens may not be left out of the text."""
+
+    prompt: str
+    use: ToolUse
+    form: AnswerFormat
+    grammar: Grammar | None
+    shows_special: bool
+    separates_reasoning: bool
+    streams_reasoning: bool
+
+    def of(self, order: Order) -> Order:
+        """The order, bound as the answer has to be."""
+        sampling = order.sampling
+        if self.shows_special:
+            sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
+        return replace(order, grammar=self.grammar, sampling=sampling)
+
+    def reader(self) -> AnswerReader:
+        """A reader for one answer."""
+        return self.form.reader(
+            self.prompt,
+            tool_names=self.use.names,
+            is_parallel=self.use.is_parallel,
+            separates_reasoning=self.separates_reasoning,
+            streams_reasoning=self.streams_reasoning,
+        )
+
+
+def reading_of(
+    options: ServerOptions,
+    tokenizer: Tokenizer,
+    use: ToolUse,
+    prompt: str,
+    *,
+    asked: Grammar | None = None,
+    skips_special: bool | None = None,
+    separates_reasoning: bool = True,
+    streams_reasoning: bool = True,
+) -> AnswerReading:
+    """How the answer to a prompt is bound and read. asked: a grammar of the client's own; skips_special: its word.
+
+    Raises InvalidRequest for what cannot be asked of this model, or not together.
+    """
+    form = answer_format(options, tokenizer, use)
+    grammar, form = bound_answer(use, form, tokenizer, prompt, asked)
+    return AnswerReading(
+        prompt=prompt,
+        use=use,
+        form=form,
+        grammar=grammar,
+        shows_special=skips_special is None and any(is_special(tokenizer, each) for each in form.markers(use.names)),
+        separates_reasoning=separates_reasoning,
+        streams_reasoning=streams_reasoning,
+    )
+
+
 def answer_format(options: ServerOptions, tokenizer: Tokenizer, use: ToolUse) -> AnswerFormat:
     """How the answer to a request will be written. Raises InvalidRequest for tools whose calls nobody would read."""
     template = tokenizer.template_for(use.tools)
@@ -152,13 +212,6 @@ def bound_answer(
     is_parallel = use.is_parallel and use.only is None
     source = call_grammar(form, tools, prompt, is_parallel=is_parallel, special=special)
     return Grammar("lark", source, "tools"), form
-
-
-def seen_sampling(sampling: Sampling, form: AnswerFormat, use: ToolUse, tokenizer: Tokenizer) -> Sampling:
-    """The same with special tokens in the text, if otherwise one of the format's markers would not be seen."""
-    if any(is_special(tokenizer, marker) for marker in form.markers(use.names)):
-        return msgspec.structs.replace(sampling, skip_special_tokens=False)
-    return sampling
 
 
 def is_special(tokenizer: Tokenizer, marker: str) -> bool:

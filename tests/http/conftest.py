@@ -25,6 +25,7 @@ from sessile.server.corpora.opening import open_corpora, open_folder
 from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
+from sessile.text.tokenizer import Tokenizer
 from tests.http.fake_engine import CONTEXT_TOKENS, FakeEngine, byte_tokenizer
 
 PATIENCE_S = 60.0
@@ -87,9 +88,14 @@ class Running:
 
 @contextlib.contextmanager
 def running_server(
-    make_engine: Callable[[str], Any] = FakeEngine, *, key_ring: KeyRing | None = None, **options: object
+    make_engine: Callable[[str], Any] = FakeEngine,
+    *,
+    key_ring: KeyRing | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: object,
 ) -> Iterator[Running]:
     """Start a server in a thread, wait until it is ready, stop it on leaving. make_engine: takes the link's address."""
+    tokenizer = tokenizer or byte_tokenizer()
     bound = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +107,7 @@ def running_server(
 
         def open_store(link: EngineLink) -> CorpusStore:
             return open_corpora(
-                link, byte_tokenizer(), ServerOptions(**options), indexes, BUILDER, "{}", key_ring=key_ring
+                link, tokenizer, ServerOptions(**options), indexes, BUILDER, "{}", key_ring=key_ring
             )
 
         async def serve() -> None:
@@ -109,7 +115,7 @@ def running_server(
             link.start()
             corpora = open_store(link)
             corpora.start()
-            app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring, corpora=corpora)
+            app = create_app(link, tokenizer, ServerOptions(**options), key_ring=key_ring, corpora=corpora)
             server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_level="warning", lifespan="off"))
             shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
             engine.start()

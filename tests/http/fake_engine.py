@@ -61,7 +61,16 @@ READY = EngineReady(
 )  # fmt: skip
 
 
-def byte_tokenizer() -> Tokenizer:
+LINES = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+"""A template without an end marker, which no answer can be gone on from."""
+MARKED = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""One that ends each message with a marker of one byte, a semicolon."""
+
+
+def byte_tokenizer(template: str = LINES) -> Tokenizer:
     """One token a byte, its id the byte's value; <eos> is 256."""
     by_byte = {byte_level_bytes(char)[0]: char for char in pre_tokenizers.ByteLevel.alphabet()}
     backend = tokenizers.Tokenizer(models.BPE({by_byte[byte]: byte for byte in range(256)}, []))
@@ -69,8 +78,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>"])
     pieces = {byte: bytes([byte]) for byte in range(256)} | {EOS: b"<eos>"}
-    template = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", {})
-    return Tokenizer(backend, Vocabulary.build(pieces, [EOS]), (EOS,), None, template)
+    return Tokenizer(backend, Vocabulary.build(pieces, [EOS]), (EOS,), None, ChatTemplate(template, {}))
 
 
 @dataclass

@@ -93,7 +93,7 @@ def test_a_sampling_field_out_of_range_is_named_with_its_limit(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2}, {"n": True}, {"json_schema": 3}, {"regex": ""}, {"ebnf": ["root ::= 'a'"]}, {"stop_regex": "a"},
+        {"n": 0}, {"n": True}, {"json_schema": 3}, {"regex": ""}, {"ebnf": ["root ::= 'a'"]}, {"stop_regex": "a("},
         {"structural_tag": "x"}, {"custom_params": {}}, {"temprature": 0.5}, {"best_of": 2},
     ],
 )  # fmt: skip

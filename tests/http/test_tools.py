@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from tests.http.conftest import Running, running_server
+from tests.http.fake_engine import MARKED, byte_tokenizer
 
 ASK = [{"role": "user", "content": "Weather in Oslo and Rome?"}]
 TOOL = {
@@ -268,3 +269,35 @@ def test_a_server_that_reads_no_calls_refuses_tools() -> None:
         with pytest.raises(openai.BadRequestError) as refusal:
             ask(client)
         assert refusal.value.param == "tools"
+
+
+def test_several_answers_are_read_each_by_itself(server: Running, client: openai.OpenAI) -> None:
+    says(server, f"So.\n{CALL}", token_s=0.002)
+    choices = ask(client, n=2).choices
+    assert [len(choice.message.tool_calls) for choice in choices] == [1, 1]
+    assert choices[0].message.tool_calls[0].id != choices[1].message.tool_calls[0].id
+    told: dict[int, str] = {0: "", 1: ""}
+    for chunk in ask(client, n=2, stream=True):
+        choice = chunk.choices[0]
+        told[choice.index] += choice.delta.content or ""
+        told[choice.index] += "".join(piece.function.arguments for piece in choice.delta.tool_calls or [])
+    assert told == {0: 'So.{"city": "Oslo"}', 1: 'So.{"city": "Oslo"}'}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_session_goes_on_from_a_turn_with_calls(stream: bool) -> None:
+    with running_server(tokenizer=byte_tokenizer(MARKED)) as running, client_of(running) as client:
+        running.engine.context_tokens = ROOM_TOKENS
+        says(running, f"Let me see.\n{CALL}")
+        session = {"extra_body": {"session_id": "s"}}
+        if stream:
+            content, calls, _ = gathered(ask(client, stream=True, **session))
+            made = [{"id": call.pop("id"), "type": "function", "function": call} for call in calls]
+            said = {"role": "assistant", "content": content, "tool_calls": made}
+        else:
+            said = ask(client, **session).choices[0].message.model_dump(exclude_none=True)
+        result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "rain"}
+        says(running, "Rain.")
+        ask(client, messages=[*ASK, said, result], **session)
+        assert prompt_of(running) == ";user:<tool_response>\nrain\n</tool_response>;assistant:"
+        assert running.engine.submits()[-1].branch.parent == running.engine.submits()[0].rid

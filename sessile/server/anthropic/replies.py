@@ -13,7 +13,6 @@ from sessile.server.replies import Surface, error_content
 from sessile.server.stream import one_line
 from sessile.server.tools import parsed_arguments
 from sessile.text.answer.events import (
-    Answer,
     CallArguments,
     CallBegan,
     CallEnded,
@@ -33,7 +32,6 @@ class MessageReply:
         self._choice = choice
         self._max_tokens = max_tokens
         self._hides_thinking = hides_thinking
-        self._answer = Answer()
         self._common = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
 
     def whole(self) -> dict[str, Any]:
@@ -86,10 +84,7 @@ class MessageReply:
         yield _event({"type": "message_stop"})
 
     def _take(self) -> list[Event]:
-        events, _ = self._choice.take_answer()
-        for each in events:
-            self._answer.add(each)
-        return events
+        return self._choice.take_answer()[0]
 
     def _check_end(self) -> None:
         """An answer that was broken off is no answer: Anthropic has no reason for it to stop."""
@@ -121,11 +116,11 @@ class MessageReply:
             reason = "max_tokens" if reached else "model_context_window_exceeded"
         elif isinstance(done.matched, bytes):
             matched, reason = done.matched.decode(errors="replace"), "stop_sequence"
-        elif self._answer.calls:
+        elif self._choice.answer.calls:
             reason = "tool_use"
         end: dict[str, Any] = {"stop_reason": reason, "stop_sequence": matched}
-        if self._answer.failures:
-            end["tool_call_errors"] = call_errors(self._answer)
+        if self._choice.answer.failures:
+            end["tool_call_errors"] = call_errors(self._choice.answer)
         return end
 
     def _usage(self, done: Done) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sessile.server.openai_replies import Choice
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import to_sampling
 from sessile.server.stream import EventStream
-from sessile.server.tools import answer_format, bound_answer, seen_sampling
+from sessile.server.tools import reading_of
 
 
 def routes(service: Service) -> APIRouter:
@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
         hides = body.thinking is not None and body.thinking.display == "omitted"
         reply = MessageReply(choice, service.model_name, max_tokens=body.max_tokens, hides_thinking=hides)
         if body.stream:
-            return EventStream([choice.call], reply.events(), last=b"")
+            return EventStream([choice.call], reply.events(), end=b"")
         async with attended(request.receive, choice.call):
             choice.add(await choice.call.next())
             return JsonReply(reply.whole())
@@ -62,27 +62,27 @@ async def _prompt(service: Service, body: PromptBody) -> str:
 
 
 async def _choice(service: Service, caller: Caller, body: MessagesBody) -> Choice:
-    use = body.tool_use
-    form = answer_format(service.options, service.tokenizer, use)
     prompt = await _prompt(service, body)
-    grammar, form = bound_answer(use, form, service.tokenizer, prompt, body.grammar)
-    sampling = to_sampling(
-        body,
-        max_new_tokens=body.max_tokens,
-        min_new_tokens=None,
-        vocab_size=service.link.ready.vocab_size,
+    reading = reading_of(
+        service.options,
+        service.tokenizer,
+        body.tool_use,
+        prompt,
+        asked=body.grammar,
+        skips_special=body.skip_special_tokens,
     )
-    if body.skip_special_tokens is None:
-        sampling = seen_sampling(sampling, form, use, service.tokenizer)
     order = Order(
         tokens=await encode_text(service.tokenizer, prompt, add_special_tokens=False),
-        sampling=sampling,
+        sampling=to_sampling(
+            body,
+            max_new_tokens=body.max_tokens,
+            min_new_tokens=None,
+            vocab_size=service.link.ready.vocab_size,
+        ),
         tenant=caller.tenant,
         priority=body.priority or 0,
         rid=body.rid,
-        grammar=grammar,
         **body.wish,
     )
-    reader = form.reader(prompt, tool_names=use.names, is_parallel=use.is_parallel)
-    call = Call(service, order, whole=not body.stream)
-    return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim, reader=reader)
+    call = Call(service, reading.of(order), whole=not body.stream)
+    return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim, reader=reading.reader())

@@ -62,8 +62,9 @@ Event = Reasoning | Content | CallBegan | CallArguments | CallEnded | CallFailed
 
 @dataclass(slots=True)
 class ToolCall:
-    """A complete call. arguments: a JSON object as text, as the model wrote it."""
+    """A complete call. index: of its beginning. arguments: a JSON object as text, as the model wrote it."""
 
+    index: int
     name: str
     arguments: str = ""
 
@@ -85,8 +86,8 @@ class Answer:
                 self.reasoning += text
             case Content(text):
                 self.content += text
-            case CallBegan(_, name):
-                self._open = ToolCall(name)
+            case CallBegan(index, name):
+                self._open = ToolCall(index, name)
             case CallArguments(_, text):
                 assert self._open is not None, "arguments of a call that has not begun"
                 self._open.arguments += text
