@@ -28,6 +28,8 @@ from sessile.options import option
 from sessile.text.load import load_tokenizer
 from sessile.units import TokenId
 
+Times = npt.NDArray[np.float64]
+
 MASK_US, COMPILE_MS = 50.0, 100.0
 """Targets: of a mask, a row at the median; of compiling a schema, at the median."""
 
@@ -47,17 +49,17 @@ class GrammarTimes:
 
     prepare_s: float
     """What all grammars share, once."""
-    compile_ms: npt.NDArray[np.float64]
+    compile_ms: Times
     """Of each schema."""
-    mask_us: npt.NDArray[np.float64]
+    mask_us: Times
     """Of each mask, asked for by itself."""
-    step_us: npt.NDArray[np.float64]
+    step_us: Times
     """Of the masks of each step, asked for together, by its rows."""
-    draft_us: npt.NDArray[np.float64]
+    draft_us: Times
     """The same where each row has four drafts, of which the first is allowed, by rows."""
-    extend_us: npt.NDArray[np.float64]
+    extend_us: Times
     """Of telling one token, a row."""
-    host_us: npt.NDArray[np.float64]
+    host_us: Times
     """Of a whole step of the scheduler, masks included, by its rows: none of it overlaps with the device."""
 
 
@@ -83,7 +85,7 @@ def measured_grammars(options: GrammarBenchOptions) -> GrammarTimes:
     return GrammarTimes(prepare_s, np.array(compile_ms), *walk.times(), _host_us(grammars, facts, options))
 
 
-def _host_us(grammars: CompiledGrammars, facts: ModelFacts, options: GrammarBenchOptions) -> npt.NDArray[np.float64]:
+def _host_us(grammars: CompiledGrammars, facts: ModelFacts, options: GrammarBenchOptions) -> Times:
     """Host time of steps in which every row has a grammar, by rows, in µs; a null device picks what masks allow."""
     rows = options.rows
     limits = Limits(
@@ -122,9 +124,9 @@ class _Walk:
         self._steps = 0
         self._lines = [self._begin() for _ in range(rows)]
 
-    def times(self) -> list[npt.NDArray[np.float64]]:
+    def times(self) -> tuple[Times, Times, Times, Times]:
         """What was measured, in the order of GrammarTimes."""
-        return [np.array(times) for times in (self._mask_us, self._step_us, self._draft_us, self._extend_us)]
+        return np.array(self._mask_us), np.array(self._step_us), np.array(self._draft_us), np.array(self._extend_us)
 
     def step(self) -> None:
         """Masks for all rows, one by one or together by turns, then with drafts; then a token for each."""
@@ -191,7 +193,7 @@ def measure_grammars(options: GrammarBenchOptions) -> int:
     return 0 if all(met) else 1
 
 
-def _add(table: Table, name: str, values: npt.NDArray[np.float64], target: float | None) -> bool:
+def _add(table: Table, name: str, values: Times, target: float | None) -> bool:
     middle = float(np.median(values))
     shown = [name, f"{middle:.1f}", f"{np.percentile(values, 99):.1f}"]
     if target is None:

@@ -97,6 +97,7 @@ SCHEMAS: dict[str, Schema] = {
         "patternProperties": {"^k[0-9]$": _whole(0, 9)},
         "properties": {"id": _whole(1, 9)},
         "required": ["id"],
+        "maxProperties": 4,
         "additionalProperties": False,
     },
     "free values": _object(

@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field, model_validator
 from sessile.contract.messages import Grammar
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
 
+CHOICES_MAX = 1024
 SOURCE_CHARS_MAX = 131_072
 """Longest grammar that is sent on; the engine counts bytes."""
 
@@ -110,23 +111,72 @@ class ResponseFormat(Body):
         return Grammar("json_schema", schema_text(self.json_schema.given), "response_format.json_schema.schema")
 
 
+class StructuredOutputs(Body):
+    """structured_outputs of vLLM; one of its fields at most."""
+
+    given: Schema | None = Field(default=None, validation_alias=AliasChoices("json"))
+    regex: Source | None = None
+    grammar: Source | None = None
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=CHOICES_MAX)
+    """The output is one of these texts."""
+    json_object: bool | None = None
+
+    tolerated: ClassVar[Tolerated] = {
+        "structural_tag": (),
+        "disable_fallback": ANYTHING,
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+        "whitespace_pattern": (),
+    }
+
+    @model_validator(mode="after")
+    def _check_one_grammar(self) -> Self:
+        if sum([each is not None for each in (self.given, self.regex, self.grammar, self.choice)]) > 1:
+            raise field_fault("regex", "give one of json, regex, grammar and choice")
+        if self.choice is not None and not all(self.choice):
+            raise field_fault("choice", "no text may be empty")
+        if self.asked is not None:
+            _check_length(self.asked.field.rpartition(".")[2], self.asked.source)
+        return self
+
+    @property
+    def asked(self) -> Grammar | None:
+        """The grammar that they ask for."""
+        if self.given is not None:
+            return Grammar("json_schema", schema_text(self.given), "structured_outputs.json")
+        if self.regex is not None:
+            return Grammar("regex", self.regex, "structured_outputs.regex")
+        if self.grammar is not None:
+            return Grammar("ebnf", self.grammar, "structured_outputs.grammar")
+        if self.choice is not None:
+            texts = " | ".join([json.dumps(text, ensure_ascii=False) for text in self.choice])
+            return Grammar("lark", f"start: {texts}", "structured_outputs.choice")
+        return Grammar("json_object", "", "structured_outputs.json_object") if self.json_object else None
+
+
 class OpenAIGrammarFields(GrammarFields):
-    """Those of OpenAI's bodies: response_format, and SGLang's names beside it."""
+    """Those of OpenAI's bodies: response_format, and SGLang's and vLLM's names beside it."""
 
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _check_one_format(self) -> Self:
-        if self.response_format is not None and self.response_format.grammar is not None:
-            if (other := self.grammar_in()) is not None:
-                raise field_fault("response_format", f"give response_format or {other.field}, not both")
+        first, *others = [*self._asked(), None]
+        if first is not None and others[0] is not None:
+            name, other = (each.field.partition(".")[0] for each in (first, others[0]))
+            raise field_fault(name, f"give {name} or {other}, not both")
         return self
 
     @property
     def grammar(self) -> Grammar | None:
         """The grammar that the body asks for."""
+        return next(iter(self._asked()), None)
+
+    def _asked(self) -> list[Grammar]:
         formatted = None if self.response_format is None else self.response_format.grammar
-        return formatted or self.grammar_in()
+        structured = None if self.structured_outputs is None else self.structured_outputs.asked
+        return [grammar for grammar in (formatted, structured, self.grammar_in()) if grammar is not None]
 
 
 def schema_text(schema: str | dict[str, Any] | bool) -> str:

@@ -100,8 +100,31 @@ def test_sglangs_names_are_taken_at_the_top_of_openais_bodies(
 
 
 @pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"json": SCHEMA}, Grammar("json_schema", TEXT, "structured_outputs.json")),
+        ({"regex": "a+"}, Grammar("regex", "a+", "structured_outputs.regex")),
+        ({"grammar": "root ::= 'a'"}, Grammar("ebnf", "root ::= 'a'", "structured_outputs.grammar")),
+        ({"choice": ["ja", 'so "so"']}, Grammar("lark", 'start: "ja" | "so \\"so\\""', "structured_outputs.choice")),
+        ({"json_object": True}, Grammar("json_object", "", "structured_outputs.json_object")),
+        ({}, None),
+    ],
+)
+def test_vllms_structured_outputs_are_a_grammar(
+    server: Running, client: openai.OpenAI, fields: dict[str, Any], grammar: Grammar | None
+) -> None:
+    client.chat.completions.create(model="default", messages=HI, extra_body={"structured_outputs": fields})
+    assert sent(server) == grammar
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"colour": 1}}, "structured_outputs.colour"),
+        ({"structured_outputs": {"regex": "a"}, "ebnf": "b"}, "structured_outputs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "schema"),
@@ -132,6 +155,7 @@ def test_a_format_that_makes_no_sense_is_refused_with_its_param(
         ("/generate", {"text": "a", "sampling_params": {"ebnf": 'root ::= "aaa" ("b" | "cc")'}}, "aaa(b|cc)"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 99, "json_schema": {"enum": ["aaa", "bb"]}}, '"(aaa|bb)"'),
         ("/v1/completions", {"prompt": "a", "max_tokens": 99, "regex": "(yes|no)!!!"}, "(yes|no)!!!"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["on", 'o"f']}}, 'on|o"f'),
     ],
 )
 def test_what_is_said_has_the_form_and_stops(following: Running, route: str, body: Any, form: str) -> None:
