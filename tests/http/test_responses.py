@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from sessile.core.limits import TenantPolicy
 from tests.http.conftest import Running, ring_of, running_server
 from tests.http.fake_engine import MARKED, byte_tokenizer
 from tests.http.toy_engine import ToyEngine
@@ -336,6 +337,18 @@ def test_what_is_kept_is_bounded_and_forgotten_when_idle() -> None:
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(made[4].id)
         toy.wait_until(lambda: toy.client.get("/v1/sessions").json()["total"] == 0)
+
+
+def test_responses_are_answered_though_no_session_is_left_for_them() -> None:
+    engine = partial(ToyEngine, pages=900, page_size=16, tenants=(TenantPolicy("acme", sessions_max=2),))
+    with (
+        running_server(engine, tokenizer=byte_tokenizer(MARKED), key_ring=ring_of(acme="user")) as toy,
+        openai.OpenAI(base_url=f"{toy.url}/v1", api_key="acme-key", max_retries=0) as client,
+    ):
+        made = [client.responses.create(**SETTINGS, input=f"Number {index}") for index in range(4)]
+        last = client.responses.create(**SETTINGS, input="More", previous_response_id=made[3].id)
+        text = f"user:Number 3;assistant:{made[3].output_text};user:More;assistant:"
+        assert last.usage.input_tokens == len(text.encode())
 
 
 def test_a_session_that_was_closed_costs_its_responses_their_kv_alone(toy: Running, client: openai.OpenAI) -> None:
