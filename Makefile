@@ -16,7 +16,7 @@ GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_m
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 
-.PHONY: help chat serve doctor compile bench test check sim mutants soak grammar-check parity gpu-check gpu-bench clean
+.PHONY: help chat serve doctor compile bench test check docs sim mutants soak grammar-check parity gpu-check gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,10 @@ check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	echo "tidy rules, exports, docs (pytest)"; \
 	$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py || failed+=" tidy"; \
 	if [[ $$failed ]]; then echo "make check failed:$$failed"; exit 1; fi; echo "make check: all good"
+
+# The theme would announce its successor at every build. To search the site: python3 -m http.server -d build/site
+docs: $(DEVELOPMENT) ## build the documentation as a site, build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --strict $(ARGS)
 
 sim: $(RUNTIME) ## torment the scheduler in the simulator: make sim ARGS="--seeds 300 --steps 1000"
 	@$(PYTHON_VENV) -m sessile.sim $(ARGS)

@@ -52,8 +52,7 @@ class Admitter:
             source: Request | None = None
             if request.group >= 0:
                 source = books.groups.source_of(request, books.rows, planned.bound)
-                if source is None and books.groups.leader_of(request) is not None:
-                    books.marks[Mark.LEADER_AWAITED] += 1
+                if source is None and self._waits_for_leader(request):
                     continue
             match = self._match(request)
             if match is not None and source is None and self._waits_for_prefix(request, match):
@@ -128,6 +127,20 @@ class Admitter:
             return False
         request.share_waits += 1
         books.marks[Mark.SHARE_WAITED] += 1
+        return True
+
+    def _waits_for_leader(self, request: Request) -> bool:
+        """Whether another one of the group is computing what this one would compute: it runs, so the wait ends."""
+        books = self._books
+        leader = books.groups.leader_of(request)
+        if leader is None:
+            return False
+        if leader.goal_tokens <= leader.prompt_tokens + 1:
+            # It ends with its prompt, when there is nothing left to copy from: its full pages are all that it gives.
+            match = self._match(request)
+            if match is None or match.pages >= (request.prompt_tokens - 1) // books.limits.page_size:
+                return False
+        books.marks[Mark.LEADER_AWAITED] += 1
         return True
 
     def _admit_one(

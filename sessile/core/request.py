@@ -115,8 +115,7 @@ class Request:
         constraint: GrammarLine | None = None,
     ) -> None:  # fmt: skip
         sampling = message.sampling
-        self.key = message.key
-        self.group = message.group
+        self.key, self.group = message.key, message.group
         self.session = session
         self.tenant = tenant
         self.rid = message.rid if session is not None and not message.rid_drawn else ""

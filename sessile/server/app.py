@@ -41,6 +41,7 @@ def create_app(
     app.state.service = service
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)
     for module in (generate, openai, responses, anthropic, sessions, corpora_routes, operations):
-        app.include_router(module.routes(service))
+        surface = module.__name__.removeprefix("sessile.server.").removesuffix(".routes")
+        app.include_router(module.routes(service), tags=[surface])
     add_error_replies(app)
     return app

@@ -38,22 +38,35 @@ class SamplingFields(Body):
     """What all surfaces have in common. null means: not given."""
 
     temperature: float | None = Field(default=None, ge=0, le=100)
+    """0 always takes the likeliest token; 1 if not given."""
     top_p: float | None = Field(default=None, gt=0, le=1)
+    """Choose among the likeliest tokens that have this share of the probability together."""
     top_k: int | None = Field(default=None, ge=-1, le=COUNT_MAX)
+    """Choose among so many likeliest tokens; 0 and -1: among all."""
     min_p: float | None = Field(default=None, ge=0, le=1)
+    """Choose among tokens at least so likely as this share of the likeliest one's probability."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Taken from the score of a token for each time that it has been said."""
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Taken from the score of a token that has been said at all."""
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    """Divides the score of what prompt or output have said; 1 is none."""
     seed: int | None = Field(
         default=None, ge=-(1 << 63), lt=1 << 64, validation_alias=AliasChoices("seed", "sampling_seed")
     )
+    """The same seed gives the same output, whatever else runs; the server draws one if it is not given."""
     logit_bias: Biases | None = None
+    """Added to the score of a token, by its id."""
     stop: Stops | None = None
+    """Strings that end the output; its text ends before them."""
     stop_regex: Stops | None = None
-    """Patterns that end an output with the token in which a match ends; it is part of the text (docs/HTTP.md)."""
+    """Patterns that end the output with the token in which a match ends; unlike a stop string it stays in the text."""
     stop_token_ids: list[int] | None = Field(default=None, max_length=LISTED_TOKENS_MAX)
+    """Tokens that end the output, beside the model's own."""
     ignore_eos: bool | None = None
+    """Go on after the model's end of sequence."""
     skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text; true if not given."""
     no_stop_trim: bool | None = None
 
     stop_field: ClassVar[str] = "stop"

@@ -156,6 +156,20 @@ def test_a_session_that_was_closed_begins_anew(toy: Running, client: openai.Open
         assert http.get("/v1/sessions/i").json()["turns"] == 1
 
 
+def test_a_session_that_nobody_uses_is_closed_and_begins_anew() -> None:
+    engine = partial(ToyEngine, pages=400, page_size=16)
+    with (
+        running_server(engine, tokenizer=byte_tokenizer(MARKED), dialogue_idle_timeout_s=1.0) as toy,
+        openai.OpenAI(base_url=f"{toy.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        chat = Chat(client, "o")
+        chat.say()
+        toy.wait_until(lambda: toy.client.get("/v1/sessions").json()["total"] == 0)
+        text = "".join(f"{message['role']}:{message['content']};" for message in chat.messages)
+        assert chat.say("Still there?").usage.prompt_tokens == len(f"{text}user:Still there?;assistant:".encode())
+        assert toy.client.get("/v1/sessions/o").json()["turns"] == 1
+
+
 def test_a_branching_session_that_its_client_opened_is_gone_on_with(toy: Running, client: openai.OpenAI) -> None:
     with toy.as_tenant("acme") as http:
         assert http.post("/v1/sessions", json={"id": "j", "branching": True}).status_code == 200

@@ -150,7 +150,8 @@ def test_sampling_fields_of_other_servers_work_too(server: Running, client: open
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2}, {"tool_choice": "required"}, {"audio": {}}, {"prediction": {}},
+        {"n": 0}, {"n": 129}, {"best_of": 3, "n": 2}, {"stop_regex": "a("}, {"session_id": "a b"},
+        {"tool_choice": "required"}, {"audio": {}}, {"prediction": {}},
         {"modalities": ["audio"]}, {"reasoning_effort": "high"},
         {"temperature": -1}, {"top_logprobs": 2}, {"logit_bias": {"999": 1}}, {"max_completion_tokens": -1},
         {"stream_options": {}},

@@ -73,10 +73,11 @@ def test_h29_a_leader_goes_on_writing_behind_what_was_copied() -> None:
 
 def test_a_leader_that_ends_with_its_prompt_leaves_less_than_a_page_to_compute() -> None:
     stage = staged(16)
-    send(stage, range(1, 4), max_new_tokens=1)
+    send(stage, range(1, 9), max_new_tokens=1)
     stage.run()
-    assert [stage.done[key].cached_tokens for key in (1, 2, 3)] == [0, 32, 32]
-    assert [stage.output[key] for key in (1, 2, 3)] == 3 * [expected(PROMPT, 1)]
+    assert [stage.done[key].cached_tokens for key in range(1, 9)] == [0] + 7 * [32]
+    assert [stage.output[key] for key in range(1, 9)] == 8 * [expected(PROMPT, 1)]
+    assert len(stage.plans) == 2, "nobody waits for what nobody can give"
 
 
 def test_h26_a_group_that_is_preempted_says_the_same() -> None:

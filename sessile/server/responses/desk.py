@@ -4,7 +4,7 @@ import asyncio
 import logging
 import uuid
 
-from sessile.errors import InvalidRequest, NotFound, UserError
+from sessile.errors import InvalidRequest, LimitReached, NotFound, UserError
 from sessile.server.calls import DISCONNECTED, Call, Order, Service
 from sessile.server.dialogues import Dialogue, Place
 from sessile.server.keys import Caller
@@ -175,18 +175,26 @@ class Desk:
         self, record: ResponseRecord, previous: ResponseRecord | None, conversation: Conversation | None
     ) -> Dialogue | None:
         """Whose turn the response is; a new dialogue if there is none and its turn is to be kept."""
-        dialogues = self._service.dialogues
         if conversation is not None:
             if conversation.dialogue is None or not conversation.dialogue.is_open:
                 # A session that was closed may take a while to be gone, so the next one has another name.
                 name = conversation.id if conversation.dialogue is None else f"{conversation.id}.{record.id[-8:]}"
-                conversation.dialogue = await dialogues.fresh(conversation.tenant, name)
+                conversation.dialogue = await self._fresh(conversation.tenant, name)
             return conversation.dialogue
         if previous is not None and previous.dialogue is not None and previous.dialogue.is_open:
             return previous.dialogue
         if record.body.store is False:
             return None
-        return await dialogues.fresh(record.tenant, record.id)
+        return await self._fresh(record.tenant, record.id)
+
+    async def _fresh(self, tenant: str, name: str) -> Dialogue | None:
+        """A new dialogue; None where the tenant has as many sessions as it may: then all messages are sent."""
+        try:
+            return await self._service.dialogues.fresh(tenant, name)
+        except UserError as error:
+            if error.status != LimitReached.status:
+                raise
+            return None
 
     def _end(self, record: ResponseRecord, place: Place, choice: Choice, conversation: Conversation | None) -> None:
         """The call was left: what is to stay stays, and whoever waits is told."""
