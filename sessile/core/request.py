@@ -116,8 +116,7 @@ class Request:
     ) -> None:  # fmt: skip
         sampling = message.sampling
         self.key, self.group = message.key, message.group
-        self.session = session
-        self.tenant = tenant
+        self.session, self.tenant = session, tenant
         self.rid = message.rid if session is not None and not message.rid_drawn else ""
         self.input = message.tokens if self.rid else b""
         """What a turn that a client named was sent with, to know it again."""
