@@ -16,7 +16,7 @@ GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_m
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 
-.PHONY: help chat serve doctor compile bench test check docs sim mutants soak grammar-check parity gpu-check gpu-bench clean
+.PHONY: help chat serve doctor compile bench test check docs sim mutants soak grammars parity gpu-check gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -65,7 +65,7 @@ mutants: $(RUNTIME) ## plant faults in the scheduler; the simulator must catch e
 soak: $(RUNTIME) ## torment a server over HTTP for half an hour: make soak ARGS="--minutes 5"
 	@$(PYTHON_VENV) scripts/soak.py $(ARGS)
 
-grammar-check: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty schemas: make grammar-check ARGS="--rounds 1"
+grammars: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty schemas: make grammars ARGS="--rounds 1"
 	@$(PYTHON_VENV) scripts/grammar_check.py $(ARGS)
 
 parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)

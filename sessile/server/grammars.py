@@ -158,14 +158,15 @@ class OpenAIGrammarFields(GrammarFields):
     """Those of OpenAI's bodies: response_format, and SGLang's and vLLM's names beside it."""
 
     response_format: ResponseFormat | None = None
+    """The form of the output, as OpenAI has it: text, any JSON object, or JSON under a schema."""
     structured_outputs: StructuredOutputs | None = None
+    """The form of the output, as vLLM has it."""
 
     @model_validator(mode="after")
     def _check_one_format(self) -> Self:
-        first, *others = [*self._asked(), None]
-        if first is not None and others[0] is not None:
-            name, other = (each.field.partition(".")[0] for each in (first, others[0]))
-            raise field_fault(name, f"give {name} or {other}, not both")
+        names = [grammar.field.partition(".")[0] for grammar in self._asked()]
+        if len(names) > 1:
+            raise field_fault(names[0], f"give {names[0]} or {names[1]}, not both")
         return self
 
     @property
