@@ -39,6 +39,8 @@ class SamplingParams(TypedDict, total=False):
     """Before so many, no end of sequence and no stop."""
     stop: str | Sequence[str]
     """Strings that end the output; the text ends before them."""
+    stop_regex: str | Sequence[str]
+    """Patterns that end the output where one matches, in the subset that docs/HTTP.md describes; the match stays."""
     stop_token_ids: Sequence[int]
     """Tokens that end the output, beside the model's own."""
     ignore_eos: bool

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.contract.corpora import CorpusOperation, CorpusUses
+from sessile.contract.patterns import StopPattern
 from sessile.contract.pool import PoolView
 
 
@@ -48,6 +49,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Before this many output tokens neither end-of-sequence nor stop tokens are sampled; stop strings wait too."""
     stop: tuple[bytes, ...] = ()
     """Stop strings as UTF-8. Matched on the bytes of the output (special tokens count as nothing when skipped)."""
+    stop_patterns: tuple[StopPattern, ...] = ()
+    """Patterns on the same bytes; the output ends with the token in which a match ends, and keeps it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -58,12 +61,14 @@ class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: "json_schema" (source: a schema as JSON), "json_object" (any object; source is empty), "regex" (of the whole
     output), "ebnf" (GBNF or Lark, from `root` or `start` on), or "lark" (Lark as llguidance has it, special tokens
-    included). field: the field of the request that it came from, to be named if it is refused.
+    included). field: the field of the request that it came from, to be named if it is refused. lead: of "json_schema"
+    and "json_object": the rule `lead` and those it needs, in Lark, of what stands before the JSON, as reasoning does.
     """
 
     kind: str
     source: str
     field: str = ""
+    lead: str = ""
 
 
 class Branch(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -89,6 +94,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     """Who asks: sessions are found, limits counted, prefixes shared and steps divided by tenant."""
     priority: int = 0
     """Higher goes first among the tenant's own requests."""
+    group: int = -1
+    """-1, or what requests in flight with the same prompt have in common, a number as keys are: one computes it."""
     session: str | None = None
     rid: str = ""
     """With a session, the name of this turn: the same name again within the last turn repeats its reply."""
@@ -223,6 +230,18 @@ class RestoreSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, 
     """Of a branching session, which has no single history: its turns, each behind its parent."""
 
 
+class DropTurn(msgspec.Struct, frozen=True, tag=True):
+    """Forget one finished turn of a branching session; what goes on from it stays as it is.
+
+    Reply: Outcome {}. 404 for an unknown session or turn, 400 in a streaming session, 409 while the turn is in flight.
+    """
+
+    op: int
+    session: str
+    rid: str
+    tenant: str = ""
+
+
 class GetSession(msgspec.Struct, frozen=True, tag=True):
     """Reply: SessionView, or 404."""
 
@@ -282,6 +301,7 @@ ToEngine = (
     | ForkSession
     | RewindSession
     | RestoreSession
+    | DropTurn
     | GetSession
     | ListSessions
     | SessionTokens
@@ -308,7 +328,7 @@ class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=Tr
     reason: str
     """"stop", "length", "abort" (cancelled, disconnected, session closed) or "error" (refused or failed)."""
     matched: int | bytes | None = None
-    """What stopped it: token id or stop string."""
+    """What stopped it: token id, stop string or pattern."""
     kept_bytes: int = -1
     """With a stop string: bytes of output before the match (counted as the matcher saw them); else -1."""
     prompt_tokens: int = 0
@@ -410,7 +430,7 @@ class SessionGone(msgspec.Struct, frozen=True):
 
     session: str
     reason: str
-    """"expired" or "closed"."""
+    """"expired" or "closed"; "lost" with an engine, which the server says to itself."""
     tenant: str = ""
 
 

@@ -17,6 +17,7 @@ from sessile.contract.model import ModelFacts
 from sessile.core.admission import Forecast
 from sessile.core.effects import Effects
 from sessile.core.events import EventRing
+from sessile.core.groups import Groups
 from sessile.core.ledger import QUARANTINE, Lease, PageLedger
 from sessile.core.limits import Limits
 from sessile.core.line import WaitingLine
@@ -78,6 +79,7 @@ class Books:
         self.rows: RowTable[Request] = RowTable(limits.rows_max)
         self.requests: dict[int, Request] = {}
         """By key, from submission until Done."""
+        self.groups = Groups()
         self.sessions: dict[SessionKey, Session] = {}
         self.node_count = 0
         """Turns of branching sessions, finished or in flight: each holds a history and maybe KV."""

@@ -56,6 +56,7 @@ def end_request(
         remember(books, request)
     _send(books, request, done, commits)
     del books.requests[request.key]
+    books.groups.leave(request)
     books.tenants.leave(request.tenant, request.input_tokens)
     if reason in COMMITS:
         books.forecast.finished(request.output_tokens, request.goal_tokens - request.prompt_tokens)
@@ -158,6 +159,15 @@ def discard_turns(books: Books, session: Session, origin: Session | None) -> Non
             end_request(books, books.requests[node.turn], "abort", message="replaced by another turn")
         else:
             _discard(books, node)
+
+
+def drop_turn(books: Books, node: Session) -> None:
+    """Forget one finished turn of a branching session. Its children have all of its tokens: they go on from above."""
+    assert node.root is not None
+    for child in node.root.nodes.values():
+        if child.parent is node:
+            child.parent = node.parent
+    _discard(books, node)
 
 
 def _descends(node: Session, origin: Session) -> bool:

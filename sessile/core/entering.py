@@ -43,6 +43,8 @@ def enter_plain(books: Books, message: Submit) -> None:
     if not message.tokens:
         raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
     tenant = books.tenants.named(message.tenant)
+    if message.group >= 0:
+        books.groups.check(message, tenant)
     goal = _goal(books, message, tenant, 0, message.tokens, books.limits.context_tokens)
     drafts, constraint = drafts_of(books, message, tenant), constraint_of(books, message)
     _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, drafts, constraint, None)
@@ -50,6 +52,8 @@ def enter_plain(books: Books, message: Submit) -> None:
 
 def enter_turn(books: Books, message: Submit, session: Session) -> None:
     """Put the next turn of a session into the line. Raises UserError, with nothing changed."""
+    if message.group >= 0:
+        books.groups.check(message, session.tenant)
     if session.closing:
         raise SessionClosed(f"session {session.id!r}: close was requested", param="session_params.id")
     if session.branching:
@@ -441,6 +445,7 @@ def _enter(
     books.arrivals += 1
     request.arrival = books.arrivals
     books.requests[request.key] = request
+    books.groups.enter(request)
     books.tenants.enter(tenant, request.input_tokens)
     books.enqueue(request)
     return request

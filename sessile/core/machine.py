@@ -15,6 +15,7 @@ from sessile.contract.messages import (
     CancelAll,
     CloseSession,
     Done,
+    DropTurn,
     Flush,
     ForkSession,
     GetPool,
@@ -44,7 +45,7 @@ from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
 from sessile.core.cold import or_cold
 from sessile.core.containment import abandon_plan, guarded
-from sessile.core.ending import close_session, end_request
+from sessile.core.ending import close_session, drop_turn, end_request
 from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session, restore_as_asked
 from sessile.core.forking import fork_session, rewind_session
 from sessile.core.limits import Limits
@@ -105,6 +106,8 @@ class Machine:
                     self._reply(message.op, self.rewind(message))
                 case RestoreSession():
                     self._reply(message.op, self.restore(message))
+                case DropTurn():
+                    self._reply(message.op, self.drop_turn(message))
                 case GetSession():
                     session = self._session(message.tenant, message.session)
                     self._reply(message.op, views.session_view(self._books, session))
@@ -186,6 +189,19 @@ class Machine:
             raise InvalidRequest("give to_tokens or to_turn", param="to_tokens")
         rewind_session(self._books, session, self._place(session, message.to_tokens, message.to_turn, "to"))
         return views.session_view(self._books, session)
+
+    def drop_turn(self, message: DropTurn) -> Outcome:
+        """Forget a finished turn of a branching session. Raises UserError, with nothing changed."""
+        session = self._session(message.tenant, message.session)
+        if not session.branching:
+            raise InvalidRequest(f"session {session.id!r} is a streaming session: rewind it to drop turns")
+        node = session.nodes.get(message.rid)
+        if node is None:
+            raise NotFound(f"session {session.id!r} has no turn {message.rid!r}")
+        if node.turn is not None:
+            raise SessionBusy(f"turn {message.rid!r} has not finished. Wait for it, or abort it.")
+        drop_turn(self._books, node)
+        return Outcome({})
 
     def _idle_session(self, tenant: str, session_id: str) -> Session:
         """A streaming session that may be forked or rewound now."""

@@ -22,6 +22,8 @@ class Mark(StrEnum):
     COPIED = "the head of a page copied for a fork or rewind"
     NOT_COPIED = "no page free to copy to, or the source still written"
     SHARE_WAITED = "an admission waited for a prefix that is being computed"
+    LEADER_AWAITED = "an admission waited for another one of its group to compute their prompt"
+    LEADER_COPIED = "less than a page of a prompt copied from another one of the group"
     OVERTAKEN = "a later request admitted before one that did not fit"
     OVERTAKEN_ENOUGH = "a request went first because it was overtaken too often"
     ROW_GONE = "a row ended between the early and the late part of a plan"

@@ -44,7 +44,8 @@ class Planned:
     """
 
     __slots__ = (
-        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "is_counted", "is_short", "late",
+        "bound", "decodes", "draft_caps", "followers", "grown", "grown_pages", "grown_slots", "is_counted", "is_short",
+        "late",
         "leases", "owed", "owed_pages", "parts", "runs", "sampling", "step", "tokens",
     )  # fmt: skip
 
@@ -63,6 +64,8 @@ class Planned:
         self.owed: list[int] = []
         """Pages promised to each of `bound`, drawn together at the end of admission."""
         self.owed_pages = 0
+        self.followers: list[tuple[Request, Request]] = []
+        """Those of `bound` whose first own page begins as a copy of another one's of their group: (request, other)."""
         self.runs: list[tuple[int, int, array[int]]] = []
         """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
         self.grown = NO_ROWS

@@ -13,7 +13,7 @@ from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
 from sessile.core.rows import STOP_COLUMNS, pack_row
 from sessile.core.session import Session, StoredReply
-from sessile.core.stop import StopMatcher
+from sessile.core.stop import PatternMatcher, StopMatcher
 from sessile.core.tenants import Tenant
 from sessile.units import RowId
 
@@ -71,6 +71,7 @@ class Request:
         "delta",
         "drafts",
         "goal_tokens",
+        "group",
         "input",
         "key",
         "lease",
@@ -78,6 +79,7 @@ class Request:
         "matcher",
         "output",
         "overtaken",
+        "patterns",
         "penalised",
         "phase",
         "pin",
@@ -113,9 +115,8 @@ class Request:
         constraint: GrammarLine | None = None,
     ) -> None:  # fmt: skip
         sampling = message.sampling
-        self.key = message.key
-        self.session = session
-        self.tenant = tenant
+        self.key, self.group = message.key, message.group
+        self.session, self.tenant = session, tenant
         self.rid = message.rid if session is not None and not message.rid_drawn else ""
         self.input = message.tokens if self.rid else b""
         """What a turn that a client named was sent with, to know it again."""
@@ -140,6 +141,7 @@ class Request:
         """Whether the device changes logits for it."""
         self.stop_ids = stop_ids
         self.matcher: StopMatcher | None = StopMatcher(sampling.stop) if sampling.stop else None
+        self.patterns = PatternMatcher(sampling.stop_patterns) if sampling.stop_patterns else None
         self.logprobs = message.logprobs
         self.scores_from = message.prompt_logprobs_from
         self.scored_tokens = 0
@@ -167,6 +169,7 @@ class Request:
         self.drafts, self.constraint = drafts, constraint
         self.slow = (
             self.matcher is not None
+            or self.patterns is not None
             or self.logprobs >= 0
             or sampling.min_new_tokens > 0
             or len(stop_ids) > STOP_COLUMNS

@@ -241,16 +241,21 @@ def _emit(
         kept += 1
         # Up to min_new_tokens nothing but the length ends the output.
         may_stop = request.output_tokens > request.sampling.min_new_tokens
+        pattern: bytes | None = None
         if request.matcher is not None:
             text = _text(books, request, token)
             if may_stop:
                 found = request.matcher.feed(text)
             else:
                 request.matcher.skip(text)
+        if request.patterns is not None and may_stop:
+            pattern = request.patterns.feed(_text(books, request, token))
         if may_stop and token in request.stop_ids:
             reason, matched = "stop", token
         elif found is not None:
             reason, matched = "stop", found.stop
+        elif pattern is not None:
+            reason, matched = "stop", pattern
         elif request.known_tokens >= request.goal_tokens:
             reason = "length"
         if reason:

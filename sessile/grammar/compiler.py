@@ -132,12 +132,12 @@ def _translated(grammar: Grammar, field: str) -> str:
     """The grammar in llguidance's own form. Raises InvalidRequest."""
     match grammar.kind:
         case "json_object":
-            return _from_schema(ANY_OBJECT)
+            return _behind(grammar.lead, ANY_OBJECT)
         case "json_schema":
             schema = checked_schema(grammar.source, field)
             if schema is False:
                 raise InvalidRequest(f"{field}: at #: nothing is valid under false", param=field)
-            return _from_schema("{}" if schema is True else grammar.source)
+            return _behind(grammar.lead, "{}" if schema is True else grammar.source)
         case "regex":
             if least_length(grammar.source) > FORCED_CHARS_MAX:
                 raise InvalidRequest(f"{field}: it asks for more than {FORCED_CHARS_MAX} characters", param=field)
@@ -151,6 +151,14 @@ def _translated(grammar: Grammar, field: str) -> str:
                 raise InvalidRequest(f"{field}: {_shortened(reason)}", param=field) from None
         case kind:
             raise InvalidRequest(f"{field}: there is no kind of grammar called {kind!r}", param=field)
+
+
+def _behind(lead: str, source: str) -> str:
+    """A schema's JSON, behind what the rules of a lead say."""
+    if not lead:
+        return _from_schema(source)
+    schema = json.dumps({**json.loads(source), "x-guidance": _JSON_OPTIONS})
+    return LLMatcher.grammar_from_lark(f"start: lead json\njson: %json {schema}\n{lead}")
 
 
 def _from_schema(source: str) -> str:

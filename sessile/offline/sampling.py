@@ -12,7 +12,9 @@ from typing import Any
 
 from sessile.completion import GenerateFields
 from sessile.contract.messages import Grammar, Sampling
+from sessile.contract.patterns import StopPattern
 from sessile.errors import InvalidRequest
+from sessile.text.patterns import compile_pattern
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing logits by it would overflow."""
@@ -21,6 +23,7 @@ LOGPROBS_MAX = 20
 MAX_NEW_TOKENS = 128
 """Where none is given."""
 STOPS_MAX = 64
+PATTERNS_MAX = 8
 STOP_BYTES_MAX = 1024
 LISTED_TOKENS_MAX = 1024
 GRAMMAR_CHARS_MAX = 131_072
@@ -89,6 +92,7 @@ def wish_of(keywords: GenerateFields, vocab_size: int) -> Wish:
     temperature = given.get("temperature", 1.0)
     seed = given.get("seed")
     plain = ("top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+    floats: dict[str, Any] = {name: float(given[name]) for name in plain if name in given}
     sampling = Sampling(
         seed=secrets.randbits(64) if seed is None else seed % (1 << 64),
         temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
@@ -97,10 +101,11 @@ def wish_of(keywords: GenerateFields, vocab_size: int) -> Wish:
         max_new_tokens=most,
         min_new_tokens=least,
         stop=_stops(given.get("stop", ())),
+        stop_patterns=_patterns(given.get("stop_regex", ())),
         stop_token_ids=_listed("stop_token_ids", given.get("stop_token_ids", ()), vocab_size),
         ignore_eos=given.get("ignore_eos", False),
         skip_special_tokens=given.get("skip_special_tokens", True),
-        **{name: float(given[name]) for name in plain if name in given},
+        **floats,
     )
     return Wish(
         sampling,
@@ -149,6 +154,16 @@ def _stops(stop: str | Sequence[str]) -> tuple[bytes, ...]:
     if any(not 1 <= len(string) <= STOP_BYTES_MAX for string in encoded):
         raise _fault("stop", f"each string must be of 1 to {STOP_BYTES_MAX} bytes")
     return encoded
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[StopPattern, ...]:
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, list | tuple) or any(not isinstance(pattern, str) for pattern in patterns):
+        raise _fault("stop_regex", "must be a string or a list of strings")
+    asked = [pattern for pattern in patterns if pattern]
+    if len(asked) > PATTERNS_MAX:
+        raise _fault("stop_regex", f"at most {PATTERNS_MAX} patterns")
+    return tuple(compile_pattern(pattern, param="stop_regex") for pattern in asked)
 
 
 def _listed(name: str, tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:

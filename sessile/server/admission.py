@@ -10,7 +10,7 @@ from sessile.errors import LimitReached
 from sessile.server.calls import Service
 from sessile.server.replies import Surface, error_reply
 
-GENERATING = frozenset({"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"})
+GENERATING = frozenset({"/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"})
 """Paths whose requests wait for rows."""
 
 

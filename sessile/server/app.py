@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sessile import __version__
 from sessile.server import generate, openai, operations, sessions
 from sessile.server.admission import Admission
+from sessile.server.anthropic import routes as anthropic
 from sessile.server.auth import authenticate
 from sessile.server.body import BodyLimit
 from sessile.server.calls import Service
@@ -20,6 +21,7 @@ from sessile.server.link import EngineLink
 from sessile.server.listening import allowed_origins
 from sessile.server.replies import add_error_replies
 from sessile.server.request_ids import RequestIds
+from sessile.server.responses import routes as responses
 from sessile.server.supervision import Supervisor
 from sessile.server.tracing import TraceContext, Tracing
 from sessile.text.tokenizer import Tokenizer
@@ -47,7 +49,7 @@ def create_app(
     app.state.service = service
     app.add_middleware(Admission, service=service)
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)
-    for module in (generate, openai, sessions, corpora_routes, operations):
+    for module in (generate, openai, responses, anthropic, sessions, corpora_routes, operations):
         surface = module.__name__.removeprefix("sessile.server.").removesuffix(".routes")
         app.include_router(module.routes(service), tags=[surface])
     add_error_replies(app)

@@ -72,7 +72,11 @@ def _refuse_foreign_pages(request: Request, origins: frozenset[str]) -> None:
 
 
 def _bearer(request: Request) -> str:
+    """The key of the request: as OpenAI's clients send it, or as Anthropic's do."""
+    own = request.headers.get("x-api-key", "").strip()
+    if own and "authorization" not in request.headers:
+        return own
     scheme, _, key = request.headers.get("authorization", "").strip().partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        raise Unauthenticated("a key is required: send the header Authorization: Bearer KEY")
+        raise Unauthenticated("a key is required: send the header Authorization: Bearer KEY, or x-api-key: KEY")
     return key.strip()

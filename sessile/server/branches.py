@@ -42,6 +42,8 @@ class Branches:
         self.bytes = 0
         """What all nodes count as."""
         self._nodes: dict[str, Node] = {}
+        self._dropped: dict[str, Node] = {}
+        """Turns that were dropped one by one while others were in flight, which may go on from them."""
 
     def __contains__(self, rid: str) -> bool:
         return rid in self._nodes
@@ -62,13 +64,30 @@ class Branches:
             if (node := self._nodes.pop(rid, None)) is not None:
                 self.bytes -= node.bytes
 
+    def drop_one(self, rid: str) -> None:
+        """Forget one turn; those that went on from it have all of its tokens, and go on from above."""
+        node = self._nodes.pop(rid, None)
+        if node is None:
+            return
+        self.bytes -= node.bytes
+        self._dropped[rid] = node
+        for child in self._nodes.values():
+            if child.parent is node:
+                self.bytes -= child.bytes
+                _go_on_from_above(child, node)
+                self.bytes += child.bytes
+
+    def forget_dropped(self) -> None:
+        """Nothing is in flight that may go on from a turn that was dropped."""
+        self._dropped.clear()
+
     def commit(
         self, number: int, submit: Submit, output: bytes, done: Done, bos_id: int | None, told: CommittedTurn | None
     ) -> bool:
         """Add the turn that has ended; False if that cannot be what the engine has."""
         assert submit.rid not in self._nodes
         branch = submit.branch or Branch()
-        parent = None if branch.parent is None else self._nodes.get(branch.parent)
+        parent = self._nodes.get(branch.parent or "") or self._dropped.get(branch.parent or "")
         base_tokens = _origin(parent, branch)
         tokens = submit.tokens
         if base_tokens and bos_id is not None and tokens.startswith(bos_id.to_bytes(TOKEN_BYTES, "little")):
@@ -78,6 +97,8 @@ class Branches:
         node = Node(number, submit.rid, parent, base_tokens, tokens + output, done.prompt_tokens, told)
         if node.length != done.session_tokens:
             return False
+        while (above := node.parent) is not None and self._nodes.get(above.rid) is not above:
+            _go_on_from_above(node, above)
         self._nodes[submit.rid] = node
         self.bytes += node.bytes
         return True
@@ -93,6 +114,16 @@ def _origin(parent: Node | None, branch: Branch) -> int:
         return 0
     length = parent.input_end if branch.drop_previous_output else parent.length
     return length if not branch.offset else branch.offset if branch.offset > 0 else length + branch.offset
+
+
+def _go_on_from_above(child: Node, node: Node) -> None:
+    """Take a node out from between a child and its own parent."""
+    assert child.parent is node
+    if child.base_tokens > node.base_tokens:
+        taken = (child.base_tokens - node.base_tokens) * TOKEN_BYTES
+        child.tokens = node.tokens[:taken] + child.tokens
+        child.base_tokens = node.base_tokens
+    child.parent = node.parent
 
 
 def _descends(node: Node, origin: Node) -> bool:

@@ -6,16 +6,18 @@ free again, its latencies are counted and its line is logged. There is no other 
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 from starlette.types import Receive
 
 from sessile import __version__
@@ -23,6 +25,7 @@ from sessile.contract.messages import Branch, Done, Grammar, Sampling, Submit, p
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.store import CorpusStore
+from sessile.server.dialogues import Dialogues
 from sessile.server.keys import KeyRing
 from sessile.server.link import Arrival, EngineLink, Stream
 from sessile.server.listening import allowed_origins
@@ -77,6 +80,11 @@ class Service:
         self.keys_by_rid: dict[tuple[str, str], int] = {}
         """Requests in flight, by tenant and rid: nobody meets another's (H55)."""
 
+    @functools.cached_property
+    def dialogues(self) -> Dialogues:
+        """Turns that lists of messages go on from; made when it is first asked for, which takes some renders."""
+        return Dialogues(self.link, self.tokenizer, idle_timeout_s=self.options.dialogue_idle_timeout_s)
+
     @property
     def model_name(self) -> str:
         """The name that clients know the model by."""
@@ -118,6 +126,24 @@ class Service:
             timers.append(loop.call_later(limit_s, self.link.cancel, key, reason))
         return timers
 
+    def answers(self, order: "Order", count: int) -> "list[Order]":
+        """The order as so many answers to one prompt, which is computed once: the i-th with the seed plus i.
+
+        A name of the client's gets the answer's index behind it.
+        """
+        if count == 1:
+            return [order]
+        group, sampling = next(self.keys), order.sampling
+        return [
+            replace(
+                order,
+                group=group,
+                rid=order.rid and f"{order.rid}-{index}",
+                sampling=structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64)),
+            )
+            for index in range(count)
+        ]
+
     def abort(self, tenant: str, rid: str) -> bool:
         """End a tenant's request with this rid; False if it has none in flight."""
         key = self.keys_by_rid.get((tenant, rid))
@@ -135,8 +161,12 @@ class Order:
     sampling: Sampling
     tenant: str
     priority: int = 0
+    rid_drawn: bool = False
+    """Whether nobody but the server chose `rid`, so that no client can send the turn again by it."""
     rid: str | None = None
     """Names the call while it is in flight, and a session's turn beyond it; None: a fresh one."""
+    group: int = -1
+    """What orders of the same prompt have in common, drawn from `Service.keys`; -1: there is no other."""
     session: str | None = None
     branch: Branch | None = None
     """With a session: where the turn goes on. None, for a turn without a name: in a streaming session only."""
@@ -160,6 +190,8 @@ class Call:
         self._place = (order.tenant, self.rid)
         self.started_s = time.perf_counter()
         self.done: Done | None = None
+        self.at_end: Callable[[], None] | None = None
+        """Called once: when the call is left, however it ended, or cannot even be sent; or before, by `tell_end`."""
         self._service = service
         self._whole = whole
         self._stream: Stream | None = None
@@ -174,6 +206,14 @@ class Call:
 
     def __enter__(self) -> Self:
         """Send the request. Raises NotReady, or InvalidRequest if its rid is in flight already."""
+        try:
+            self._send()
+        except BaseException:
+            self.tell_end()
+            raise
+        return self
+
+    def _send(self) -> None:
         service, order = self._service, self.order
         service.check_open()
         if self._place in service.keys_by_rid:
@@ -184,9 +224,10 @@ class Call:
             sampling=order.sampling,
             tenant=order.tenant,
             priority=order.priority,
+            group=order.group,
             session=order.session,
             rid=self.rid if order.branch is not None else "",
-            rid_drawn=order.branch is not None and order.rid is None,
+            rid_drawn=order.branch is not None and (order.rid_drawn or order.rid is None),
             branch=order.branch,
             expect_tokens=order.expect_tokens,
             logprobs=order.logprobs,
@@ -202,7 +243,6 @@ class Call:
         self._stream = service.link.submit(submit, whole=self._whole)
         service.keys_by_rid[self._place] = submit.key
         self._limits = service.time_limits(submit.key)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._stream is not None
@@ -211,6 +251,13 @@ class Call:
         self._service.link.abandon(self._stream.key, DISCONNECTED)
         del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
+        self.tell_end()
+
+    def tell_end(self) -> None:
+        """Call `at_end`: before the client is told of the end, so that what it sends next finds everything done."""
+        at_end, self.at_end = self.at_end, None
+        if at_end is not None:
+            at_end()
 
     def disconnect(self) -> None:
         """The client is gone: end the request now (H27)."""
@@ -288,3 +335,23 @@ async def _watch(receive: Receive, calls: tuple[Call, ...]) -> None:
         pass
     for call in calls:
         call.disconnect()
+
+
+async def arrivals_of(calls: Sequence[Call]) -> AsyncIterator[tuple[int, Arrival]]:
+    """What comes for any of the calls, with the call's index, until all have ended."""
+    if len(calls) == 1:
+        while calls[0].done is None:
+            yield 0, await calls[0].next()
+        return
+    pending = {asyncio.create_task(call.next()): index for index, call in enumerate(calls)}
+    try:
+        while pending:
+            arrived, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(arrived, key=pending.__getitem__):
+                index = pending.pop(task)
+                yield index, task.result()
+                if calls[index].done is None:
+                    pending[asyncio.create_task(calls[index].next())] = index
+    finally:
+        for task in pending:
+            task.cancel()

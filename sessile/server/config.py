@@ -48,6 +48,18 @@ class ServerOptions:
         "Name of the model in /v1/models and in requests; default: the name of its file or folder.",
         aliases=("served-model-name",),
     )
+    tool_format: str = option(
+        "auto",
+        "How the model writes calls of tools: hermes (Qwen's as well), llama3 or pythonic. auto: as its chat template"
+        " says; a model whose template knows no tools is told to write them as hermes. none: tools are refused.",
+        choices=("auto", "hermes", "llama3", "pythonic", "none"),
+    )
+    reasoning_format: str = option(
+        "auto",
+        "How the model marks its reasoning: think (<think>…</think>), which is then told apart from the answer. auto:"
+        " as its chat template says. none: reasoning is part of the answer.",
+        choices=("auto", "think", "none"),
+    )
     log_format: str = option(
         "text",
         "Format of the log on standard error: lines for people or one JSON object a line.",
@@ -88,6 +100,27 @@ class ServerOptions:
         unit="seconds",
         low=0.1,
         high=600,
+    )
+    dialogue_idle_timeout_s: float = option(
+        3600.0,
+        "Idle time after which a chat session that its name opened, a conversation and stored responses are forgotten.",
+        unit="seconds",
+        low=1,
+        high=31_536_000,
+    )
+    responses_max: int = option(
+        10_000,
+        "Most stored responses of a tenant, and most conversations; beyond, those used least recently are forgotten.",
+        unit="responses",
+        low=1,
+        high=10_000_000,
+    )
+    responses_bytes_max: int = option(
+        67_108_864,
+        "Most text of a tenant's stored responses, and of its conversations, as JSON; forgotten as above.",
+        unit="bytes",
+        low=1024,
+        high=1 << 40,
     )
     corpora_dir: str | None = option(
         None,

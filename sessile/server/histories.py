@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from array import array
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -20,6 +21,7 @@ from sessile.contract.messages import (
     CloseSession,
     CommittedTurn,
     Done,
+    DropTurn,
     ForkSession,
     GetSession,
     OpenSession,
@@ -49,7 +51,7 @@ LOST = "session {!r} was lost when the engine was restarted: open a new one and 
 
 Place = tuple[str, str]
 """A tenant's name and a session's id."""
-Operation = OpenSession | ForkSession | RewindSession | CloseSession
+Operation = OpenSession | ForkSession | RewindSession | CloseSession | DropTurn
 """What changes which sessions there are, or their histories."""
 Ask = Callable[[Callable[[int], ToEngine]], Awaitable[Any]]
 
@@ -106,8 +108,10 @@ class Histories:
         """Those of them whose tokens are held, in the order of last use."""
         self._turns: dict[int, Turn] = {}
         """By key of the request."""
-        self._operations: dict[int, tuple[int, Operation]] = {}
-        """With the place of each among all messages."""
+        self._operations: dict[int, deque[tuple[int, Operation]]] = {}
+        """With the place of each among all messages. Several may have one `op`, if nobody waits for their replies."""
+        self.on_lost: Callable[[Place], None] = lambda place: None
+        """Called for each session that is lost."""
         self._numbers = itertools.count()
         self._lost: dict[Place, None] = {}
 
@@ -138,7 +142,9 @@ class Histories:
                 place = (message.tenant, message.session)
                 self._turns[message.key] = Turn(next(self._numbers), place, message)
         elif isinstance(message, Operation):
-            self._operations[message.op] = next(self._numbers), message
+            self._operations.setdefault(message.op, deque()).append((next(self._numbers), message))
+            if isinstance(message, DropTurn):
+                return
             opened = message.child if isinstance(message, ForkSession) else message.session
             self._lost.pop((message.tenant, opened), None)  # Whoever opens or closes it has understood.
 
@@ -152,8 +158,13 @@ class Histories:
             if (turn := self._turns.pop(done.key, None)) is not None:
                 outcomes.append((turn.number, turn, done))
         for reply in batch.replies:
-            number, operation = self._operations.pop(reply.op, (0, None))
-            if operation is not None and reply.error is None:
+            waiting = self._operations.get(reply.op)
+            if waiting is None:
+                continue
+            number, operation = waiting.popleft()
+            if not waiting:
+                del self._operations[reply.op]
+            if reply.error is None:
                 outcomes.append((number, operation, reply))
         for _, asked, outcome in sorted(outcomes, key=itemgetter(0)):
             if isinstance(asked, Turn):
@@ -203,6 +214,8 @@ class Histories:
         if done.session_tokens >= 0:
             told = _named(turn.submit, done)
             is_right = branches.commit(turn.number, turn.submit, bytes(turn.output), done, self._bos_id, told)
+        if not any(other.place == turn.place for other in self._turns.values()):
+            branches.forget_dropped()
         self.bytes += branches.bytes - before_bytes
         if is_right:
             self._note_use(turn.place)
@@ -218,6 +231,8 @@ class Histories:
         place = (operation.tenant, operation.session)
         if isinstance(operation, OpenSession):
             self._add(place, Held(operation, bytearray(), Branches() if operation.branching else None))
+        elif isinstance(operation, DropTurn):
+            self._drop(place, operation.rid)
         elif isinstance(operation, CloseSession):
             assert isinstance(reply.value, Outcome)
             if reply.value.values["closed"]:
@@ -230,6 +245,16 @@ class Histories:
         elif (session := self._sessions.get(place)) is not None:
             assert isinstance(reply.value, SessionView)
             self._cut(place, session, reply.value.tokens)
+
+    def _drop(self, place: Place, rid: str) -> None:
+        session = self._sessions.get(place)
+        if session is None or session.branches is None:
+            return
+        self.bytes -= session.bytes
+        session.branches.drop_one(rid)
+        if not any(turn.place == place for turn in self._turns.values()):
+            session.branches.forget_dropped()
+        self.bytes += session.bytes
 
     def _fork(self, operation: ForkSession, parent: Held | None, view: SessionView) -> None:
         opening = OpenSession(
@@ -328,6 +353,7 @@ class Histories:
         self._lost[place] = None
         while len(self._lost) > LOST_MAX:
             del self._lost[next(iter(self._lost))]
+        self.on_lost(place)
         log.warning("session lost", extra={"session": place[1], "tenant": place[0] or None, "reason": reason})
 
 

@@ -26,13 +26,14 @@ from sessile.contract.messages import (
     FromEngine,
     Refusal,
     Scores,
+    SessionGone,
     Submit,
     ToEngine,
     TokenDetail,
     unpack_tokens,
 )
 from sessile.errors import NotReady, UserError
-from sessile.server.histories import TOKEN_BYTES, Histories
+from sessile.server.histories import TOKEN_BYTES, Histories, Place
 from sessile.server.request_log import RequestLog
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,9 @@ class EngineLink:
         """Where all that passes is noted for the simulator; None: nowhere."""
         self.histories = histories or Histories()
         """What is known of open sessions, for the next engine."""
+        self.gone_listeners: list[Callable[[SessionGone], None]] = []
+        """Called for each session that ended by itself, or was lost with an engine."""
+        self.histories.on_lost = self._note_lost
         self._lag_tokens_max = lag_tokens_max
         self._ready: EngineReady | None = None
         self._failure: str | None = None
@@ -288,6 +292,11 @@ class EngineLink:
         if self.request_log is not None:
             self.request_log.note_sent(message)
 
+    def _note_lost(self, place: Place) -> None:
+        tenant, session = place
+        for listener in self.gone_listeners:
+            listener(SessionGone(session, "lost", tenant))
+
     def fail(self, reason: str) -> None:
         """The engine is gone: end every request and every operation with the reason, now and from now on."""
         if self._failure is not None:
@@ -362,6 +371,8 @@ class EngineLink:
         for gone in batch.gone:
             fields = {"session": gone.session, "tenant": gone.tenant or None, "reason": gone.reason}
             log.info("session ended", extra=fields)
+            for listener in self.gone_listeners:
+                listener(gone)
 
     def _take_deltas(self, batch: Batch, woken: dict[int, Stream]) -> None:
         keys = np.frombuffer(batch.delta_keys, "<i8").tolist()

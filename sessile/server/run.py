@@ -174,6 +174,8 @@ class Host:
             link, tokenizer, options, settings=settings, key_ring=key_ring, corpora=corpora,
             supervisor=self._supervisor, tracing=self._tracing,
         )  # fmt: skip
+        if tokenizer.template is not None and not app.state.service.dialogues.keeps_kv:
+            log.warning("the chat template rewrites earlier turns: chat sessions and responses send all messages again")
         http = HttpServer(app, options)
         serving = asyncio.create_task(http.serve(self._listeners))
         supervising = asyncio.create_task(self._supervisor.run())

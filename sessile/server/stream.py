@@ -32,11 +32,15 @@ LINE_BREAKS = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u
 
 def event(content: Any) -> bytes:
     """One event, in one line by anybody's rules."""
-    line = orjson.dumps(content)
+    return b"data: " + one_line(orjson.dumps(content)) + b"\n\n"
+
+
+def one_line(line: bytes) -> bytes:
+    """JSON without what somebody may take for the end of a line."""
     for character, escape in LINE_BREAKS.items():
         if character in line:
             line = line.replace(character, escape)
-    return b"data: " + line + b"\n\n"
+    return line
 
 
 class EventStream(Response):
@@ -46,8 +50,10 @@ class EventStream(Response):
     Once something has gone out, whatever goes wrong is an event of its own: no stream ends without saying how.
     """
 
-    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes]) -> None:
+    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes], *, end: bytes = DONE) -> None:
+        """end: what is sent behind the last event."""
         super().__init__()
+        self._end = end
         self._calls = calls
         self._events = events
 
@@ -72,7 +78,7 @@ class EventStream(Response):
                 await wire.send(event(error_content(Surface.of(scope["path"]), shown)))
             finally:
                 alive.cancel()
-            await wire.send(DONE, is_last=True)
+            await wire.send(self._end, is_last=True)
 
 
 class _Wire:

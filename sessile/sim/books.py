@@ -11,7 +11,7 @@ import numpy as np
 from sessile.contract import messages as wire
 from sessile.contract.corpora import CorpusOperation
 from sessile.sim import hashing, replies
-from sessile.sim.origins import Origin, context_of, descendants, origin_of
+from sessile.sim.origins import Origin, context_of, descendants, drop_node, origin_of, place_of
 from sessile.sim.records import RequestBook, SessionBook, check, fail
 from sessile.sim.reference import Speaker, ending_of
 from sessile.sim.refusals import count_lines, refusals_of_prompt, refusals_of_room, refusals_of_tenant, refusals_of_wish
@@ -25,6 +25,7 @@ Operation = (
     | wire.CloseSession
     | wire.ForkSession
     | wire.RewindSession
+    | wire.DropTurn
     | wire.GetSession
     | wire.ListSessions
     | wire.SessionTokens
@@ -102,6 +103,10 @@ class Books:
             return self._note_fork(message, session)
         if isinstance(message, wire.RewindSession):
             return self._note_rewind(message, session)
+        if isinstance(message, wire.DropTurn):
+            refusals = drop_node(session, message.rid)
+            self.totals["dropped turns"] += not refusals
+            return self._refused(*refusals) if refusals else replies.outcome()
         if isinstance(message, wire.GetSession):
             return replies.view_of(session)
         if isinstance(message, wire.SessionTokens) and session.branching:
@@ -126,7 +131,7 @@ class Books:
             origin.refusals
             | refusals_of_prompt(prompt, longest, submit.sampling.max_new_tokens)
             | refusals_of_tenant(submit, len(delta), limits, self.live.values(), self.sessions.values())
-            | refusals_of_wish(submit, limits)
+            | refusals_of_wish(submit, limits, self.live.values())
         )
         wanted = submit.sampling.max_new_tokens
         room = max(0, longest - len(prompt))
@@ -505,7 +510,9 @@ class Books:
         self.totals["cached"] += done.cached_tokens
         if request.session is None:
             self.totals["prefix hits"] += done.cached_tokens > 0
-            if done.cached_tokens % self._world.limits.page_size:
+            followed = request.submit.group >= 0 and done.cached_tokens == len(request.prompt) - 1
+            self.totals["prompts followed"] += followed
+            if done.cached_tokens % self._world.limits.page_size and not followed:
                 fail("count", f"shared part of a page: {done}")
 
     def _end_turn(self, request: RequestBook, done: wire.Done, reclaims: int) -> None:
@@ -588,13 +595,3 @@ class Books:
             fail("reply", f"nobody awaits {reply}")
         self._flushes.discard(reply.op)
         self._awaited.pop(reply.op)(reply)
-
-
-def place_of(session: SessionBook, tokens: int | None, turn: int | None) -> int | None:
-    """The length of history that a fork or rewind means; None if there is no such place."""
-    if tokens is not None and turn is not None:
-        return None
-    if turn is not None:
-        return [0, *session.turn_ends][turn] if 0 <= turn <= len(session.turn_ends) else None
-    place = len(session.history) if tokens is None else tokens
-    return place if 0 <= place <= len(session.history) else None

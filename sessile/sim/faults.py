@@ -425,8 +425,20 @@ _GRAMMARS = (
     ),
 )  # fmt: skip
 
+_GROUPS = (
+    _fault(
+        "group follows too early", "H22, H29", "a prompt is gone on from before the one that computes it has",
+        "groups", "if int(rows.settled[other.row]) >= other.prompt_tokens - 1:", "if True:",
+    ),
+    _fault(
+        "group copies too little", "H29", "the last token of what a group shares is left out of the copy",
+        "admitting", "request.lease.pages[0], kv_tokens % size, ())",
+        "request.lease.pages[0], max(1, kv_tokens % size - 1), ())",
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS, *_DRAFTS,
-    *_GRAMMARS,
+    *_GRAMMARS, *_GROUPS,
 )  # fmt: skip
 """Every fault, in the order of the table."""

@@ -1,6 +1,7 @@
 """The right answer: what a request's own tokens alone make the toy model say, with no pages, rows, steps or drafts."""
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,10 @@ def ending_of(output: Sequence[int], sampling: Sampling, facts: ModelFacts, outp
         ending = _string_ending(output, sampling, facts)
         if ending is not None:
             return ending
+    if sampling.stop_patterns and len(output) > sampling.min_new_tokens:
+        ending = _pattern_ending(output, sampling, facts)
+        if ending is not None:
+            return ending
     return Ending("length") if len(output) >= output_limit else None
 
 
@@ -139,3 +144,19 @@ def _string_ending(output: Sequence[int], sampling: Sampling, facts: ModelFacts)
     if not earliest:
         return None
     return Ending("stop", frozenset(m[1] for m in earliest), frozenset(m[2] for m in earliest))
+
+
+def _pattern_ending(output: Sequence[int], sampling: Sampling, facts: ModelFacts) -> Ending | None:
+    """A pattern of which a match ends in the last token, as Python's own engine finds it; of several, any."""
+    first_byte = len(text_of(output[: sampling.min_new_tokens], sampling, facts))
+    text = text_of(output, sampling, facts)[first_byte:]
+    before_bytes = len(text_of(output[:-1], sampling, facts)) - first_byte
+    matched = [
+        pattern.source.encode()
+        for pattern in sampling.stop_patterns
+        if any(
+            re.search(b"(?:%s)\\Z" % pattern.source.encode(), text[:end])
+            for end in range(before_bytes + 1, len(text) + 1)
+        )
+    ]
+    return Ending("stop", frozenset(matched)) if matched else None

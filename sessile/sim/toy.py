@@ -153,6 +153,8 @@ class _Flight:
     reads: dict[int, set[int]] = field(default_factory=dict)
     """page → rows that read it; likewise below."""
     writes: dict[int, set[int]] = field(default_factory=dict)
+    written_from: dict[int, int] = field(default_factory=dict)
+    """page → the first place in it that is written."""
     late: dict[int, list[_Write]] = field(default_factory=dict)
     """row → its writes that have not reached the pool."""
 
@@ -357,13 +359,19 @@ class ToyDevice:
                 if others:
                     raise DeviceFault(f"step {plan.step}: two rows write page {page}")
                 others.add(part.row)
+                is_first = page == writes[0]
+                flight.written_from[page] = part.start % self._pool.page_size if is_first else 0
         if not self._strict:
             return
         for earlier in self._flights:
-            # A copy is done when its step begins, so it only has to wait for what was launched before.
-            for source, target, _ in plan.copies.tolist():
-                _require(source not in earlier.writes and target not in earlier.writes and target not in earlier.reads,
-                         f"step {plan.step} copies page {source} to {target}, which step {earlier.step} still uses")
+            # A copy is done when its step begins, so it only has to wait for what was launched before. What is written
+            # behind the copied head of a page does not concern it.
+            for source, target, tokens in plan.copies.tolist():
+                is_read = earlier.written_from.get(source, tokens) < tokens
+                if is_read or target in earlier.writes or target in earlier.reads:
+                    raise DeviceFault(
+                        f"step {plan.step} copies page {source} to {target}, which step {earlier.step} still uses"
+                    )
             for page, rows in flight.writes.items():
                 if not (earlier.reads.get(page, _NOBODY) | earlier.writes.get(page, _NOBODY)) <= rows:
                     raise DeviceFault(f"step {plan.step} writes page {page}, which step {earlier.step} still uses")

@@ -11,9 +11,11 @@ from sessile.sim.grammar import KIND, NEVER
 from sessile.sim.origins import context_of
 from sessile.sim.records import RequestBook, SessionBook, corpus_of
 from sessile.sim.world import BOS, World
+from sessile.text.patterns import compile_pattern
 from sessile.units import ceil_div
 
 _LETTERS = b"abc"
+_PATTERNS = [compile_pattern(source, param="") for source in ("a.b", "c{2,3}[ab]", "(ab|ba)+c", "[^a]{4}")]
 
 
 class Workload:
@@ -89,7 +91,7 @@ class Workload:
         sent: list[wire.ToEngine] = []
         for _ in range(burst):
             if not self._chance(self._world.temper.session_share):
-                sent.append(self._submit(None))
+                sent += self._plain()
             elif len(self._books.sessions) < self._sessions_wanted:
                 sent.append(self._open())
             elif idle := [session for session in self._books.sessions.values() if session.turn is None]:
@@ -98,6 +100,19 @@ class Workload:
                 ends = is_full and self._chance(0.8)
                 sent.append(self._close(session.id) if ends else self._submit(session.id))
         return sent
+
+    def _plain(self) -> list[wire.ToEngine]:
+        """A prompt, or a group of several that are the same; their sampling, wishes and ends differ."""
+        first = self._submit(None)
+        if not self._chance(self._world.temper.group_rate):
+            return [first]
+        prompt = wire.unpack_tokens(first.tokens).tolist()
+        others = [self._submit(None, prompt) for _ in range(self._draw.choice([1, 2, 7]))]
+        alike = [msgspec.structs.replace(each, group=first.key, tenant=first.tenant) for each in [first, *others]]
+        if self._chance(0.02):
+            alike[-1] = msgspec.structs.replace(alike[-1], tokens=first.tokens + wire.pack_tokens([0]))
+        self._books.totals["groups"] += 1
+        return list(alike)
 
     def _tenant_of(self, session_id: str) -> str:
         """Who uses a session id: always the same tenant, so that ids are not mixed up by their clients."""
@@ -262,9 +277,12 @@ class Workload:
     def _fork_or_rewind(self, drains: list[str]) -> wire.ToEngine:
         """At the end, at a token, at a turn; now and then where there is no place, or while a turn is in flight.
 
-        drains: sessions whose last turn may still drain.
+        A branching session has a turn dropped instead. drains: sessions whose last turn may still drain.
         """
         draw, sessions = self._draw, list(self._books.sessions.values())
+        branching = [session for session in sessions if session.nodes]
+        if branching and self._chance(0.4):
+            return self._drop(draw.choice(branching))
         idle = [session for session in sessions if session.turn is None and len(session.history) > 1]
         session = draw.choice(idle if idle and self._chance(0.8) else sessions)
         known = [name for name in drains if name in self._books.sessions]
@@ -283,6 +301,11 @@ class Workload:
         return wire.ForkSession(
             op=self._op(), session=session.id, child=child, tenant=session.tenant, at_tokens=tokens, at_turn=turn
         )
+
+    def _drop(self, session: SessionBook) -> wire.DropTurn:
+        """Mostly a turn that is there, whether it runs or not."""
+        rid = "nobody" if self._chance(0.05) else self._draw.choice(list(session.nodes))
+        return wire.DropTurn(self._op(), session.id, rid, session.tenant)
 
     def _echo(self) -> list[wire.ToEngine]:
         """Make a session cold if that is possible now, and let a plain prompt run ahead of its next turn."""
@@ -360,6 +383,8 @@ class Workload:
         if self._chance(variety):
             settings["stop"] = tuple(self._stop_string() for _ in range(draw.choice([1, 1, 3])))
             settings["skip_special_tokens"] = self._chance(0.5)
+        if self._chance(variety):
+            settings["stop_patterns"] = tuple(draw.sample(_PATTERNS, draw.choice([1, 1, 2])))
         return wire.Sampling(
             seed=(self._keys * 0x9E3779B97F4A7C15) & (2**64 - 1),
             temperature=draw.choice([0.0, 0.0, 0.7]),
@@ -390,6 +415,7 @@ class Workload:
         busy = [session.id for session in self._books.sessions.values() if session.turn]
         candidates: list[wire.ToEngine] = [
             self._submit("nobody"),
+            msgspec.structs.replace(self._submit(known), group=self._keys),
             self._submit(draw.choice(busy) if busy else None),
             self._submit(known),
             wire.CloseSession(self._op(), "nobody"),

@@ -71,6 +71,8 @@ class Temper:
     tick_ns_max: int
     grammar_rate: float
     """Of all submits, those that bring a grammar."""
+    group_rate: float
+    """Of all plain prompts, those that are answered several times."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         timeouts="expire" in faults and draw.random() < 0.5,
         tick_ns_max=draw.choice([1_000_000, 50_000_000]),
         grammar_rate=rate("grammar", 0.0, 0.2, 0.7),
+        group_rate=rate("", 0.0, 0.0, 0.3),
     )
 
 

@@ -33,6 +33,7 @@ from sessile.sim.reference import Speaker
 from sessile.sim.toy import ToyDevice, ToyTicket
 
 SUBMIT_FIELDS = (
+    "group",
     "tenant", "priority", "rid", "branch", "expect_tokens", "logprobs", "prompt_logprobs_from", "speculate",
     "drafts_max", "corpora", "remember", "grammar",
 )  # fmt: skip
