@@ -45,7 +45,7 @@ test: $(DEVELOPMENT) ## run the tests
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	@failed=; \
-	echo "lint (ruff)"; $(PYTHON_VENV) -m ruff check sessile tests scripts || failed+=" lint"; \
+	echo "lint (ruff)"; $(PYTHON_VENV) -m ruff check sessile tests scripts examples || failed+=" lint"; \
 	echo "types (mypy)"; $(PYTHON_VENV) -m mypy || failed+=" types"; \
 	echo "layers (import-linter)"; .venv/bin/lint-imports --no-cache | sed -n '/^Analyzed/,$$p' || failed+=" layers"; \
 	echo "tidy rules, exports, docs (pytest)"; \

@@ -28,7 +28,7 @@ MADE = {
     "python-reference.md": site_python.render,
     "commands.md": site_commands.render,
 }
-QUICK_START = ("Start", "Ask it something", "Sessions", "Corpora", "Commands")
+QUICK_START = ("Start", "Ask it something", "Sessions", "In Python", "Corpora", "Commands")
 """Sections of the README that the page takes over. A test runs their commands."""
 
 NOT_SHOWN = {"RELEASE.md"}

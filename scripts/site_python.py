@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import is_typeddict
 
-MODULES = ("sessile", "sessile.offline", "sessile.errors")
+MODULES = ("sessile", "sessile.errors")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LINE_CHARS_MAX = 88
 SHOWN_DUNDERS = {"__init__", "__await__", "__aiter__", "__iter__"}

@@ -115,7 +115,7 @@ def test_every_link_inside_the_repository_leads_somewhere(path: Path) -> None:
 
 @every_document
 def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
-    roots = "sessile|tests|docs|scripts"
+    roots = "sessile|tests|docs|scripts|examples"
     named = {match for text in shown_commands(path) for match in re.findall(rf"^((?:{roots})/[\w./-]*)$", text)}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

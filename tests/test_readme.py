@@ -1,6 +1,7 @@
 """The examples of the README and of the guides, run as they stand against a real server with the embedded model."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -114,6 +115,11 @@ def test_the_session_example_computes_only_what_is_new(address: str) -> None:
     assert view["tokens"] == second["meta_info"]["prompt_tokens"] + second["meta_info"]["completion_tokens"]
 
 
+def test_the_example_in_python_says_paris_and_computes_only_what_is_new() -> None:
+    printed = run([sys.executable, "-c"], example("python", "LLM("), SHOWN_ADDRESS)
+    assert "Paris" in printed and re.search(r"Rome\W.* \d+$", printed.strip())
+
+
 def test_the_corpus_example_adds_shows_and_removes_a_corpus(address: str) -> None:
     lines = example("bash", "corpus add").splitlines()
     commands = [line.replace(".venv/bin/sessile", f"{sys.executable} -m sessile") for line in lines]
@@ -204,3 +210,29 @@ def test_the_figures_that_the_guide_names_are_those_of_an_answer_and_add_up(spec
 def test_the_corpus_of_the_guide_is_gone_at_its_end(address: str, speculation: list[str]) -> None:
     assert json_values(speculation[3])[0]["success"]
     assert "count" not in {each["id"] for each in httpx.get(f"http://{address}/v1/corpora").json()["data"]}
+
+
+def test_the_page_on_python_answers_a_file_of_requests_and_completes_commands(address: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "PYTHON.md").read_text("utf-8")
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "default", "prompt": "Hi"}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    for folder in (".zfunc", ".config/fish/completions", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    program = tmp_path / "bin" / "sessile"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m sessile "$@"\n')
+    program.chmod(0o755)
+    environment = os.environ | {
+        "HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "SESSILE_CONTEXT_TOKENS": "512", "SESSILE_KV_MEMORY": "64M",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{script}\ncomplete -p sessile".replace(SHOWN_ADDRESS, address)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 answered" in done.stderr and "1 were done before" in done.stderr
+    assert "_sessile" in done.stdout
+    assert json.loads((tmp_path / "out.jsonl").read_text())["response"]["status_code"] == 200
+    assert "compdef" in (tmp_path / ".zfunc" / "_sessile").read_text()
+    assert "complete -c sessile" in (tmp_path / ".config" / "fish" / "completions" / "sessile.fish").read_text()

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "sessile").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
-PYTHON = LIBRARY + TESTS + SCRIPTS
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+PYTHON = LIBRARY + TESTS + SCRIPTS + EXAMPLES
 DOCS = [path for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))]
 
 FUNCTION_LINES_MAX = 70
@@ -31,7 +32,7 @@ FORBIDDEN_NAMES = {"data", "info"}
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "datetime", "secrets", "uuid", "subprocess"}
 CORE_MAY_IMPORT = {"numpy", "sessile"}
 # The shells a user talks to; everything else logs or returns.
-MAY_PRINT = {"cli.py", "chat.py", "doctor.py", "__main__.py"}
+MAY_PRINT = {"cli.py", "doctor.py", "__main__.py"}
 MAY_PRINT_FOLDERS = {"bench", "sim"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -31,7 +31,10 @@ FETCHES = {
     "urllib.request", "urllib3", "requests", "aiohttp", "httpx", "http.client", "ftplib", "huggingface_hub",
     "fsspec", "smtplib",
 }  # fmt: skip
-CLIENTS = {"sessile/chat.py", "sessile/commands.py", "sessile/bench/client.py", "sessile/corpora/client.py"}
+CLIENTS = {
+    "sessile/client/async_client.py", "sessile/client/protocol.py", "sessile/client/sync_client.py",
+    "sessile/commands.py", "sessile/corpora/client.py",
+}  # fmt: skip
 """Programs that talk to a server whose address the person at the keyboard gives."""
 SERVING = ("server", "engine", "core", "device", "text", "model", "kernels", "contract")
 
