@@ -16,7 +16,7 @@ GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_m
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 
-.PHONY: help chat serve doctor compile bench test check sim mutants soak parity gpu-check gpu-bench clean
+.PHONY: help chat serve doctor compile bench test check docs sim mutants soak grammars parity gpu-check gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -46,12 +46,16 @@ test: $(DEVELOPMENT) ## run the tests
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	@failed=; \
-	echo "lint (ruff)"; $(PYTHON_VENV) -m ruff check sessile tests scripts || failed+=" lint"; \
+	echo "lint (ruff)"; $(PYTHON_VENV) -m ruff check sessile tests scripts examples || failed+=" lint"; \
 	echo "types (mypy)"; $(PYTHON_VENV) -m mypy || failed+=" types"; \
 	echo "layers (import-linter)"; .venv/bin/lint-imports --no-cache | sed -n '/^Analyzed/,$$p' || failed+=" layers"; \
 	echo "tidy rules, exports, docs (pytest)"; \
 	$(PYTHON_VENV) -m pytest -q tests/test_tidy.py tests/test_exports.py tests/test_docs.py || failed+=" tidy"; \
 	if [[ $$failed ]]; then echo "make check failed:$$failed"; exit 1; fi; echo "make check: all good"
+
+# The theme would announce its successor at every build. To search the site: python3 -m http.server -d build/site
+docs: $(DEVELOPMENT) ## build the documentation as a site, build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON_VENV) -m mkdocs build --strict $(ARGS)
 
 sim: $(RUNTIME) ## torment the scheduler in the simulator: make sim ARGS="--seeds 300 --steps 1000"
 	@$(PYTHON_VENV) -m sessile.sim $(ARGS)
@@ -61,6 +65,9 @@ mutants: $(RUNTIME) ## plant faults in the scheduler; the simulator must catch e
 
 soak: $(RUNTIME) ## torment a server over HTTP for half an hour: make soak ARGS="--minutes 5"
 	@$(PYTHON_VENV) scripts/soak.py $(ARGS)
+
+grammars: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty schemas: make grammars ARGS="--rounds 1"
+	@$(PYTHON_VENV) scripts/grammar_check.py $(ARGS)
 
 parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)
 	@$(PYTHON_VENV) -m pytest tests/parity --whole-grid --timeout=2400 $(ARGS)

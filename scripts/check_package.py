@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ("sessile/*",)
 SOURCE = (
-    *PACKAGE, "tests/*", "docs/*", "scripts/*", "deploy/*", "Makefile", "constraints.txt", "CHANGELOG.md",
-    "CONTRIBUTING.md", "README.md", "LICENSE", "pyproject.toml", ".gitignore",
+    *PACKAGE, "tests/*", "docs/*", "scripts/*", "examples/*", "deploy/*", "Makefile", "constraints.txt", "CHANGELOG.md",
+    "CONTRIBUTING.md", "README.md", "LICENSE", "mkdocs.yml", "pyproject.toml", ".gitignore",
 )  # fmt: skip
 """What an sdist holds: enough to test it with. hatchling adds .gitignore by itself."""
 DIST_INFO = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")

@@ -1,4 +1,6 @@
-"""Compile sessile/core with mypyc into build/core, unless what lies there is of these very sources (docs/adr/0006).
+"""Compile sessile/core with mypyc, unless what was made before is of these very sources (docs/adr/0006).
+
+    python scripts/compile_core.py [FOLDER]   (without one: build/core, where the engine looks)
 
 Works on a copy of the package, so that the checkout keeps nothing but sources. Needs mypy, setuptools and a C compiler;
 without a compiler it says so and ends with status 0, because the core runs without being compiled.
@@ -18,9 +20,9 @@ OPTIMIZATION = {"MYPYC_OPT_LEVEL": "1", "MYPYC_DEBUG_LEVEL": "0"}
 """Level 3 takes half as long again to compile and makes steps no shorter: their time is in calls of the interpreter."""
 
 
-def main() -> int:
-    """Compile if need be; 0 unless the compiler fails."""
-    if available_core().compiled:
+def main(folder: Path) -> int:
+    """Compile into a folder if need be; 0 unless the compiler fails."""
+    if available_core(folder).compiled:
         return 0
     if not any(shutil.which(name) for name in COMPILERS):
         print("no C compiler here: the core stays pure Python")
@@ -43,18 +45,18 @@ def main() -> int:
         if done.returncode:
             print(done.stdout[-4000:], done.stderr[-4000:], "the core was not compiled", sep="\n")
             return 1
-        install(copy)
-    (FOLDER / STAMP).write_text(stamp)
+        install(copy, folder)
+    (folder / STAMP).write_text(stamp)
     return 0
 
 
-def install(copy: Path) -> None:
-    """Move the libraries that were made in a copy of the package to where the engine looks for them."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    (FOLDER / "sessile" / "core").mkdir(parents=True)
+def install(copy: Path, folder: Path) -> None:
+    """Move the libraries that were made in a copy of the package to the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "sessile" / "core").mkdir(parents=True)
     for library in (*copy.glob("*.so"), *(copy / "sessile" / "core").glob("*.so")):
-        shutil.copy(library, FOLDER / library.relative_to(copy))
+        shutil.copy(library, folder / library.relative_to(copy))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER))

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sessile import __version__, commands
 from sessile.config import API_KEY_VARIABLE, Config, Setting, compose, nearest, settings, settings_of
 from sessile.errors import StartupError
+
+if TYPE_CHECKING:
+    from sessile.shell import CommandLine
 
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
@@ -101,6 +104,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, summary: str) -> None:
         super().__init__(prog=prog, description=f"{summary[:1].upper()}{summary[1:]}.", allow_abbrev=False)
         self.set_defaults(flags={})
+        self._values: dict[str, tuple[str, ...]] = {}
+        """The values of each flag of a setting that has only these."""
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for what it cannot make sense of."""
@@ -126,6 +131,20 @@ class Parser(argparse.ArgumentParser):
                 help=_help(setting),
                 default=argparse.SUPPRESS,
             )
+            self._values |= {f"--{flag}": setting.declared.metadata["choices"] for flag in setting.flags}
+
+    def command_line(self, name: str, summary: str) -> "CommandLine":
+        """This command as shell completion knows it."""
+        from sessile.shell import CommandLine, Flag
+
+        flags = [
+            Flag(text, action.help or "", tuple(action.choices or self._values.get(text, ())), action.nargs != 0)
+            for action in self._actions
+            for text in action.option_strings
+            if text.startswith("--") and action.help != argparse.SUPPRESS
+        ]
+        arguments = [word for action in self._actions if not action.option_strings for word in action.choices or ()]
+        return CommandLine(name, summary, tuple(flags), tuple(arguments))
 
     def add_config(self) -> None:
         """Flags for every setting of the configuration, section by section."""
@@ -169,16 +188,56 @@ def add_chat_flags(parser: Parser) -> None:
 def chat(arguments: argparse.Namespace) -> int:
     """`sessile chat`. Settings given as flags are passed on; environment and file the server reads by itself."""
     options = options_from(commands.ChatOptions, arguments.flags)
-    arguments.flags = {name: text for name, text in arguments.flags.items() if name not in vars(options)}
-    server_flags = [f"--{name.replace('_', '-')}={text}" for name, text in arguments.flags.items()]
-    if arguments.config:
-        server_flags.append(f"--config={arguments.config}")
+    server_flags = flags_for_server(arguments, options)
     return commands.chat(
         config_from(arguments),
         options,
         server_flags=server_flags,
         url=arguments.url,
         api_key=os.environ.get(API_KEY_VARIABLE),
+    )
+
+
+def add_batch_flags(parser: Parser) -> None:
+    """Flags of `sessile run-batch`: its own and those of the server that it starts."""
+    parser.add_argument("input", type=Path, metavar="IN", help="requests, a line of JSON each, as OpenAI's batches")
+    parser.add_argument("output", type=Path, metavar="OUT", help="answers; rows that it has are not done again")
+    parser.add_argument("--url", help=f"use the server that runs there; its key is in {API_KEY_VARIABLE}")
+    parser.add_settings("batch", settings_of(commands.BatchOptions))
+    parser.add_config()
+
+
+def run_batch(arguments: argparse.Namespace) -> int:
+    """`sessile run-batch`."""
+    options = options_from(commands.BatchOptions, arguments.flags)
+    server_flags = flags_for_server(arguments, options)
+    return commands.run_batch(
+        config_from(arguments),
+        options,
+        (arguments.input, arguments.output),
+        server_flags=server_flags,
+        url=arguments.url,
+        api_key=os.environ.get(API_KEY_VARIABLE),
+    )
+
+
+def flags_for_server(arguments: argparse.Namespace, options: Any) -> list[str]:
+    """Take a command's own options out of the flags; the rest, as flags for the server that it starts."""
+    arguments.flags = {name: text for name, text in arguments.flags.items() if name not in vars(options)}
+    server_flags = [f"--{name.replace('_', '-')}={text}" for name, text in arguments.flags.items()]
+    return [*server_flags, f"--config={arguments.config}"] if arguments.config else server_flags
+
+
+def add_completion_flags(parser: Parser) -> None:
+    """Arguments of `sessile completion`."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="for example: source <(sessile completion bash)")
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """`sessile completion`."""
+    listed = [(name, command.summary) for name, command in COMMANDS.items() if command.summary]
+    return commands.completion(
+        arguments.shell, [parser_for(name).command_line(name, summary) for name, summary in listed]
     )
 
 
@@ -288,22 +347,26 @@ def bench(name: str, summary: str) -> Command:
 COMMANDS = {
     "serve": Command("serve a model over HTTP", add_serve_flags, serve),
     "chat": Command("talk to a model in this terminal; starts a server, or uses --url", add_chat_flags, chat),
+    "run-batch": Command("answer a file of requests; what is done is not done again", add_batch_flags, run_batch),
     "key": Command("draw a key and print its entry for the keys file of serve", add_key_flags, key),
     "corpus add": Command("give a running server texts to draft from", add_corpus_add_flags, corpus_add),
     "corpus list": Command("show what a running server drafts from", add_server_flags, corpus_list),
     "corpus remove": Command("take a corpus away from a running server", add_corpus_remove_flags, corpus_remove),
     "corpus build": Command("index texts into a file, without a server", add_corpus_build_flags, corpus_build),
     "doctor": Command("say what this machine has, what is wrong with it, and what to do", Parser.add_config, doctor),
+    "completion": Command("write a shell's script that completes our commands", add_completion_flags, completion),
     "bench step": bench("step", "measure the host time of a step of the scheduler"),
     "bench history": bench("history", "measure the host time of a turn on short and on long histories"),
     "bench audit": bench("audit", "measure what the audit costs on the books of a large, busy server"),
     "bench admission": bench("admission", "compare requests that leave max_tokens unset with exact limits"),
     "bench drafts": bench("drafts", "measure drafts looked up in Python source: how good, how fast, how large"),
+    "bench grammar": bench("grammar", "measure masks of tokens and the compiling of grammars"),
     "bench speculate": bench("speculate", "measure what speculation gains and costs on a model, text by text"),
     "bench quality": bench("quality", "measure how far low precision is from float32, on text of people"),
     "bench cpu": bench("cpu", "measure decoding and prompts on the CPU, beside other engines if they are there"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),
+    "bench throughput": bench("throughput", "measure tokens a second and latencies, in here or of a server"),
     "engine": Command("", add_engine_flags, engine),
     "builder": Command("", add_no_flags, builder),
 }

@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sessile.config import Config
 from sessile.contract.corpora import INDEX_SUFFIX
 from sessile.errors import StartupError
 from sessile.options import option
+
+if TYPE_CHECKING:
+    from sessile.shell import CommandLine
 
 QUIET_S = 2.0
 """What takes longer shows on standard error how it goes."""
@@ -33,6 +36,18 @@ class ChatOptions:
 
     max_new_tokens: int = option(512, "Longest answer.", unit="tokens", low=1)
     temperature: float = option(0.0, "Randomness of answers; 0 always takes the most likely token.", low=0, high=2)
+    history: str | None = option(None, "File that keeps what is typed at the terminal, for the next chat.")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How `sessile run-batch` asks."""
+
+    concurrency: int = option(64, "Most requests in flight at a time.", unit="requests", low=1, high=4096)
+    patience_s: float = option(
+        600.0, "How long a row is sent again while the server is at a limit or gone, before the batch ends.",
+        unit="seconds", low=0,
+    )  # fmt: skip
 
 
 def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
@@ -63,12 +78,13 @@ def engine(address: str) -> int:
     from sessile.engine.compiled import use_compiled_core
 
     use_compiled_core()
-    from sessile.engine.process import die_with_parent, run_engine
-    from sessile.offline import open_configured_engine
+    from sessile.engine.process import Server, run_engine
+    from sessile.offline.opening import open_configured_engine
     from sessile.server.logs import configure_logs
 
     config = Config.from_json(sys.stdin.readline())
-    die_with_parent()
+    server = Server()
+    server.watch()
     configure_logs(config.server.log_format, config.server.log_level)
     # A log of JSON objects stays one, whatever is told while the model loads.
     tell = logging.getLogger("sessile.engine").info if config.server.log_format == "json" else None
@@ -84,6 +100,7 @@ def engine(address: str) -> int:
             report=report,
             tenants=config.tenants,
         ),
+        server,
     )
 
 
@@ -188,10 +205,12 @@ _BENCHES = {
     "audit": ("AuditBenchOptions", "measure_audit"),
     "admission": ("AdmissionBenchOptions", "measure_admission"),
     "drafts": ("DraftBenchOptions", "measure_drafts"),
+    "grammar": ("GrammarBenchOptions", "measure_grammars"),
     "speculate": ("SpeculateBenchOptions", "measure_speculation"),
     "quality": ("QualityBenchOptions", "measure_quality"),
     "cpu": ("CpuBenchOptions", "measure_cpu"),
     "agents": ("AgentBenchOptions", "measure_agents"),
+    "throughput": ("ThroughputBenchOptions", "measure_throughput"),
     "sessions": ("SessionBenchOptions", "measure_sessions"),
 }
 """By name, which is that of its module too: its options and the function that runs it."""
@@ -218,9 +237,9 @@ def chat(
 
     resolve_model_path(config.model.model)  # Before a server is started that would only say the same.
     with contextlib.ExitStack() as stack:
-        server = None if url else stack.enter_context(OwnServer(config, server_flags))
+        server = None if url is not None else stack.enter_context(OwnServer(config, server_flags))
         # While the server starts.
-        from sessile.chat import run_chat
+        from sessile.chat.terminal import run_chat
         from sessile.text.load import load_tokenizer
 
         tokenizer = load_tokenizer(config.model.model)
@@ -234,7 +253,60 @@ def chat(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             api_key=api_key,
+            history=Path(options.history) if options.history else None,
         )
+
+
+def run_batch(
+    config: Config,
+    options: BatchOptions,
+    places: tuple[Path, Path],
+    *,
+    server_flags: Sequence[str],
+    url: str | None,
+    api_key: str | None = None,
+) -> int:
+    """Do the rows of a file that have no answer in another one yet, on the server at url or on one of our own.
+
+    Status 1 if rows are left, because the server was lost.
+    """
+    import asyncio
+
+    from sessile.batch import Tally, answer_file, read_rows, run_batch, shown_progress
+    from sessile.client.async_client import AsyncClient
+    from sessile.errors import NotReady
+
+    source, target = places
+    next(read_rows(source), None)  # Before a server is started that nobody has a use for.
+
+    async def run(server_url: str) -> Tally:
+        with shown_progress(sys.stderr) as report:
+            async with AsyncClient(server_url, api_key, patience_s=options.patience_s) as client:
+                return await run_batch(client, source, answers, concurrency=options.concurrency, report=report)
+
+    with answer_file(target) as answers, contextlib.ExitStack() as stack:
+        answers.ids()
+        server = None if url is not None else stack.enter_context(OwnServer(config, server_flags))
+        if server:
+            server.wait_until_healthy()
+        try:
+            tally = asyncio.run(run(server.url if server else str(url)))
+        except KeyboardInterrupt:
+            say(f"stopped. What was answered is in {target}; run the same command again for the rest.")
+            raise
+        except NotReady as error:
+            say(f"{error.message}. What was answered is in {target}; run the same command again for the rest.")
+            return 1
+    say(tally.summary)
+    return 0
+
+
+def completion(shell: str, lines: Sequence["CommandLine"]) -> int:
+    """Write the completion script of a shell to standard output."""
+    from sessile.shell import SHELLS
+
+    print(SHELLS[shell](lines), end="", file=sys.stdout)
+    return 0
 
 
 class OwnServer:

@@ -237,7 +237,7 @@ def examine_memory(config: Config) -> Finding:
 
 def examine_port(config: Config) -> Finding:
     """Whether the configured address can be listened on."""
-    from sessile.server.run import bind
+    from sessile.server.listening import bind
 
     bind(config.server).close()
     return Finding("port", Level.OK, f"{config.server.port} of {config.server.host} is free")

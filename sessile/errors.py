@@ -8,6 +8,8 @@ SessileError
 │   ├── Forbidden        403: a valid key that may not do this
 │   ├── NotFound         404: no such session, model or request
 │   ├── SessionBusy      409: a turn is in flight
+│   ├── HistoryMismatch  409: the session's history is not as long as the client says
+│   ├── AnswerChanged    409: raised by a client alone: what was sent again was answered otherwise
 │   ├── SessionClosed    410: close was requested
 │   ├── TooLong          413: does not fit the context, the pool, the session's cap or the body limit
 │   └── LimitReached     429: queue or session limit; try again later
@@ -22,6 +24,8 @@ SessileError
     └── AuditError       the audit found books and holders to differ
 """
 
+from collections.abc import Iterator
+
 
 class SessileError(Exception):
     """Root of all exceptions that Sessile raises on purpose."""
@@ -32,6 +36,8 @@ class UserError(SessileError):
 
     status = 400
     code = "invalid_request"
+    retry_after_s: float | None = None
+    """For a client: when the server said to come back."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -84,6 +90,13 @@ class HistoryMismatch(UserError):
     code = "history_mismatch"
 
 
+class AnswerChanged(UserError):
+    """A client's stream broke, and the answer that was made again differs from what had come of it."""
+
+    status = 409
+    code = "answer_changed"
+
+
 class SessionClosed(UserError):
     """Close was requested for this session."""
 
@@ -110,6 +123,21 @@ class NotReady(UserError):
 
     status = 503
     code = "not_ready"
+
+
+def error_of(status: int, code: str, message: str, param: str | None = None) -> UserError:
+    """A UserError that crossed a wire: of the class with this code, else of the one with this status."""
+    kinds = list(_kinds_of(UserError))
+    fitting = [kind for kind in kinds if kind.code == code] or [kind for kind in kinds if kind.status == status]
+    error = (fitting or [UserError])[0](message, param=param)
+    error.status, error.code = status, code or error.code
+    return error
+
+
+def _kinds_of(kind: type[UserError]) -> Iterator[type[UserError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _kinds_of(child)
 
 
 class CorpusFileError(SessileError):

@@ -11,6 +11,7 @@ import pytest
 
 from sessile.cli import COMMANDS, parser_for
 from sessile.config import settings
+from sessile.keyfile import read_keys
 from sessile.server.app import create_app
 from sessile.server.body import ANYTHING, Body
 from sessile.server.config import ServerOptions
@@ -90,6 +91,21 @@ def test_every_python_example_compiles(path: Path) -> None:
         assert ast.parse(source).body
 
 
+def test_every_document_with_commands_has_a_test_that_runs_it() -> None:
+    """Named by it in quotes. A page of figures shows what made them, which takes hours; its flags are checked above."""
+    sources = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    shown = [path.name for path in DOCS if any(fenced(path, "bash"))]
+    unrun = [name for name in shown if not any(f'"{name}"' in source for source in sources)]
+    assert set(shown) >= {"README.md", "OPERATIONS.md", "SESSIONS.md", "SPECULATION.md"}
+    assert set(unrun) <= {"BENCHMARKS.md", "CONTRIBUTING.md"}, "run what the page shows, as tests/test_readme.py does"
+
+
+def test_the_keys_file_that_is_shown_can_be_read(tmp_path: Path) -> None:
+    (shown,) = fenced(ROOT / "docs" / "HTTP.md", "yaml")
+    (tmp_path / "keys.yaml").write_text(shown, "utf-8")
+    assert [policy.name for policy in read_keys(tmp_path / "keys.yaml").policies] == ["acme", "umbra"]
+
+
 @every_document
 def test_every_link_inside_the_repository_leads_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8"))
@@ -99,7 +115,7 @@ def test_every_link_inside_the_repository_leads_somewhere(path: Path) -> None:
 
 @every_document
 def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
-    roots = "sessile|tests|docs|scripts"
+    roots = "sessile|tests|docs|scripts|examples"
     named = {match for text in shown_commands(path) for match in re.findall(rf"^((?:{roots})/[\w./-]*)$", text)}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

@@ -68,3 +68,21 @@ def test_importing_the_package_does_not_load_torch() -> None:
     code = "import sys, sessile.errors, sessile.units, sessile.contract.messages; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert printed.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("names", "unwanted"),
+    [("", "numpy httpx msgspec"), ("Client, AsyncClient", "numpy torch numba"), ("LLM, AsyncLLM", "torch fastapi")],
+)
+def test_a_public_name_loads_what_it_needs_when_it_is_named(names: str, unwanted: str) -> None:
+    importing = f"from sessile import {names}" if names else "import sessile"
+    code = f"import sys; {importing}; print([name for name in {unwanted.split()} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.strip() == "[]"
+
+
+def test_every_public_name_has_one_home() -> None:
+    homes = [name for names in sessile._HOMES.values() for name in names]
+    assert sorted(homes) == sorted(sessile.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Llm'"):
+        sessile.__getattr__("Llm")

@@ -14,7 +14,8 @@ import yaml
 
 from sessile.cli import COMMANDS, parser_for
 from sessile.config import Config, compose
-from sessile.contract.messages import PoolView, Stats
+from sessile.contract.messages import Stats
+from sessile.contract.pool import PoolView
 from sessile.core.watch import Report
 from sessile.engine.loop import log_report
 from sessile.errors import UserError

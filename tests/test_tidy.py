@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "sessile").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
-PYTHON = LIBRARY + TESTS + SCRIPTS
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+PYTHON = LIBRARY + TESTS + SCRIPTS + EXAMPLES
 DOCS = [path for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))]
 
 FUNCTION_LINES_MAX = 70
@@ -31,7 +32,7 @@ FORBIDDEN_NAMES = {"data", "info"}
 IMPURE = {"asyncio", "time", "random", "threading", "os", "logging", "datetime", "secrets", "uuid", "subprocess"}
 CORE_MAY_IMPORT = {"numpy", "sessile"}
 # The shells a user talks to; everything else logs or returns.
-MAY_PRINT = {"cli.py", "chat.py", "doctor.py", "__main__.py"}
+MAY_PRINT = {"cli.py", "doctor.py", "__main__.py"}
 MAY_PRINT_FOLDERS = {"bench", "sim"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -248,6 +249,22 @@ def test_nothing_is_unpickled() -> None:
         if any(module.split(".")[0] in {"pickle", "marshal", "shelve", "dill"} for module in imported_modules(node))
     ]
     refuse(offenders, "msgspec crosses processes; pickle crosses nothing")
+
+
+def test_the_wall_clock_is_shown_and_never_reckoned_with() -> None:
+    """It jumps. What is measured or waited for goes by a monotonic clock; a date is a whole number that is shown."""
+    stamps = {
+        inner
+        for _, node in walk(LIBRARY, ast.Call)
+        if isinstance(node.func, ast.Name) and node.func.id == "int"
+        for inner in node.args
+    }
+    offenders = [
+        f"{spot(path, node.lineno)} {ast.unparse(node)}"
+        for path, node in walk(LIBRARY, ast.Call)
+        if ast.unparse(node.func) in {"time.time", "time.time_ns"} and node not in stamps
+    ]
+    refuse(offenders, "use a monotonic clock, or int(time.time()) for a date that is only shown")
 
 
 def test_every_option_has_help_and_every_number_a_unit() -> None:

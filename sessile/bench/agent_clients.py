@@ -97,7 +97,7 @@ class InSession:
         self._expect("the turn's prompt", answer.prompt_tokens, len(self._history))
         self._unsent = 0
         self._history += answer.tokens
-        self._expect("the session after the turn", answer.meta["session_tokens"], len(self._history))
+        self._expect("the session after the turn", answer.session_tokens, len(self._history))
         return answer
 
     async def start_over(self, tokens: int) -> None:
@@ -126,7 +126,7 @@ class InSession:
             raise StartupError(f"session {self._session} has another history of {len(tokens)} tokens than its client")
         await self._server.close_session(self._session)
 
-    def _expect(self, what: str, found: int, expected: int) -> None:
+    def _expect(self, what: str, found: int | None, expected: int) -> None:
         if found != expected:
             raise StartupError(f"{what} has {found} tokens, not {expected} (session {self._session})")
 

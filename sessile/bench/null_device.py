@@ -16,9 +16,14 @@ FIRST_PLAIN_ID = 16
 
 
 def null_result(plan: StepPlan) -> StepResult:
-    """A result in which every sampling row emits one token, none of them special."""
+    """A result in which every sampling row emits one token: any that its mask allows, or else one that is not special.
+
+    Drafts are not verified.
+    """
     emitted = (plan.flags & SAMPLE).astype(np.int32)
     tokens = FIRST_PLAIN_ID + (plan.rows * 31 + plan.output_indices * 17) % (VOCAB_SIZE - FIRST_PLAIN_ID)
+    if len(plan.mask_queries):
+        _follow_masks(plan, tokens)
     return StepResult(
         step=plan.step,
         rows=plan.rows,
@@ -27,6 +32,15 @@ def null_result(plan: StepPlan) -> StepResult:
         tokens=tokens[emitted > 0].astype(np.int32),
         faulty=np.zeros(len(plan.rows), bool),
     )
+
+
+def _follow_masks(plan: StepPlan, tokens: Ints) -> None:
+    """Put tokens that the masks allow where they do not; tokens: one for each row."""
+    rows = np.searchsorted(np.cumsum(plan.query_counts), plan.mask_queries, "right")
+    masks = plan.mask_words.reshape(len(rows), -1).view(np.uint8)
+    for row, mask in zip(rows.tolist(), masks, strict=True):
+        allowed = np.unpackbits(mask, bitorder="little").nonzero()[0]
+        tokens[row] = allowed[int(tokens[row]) % len(allowed)]
 
 
 @dataclass
@@ -68,19 +82,18 @@ class OverlappedDriver:
         times = HostTimes()
         started_ns = time.perf_counter_ns()
         planned = self.machine.plan()
+        if planned and planned.late:
+            self._settle(times)
         plan = self.machine.complete(planned) if planned else None
         planned_ns = time.perf_counter_ns()
-        times.plan_ns = planned_ns - started_ns
+        times.plan_ns = planned_ns - started_ns - times.settle_ns
         if plan:
             self.buffer = encode_plan(plan)
             plan = decode_plan(self.buffer)
             times.code_ns = time.perf_counter_ns() - planned_ns
             times.rows, times.tokens = len(plan.rows), len(plan.tokens)
         result = self.answer(plan) if plan else None
-        if self.in_flight:
-            settling_ns = time.perf_counter_ns()
-            self.machine.settle(self.in_flight)
-            times.settle_ns = time.perf_counter_ns() - settling_ns
+        self._settle(times)
         self.in_flight = result
         taking_ns = time.perf_counter_ns()
         effects = self.machine.take_effects()
@@ -89,3 +102,10 @@ class OverlappedDriver:
         self.machine.look()
         times.look_ns = time.perf_counter_ns() - looking_ns
         return times, effects
+
+    def _settle(self, times: HostTimes) -> None:
+        if self.in_flight:
+            settling_ns = time.perf_counter_ns()
+            self.machine.settle(self.in_flight)
+            times.settle_ns = time.perf_counter_ns() - settling_ns
+            self.in_flight = None

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sessile.contract.corpora import CorpusOperation, CorpusUses
+from sessile.contract.patterns import StopPattern
+from sessile.contract.pool import PoolView
 
 
 def pack_tokens(tokens: "Sequence[int] | npt.NDArray[np.int32]") -> bytes:
@@ -47,9 +49,26 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Before this many output tokens neither end-of-sequence nor stop tokens are sampled; stop strings wait too."""
     stop: tuple[bytes, ...] = ()
     """Stop strings as UTF-8. Matched on the bytes of the output (special tokens count as nothing when skipped)."""
+    stop_patterns: tuple[StopPattern, ...] = ()
+    """Patterns on the same bytes; the output ends with the token in which a match ends, and keeps it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+
+
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an output must be. Its text is compiled in the engine, beside the step loop: sessile/grammar.
+
+    kind: "json_schema" (source: a schema as JSON), "json_object" (any object; source is empty), "regex" (of the whole
+    output), "ebnf" (GBNF or Lark, from `root` or `start` on), or "lark" (Lark as llguidance has it, special tokens
+    included). field: the field of the request that it came from, to be named if it is refused. lead: of "json_schema"
+    and "json_object": the rule `lead` and those it needs, in Lark, of what stands before the JSON, as reasoning does.
+    """
+
+    kind: str
+    source: str
+    field: str = ""
+    lead: str = ""
 
 
 class Branch(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -75,6 +94,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     """Who asks: sessions are found, limits counted, prefixes shared and steps divided by tenant."""
     priority: int = 0
     """Higher goes first among the tenant's own requests."""
+    group: int = -1
+    """-1, or what requests in flight with the same prompt have in common, a number as keys are: one computes it."""
     session: str | None = None
     rid: str = ""
     """With a session, the name of this turn: the same name again within the last turn repeats its reply."""
@@ -97,6 +118,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=
     """Most drafts in a step; -1: as many as the engine allows."""
     corpora: tuple[str, ...] | None = None
     """The corpora to look in, by id; None: all that the tenant may use."""
+    grammar: Grammar | None = None
+    """What the output must be; it binds this turn's output alone. An end-of-sequence token may come exactly where the
+    grammar may end, and comes where it must."""
     remember: bool = False
     """Let later requests of the tenant look their drafts up in this one, if it comes to its own end."""
 
@@ -106,6 +130,8 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
     key: int
     message: str = "aborted by the client"
+    if_waiting: bool = False
+    """Only if no step has been planned for it yet; it is refused then, with 503."""
 
 
 class CancelAll(msgspec.Struct, frozen=True, tag=True):
@@ -167,6 +193,55 @@ class RewindSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, k
     to_turn: int | None = None
 
 
+class CommittedTurn(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A turn that was committed: its name, and what is needed to answer it again. In a branching session, a whole node.
+
+    Without `done` it cannot be answered again: no client knows its name, or it said more than tokens.
+    """
+
+    rid: str
+    input: bytes = b""
+    """What it was sent with."""
+    done: "Done | None" = None
+    parent: str | None = None
+    """Of a node: the turn of this session that it goes on from, restored before it; None: a root."""
+    base_tokens: int = 0
+    """Of a node: how much of its parent's history it begins with."""
+    tokens: bytes = b""
+    """Of a node: its history behind that."""
+    input_end: int = 0
+    """Of a node: where its output begins."""
+
+
+class RestoreSession(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Open a session with the history, or the turns, that it had in an engine which is gone. It begins without KV.
+
+    Reply and refusals: as of OpenSession; 413 if the history does not fit. What a tenant may hold is not asked again.
+    """
+
+    op: int
+    opening: OpenSession
+    """As it was opened; its own `op` means nothing."""
+    tokens: bytes
+    turn_ends: tuple[int, ...]
+    """Length of the history after each committed turn, rising."""
+    last: CommittedTurn | None = None
+    nodes: tuple[CommittedTurn, ...] = ()
+    """Of a branching session, which has no single history: its turns, each behind its parent."""
+
+
+class DropTurn(msgspec.Struct, frozen=True, tag=True):
+    """Forget one finished turn of a branching session; what goes on from it stays as it is.
+
+    Reply: Outcome {}. 404 for an unknown session or turn, 400 in a streaming session, 409 while the turn is in flight.
+    """
+
+    op: int
+    session: str
+    rid: str
+    tenant: str = ""
+
+
 class GetSession(msgspec.Struct, frozen=True, tag=True):
     """Reply: SessionView, or 404."""
 
@@ -225,6 +300,8 @@ ToEngine = (
     | CloseSession
     | ForkSession
     | RewindSession
+    | RestoreSession
+    | DropTurn
     | GetSession
     | ListSessions
     | SessionTokens
@@ -251,7 +328,7 @@ class Done(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=Tr
     reason: str
     """"stop", "length", "abort" (cancelled, disconnected, session closed) or "error" (refused or failed)."""
     matched: int | bytes | None = None
-    """What stopped it: token id or stop string."""
+    """What stopped it: token id, stop string or pattern."""
     kept_bytes: int = -1
     """With a stop string: bytes of output before the match (counted as the matcher saw them); else -1."""
     prompt_tokens: int = 0
@@ -353,7 +430,7 @@ class SessionGone(msgspec.Struct, frozen=True):
 
     session: str
     reason: str
-    """"expired" or "closed"."""
+    """"expired" or "closed"; "lost" with an engine, which the server says to itself."""
     tenant: str = ""
 
 
@@ -437,61 +514,6 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     plan_wall_s_total: float = 0.0
 
 
-class PoolHolder(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """A request that runs, or a session or turn of a branching one with parked KV or a reserve, and its pages."""
-
-    key: int | None = None
-    """Of a request."""
-    session: str | None = None
-    """Of a session with parked KV or a reserve, or of the request that is a turn of it."""
-    tenant: str = ""
-    phase: str
-    """"running"; of a parked session "idle", "queued", "preempted" or "closing"."""
-    own_pages: int
-    shared_pages: int
-    """Pages of the tree that it reads; they are TREE's, and counted there."""
-    reserve_pages: int = 0
-    """Of its own pages, those that hold no KV."""
-    row: int | None = None
-
-
-class PoolView(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Every page of the pool and every row by owner.
-
-    pages_total = free + limbo + tree_pinned + tree_parked + tree_unpinned + scratch + quarantine + request_pages +
-    session_pages. The last two are the own pages of all holders and of the rest.
-    """
-
-    page_size: int
-    pages_total: int
-    free: int
-    limbo: list[tuple[int, int]]
-    """(step, pages that wait for it to settle), in order of steps."""
-    tree_pinned: int
-    """Read by running requests, or kept by reservations."""
-    tree_parked: int
-    """Read by parked sessions alone."""
-    tree_unpinned: int
-    scratch: int
-    quarantine: int
-    request_pages: int
-    session_pages: int
-    """Parked KV, and reserves."""
-    rows_total: int
-    requests_running: int
-    requests_waiting: int
-    requests_draining: int
-    """A running or draining request holds one row."""
-    sessions_open: int
-    sessions_idle: int
-    session_tokens: int
-    holders: list[PoolHolder]
-    """Those that own most pages, in that order."""
-    rest_requests: int
-    rest_sessions: int
-    rest_own_pages: int
-
-
 class Outcome(msgspec.Struct, frozen=True, tag=True):
     """What an operation did, as named numbers (or token bytes); the operation's docstring lists the names."""
 
@@ -547,6 +569,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pages_total: int
     rows_max: int
     chunk_tokens: int
+    queue_max: int = 0
+    """Requests that may wait beside those that run; 0: it is not said."""
     drafts_max: int = 0
     """Most drafts of a request in a step; 0: none are looked up, and corpora are of no use."""
     kv_bytes: int

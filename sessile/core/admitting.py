@@ -8,6 +8,7 @@ import numpy as np
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
 from sessile.core.drafting import begin_line
+from sessile.core.groups import page_at, shared_tokens
 from sessile.core.ledger import Lease
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
@@ -48,10 +49,15 @@ class Admitter:
             session = request.session
             if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:
                 continue  # The previous turn still drains; it will have settled before the next plan (H60).
+            source: Request | None = None
+            if request.group >= 0:
+                source = books.groups.source_of(request, books.rows, planned.bound)
+                if source is None and self._waits_for_leader(request):
+                    continue
             match = self._match(request)
-            if match is not None and self._waits_for_prefix(request, match):
+            if match is not None and source is None and self._waits_for_prefix(request, match):
                 continue
-            part = self._admit_one(planned, request, match, budget, outlook)
+            part = self._admit_one(planned, request, match, source, budget, outlook)
             if part is None:
                 looks += 1
                 blocked = blocked or request
@@ -74,12 +80,23 @@ class Admitter:
             if pages:
                 books.ledger.draw(lease, pages)
         planned.owed_pages = 0
+        for request, source in planned.followers:
+            self._copy_from(source, request)
         parts = planned.parts[-len(planned.bound) :]
         books.rows.seat(
             [part.row for part in parts],
             [part.request.row_start(part.start, part.end, part.samples, planned.step) for part in parts],
             [request.stop_ids for request in planned.bound],
         )
+
+    def _copy_from(self, source: Request, request: Request) -> None:
+        """Have the first page that a request owns begin as a copy of the source's: the rest of what they share."""
+        books, size = self._books, self._books.limits.page_size
+        assert request.lease is not None and request.pin is not None
+        kv_tokens = request.prompt_tokens - 1
+        assert len(request.pin.pages) == kv_tokens // size
+        books.queue_copy(page_at(source, kv_tokens // size), request.lease.pages[0], kv_tokens % size, ())
+        books.marks[Mark.LEADER_COPIED] += 1
 
     def _match(self, request: Request) -> Match | None:
         """What the tree has for a request without KV of its own; None if its session kept some."""
@@ -112,13 +129,35 @@ class Admitter:
         books.marks[Mark.SHARE_WAITED] += 1
         return True
 
+    def _waits_for_leader(self, request: Request) -> bool:
+        """Whether another one of the group is computing what this one would compute: it runs, so the wait ends."""
+        books = self._books
+        leader = books.groups.leader_of(request)
+        if leader is None:
+            return False
+        if leader.goal_tokens <= leader.prompt_tokens + 1:
+            # It ends with its prompt, when there is nothing left to copy from: its full pages are all that it gives.
+            match = self._match(request)
+            if match is None or match.pages >= (request.prompt_tokens - 1) // books.limits.page_size:
+                return False
+        books.marks[Mark.LEADER_AWAITED] += 1
+        return True
+
     def _admit_one(
-        self, planned: Planned, request: Request, match: Match | None, budget: int, outlook: "_Outlook"
+        self,
+        planned: Planned,
+        request: Request,
+        match: Match | None,
+        source: Request | None,
+        budget: int,
+        outlook: "_Outlook",
     ) -> PromptPart | None:
         """Admit a request if it fits now and in the estimated future; else None, and nothing has changed."""
         books = self._books
         size = books.limits.page_size
         start, pages, shared = self._standing(request, match)
+        if source is not None and match is not None:
+            start = shared_tokens(request, match, size)
         known = request.known_tokens
         count = min(min(known, request.goal_tokens - 1) - start, budget)
         if count <= 0:
@@ -147,6 +186,8 @@ class Admitter:
         part = PromptPart(request, request.row, start, count, start + count == known)
         planned.parts.append(part)
         planned.bound.append(request)
+        if source is not None and start > pages * size:
+            planned.followers.append((request, source))
         planned.leases.append(lease)
         planned.owed.append(wanted)
         planned.owed_pages += wanted
@@ -186,15 +227,16 @@ class Admitter:
     def _start(self, request: Request, match: Match | None, start: int) -> Lease:
         """Give a request its row, its lease and its pin; `_seat` sets the row's columns."""
         books, session = self._books, request.session
-        books.waiting.leave(request)
-        books.waiting.note_admitted(request)
+        # What finds the books wrong comes first, while the request still stands in the line.
         if match is not None:
-            request.pin = books.tree.pin(match)
-            request.lease = books.ledger.open()
+            pin, lease = books.tree.pin(match), books.ledger.open()
         else:
             assert session is not None
             parked = books.unpark(session)
-            request.pin, request.lease = parked.pin, parked.lease.hand_over()
+            pin, lease = parked.pin, parked.lease.hand_over()
+        books.waiting.leave(request)
+        books.waiting.note_admitted(request)
+        request.pin, request.lease = pin, lease
         request.publishing = session is None or session.turns == 0
         request.note_admission(start)
         if books.drafter is not None:
@@ -207,7 +249,6 @@ class Admitter:
         if request.publishing:
             books.share(request)
         return request.lease
-
 
 
 class _Outlook:

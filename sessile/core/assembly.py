@@ -1,4 +1,4 @@
-"""From what was planned to the flat arrays of a StepPlan: the late part, drafts included."""
+"""From what was planned to the flat arrays of a StepPlan: the late part, drafts and masks included."""
 
 from array import array
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from sessile.contract.plan import (
     StepPlan,
 )
 from sessile.core.books import Books
+from sessile.core.constraining import constrain
 from sessile.core.drafting import drafts_for
 from sessile.core.history import TOKEN_BYTES, Packed
 from sessile.core.marks import Mark
-from sessile.core.planned import Planned, PromptPart
+from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.request import Phase, Request
 from sessile.core.rows import Column, Flags
 
@@ -68,6 +69,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
     total = decode_count + len(parts)
     if not total and not books.copies:
         return None
+    counts, drafts, mask_queries, mask_words = _late_part(books, decodes, caps, parts)
     rows = np.empty(total, np.int64)
     columns = np.zeros((7, total), np.int32)
     decoding = columns[:, :decode_count]
@@ -75,7 +77,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
     if caps is None:
         tokens = _decode_columns(books, decodes, decoding)
     else:
-        tokens = _draft_columns(books, decodes, caps, decoding)
+        tokens = _draft_columns(books, decodes, counts, drafts, decoding)
     scores = _scores(parts, len(tokens) // TOKEN_BYTES)
     if parts:
         table = [
@@ -108,10 +110,28 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
         columns[_TOP],
         unpack_tokens(tokens),
         *scores,
-        NO_INTS,
-        NO_INTS,
+        mask_queries,
+        mask_words,
     )
     return Flight(plan, rows, allowed, sampling, samples, is_drafted, decode_count, parts)
+
+
+def _late_part(
+    books: Books, decodes: Column, caps: Column | None, parts: list[PromptPart]
+) -> tuple[Column, Column, Ints, Ints]:
+    """What is known only now: drafts by decoding row, all of them end to end, places of masks, masks.
+
+    caps: None where no decoding row has drafts or a grammar; then there are no drafts.
+    """
+    if caps is None and not books.rows.constraints_wanted:
+        return NO_ROWS, NO_ROWS, NO_INTS, NO_INTS
+    counts, drafts = np.zeros(len(decodes), np.int64), NO_ROWS
+    if caps is not None:
+        counts, drafts = drafts_for(books, decodes, caps)
+    masks = constrain(books, decodes, counts, drafts, parts)
+    if masks is None:
+        return counts, drafts, NO_INTS, NO_INTS
+    return masks.counts, masks.drafts, masks.queries(parts), masks.words.reshape(-1)
 
 
 def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
@@ -137,13 +157,12 @@ def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
     return np.where(on_device, -1, rows.last_token[decodes]).astype(np.int32).tobytes()
 
 
-def _draft_columns(books: Books, decodes: Column, caps: Column, columns: Ints) -> Packed:
+def _draft_columns(books: Books, decodes: Column, counts: Column, drafts: Column, columns: Ints) -> Packed:
     """Fill the columns [7, d] of rows that decode with drafts; returns their tokens, drafts included.
 
-    Everything before has settled: positions and tokens are known, and the caps shrink to what is proposed.
+    Everything before has settled: positions and tokens are known, and the caps have shrunk to what is proposed.
     """
     rows = books.rows
-    counts, drafts = drafts_for(books, decodes, caps)
     starts = rows.settled[decodes]
     rows.planned[decodes] = starts + 1 + counts
     rows.pending[decodes] = 1 + counts

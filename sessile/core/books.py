@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from sessile.contract.drafting import Drafter
+from sessile.contract.grammar import Grammars
 from sessile.contract.model import ModelFacts
 from sessile.core.admission import Forecast
 from sessile.core.effects import Effects
 from sessile.core.events import EventRing
+from sessile.core.groups import Groups
 from sessile.core.ledger import QUARANTINE, Lease, PageLedger
 from sessile.core.limits import Limits
 from sessile.core.line import WaitingLine
@@ -63,16 +65,21 @@ class Totals:
 class Books:
     """Ledger, tree, rows, requests, sessions and the waiting line of one machine."""
 
-    def __init__(self, limits: Limits, facts: ModelFacts, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, limits: Limits, facts: ModelFacts, drafter: Drafter | None = None, grammars: Grammars | None = None
+    ) -> None:
         self.limits = limits
         self.facts = facts
         self.drafter = drafter
         """None: nothing is ever drafted."""
+        self.grammars = grammars
+        """None: no request may bring one."""
         self.ledger = PageLedger(limits.pages_total)
         self.tree = PrefixTree(self.ledger, limits.page_size)
         self.rows: RowTable[Request] = RowTable(limits.rows_max)
         self.requests: dict[int, Request] = {}
         """By key, from submission until Done."""
+        self.groups = Groups()
         self.sessions: dict[SessionKey, Session] = {}
         self.node_count = 0
         """Turns of branching sessions, finished or in flight: each holds a history and maybe KV."""
@@ -96,7 +103,7 @@ class Books:
         self.forecast = Forecast(limits.output_estimate_tokens)
         self.effects = Effects()
         self.events = EventRing()
-        self.failures: list[str] = []
+        self.failures: list[tuple[str, str]] = []
         """Why requests were expelled since the books were restored last: see containment.py."""
         self.suspects = array("i")
         """The pages that they, and all others who were expelled, had listed."""

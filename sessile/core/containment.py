@@ -1,5 +1,8 @@
 """After a violation: whoever the books cannot be right about leaves, and the books are made anew from who is left.
 
+The audit names them (`contain`), or a move does that finds a page not to be whose it should be: in settling or ending
+one request (`guarded`), in a plan (`abandon_plan`), in the KV of an idle session (`or_cold`, in cold.py).
+
 A request that is named ends with an error, its turn rolled back; a parked session goes cold: its tokens are the truth,
 and are computed again. What they held goes to QUARANTINE, together with every page that nobody lists where its tag
 says, until a check of everything has passed and each step that might touch the pages has settled. Then everything else
@@ -10,8 +13,10 @@ from array import array
 from collections.abc import Callable
 
 from sessile.core.books import Books
+from sessile.core.cold import abandon, go_cold
 from sessile.core.ending import end_request
-from sessile.core.ledger import TREE, Lease
+from sessile.core.ledger import TREE
+from sessile.core.planned import Planned
 from sessile.core.prefix import Node, Pin
 from sessile.core.request import Phase, Request
 from sessile.core.session import Session
@@ -40,17 +45,30 @@ def guarded(
         failure = f"request {request.key}: {type(error).__name__}: {error}"
     # Outside of the handler: until it is left, the failed call's frames hold a lease that they had taken over.
     if failure:
-        books.failures.append(failure)
+        books.failures.append(("row", failure))
         if lease is not None:
-            _abandon(books, lease)
+            abandon(books, lease)
         expel(books, request)
+
+
+def drained(books: Books) -> None:
+    """`Books.drain`; where violations are contained and it fails, what it had in hand belongs to nobody from now on."""
+    failure = ""
+    try:
+        books.drain()
+    except Exception as error:
+        if not books.limits.contain_violations:
+            raise
+        failure = f"{type(error).__name__}: {error}"
+    if failure:
+        books.failures.append(("limbo", failure))
 
 
 def expel(books: Books, request: Request) -> None:
     """End a running request as an error without touching what it holds; `restore` must follow."""
     session = request.session
     if request.lease is not None:
-        _abandon(books, request.lease)
+        abandon(books, request.lease)
         books.stop_sharing(request)
         books.bound_pages -= request.bound_pages
         request.lease = None
@@ -69,25 +87,26 @@ def expel(books: Books, request: Request) -> None:
     end_request(books, request, "error", message=ENDED_MESSAGE, status=500)
 
 
-def go_cold(books: Books, session: Session) -> None:
-    """Take a session's KV and reserve away without touching them; `restore` must follow, and fills the reserve anew.
+def abandon_plan(books: Books, planned: Planned) -> None:
+    """Expel whoever a plan that failed half-way had given something; `restore` must follow.
 
-    The index goes as well: the next turn makes it anew from the tokens.
+    Nothing will run under its number: who was admitted has a row that no device knows, and pages that were drawn are in
+    no device's table.
     """
-    parked = session.parked
-    session.parked = None
-    session.index = None
-    if parked is not None:
-        _abandon(books, parked.lease)
-    if session.reserve is not None:
-        _abandon(books, session.reserve)
-        session.reserve = books.ledger.open()
-
-
-def _abandon(books: Books, lease: Lease) -> None:
-    if not lease.is_consumed:  # Two holders may have had the same one.
-        books.suspects.extend(lease.pages)
-        lease.abandon()
+    rows = books.rows
+    touched = [row for row, _, _ in planned.runs] + planned.grown.tolist()
+    if planned.is_counted:
+        touched += planned.decodes.tolist() + [part.row for part in planned.parts]
+    keys = [rows.occupant(row).key for row in touched] + [request.key for request in planned.bound]
+    for request in books.requests.values():
+        if request.phase is Phase.RUNNING and request.row is not None and not rows.live[request.row]:
+            rows.seat([request.row], [request.row_start(0, 0, False, books.planned_step)], [request.stop_ids])
+            keys.append(request.key)
+    for key in dict.fromkeys(keys):
+        request = books.requests[key]
+        if request.row is not None:
+            rows.last_step[request.row] = min(int(rows.last_step[request.row]), books.planned_step)
+        expel(books, request)
 
 
 def contain(books: Books, error: AuditError) -> None:

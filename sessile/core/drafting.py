@@ -113,11 +113,11 @@ def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
 def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Column]:
     """(how many drafts each decoding row gets int64[d], all of them end to end int64); every step has settled."""
     drafter, rows = books.drafter, books.rows
-    assert drafter is not None
     counts = np.zeros(len(decodes), np.int64)
     asked = (caps > 0).nonzero()[0]
     if not len(asked):
         return counts, counts[:0]
+    assert drafter is not None
     wanted = caps[asked].tolist()
     lines = [caught_up(books, rows.occupant(row)) for row in decodes[asked].tolist()]
     proposed: list[Sequence[int]] = list(drafter.draft(lines, wanted))

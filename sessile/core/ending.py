@@ -7,6 +7,7 @@ exactly one Done goes out.
 
 from sessile.contract.messages import Done, SessionGone
 from sessile.core.books import Books
+from sessile.core.cold import or_cold
 from sessile.core.drafting import end_line, remember
 from sessile.core.marks import Mark
 from sessile.core.request import Phase, Request
@@ -26,6 +27,7 @@ def end_request(
     kept_bytes: int = -1,
     message: str = "",
     status: int = 200,
+    code: str = "",
     keep: bool = False,
 ) -> None:
     """End a request that is queued or running, commit or roll back its turn, and send its Done.
@@ -47,13 +49,14 @@ def end_request(
     if session is not None and not commits:
         books.totals.turns_rolled_back += 1
         books.marks[_ROLL_BACKS[phase]] += 1
-    done = _done(request, reason, matched, kept_bytes, message, status, commits=commits)
+    done = _done(request, reason, matched, kept_bytes, message, status, code, commits=commits)
     if request.drafts.line is not None:
         done = end_line(books, request, done)
     if request.drafts.remembered and reason in COMMITS:
         remember(books, request)
     _send(books, request, done, commits)
     del books.requests[request.key]
+    books.groups.leave(request)
     books.tenants.leave(request.tenant, request.input_tokens)
     if reason in COMMITS:
         books.forecast.finished(request.output_tokens, request.goal_tokens - request.prompt_tokens)
@@ -96,6 +99,7 @@ def _done(
     kept_bytes: int,
     message: str,
     status: int,
+    code: str,
     *,
     commits: bool,
 ) -> Done:
@@ -112,6 +116,7 @@ def _done(
         preemptions=request.preemptions,
         session_tokens=len(session.history) if session is not None and commits else -1,
         status=status,
+        code=code,
         message=message,
     )
 
@@ -156,6 +161,15 @@ def discard_turns(books: Books, session: Session, origin: Session | None) -> Non
             _discard(books, node)
 
 
+def drop_turn(books: Books, node: Session) -> None:
+    """Forget one finished turn of a branching session. Its children have all of its tokens: they go on from above."""
+    assert node.root is not None
+    for child in node.root.nodes.values():
+        if child.parent is node:
+            child.parent = node.parent
+    _discard(books, node)
+
+
 def _descends(node: Session, origin: Session) -> bool:
     above = node.parent
     while above is not None and above is not origin:
@@ -166,19 +180,24 @@ def _descends(node: Session, origin: Session) -> bool:
 def _discard(books: Books, node: Session) -> None:
     """Forget a node and all that it holds; no turn of it may be in flight."""
     assert node.turn is None and node.root is not None
-    books.drop_parked(node)
+    or_cold(books, (node,), books.drop_parked, node)
     node.index = None
     node.tenant.held_tokens -= len(node.history)
     del node.root.nodes[node.rid]
     books.node_count -= 1
 
 
+def _let_go(books: Books, session: Session) -> None:
+    books.drop_parked(session)
+    release_reserve(books, session)
+
+
 def close_session(books: Books, session: Session, reason: str) -> None:
     """Release all that a session holds and forget it; no turn may be in flight."""
     assert not session.in_flight
     discard_turns(books, session, None)
-    release_reserve(books, session)
-    books.drop_parked(session)
+    or_cold(books, (session,), _let_go, books, session)
+    _let_go(books, session)  # Where that failed, of the empty reserve of a session that is cold now.
     session.index = None
     del books.sessions[session.key]
     session.tenant.sessions -= 1

@@ -5,12 +5,15 @@ is in flight. In a branching session each turn is a node of its own that begins 
 so turns run side by side, and the right to be in flight belongs to the turn.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
-from sessile.contract.messages import Branch, OpenSession, Submit, unpack_tokens
+from sessile.contract.grammar import GrammarLine
+from sessile.contract.messages import Branch, CommittedTurn, OpenSession, RestoreSession, Submit, unpack_tokens
 from sessile.core.books import Books
+from sessile.core.constraining import constraint_of
 from sessile.core.drafting import drafts_of
 from sessile.core.ending import discard_turns, end_request
 from sessile.core.forking import fork_session
@@ -18,7 +21,7 @@ from sessile.core.history import NO_HISTORY, TOKEN_BYTES, History, Packed
 from sessile.core.marks import Mark
 from sessile.core.request import Drafts, Request
 from sessile.core.reserving import reserve
-from sessile.core.session import Session
+from sessile.core.session import Session, StoredReply
 from sessile.core.tenants import Tenant
 from sessile.errors import (
     DuplicateSession,
@@ -40,12 +43,17 @@ def enter_plain(books: Books, message: Submit) -> None:
     if not message.tokens:
         raise InvalidRequest("the prompt is empty: send at least one token", param="input_ids")
     tenant = books.tenants.named(message.tenant)
+    if message.group >= 0:
+        books.groups.check(message, tenant)
     goal = _goal(books, message, tenant, 0, message.tokens, books.limits.context_tokens)
-    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, drafts_of(books, message, tenant), None)
+    drafts, constraint = drafts_of(books, message, tenant), constraint_of(books, message)
+    _enter(books, message, tenant, NO_HISTORY, message.tokens, goal, drafts, constraint, None)
 
 
 def enter_turn(books: Books, message: Submit, session: Session) -> None:
     """Put the next turn of a session into the line. Raises UserError, with nothing changed."""
+    if message.group >= 0:
+        books.groups.check(message, session.tenant)
     if session.closing:
         raise SessionClosed(f"session {session.id!r}: close was requested", param="session_params.id")
     if session.branching:
@@ -63,7 +71,8 @@ def enter_turn(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, base_tokens)
     tokens = _without_bos(books, message.tokens, base_tokens)
     goal = _goal(books, message, session.tenant, base_tokens, tokens, session.tokens_max)
-    _start_turn(books, message, session, tokens, goal, drafts_of(books, message, session.tenant))
+    drafts, constraint = drafts_of(books, message, session.tenant), constraint_of(books, message)
+    _start_turn(books, message, session, tokens, goal, drafts, constraint)
 
 
 def open_session(
@@ -115,6 +124,59 @@ def open_as_asked(books: Books, message: OpenSession) -> Session:
     return session
 
 
+def restore_as_asked(books: Books, message: RestoreSession) -> Session:
+    """A session with the history of one that an earlier engine had, and no KV. Raises UserError, with nothing changed.
+
+    Nothing is shared and nothing parked, so the first turn computes the history as that of a session gone cold.
+    """
+    opening, ends = message.opening, message.turn_ends
+    tokens = len(message.tokens) // TOKEN_BYTES
+    if opening.branching:
+        assert not tokens, "a branching session has no single history"
+        return _restore_branching(books, message)
+    assert list(ends) == sorted(ends) and (ends[-1] if ends else 0) == tokens, "the turns are not those of the history"
+    longest = min(books.limits.sequence_tokens_max, opening.tokens_max or books.limits.context_tokens)
+    if tokens > longest:
+        raise TooLong(f"the history of session {opening.session!r} has {tokens} tokens, {longest} fit")
+    _check_tokens(books, message.tokens)
+    session = open_as_asked(books, opening)
+    session.history.append(message.tokens)
+    session.turn_ends = array("q", ends)
+    session.tenant.held_tokens += tokens
+    session.reply = _restored_reply(message.last)
+    return session
+
+
+def _restore_branching(books: Books, message: RestoreSession) -> Session:
+    """The same of a branching session: each turn is a node again, behind its parent."""
+    most = books.limits.sessions_max
+    if len(books.sessions) + books.node_count + 1 + len(message.nodes) > most:
+        raise LimitReached(f"{most} sessions and branches are open, which is the limit: close some first")
+    for turn in message.nodes:
+        _check_tokens(books, turn.tokens)
+        if turn.base_tokens + len(turn.tokens) // TOKEN_BYTES > books.limits.sequence_tokens_max:
+            raise TooLong(f"turn {turn.rid!r} of session {message.opening.session!r} does not fit any more")
+    session = open_as_asked(books, message.opening)
+    for turn in message.nodes:
+        parent = None if turn.parent is None else session.nodes[turn.parent]
+        assert turn.base_tokens <= (len(parent.history) if parent else 0), "a turn begins with more than its parent has"
+        node = _add_node(books, session, turn.rid, parent)
+        if parent is not None:
+            fork_session(books, parent, node, turn.base_tokens)
+        node.history.append(turn.tokens)
+        node.turn_ends.append(len(node.history))
+        node.input_end = turn.input_end
+        node.tenant.held_tokens += len(turn.tokens) // TOKEN_BYTES
+        node.reply = _restored_reply(turn)
+    return session
+
+
+def _restored_reply(turn: CommittedTurn | None) -> StoredReply | None:
+    if turn is None or turn.done is None:
+        return None
+    return StoredReply(turn.rid, turn.input, turn.done, (), ())
+
+
 # -- branching ----------------------------------------------------------------------------------------------------
 
 
@@ -140,17 +202,22 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _expect(session, message, origin.tokens)
     tokens = _without_bos(books, message.tokens, origin.tokens)
     goal = _goal(books, message, session.tenant, origin.tokens, tokens, session.tokens_max)
-    drafts = drafts_of(books, message, session.tenant)
+    drafts, constraint = drafts_of(books, message, session.tenant), constraint_of(books, message)
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
-    node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
-    node.root, node.rid, node.parent = session, message.rid, origin.node
-    session.nodes[message.rid] = node
-    books.node_count += 1
+    node = _add_node(books, session, message.rid, origin.node)
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
-    _start_turn(books, message, node, tokens, goal, drafts)
+    _start_turn(books, message, node, tokens, goal, drafts, constraint)
+
+
+def _add_node(books: Books, session: Session, rid: str, parent: Session | None) -> Session:
+    node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
+    node.root, node.rid, node.parent = session, rid, parent
+    session.nodes[rid] = node
+    books.node_count += 1
+    return node
 
 
 def _origin(books: Books, session: Session, branch: Branch) -> _Origin:
@@ -340,10 +407,16 @@ def _new_session(
 
 
 def _start_turn(
-    books: Books, message: Submit, session: Session, tokens: Packed, goal: int, drafts: Drafts
+    books: Books,
+    message: Submit,
+    session: Session,
+    tokens: Packed,
+    goal: int,
+    drafts: Drafts,
+    constraint: GrammarLine | None,
 ) -> None:
     """The session's right to be in flight goes to this request."""
-    request = _enter(books, message, session.tenant, session.history, tokens, goal, drafts, session)
+    request = _enter(books, message, session.tenant, session.history, tokens, goal, drafts, constraint, session)
     session.turn = RequestKey(request.key)
     if session.root is not None:
         session.root.turns_in_flight += 1
@@ -359,17 +432,20 @@ def _enter(
     tokens: Packed,
     goal: int,
     drafts: Drafts,
+    constraint: GrammarLine | None,
     session: Session | None,
 ) -> Request:
     eos = () if message.sampling.ignore_eos else books.facts.eos_ids
     stop_ids = tuple(dict.fromkeys((*eos, *message.sampling.stop_token_ids)))
     request = Request(
-        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, drafts=drafts
-    )
-    books.rows.provide_for(stop_ids, message.logprobs)
+        message, base, tokens, goal_tokens=goal, stop_ids=stop_ids, session=session, tenant=tenant, drafts=drafts,
+        constraint=constraint,
+    )  # fmt: skip
+    books.rows.provide_for(stop_ids, message.logprobs, constrained=constraint is not None)
     books.arrivals += 1
     request.arrival = books.arrivals
     books.requests[request.key] = request
+    books.groups.enter(request)
     books.tenants.enter(tenant, request.input_tokens)
     books.enqueue(request)
     return request

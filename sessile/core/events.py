@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sessile.contract.messages import Submit, ToEngine
+from sessile.contract.messages import GetStats, RestoreSession, Submit, ToEngine
 from sessile.contract.plan import SAMPLE, Ints, StepPlan, StepResult
 
 EVENTS_KEPT = 1000
@@ -29,7 +29,9 @@ class EventRing:
             self._events.append(
                 ("submit", message.key, message.session, len(message.tokens) // 4, message.sampling.max_new_tokens)
             )
-        else:
+        elif isinstance(message, RestoreSession):
+            self._events.append(("restore", message.opening.session, len(message.tokens) // 4))
+        elif not isinstance(message, GetStats):  # It changes nothing, and a watchdog asks all the time.
             self._events.append(("received", message))
 
     def planned(self, plan: StepPlan) -> None:
@@ -54,7 +56,8 @@ class EventRing:
 
     def lines(self) -> list[str]:
         """Every event kept, oldest first, one line each."""
-        return [_told(event) for event in self._events]
+        # A copy made at once: a watchdog asks from another thread, perhaps while events still come.
+        return [_told(event) for event in list(self._events)]
 
 
 def _told(event: Event) -> str:
@@ -64,6 +67,8 @@ def _told(event: Event) -> str:
             key, session, tokens, wanted = facts
             place = "" if session is None else f" to session {session!r}"
             return f"received Submit {key}{place}: {tokens} tokens, at most {wanted} new"
+        case "restore":
+            return f"received RestoreSession {facts[0]!r}: {facts[1]} tokens"
         case "received":
             return f"received {facts[0]}"
         case "planned":

@@ -8,6 +8,7 @@ than a page.
 """
 
 from sessile.core.books import Books
+from sessile.core.cold import or_cold
 from sessile.core.marks import Mark
 from sessile.core.session import ParkedKv, Session
 
@@ -20,6 +21,11 @@ def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> 
     child.tenant.held_tokens += tokens
     if parent.index is not None and child.root is None:  # A branch's is forked when it first drafts: see drafting.py.
         child.index = parent.index.fork(min(parent.index.tokens, tokens))
+    or_cold(books, (parent, child), _share_kv, books, parent, child, tokens)
+
+
+def _share_kv(books: Books, parent: Session, child: Session, tokens: int) -> None:
+    """Give the child KV of as many of its tokens but the last as the parent has KV of."""
     parked = parent.parked
     kv_tokens = min(parked.tokens, tokens - 1) if parked is not None else 0
     if parked is None or kv_tokens <= 0:
@@ -47,7 +53,11 @@ def rewind_session(books: Books, session: Session, tokens: int) -> None:
     session.tenant.held_tokens -= len(session.history) - tokens
     session.cut_history(session.history.fork(tokens), session.turn_ends)
     session.reply = None
-    kv_tokens = max(0, tokens - 1)
+    or_cold(books, (session,), _cut_kv, books, session, max(0, tokens - 1))
+
+
+def _cut_kv(books: Books, session: Session, kv_tokens: int) -> None:
+    """Keep KV of at most so many tokens, the head of a shared page that they end in as a copy."""
     parked = session.parked
     if parked is None or parked.tokens <= kv_tokens:
         return

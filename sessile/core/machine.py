@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Mapping
 
 from sessile.contract.drafting import Drafter
+from sessile.contract.grammar import Grammars
 from sessile.contract.messages import (
     Batch,
     Cancel,
     CancelAll,
     CloseSession,
     Done,
+    DropTurn,
     Flush,
     ForkSession,
     GetPool,
@@ -22,9 +24,9 @@ from sessile.contract.messages import (
     ListSessions,
     OpenSession,
     Outcome,
-    PoolView,
     Refusal,
     Reply,
+    RestoreSession,
     RewindSession,
     SessionPage,
     SessionTokens,
@@ -37,12 +39,14 @@ from sessile.contract.messages import (
 )
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan, StepResult
+from sessile.contract.pool import PoolView
 from sessile.core import audit, views
 from sessile.core.assembly import Flight, assemble
 from sessile.core.books import Books
-from sessile.core.containment import guarded
-from sessile.core.ending import close_session, end_request
-from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session
+from sessile.core.cold import or_cold
+from sessile.core.containment import abandon_plan, guarded
+from sessile.core.ending import close_session, drop_turn, end_request
+from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session, restore_as_asked
 from sessile.core.forking import fork_session, rewind_session
 from sessile.core.limits import Limits
 from sessile.core.marks import Mark
@@ -54,6 +58,7 @@ from sessile.core.watch import Report, Watch
 from sessile.errors import (
     InvalidRequest,
     NotFound,
+    NotReady,
     SessionBusy,
     SessionClosed,
     UserError,
@@ -68,10 +73,12 @@ class Machine:
     Order of calls: `receive`* `tick` `plan` (`settle`) `complete` (`settle`) `take_effects`, as in engine/loop.py.
     """
 
-    def __init__(self, limits: Limits, facts: ModelFacts, *, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, limits: Limits, facts: ModelFacts, *, drafter: Drafter | None = None, grammars: Grammars | None = None
+    ) -> None:
         self._limits = limits
         self._facts = facts
-        self._books = Books(limits, facts, drafter if limits.drafts_max else None)
+        self._books = Books(limits, facts, drafter if limits.drafts_max else None, grammars)
         self._planner = Planner(self._books)
         self._bos = pack_tokens([facts.bos_id or 0])
         self._flights: deque[Flight] = deque()
@@ -88,7 +95,7 @@ class Machine:
                 case Submit():
                     self.submit(message)
                 case Cancel():
-                    self.cancel(message.key, message.message)
+                    self.cancel(message.key, message.message, if_waiting=message.if_waiting)
                 case OpenSession():
                     self._reply(message.op, self.open(message))
                 case CloseSession():
@@ -97,6 +104,10 @@ class Machine:
                     self._reply(message.op, self.fork(message))
                 case RewindSession():
                     self._reply(message.op, self.rewind(message))
+                case RestoreSession():
+                    self._reply(message.op, self.restore(message))
+                case DropTurn():
+                    self._reply(message.op, self.drop_turn(message))
                 case GetSession():
                     session = self._session(message.tenant, message.session)
                     self._reply(message.op, views.session_view(self._books, session))
@@ -124,10 +135,21 @@ class Machine:
         else:
             enter_turn(self._books, message, self._session(message.tenant, message.session))
 
-    def cancel(self, key: int, message: str) -> None:
-        """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored."""
+    def cancel(self, key: int, message: str, *, if_waiting: bool = False) -> None:
+        """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored.
+
+        if_waiting: leave one alone that was ever admitted, and refuse any other.
+        """
         request = self._books.requests.get(key)
-        if request is not None:
+        if request is None or (if_waiting and request.cached_tokens >= 0):
+            return
+        if if_waiting:
+            code, status = NotReady.code, NotReady.status
+            guarded(
+                self._books, request, end_request, self._books, request, "error",
+                message=message, status=status, code=code,
+            )  # fmt: skip
+        else:
             guarded(self._books, request, end_request, self._books, request, "abort", message=message)
 
     def cancel_all(self) -> Outcome:
@@ -140,6 +162,10 @@ class Machine:
     def open(self, message: OpenSession) -> SessionView:
         """Open a session. Raises UserError, with nothing changed."""
         return views.session_view(self._books, open_as_asked(self._books, message))
+
+    def restore(self, message: RestoreSession) -> SessionView:
+        """Open a session with the history that it had in another engine. Raises UserError, with nothing changed."""
+        return views.session_view(self._books, restore_as_asked(self._books, message))
 
     def fork(self, message: ForkSession) -> SessionView:
         """Open a session that begins as an idle one does, sharing its KV. Raises UserError, with nothing changed."""
@@ -163,6 +189,19 @@ class Machine:
             raise InvalidRequest("give to_tokens or to_turn", param="to_tokens")
         rewind_session(self._books, session, self._place(session, message.to_tokens, message.to_turn, "to"))
         return views.session_view(self._books, session)
+
+    def drop_turn(self, message: DropTurn) -> Outcome:
+        """Forget a finished turn of a branching session. Raises UserError, with nothing changed."""
+        session = self._session(message.tenant, message.session)
+        if not session.branching:
+            raise InvalidRequest(f"session {session.id!r} is a streaming session: rewind it to drop turns")
+        node = session.nodes.get(message.rid)
+        if node is None:
+            raise NotFound(f"session {session.id!r} has no turn {message.rid!r}")
+        if node.turn is not None:
+            raise SessionBusy(f"turn {message.rid!r} has not finished. Wait for it, or abort it.")
+        drop_turn(self._books, node)
+        return Outcome({})
 
     def _idle_session(self, tenant: str, session_id: str) -> Session:
         """A streaming session that may be forked or rewound now."""
@@ -245,7 +284,7 @@ class Machine:
         """Let go of the KV that a session holds while no turn of it runs; returns its own pages. Raises NotFound."""
         session = self._session(tenant, session_id)
         pages = 0 if session.parked is None else len(session.parked.lease)
-        self._books.drop_parked(session)
+        or_cold(self._books, (session,), self._books.drop_parked, session)
         self._books.totals.demoted_pages += pages
         return pages
 
@@ -258,11 +297,26 @@ class Machine:
         self._flush_if_drained()
         if self._flushes:
             return None  # A flush waits for the last rows to drain; what arrived behind it waits for the flush.
-        planned = self._planner.plan()
+        planned = self._planned()
         for request in self._planner.ended:
             end_request(self._books, request, "length")
         self._planner.ended.clear()
         return planned
+
+    def _planned(self) -> Planned | None:
+        """What the planner plans; if that fails and violations are contained, once more without whom it concerned."""
+        try:
+            return self._planner.plan()
+        except Exception as error:
+            if not self._limits.contain_violations:
+                raise
+            failure = f"{type(error).__name__}: {error}"
+        # Outside of the handler: until it is left, the failed call's frames hold leases.
+        self._books.failures.append(("plan", failure))
+        if self._planner.unfinished is not None:
+            abandon_plan(self._books, self._planner.unfinished)
+        self._watch.planning()
+        return self._planner.plan()
 
     def complete(self, planned: Planned) -> StepPlan | None:
         """The late part: what to launch. None if every row ended meanwhile. A late plan needs all steps settled."""
@@ -364,7 +418,7 @@ class Machine:
         before = books.ledger.free_pages + books.ledger.limbo_pages
         for session in books.lines():
             if session.turn is None:
-                books.drop_parked(session)
+                or_cold(books, (session,), books.drop_parked, session)
         books.reclaim(self._limits.pages_total)
         freed = books.ledger.free_pages + books.ledger.limbo_pages - before
         for op in self._flushes:

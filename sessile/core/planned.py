@@ -39,13 +39,14 @@ class PromptPart:
 class Planned:
     """The early part of a plan: rows, counts and pages are fixed, drafts are not.
 
-    late: drafts are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run one
-    token each, with `draft_caps` drafts at most.
+    late: drafts or masks are due, so the step in flight must settle before `Machine.complete`. decodes: rows that run
+    one token each, with `draft_caps` drafts at most.
     """
 
     __slots__ = (
-        "bound", "decodes", "draft_caps", "grown", "grown_pages", "grown_slots", "is_short", "late", "leases", "owed",
-        "owed_pages", "parts", "runs", "sampling", "step", "tokens",
+        "bound", "decodes", "draft_caps", "followers", "grown", "grown_pages", "grown_slots", "is_counted", "is_short",
+        "late",
+        "leases", "owed", "owed_pages", "parts", "runs", "sampling", "step", "tokens",
     )  # fmt: skip
 
     def __init__(self, step: int) -> None:
@@ -54,7 +55,7 @@ class Planned:
         self.sampling = _NO_FLAGS
         """bool[rows_max]: which rows sample in this step, without regard to drafts."""
         self.draft_caps: Column | None = None
-        """None: no drafts, and none in flight."""
+        """None: no drafts, none in flight, and no decoding row with a grammar."""
         self.parts: list[PromptPart] = []
         self.bound: list[Request] = []
         """Who is admitted. Their parts are the last ones of `parts`."""
@@ -63,6 +64,8 @@ class Planned:
         self.owed: list[int] = []
         """Pages promised to each of `bound`, drawn together at the end of admission."""
         self.owed_pages = 0
+        self.followers: list[tuple[Request, Request]] = []
+        """Those of `bound` whose first own page begins as a copy of another one's of their group: (request, other)."""
         self.runs: list[tuple[int, int, array[int]]] = []
         """Page-table runs of rows that are not newly bound: (row, first slot, pages)."""
         self.grown = NO_ROWS
@@ -72,6 +75,8 @@ class Planned:
         self.is_short = False
         """Whether pages were short: then nobody is admitted and nothing is drafted."""
         self.late = False
+        self.is_counted = False
+        """Whether the rows' columns count what the step runs."""
         self.tokens = 0
 
     @property

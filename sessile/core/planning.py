@@ -11,6 +11,7 @@ import numpy as np
 
 from sessile.core.admitting import Admitter
 from sessile.core.books import Books
+from sessile.core.constraining import are_any
 from sessile.core.drafting import most_drafts
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
@@ -31,6 +32,8 @@ class Planner:
         self._denied: list[RowId] = []
         """Rows that got no page for what this plan was to run of them."""
         self.budget_tokens = books.limits.chunk_tokens
+        self.unfinished: Planned | None = None
+        """The plan that is being made; what is left of one that failed."""
         self._admitter = Admitter(books)
 
     @property
@@ -45,9 +48,10 @@ class Planner:
         if books.reserving:
             top_up(books)
         self._retract_by_force()
-        planned = Planned(books.planned_step + 1)
+        self.unfinished = planned = Planned(books.planned_step + 1)
         self._choose_who_can(planned)
         if planned.is_empty and not books.copies:
+            self.unfinished = None
             return None  # A plan may hold copies alone: what was given up for them is free only behind it.
         if planned.is_empty:
             books.marks[Mark.COPIES_ALONE] += 1
@@ -57,6 +61,7 @@ class Planner:
         books.planned_step = planned.step
         books.forecast.stepped()
         self._decoded_last = bool(len(planned.decodes))
+        self.unfinished = None
         return planned
 
     def _choose_who_can(self, planned: Planned) -> None:
@@ -345,18 +350,21 @@ class Planner:
     def _offer_drafts(self, planned: Planned) -> None:
         """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
         decodes, books = planned.decodes, self._books
-        if books.drafter is None or not len(decodes):
+        if not len(decodes):
             return
-        # Behind drafts in flight, a row's position is known only when they have settled.
-        is_ahead = np.count_nonzero(books.rows.pending[decodes] > 1) > 0
+        # Behind drafts in flight a row's position, and behind any token in flight what a grammar allows, is known only
+        # when they have settled.
+        is_late = are_any(books, decodes)
         caps = NO_ROWS
-        budget = self._budget(True) - planned.tokens
-        if budget > 0 and not planned.is_short:
-            caps = most_drafts(books, decodes, planned.tokens)
-            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
-            self._draw_for_drafts(planned, caps)
-            planned.tokens += int(caps.sum())
-        if is_ahead or np.count_nonzero(caps):
+        if books.drafter is not None:
+            is_late = is_late or bool(np.count_nonzero(books.rows.pending[decodes] > 1))
+            budget = self._budget(True) - planned.tokens
+            if budget > 0 and not planned.is_short:
+                caps = most_drafts(books, decodes, planned.tokens)
+                caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
+                self._draw_for_drafts(planned, caps)
+                planned.tokens += int(caps.sum())
+        if is_late or np.count_nonzero(caps):
             planned.late = True
             planned.draft_caps = caps if len(caps) else np.zeros(len(decodes), np.int64)
 
@@ -386,6 +394,7 @@ class Planner:
     def _advance(self, planned: Planned) -> None:
         """Count what is planned: from here on the step exists. Rows that were seated in it count it already."""
         rows, sampling = self._books.rows, planned.sampling
+        planned.is_counted = True
         rows.plan_one(sampling)
         np.putmask(rows.last_step, sampling, planned.step)
         if planned.draft_caps is not None:

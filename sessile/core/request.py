@@ -6,13 +6,14 @@ from enum import Enum, auto
 from struct import Struct
 
 from sessile.contract.drafting import DraftLine, DraftWish
+from sessile.contract.grammar import GrammarLine
 from sessile.contract.messages import Done, Sampling, Scores, Submit, TokenDetail
 from sessile.core.history import TOKEN_BYTES, History, Packed
 from sessile.core.ledger import Lease
 from sessile.core.prefix import Pin
 from sessile.core.rows import STOP_COLUMNS, pack_row
 from sessile.core.session import Session, StoredReply
-from sessile.core.stop import StopMatcher
+from sessile.core.stop import PatternMatcher, StopMatcher
 from sessile.core.tenants import Tenant
 from sessile.units import RowId
 
@@ -66,9 +67,11 @@ class Request:
         "bound_pages",
         "cached_tokens",
         "computed_tokens",
+        "constraint",
         "delta",
         "drafts",
         "goal_tokens",
+        "group",
         "input",
         "key",
         "lease",
@@ -76,6 +79,7 @@ class Request:
         "matcher",
         "output",
         "overtaken",
+        "patterns",
         "penalised",
         "phase",
         "pin",
@@ -108,11 +112,11 @@ class Request:
         delta: Packed,
         *,
         goal_tokens: int, stop_ids: tuple[int, ...], session: Session | None, tenant: Tenant, drafts: Drafts,
+        constraint: GrammarLine | None = None,
     ) -> None:  # fmt: skip
         sampling = message.sampling
-        self.key = message.key
-        self.session = session
-        self.tenant = tenant
+        self.key, self.group = message.key, message.group
+        self.session, self.tenant = session, tenant
         self.rid = message.rid if session is not None and not message.rid_drawn else ""
         self.input = message.tokens if self.rid else b""
         """What a turn that a client named was sent with, to know it again."""
@@ -137,6 +141,7 @@ class Request:
         """Whether the device changes logits for it."""
         self.stop_ids = stop_ids
         self.matcher: StopMatcher | None = StopMatcher(sampling.stop) if sampling.stop else None
+        self.patterns = PatternMatcher(sampling.stop_patterns) if sampling.stop_patterns else None
         self.logprobs = message.logprobs
         self.scores_from = message.prompt_logprobs_from
         self.scored_tokens = 0
@@ -161,9 +166,10 @@ class Request:
         self.row: RowId | None = None
         self.lease: Lease | None = None
         self.pin: Pin | None = None
-        self.drafts = drafts
+        self.drafts, self.constraint = drafts, constraint
         self.slow = (
             self.matcher is not None
+            or self.patterns is not None
             or self.logprobs >= 0
             or sampling.min_new_tokens > 0
             or len(stop_ids) > STOP_COLUMNS
@@ -193,6 +199,7 @@ class Request:
             self.logprobs,
             self.tenant.index,
             0 if self.drafts.line is None else self.drafts.wish.drafts_max,
+            self.constraint is not None,
         )
 
     def note_admission(self, start_tokens: int) -> None:

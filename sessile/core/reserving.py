@@ -6,6 +6,7 @@ to the reserve again as soon as pages are free. Parked KV within the reservation
 """
 
 from sessile.core.books import Books
+from sessile.core.cold import or_cold
 from sessile.core.marks import Mark
 from sessile.core.request import Request
 from sessile.core.session import Session
@@ -25,11 +26,12 @@ def release_reserve(books: Books, session: Session) -> None:
     """Take the promise back; pages that were never written are free at once."""
     if session.reserve is None:
         return
-    books.reserved_pages -= session.reserved_pages
-    books.reserving.remove(session)
-    books.reserve_pages -= len(session.reserve)
+    pages = len(session.reserve)
     books.ledger.release(session.reserve, 0)
     books.ledger.settle(books.settled_step)
+    books.reserve_pages -= pages
+    books.reserved_pages -= session.reserved_pages
+    books.reserving.remove(session)
     session.reserve = None
     session.reserved_pages = 0
 
@@ -37,20 +39,24 @@ def release_reserve(books: Books, session: Session) -> None:
 def top_up(books: Books) -> None:
     """Draw what sessions are owed, as far as pages are free or can be reclaimed."""
     for session in books.reserving:
-        assert session.reserve is not None
-        owed = session.reserved_pages - len(session.reserve) - _held_pages(books, session)
-        if owed < 0:
-            books.reserve_pages -= books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) + owed), 0)
-            books.ledger.settle(books.settled_step)
-        if owed <= 0:
-            continue
-        if owed > books.ledger.free_pages:
-            books.reclaim(owed - books.ledger.free_pages)
-        granted = min(owed, books.ledger.free_pages)
-        books.marks[Mark.RESERVE_OWED] += granted < owed
-        if granted:
-            books.ledger.draw(session.reserve, granted)
-            books.reserve_pages += granted
+        or_cold(books, (session,), _top_up_one, books, session)
+
+
+def _top_up_one(books: Books, session: Session) -> None:
+    assert session.reserve is not None
+    owed = session.reserved_pages - len(session.reserve) - _held_pages(books, session)
+    if owed < 0:
+        books.reserve_pages -= books.ledger.drop_tail(session.reserve, max(0, len(session.reserve) + owed), 0)
+        books.ledger.settle(books.settled_step)
+    if owed <= 0:
+        return
+    if owed > books.ledger.free_pages:
+        books.reclaim(owed - books.ledger.free_pages)
+    granted = min(owed, books.ledger.free_pages)
+    books.marks[Mark.RESERVE_OWED] += granted < owed
+    if granted:
+        books.ledger.draw(session.reserve, granted)
+        books.reserve_pages += granted
 
 
 def spend(books: Books, request: Request, pages: int) -> None:

@@ -29,7 +29,7 @@ OUTPUT_COLUMNS = 64
 COLUMNS = (
     "key", "live", "slow", "arrival", "known", "filled", "settled", "planned",
     "pending", "kv_goal", "pages", "pinned", "prompt", "last_token", "last_step", "logprobs", "tenant",
-    "drafts",
+    "drafts", "constrained",
 )  # fmt: skip
 """The columns that a request sets when it takes a row, in the order of `pack_row`; RowTable describes them."""
 pack_row = Struct(f"<{len(COLUMNS)}q").pack
@@ -46,7 +46,8 @@ class RowTable(Generic[Occupant]):
     plannable: Flags
     """Whether the row may be planned: live and not about to be preempted."""
     slow: Column
-    """1 if settling the row takes more than appending one token: stop strings, logprobs, many stop tokens."""
+    """1 if settling the row takes more than appending one token: stop strings, logprobs, many stop tokens, a grammar
+    that failed."""
     arrival: Column
     """Order of arrival of the request; survives preemption."""
     known: Column
@@ -75,6 +76,8 @@ class RowTable(Generic[Occupant]):
     """Index of the request's tenant."""
     drafts: Column
     """Most drafts that the request may have in a step."""
+    constrained: Column
+    """1 if a grammar says which tokens its output may have."""
     filled: Column
     """Output tokens in `outputs` that the request has not taken over yet."""
 
@@ -92,6 +95,8 @@ class RowTable(Generic[Occupant]):
         """How many columns of `stops` any request ever needed."""
         self.logprobs_wanted = False
         """Whether any request ever had `logprobs`."""
+        self.constraints_wanted = False
+        """Whether any request ever had a grammar."""
         self._known_and_filled = self._block("known", "filled")
         self._planned_and_pending = self._block("planned", "pending")
         self.occupants: list[Occupant | None] = [None] * rows_max
@@ -132,10 +137,11 @@ class RowTable(Generic[Occupant]):
         self.occupants[row] = occupant
         return RowId(row)
 
-    def provide_for(self, stops: tuple[int, ...], logprobs: int) -> None:
+    def provide_for(self, stops: tuple[int, ...], logprobs: int, *, constrained: bool) -> None:
         """Look at what a request will need, before it has a row: columns that nobody needs are not looked at."""
         self.stop_columns = max(self.stop_columns, min(len(stops), STOP_COLUMNS))
         self.logprobs_wanted = self.logprobs_wanted or logprobs >= 0
+        self.constraints_wanted = self.constraints_wanted or constrained
 
     def seat(self, rows: Sequence[RowId], starts: Sequence[bytes], stops: Sequence[tuple[int, ...]]) -> None:
         """Set all columns of rows that were taken, from `pack_row`: one array operation, however many they are."""

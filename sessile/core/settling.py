@@ -13,7 +13,7 @@ from sessile.contract.messages import Scores, TokenDetail
 from sessile.contract.plan import Ints, StepResult
 from sessile.core.assembly import Flight, scored_range
 from sessile.core.books import Books
-from sessile.core.containment import guarded
+from sessile.core.containment import drained, guarded
 from sessile.core.drafting import judge_drafts
 from sessile.core.ending import end_request
 from sessile.core.planned import PromptPart
@@ -43,7 +43,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
         if request.phase is Phase.RUNNING:
             guarded(books, request, books.preempt, request)
     books.victims.clear()
-    books.drain()
+    drained(books)
 
 
 def _validate(flight: Flight, result: StepResult) -> None:
@@ -163,6 +163,10 @@ def _settle_other(
     if result.faulty[index]:
         end_request(books, request, "error", message="the model's output was not finite", status=500)
         return
+    if request.constraint is not None and request.constraint.failure:
+        # What was sampled followed no grammar, and nobody was told.
+        end_request(books, request, "error", message=request.constraint.failure, status=400)
+        return
     books.collect_output(request)
     drafts = int(plan.draft_counts[index])
     if index < flight.decodes:
@@ -237,16 +241,21 @@ def _emit(
         kept += 1
         # Up to min_new_tokens nothing but the length ends the output.
         may_stop = request.output_tokens > request.sampling.min_new_tokens
+        pattern: bytes | None = None
         if request.matcher is not None:
             text = _text(books, request, token)
             if may_stop:
                 found = request.matcher.feed(text)
             else:
                 request.matcher.skip(text)
+        if request.patterns is not None and may_stop:
+            pattern = request.patterns.feed(_text(books, request, token))
         if may_stop and token in request.stop_ids:
             reason, matched = "stop", token
         elif found is not None:
             reason, matched = "stop", found.stop
+        elif pattern is not None:
+            reason, matched = "stop", pattern
         elif request.known_tokens >= request.goal_tokens:
             reason = "length"
         if reason:

@@ -4,14 +4,13 @@ from heapq import nlargest
 from itertools import islice
 
 from sessile.contract.messages import (
-    PoolHolder,
-    PoolView,
     SessionPage,
     SessionView,
     SourceFigures,
     Stats,
     TenantFigures,
 )
+from sessile.contract.pool import PoolHolder, PoolView
 from sessile.core.books import Books
 from sessile.core.ledger import LIMBO, QUARANTINE, SCRATCH, TREE
 from sessile.core.request import Phase, Request

@@ -82,8 +82,8 @@ class Watch:
         books = self._books
         events = books.events.lines()
         found: list[str] = []
-        for failure in books.failures:
-            self._count("row", failure, found)
+        for kind, failure in books.failures:
+            self._count(kind, failure, found)
         books.failures.clear()
         pages = 0
         while True:

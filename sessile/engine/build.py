@@ -16,10 +16,13 @@ from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
+from sessile.engine.grammars import GrammarDesk
 from sessile.engine.inbox import Inbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
+from sessile.grammar.compiler import GrammarCompiler, Tokenize
+from sessile.grammar.following import CompiledGrammars
 
 CPU_STEP_LIMIT_MS, GPU_STEP_LIMIT_MS = 250.0, 100.0
 CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
@@ -98,6 +101,8 @@ class Engine:
     drafter: TimedDrafter | None = None
     corpora: CorpusDesk | None = None
     """None where nobody drafts."""
+    grammars: GrammarDesk | None = None
+    """None where outputs follow no grammar, because nothing would end them."""
 
     def close(self) -> None:
         """Give back the device and what the drafter runs on. May be called again."""
@@ -123,6 +128,7 @@ class Engine:
             collector=collector,
             drafter=self.drafter,
             corpora=self.corpora,
+            grammars=self.grammars,
         )
 
 
@@ -136,11 +142,13 @@ def open_engine(
     clock: Clock,
     tenants: tuple[TenantPolicy, ...] = (),
     make_drafter: MakeDrafter = lookup_drafter,
+    tokenize: Tokenize | None = None,
 ) -> Engine:
     """Open the device and build the machine that its facts allow.
 
     on_cpu decides defaults. tenants: those with limits of their own. make_drafter: called if drafts are to be looked
-    up. The clock's origin is taken as the begin of the start. Raises StartupError.
+    up. tokenize: how the model knows a text that a grammar leaves no choice about. The clock's origin is taken as the
+    begin of the start. Raises StartupError.
     """
     rows_max = scheduler.rows_max or (CPU_ROWS_MAX if on_cpu else GPU_ROWS_MAX)
     drafts_max = 0 if options.speculate == "off" else options.drafts_max
@@ -153,7 +161,11 @@ def open_engine(
         scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants, drafts_max=drafts_max if drafter else 0
     )
     model = describe_model(vocab_size=facts.vocab_size, context_tokens=facts.context_tokens)
-    machine = Machine(limits, model, drafter=drafter)
+    grammars, desk = None, None
+    if model.eos_ids and model.token_bytes:
+        grammars = CompiledGrammars(model.vocab_size)
+        desk = GrammarDesk(GrammarCompiler(model, tokenize), grammars, clock)
+    machine = Machine(limits, model, drafter=drafter, grammars=grammars)
     ready = EngineReady(
         model_name=Path(facts.model_path).name.removesuffix(".gguf"),
         model_path=facts.model_path,
@@ -166,12 +178,13 @@ def open_engine(
         pages_total=limits.pages_total,
         rows_max=limits.rows_max,
         chunk_tokens=limits.chunk_tokens,
+        queue_max=limits.queue_max,
         drafts_max=limits.drafts_max,
         kv_bytes=facts.kv_bytes,
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options, drafter, CorpusDesk(shelf) if drafter else None)
+    return Engine(machine, device, ready, options, drafter, CorpusDesk(shelf) if drafter else None, desk)
 
 
 def limits_for(

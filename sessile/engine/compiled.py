@@ -44,23 +44,27 @@ def core_stamp() -> str:
     return digest.hexdigest()
 
 
-def use_compiled_core() -> CoreBuild:
-    """Take the core's modules from the compiled core if there is one that fits. To be called before any is imported."""
-    build = available_core()
-    folder = str(FOLDER / "sessile" / "core")
-    if not build.compiled or folder in sessile.core.__path__:
+def use_compiled_core(folder: Path | None = None) -> CoreBuild:
+    """Take the core's modules from the compiled core if there is one that fits. To be called before any is imported.
+
+    folder: where it lies; None: in FOLDER.
+    """
+    folder = folder or FOLDER
+    build = available_core(folder)
+    modules = str(folder / "sessile" / "core")
+    if not build.compiled or modules in sessile.core.__path__:
         return build
     if any(f"sessile.core.{path.stem}" in sys.modules for path in core_sources()):
         return CoreBuild(False, "pure Python; it was in use before the compiled core was asked for")
-    sys.path.append(str(FOLDER))  # Where the library lies that all compiled modules share.
-    sessile.core.__path__.insert(0, folder)
+    sys.path.append(str(folder))  # Where the library lies that all compiled modules share.
+    sessile.core.__path__.insert(0, modules)
     importlib.invalidate_caches()
     return build
 
 
-def available_core() -> CoreBuild:
+def available_core(folder: Path | None = None) -> CoreBuild:
     """What `use_compiled_core` would use; changes nothing."""
-    stamp = FOLDER / STAMP
+    stamp = (folder or FOLDER) / STAMP
     if not stamp.is_file():
         return CoreBuild(False, "pure Python", "Run `make compile`: steps of many rows take two thirds of the time.")
     if stamp.read_text().strip() != core_stamp():

@@ -4,7 +4,19 @@ import logging
 from dataclasses import dataclass
 
 from sessile.contract.corpora import CorpusOperation
-from sessile.contract.messages import Batch, CancelAll, Done, OpenSession, Refusal, Reply, Shutdown, Submit, ToEngine
+from sessile.contract.messages import (
+    Batch,
+    Cancel,
+    CancelAll,
+    Done,
+    GetStats,
+    OpenSession,
+    Refusal,
+    Reply,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
 from sessile.contract.plan import StepPlan
 from sessile.core.machine import Machine
 from sessile.core.planned import Planned
@@ -14,6 +26,7 @@ from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import TimedDrafter
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
+from sessile.engine.grammars import GrammarDesk
 from sessile.engine.inbox import Inbox
 from sessile.engine.metrics import StepTimes
 from sessile.engine.outbox import Outbox
@@ -27,7 +40,7 @@ IDLE_WAIT_NS_MAX = 500_000_000
 STUCK_WAIT_NS_MAX = 10_000_000
 """Longest wait while there is work that could not be planned: some of it waits for a number of plans to pass."""
 LOADING_WAIT_NS_MAX = 5_000_000
-"""Longest wait while a corpus is read beside the loop."""
+"""Longest wait while a corpus is read or a grammar compiled beside the loop."""
 SHUTDOWN_OP = -1
 """Operation number of the loop's own CancelAll; no server uses it."""
 
@@ -60,9 +73,11 @@ class EngineLoop:
         collector: IdleCollector | None = None,
         drafter: TimedDrafter | None = None,
         corpora: CorpusDesk | None = None,
+        grammars: GrammarDesk | None = None,
     ) -> None:
         """drafter: the machine's, if it has one, to tell how long it took. corpora: what it drafts from; None where
-        nobody drafts, and nobody asks for corpora then.
+        nobody drafts, and nobody asks for corpora then. grammars: where requests wait for theirs; None where the
+        machine follows none, and says so.
         """
         self._machine = machine
         self._executor = executor
@@ -73,6 +88,7 @@ class EngineLoop:
         self._pace = pace
         self._collector = collector
         self._corpora = corpora
+        self._grammars = grammars
         self._times = StepTimes(drafter)
         self._in_flight: StepInFlight | None = None
         self._settled_ns = 0
@@ -124,17 +140,24 @@ class EngineLoop:
         """Pass on what has come; with nothing to do, wait for it, until the machine's next timer at the latest."""
         messages = self._inbox.take(self._wait_ns())
         if self._collector:
-            note = self._collector.note_use if messages or self._turned else self._collector.note_idle
+            # Who only looks, as a watchdog does all the time, does not keep the loop from being idle.
+            is_used = self._turned or any(not isinstance(message, GetStats) for message in messages)
+            note = self._collector.note_use if is_used else self._collector.note_idle
             note(self._clock.now_ns())
         for message in messages:
             self._receive(message)
+        if self._grammars:
+            for request in self._grammars.take_ready():
+                self._machine.receive(request)
+            if refused := self._grammars.take_refusals():
+                self._outbox.send(Batch(step=0, done=refused))
 
     def _wait_ns(self) -> int:
         """How long this turn may wait for messages: not at all while steps are planned or settled."""
         if self._turned or self._in_flight:
             return 0
         longest = STUCK_WAIT_NS_MAX if self._machine.has_work else IDLE_WAIT_NS_MAX
-        if self._corpora and self._corpora.is_loading:
+        if (self._corpora and self._corpora.is_loading) or self._is_compiling:
             longest = LOADING_WAIT_NS_MAX
         deadline_ns = self._machine.next_deadline_ns
         if deadline_ns is None:
@@ -150,8 +173,20 @@ class EngineLoop:
         elif isinstance(message, CorpusOperation):
             assert self._corpora, "an engine that drafts from no corpora is sent none"
             self._corpora.receive(message)
-        else:
+        elif self._grammars is None or self._may_pass(self._grammars, message):
             self._machine.receive(message)
+
+    def _may_pass(self, desk: GrammarDesk, message: ToEngine) -> bool:
+        """Whether a message is the machine's now: all but requests whose grammar is not ready."""
+        if isinstance(message, Cancel):
+            desk.cancel(message)
+        elif isinstance(message, CancelAll):
+            desk.cancel_all()
+        return not isinstance(message, Submit) or message.grammar is None or desk.receive(message)
+
+    @property
+    def _is_compiling(self) -> bool:
+        return self._grammars is not None and self._grammars.waiting > 0
 
     def _plan(self) -> Planned | None:
         started_ns = self._clock.now_ns()
@@ -195,9 +230,10 @@ class EngineLoop:
         """Stop once nothing is left to do; past the drain time, abort what is left."""
         if self._drain_until_ns is None:
             return
-        if self._machine.has_work and self._clock.now_ns() >= self._drain_until_ns:
-            self._machine.receive(CancelAll(SHUTDOWN_OP))
-        elif not self._machine.has_work and self._in_flight is None:
+        has_work = self._machine.has_work or self._is_compiling
+        if has_work and self._clock.now_ns() >= self._drain_until_ns:
+            self._receive(CancelAll(SHUTDOWN_OP))
+        elif not has_work and self._in_flight is None:
             self.stopped = True
 
 

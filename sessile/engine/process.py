@@ -1,15 +1,18 @@
 """The engine's own process: from the first connection to the exit status."""
 
+import contextlib
+import faulthandler
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import zmq
 
 from sessile.contract.messages import EngineFailed
+from sessile.contract.watching import STACKS_SIGNAL, stacks_file
 from sessile.engine.build import Engine
 from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.garbage import IdleCollector
@@ -29,12 +32,55 @@ EXIT_ORPHANED = 3
 log = logging.getLogger("sessile.engine")
 
 
-def run_engine(address: str, open_engine: Callable[[Clock], Engine]) -> int:
+class Server:
+    """The server at the other end of standard input: its lines ask for the last events, its end ends this process.
+
+    A daemon thread reads the file descriptor itself: one that waits inside sys.stdin would hold its lock when the
+    interpreter exits.
+    """
+
+    def __init__(self) -> None:
+        self.tell_events: Callable[[], None] | None = None
+        """Logs the last events; None as long as there are none."""
+
+    def watch(self) -> None:
+        """From now on, answer its lines, and exit as soon as it is gone."""
+        threading.Thread(target=self._read, name="server-watch", daemon=True).start()
+
+    def _read(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            if self.tell_events is not None:
+                self.tell_events()
+        log.error("the server is gone; so is this engine")
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        os._exit(EXIT_ORPHANED)
+
+
+def run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Server | None = None) -> int:
     """Connect to the server at address (ipc://…), open the engine, drive it until it is told to stop.
 
     Returns the exit status. Whatever fails is told to the server first, as EngineFailed; StartupErrors in their own
-    words, everything else with a traceback in the log.
+    words, everything else with a traceback in the log. server: learns how to ask for the last events.
     """
+    with stacks_on_request(address):
+        return _run_engine(address, open_engine, server or Server())
+
+
+@contextlib.contextmanager
+def stacks_on_request(address: str) -> Iterator[None]:
+    """Write the stacks of all threads to the file that the server looks into, when it asks and when we crash."""
+    with stacks_file(address).open("w") as file:
+        faulthandler.enable(file)
+        faulthandler.register(STACKS_SIGNAL, file)
+        try:
+            yield
+        finally:
+            faulthandler.unregister(STACKS_SIGNAL)
+            faulthandler.disable()
+
+
+def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Server) -> int:
     clock = MonotonicClock()
     context = zmq.Context(io_threads=1)
     socket = context.socket(zmq.PAIR)
@@ -43,6 +89,7 @@ def run_engine(address: str, open_engine: Callable[[Clock], Engine]) -> int:
     outbox = SocketOutbox(socket)
     try:
         engine = open_engine(clock)
+        server.tell_events = lambda: log.error("the last events", extra={"events": engine.machine.event_lines()})
         outbox.send(engine.ready)
         drive(engine, SocketInbox(socket), outbox, clock)
     except StartupError as error:
@@ -77,22 +124,6 @@ def drive(engine: Engine, inbox: SocketInbox, outbox: SocketOutbox, clock: Clock
 def drain_on_sigterm(loop: EngineLoop) -> None:
     """SIGTERM ends the loop as a shutdown message does."""
     signal.signal(signal.SIGTERM, lambda number, frame: loop.begin_shutdown(SIGTERM_DRAIN_S))
-
-
-def die_with_parent() -> None:
-    """From now on, exit as soon as standard input ends: the server holds its other end and is gone then.
-
-    Starts a daemon thread that reads the file descriptor itself: one that waits inside sys.stdin would hold its lock
-    when the interpreter exits.
-    """
-
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
-        log.error("the server is gone; so is this engine")
-        os._exit(EXIT_ORPHANED)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def first_line(error: BaseException) -> str:

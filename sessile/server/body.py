@@ -86,7 +86,10 @@ class Body(BaseModel):
     effect, at any value if that is ANYTHING. Every other value, and every other field, is refused by name.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, frozen=True,
+        use_attribute_docstrings=True,  # what stands below a field describes it in the OpenAPI, too
+    )  # fmt: skip
     tolerated: ClassVar[Tolerated] = {}
 
     @model_validator(mode="after")

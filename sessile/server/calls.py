@@ -6,26 +6,33 @@ free again, its latencies are counted and its line is logged. There is no other 
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 from starlette.types import Receive
 
-from sessile.contract.messages import Branch, Done, Sampling, Submit, pack_tokens
+from sessile import __version__
+from sessile.contract.messages import Branch, Done, Grammar, Sampling, Submit, pack_tokens
 from sessile.errors import InvalidRequest, LimitReached, NotReady
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.store import CorpusStore
+from sessile.server.dialogues import Dialogues
 from sessile.server.keys import KeyRing
 from sessile.server.link import Arrival, EngineLink, Stream
+from sessile.server.listening import allowed_origins
 from sessile.server.metrics import Metrics
 from sessile.server.retry import RetryAdvice
+from sessile.server.supervision import Supervisor
+from sessile.server.tracing import NoSpan, Span, Tracing
 from sessile.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -46,6 +53,8 @@ class Service:
         settings: Mapping[str, Any],
         key_ring: KeyRing | None = None,
         corpora: CorpusStore | None = None,
+        supervisor: Supervisor | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.link = link
         self.tokenizer = tokenizer
@@ -56,13 +65,25 @@ class Service:
         """The keys that are accepted; None: none is needed."""
         self.corpora = corpora
         """Texts to draft from; None while there is no place for them."""
+        self.tracing = tracing or Tracing(None, version=__version__)
+        self.supervisor = supervisor
+        """Who replaces the engine; None: nobody."""
         self.metrics = Metrics(key_ring.tenants if key_ring else ())
+        self.origins = allowed_origins(options)
+        """Sites whose pages may send requests from a browser, beside our own."""
         self.retry_advice = RetryAdvice()
         self.started_s = int(time.time())
+        self.leaving = False
+        """No more requests should be sent here, though they are taken."""
         self.draining = False
         self.keys = itertools.count(1)
         self.keys_by_rid: dict[tuple[str, str], int] = {}
         """Requests in flight, by tenant and rid: nobody meets another's (H55)."""
+
+    @functools.cached_property
+    def dialogues(self) -> Dialogues:
+        """Turns that lists of messages go on from; made when it is first asked for, which takes some renders."""
+        return Dialogues(self.link, self.tokenizer, idle_timeout_s=self.options.dialogue_idle_timeout_s)
 
     @property
     def model_name(self) -> str:
@@ -76,9 +97,52 @@ class Service:
         self.link.check_ready()
 
     @property
+    def is_stalled(self) -> bool:
+        """Whether the engine has stood still for so long that it is given up."""
+        return self.supervisor is not None and self.supervisor.pulse.is_stalled
+
+    @property
+    def admitted_max(self) -> int | None:
+        """How many requests the engine can run and let wait; None while that is not known."""
+        ready = self.link.last_ready
+        return ready.rows_max + ready.queue_max if ready is not None and ready.queue_max else None
+
+    @property
     def retry_after_s(self) -> int:
         """What a client that met a limit is told to wait."""
         return self.retry_advice.seconds(self.link.in_flight)
+
+    def time_limits(self, key: int) -> list[asyncio.TimerHandle]:
+        """Timers that end a request which has just been sent, unless they are cancelled.
+
+        They only ask: whether its turn was committed before is the engine's to say.
+        """
+        loop, options, timers = asyncio.get_running_loop(), self.options, []
+        if (limit_s := options.queue_timeout_s) is not None:
+            reason = f"the request has waited for {limit_s:g} s (--queue-timeout-s): try again later"
+            timers.append(loop.call_later(limit_s, self.link.give_up_waiting, key, reason))
+        if (limit_s := options.request_timeout_s) is not None:
+            reason = f"the request has taken {limit_s:g} s (--request-timeout-s)"
+            timers.append(loop.call_later(limit_s, self.link.cancel, key, reason))
+        return timers
+
+    def answers(self, order: "Order", count: int) -> "list[Order]":
+        """The order as so many answers to one prompt, which is computed once: the i-th with the seed plus i.
+
+        A name of the client's gets the answer's index behind it.
+        """
+        if count == 1:
+            return [order]
+        group, sampling = next(self.keys), order.sampling
+        return [
+            replace(
+                order,
+                group=group,
+                rid=order.rid and f"{order.rid}-{index}",
+                sampling=structs.replace(sampling, seed=(sampling.seed + index) % (1 << 64)),
+            )
+            for index in range(count)
+        ]
 
     def abort(self, tenant: str, rid: str) -> bool:
         """End a tenant's request with this rid; False if it has none in flight."""
@@ -97,8 +161,12 @@ class Order:
     sampling: Sampling
     tenant: str
     priority: int = 0
+    rid_drawn: bool = False
+    """Whether nobody but the server chose `rid`, so that no client can send the turn again by it."""
     rid: str | None = None
     """Names the call while it is in flight, and a session's turn beyond it; None: a fresh one."""
+    group: int = -1
+    """What orders of the same prompt have in common, drawn from `Service.keys`; -1: there is no other."""
     session: str | None = None
     branch: Branch | None = None
     """With a session: where the turn goes on. None, for a turn without a name: in a streaming session only."""
@@ -109,6 +177,7 @@ class Order:
     drafts_max: int = -1
     corpora: tuple[str, ...] | None = None
     remember: bool = False
+    grammar: Grammar | None = None
 
 
 class Call:
@@ -121,10 +190,14 @@ class Call:
         self._place = (order.tenant, self.rid)
         self.started_s = time.perf_counter()
         self.done: Done | None = None
+        self.at_end: Callable[[], None] | None = None
+        """Called once: when the call is left, however it ended, or cannot even be sent; or before, by `tell_end`."""
         self._service = service
         self._whole = whole
         self._stream: Stream | None = None
         self._read_s = 0.0
+        self._span: Span = NoSpan()
+        self._limits: list[asyncio.TimerHandle] = []
 
     @property
     def seconds(self) -> float:
@@ -133,6 +206,14 @@ class Call:
 
     def __enter__(self) -> Self:
         """Send the request. Raises NotReady, or InvalidRequest if its rid is in flight already."""
+        try:
+            self._send()
+        except BaseException:
+            self.tell_end()
+            raise
+        return self
+
+    def _send(self) -> None:
         service, order = self._service, self.order
         service.check_open()
         if self._place in service.keys_by_rid:
@@ -143,9 +224,10 @@ class Call:
             sampling=order.sampling,
             tenant=order.tenant,
             priority=order.priority,
+            group=order.group,
             session=order.session,
             rid=self.rid if order.branch is not None else "",
-            rid_drawn=order.branch is not None and order.rid is None,
+            rid_drawn=order.branch is not None and (order.rid_drawn or order.rid is None),
             branch=order.branch,
             expect_tokens=order.expect_tokens,
             logprobs=order.logprobs,
@@ -154,17 +236,28 @@ class Call:
             drafts_max=order.drafts_max,
             corpora=order.corpora,
             remember=order.remember,
+            grammar=order.grammar,
         )
         service.retry_advice.note_start(service.link.in_flight)
+        self._span = service.tracing.begin("generate")
         self._stream = service.link.submit(submit, whole=self._whole)
         service.keys_by_rid[self._place] = submit.key
-        return self
+        self._limits = service.time_limits(submit.key)
 
     def __exit__(self, *exception: object) -> None:
         assert self._stream is not None
+        for limit in self._limits:
+            limit.cancel()
         self._service.link.abandon(self._stream.key, DISCONNECTED)
         del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
+        self.tell_end()
+
+    def tell_end(self) -> None:
+        """Call `at_end`: before the client is told of the end, so that what it sends next finds everything done."""
+        at_end, self.at_end = self.at_end, None
+        if at_end is not None:
+            at_end()
 
     def disconnect(self) -> None:
         """The client is gone: end the request now (H27)."""
@@ -219,7 +312,9 @@ class Call:
             "first_token_ms": round((stream.first_s - self.started_s) * 1e3, 1) if stream.first_s else None,
             "total_ms": round(self.seconds * 1e3, 1),
         }
-        log.info("request", extra=fields | ({"error": done.message} if done.status >= 400 else {}))
+        fields |= {"error": done.message} if done.message else {}
+        log.info("request", extra=fields)
+        self._span.end(fields)
 
 
 @contextlib.asynccontextmanager
@@ -240,3 +335,23 @@ async def _watch(receive: Receive, calls: tuple[Call, ...]) -> None:
         pass
     for call in calls:
         call.disconnect()
+
+
+async def arrivals_of(calls: Sequence[Call]) -> AsyncIterator[tuple[int, Arrival]]:
+    """What comes for any of the calls, with the call's index, until all have ended."""
+    if len(calls) == 1:
+        while calls[0].done is None:
+            yield 0, await calls[0].next()
+        return
+    pending = {asyncio.create_task(call.next()): index for index, call in enumerate(calls)}
+    try:
+        while pending:
+            arrived, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(arrived, key=pending.__getitem__):
+                index = pending.pop(task)
+                yield index, task.result()
+                if calls[index].done is None:
+                    pending[asyncio.create_task(calls[index].next())] = index
+    finally:
+        for task in pending:
+            task.cancel()

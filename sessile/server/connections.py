@@ -1,7 +1,8 @@
-"""What one connection may cost before its request is one: bytes of its head and time to arrive.
+"""How many connections there may be, and what each may cost: bytes of its head, time to arrive, and time to be read.
 
-uvicorn bounds neither: a head without end is kept in memory, and one that never ends keeps its connection. Bodies are
-bounded where they are read (body.py), streams where they are written (link.py).
+uvicorn bounds none of it: a head without end is kept in memory, one that never ends keeps its connection, and so does a
+client that takes nothing of what it was sent. Bodies are bounded where they are read (body.py), streams where they are
+written (link.py).
 """
 
 import asyncio
@@ -17,28 +18,78 @@ HEAD_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 300.0
 """From the end of the head to the end of the body."""
 
+UNREAD_TIMEOUT_S = 60.0
+"""How long a client may take nothing while more than a buffer of 64 KiB waits for it."""
+
+
+def bounded_http(connections_max: int) -> "type[BoundedHttp]":
+    """The protocol for a server with so many connections at most."""
+    return type("BoundedHttp", (BoundedHttp,), {"connections_max": connections_max})
+
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol with those bounds: 431 and the end of the connection beyond the first, its end otherwise."""
+    """uvicorn's protocol with those bounds: 503 beyond the first, 431 beyond the second, else the connection's end."""
+
+    connections_max = 3000
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         # Bytes since the head began, or since the last chunk ended, that are no body.
         self._bare_bytes = 0
         self._arrival: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A head is due from now on."""
         super().connection_made(transport)
-        self._expect(HEAD_TIMEOUT_S)
+        if len(self.connections) > self.connections_max:
+            self._turn_away(
+                b"503 Service Unavailable\r\nretry-after: 1",
+                f"{self.connections_max} connections are open, which is the limit: try again later",
+            )
+        else:
+            self._expect(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is due any more."""
         self._expect(None)
+        self._stop_waiting()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        """Called when more than a buffer waits for the client: from now on it has to take some of it now and then."""
+        super().pause_writing()
+        self._await_reading()
+
+    def resume_writing(self) -> None:
+        """Called when the client has taken most of it."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _await_reading(self) -> None:
+        waiting_bytes = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < waiting_bytes:
+                self._await_reading()
+            else:
+                self.transport.abort()  # a polite end would wait for the client to take the rest
+
+        self._stop_waiting()
+        self._reading = self.loop.call_later(UNREAD_TIMEOUT_S, look)
+
+    def _stop_waiting(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
     def data_received(self, received: bytes) -> None:
-        """Feed the parser; what a read adds beyond the limit is seen after it, and reads are bounded themselves."""
+        """Feed the parser, unless the client was turned away.
+
+        What a read adds beyond the limit is seen after it, and reads are bounded themselves.
+        """
+        if self.transport.is_closing():
+            return
         self._bare_bytes += len(received)
         super().data_received(received)
         if self._bare_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
@@ -87,9 +138,15 @@ class BoundedHttp(HttpToolsProtocol):
         """End the connection, with 431 if no reply is on its way."""
         if not self._has_open_reply():
             message = f"the request's headers are over the limit of {HEAD_BYTES_MAX} bytes"
-            content = orjson.dumps({"error": {"message": message}})
-            self.transport.write(
-                b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(content), content)
-            )
+            self._turn_away(b"431 Request Header Fields Too Large", message)
+        else:
+            self.transport.close()
+
+    def _turn_away(self, status: bytes, message: str) -> None:
+        """Answer and close the connection; status: with further headers, if there are any."""
+        content = orjson.dumps({"error": {"message": message}})
+        self.transport.write(
+            b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
+            % (status, len(content), content)
+        )
         self.transport.close()

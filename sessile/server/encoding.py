@@ -1,13 +1,14 @@
 """Text to token ids without holding up the event loop."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sessile.errors import InvalidRequest
 from sessile.server.body import THREAD_BYTES
-from sessile.text.template import check_messages
+from sessile.text.template import Message, check_messages
 from sessile.text.tokenizer import Tokenizer
+from sessile.text.tools import ToolSpec
 
 RENDER_TIMEOUT_S = 20.0
 """How long a chat template may take; the steps that it may take are bounded too, so that its thread comes to an end."""
@@ -20,14 +21,35 @@ async def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bo
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
-async def render_messages(tokenizer: Tokenizer, messages: object, variables: Mapping[str, Any] | None) -> str:
-    """The prompt for a client's chat messages. Raises InvalidRequest naming what is wrong with them.
+async def render_messages(
+    tokenizer: Tokenizer,
+    messages: object,
+    variables: Mapping[str, Any] | None,
+    *,
+    tools: Sequence[ToolSpec] | None = None,
+) -> str:
+    """The prompt for a client's chat messages. Raises InvalidRequest naming what is wrong with them."""
+    return await render_prompt(tokenizer, lambda: check_messages(messages), variables, tools=tools)
 
-    Always in a thread: a template is foreign code, and how long it takes over these messages nobody knows (H57).
+
+async def render_prompt(
+    tokenizer: Tokenizer,
+    checked: Callable[[], Sequence[Message]],
+    variables: Mapping[str, Any] | None,
+    *,
+    tools: Sequence[ToolSpec] | None = None,
+    may_continue: bool = False,
+) -> str:
+    """The prompt for the messages that `checked` returns; it raises what it finds wrong with them.
+
+    may_continue: if the last message is the assistant's, the prompt ends within it. Always in a thread: a template is
+    foreign code, and how long it takes over these messages nobody knows (H57).
     """
 
     def render() -> str:
-        return tokenizer.render_chat(check_messages(messages), variables=variables)
+        messages = checked()
+        continues_last = may_continue and messages[-1]["role"] == "assistant"
+        return tokenizer.render_chat(messages, variables=variables, tools=tools, continues_last=continues_last)
 
     try:
         return await asyncio.wait_for(asyncio.to_thread(render), RENDER_TIMEOUT_S)

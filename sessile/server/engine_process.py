@@ -2,21 +2,42 @@
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import subprocess
 import threading
 from collections.abc import Sequence
 
+from sessile.contract.watching import STACKS_SIGNAL, TELL_EVENTS, stacks_file
+
 KILL_AFTER_S = 5.0
+STACKS_WAIT_S = 1.0
+"""How long an engine that stands still may take to write down where."""
+STACKS_CHARS_MAX = 64_000
+
+
+class Launcher:
+    """Starts engines, one after the other, each with a link of its own below a private folder."""
+
+    def __init__(self, argv: Sequence[str], config: str, folder: str) -> None:
+        self._argv = argv
+        self._config = config
+        self._folder = folder
+        self._numbers = itertools.count(1)
+
+    def launch(self) -> "EngineProcess":
+        """Start an engine that will connect to its `address`."""
+        return EngineProcess(self._argv, self._config, f"ipc://{self._folder}/engine-{next(self._numbers)}")
 
 
 class EngineProcess:
     """Owns one child. Its standard input stays open as long as we live: its end tells the child that we are gone."""
 
-    def __init__(self, argv: Sequence[str], config: str) -> None:
-        """config: one line of JSON, the first thing the child reads."""
+    def __init__(self, argv: Sequence[str], config: str, address: str) -> None:
+        """config: one line of JSON, the first thing the child reads. address: goes to it as `--address=ipc://…`."""
         assert "\n" not in config, "the configuration must be one line"
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE)
+        self.address = address
+        self._process = subprocess.Popen([*argv, f"--address={address}"], stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has died already: `exit` says how
@@ -45,6 +66,27 @@ class EngineProcess:
         # A daemon, unlike the threads of asyncio.to_thread: it must not keep us from exiting.
         threading.Thread(target=watch, name="engine-watch", daemon=True).start()
         return await ended
+
+    async def stacks(self) -> str:
+        """Where each thread of it is now, in Python's words, or was when it crashed; empty if nobody can say.
+
+        It is also asked to log its last events. A process that was stopped goes on for this: whoever asks is about to
+        end it.
+        """
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(STACKS_SIGNAL)
+            with contextlib.suppress(OSError):  # a pipe that nobody empties is full at some time
+                self._stdin.write(TELL_EVENTS)
+                self._stdin.flush()
+            await asyncio.sleep(STACKS_WAIT_S)
+        with contextlib.suppress(FileNotFoundError):  # it was not far enough to make it
+            return stacks_file(self.address).read_text("utf-8", "replace")[-STACKS_CHARS_MAX:]
+        return ""
+
+    def kill(self) -> None:
+        """End the child at once, whatever it does."""
+        self._process.kill()
 
     def terminate(self) -> None:
         """Ask the child to end."""

@@ -12,15 +12,18 @@ from sessile.contract.messages import Branch, Done
 from sessile.errors import InvalidRequest
 from sessile.server.auth import Asking
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body, takes
-from sessile.server.calls import Call, Order, Service, attended
+from sessile.server.calls import Call, Order, Service, arrivals_of, attended
 from sessile.server.drafts import DraftFields, draft_figures
 from sessile.server.encoding import encode_text
+from sessile.server.grammars import NativeGrammarFields
 from sessile.server.keys import Caller
+from sessile.server.link import Arrival
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import JsonReply, engine_refusal
 from sessile.server.sampling import (
     COUNT_MAX,
     LOGPROBS_MAX,
+    Answers,
     Count,
     Priority,
     SamplingFields,
@@ -32,20 +35,17 @@ from sessile.server.stream import EventStream, event
 ID_CHARS_MAX = 256
 
 
-class SamplingParams(SamplingFields):
+class SamplingParams(SamplingFields, NativeGrammarFields):
     """sampling_params of /generate."""
 
     max_new_tokens: Count | None = 128
     """null: as many as the context leaves."""
     min_new_tokens: Count | None = None
+    n: Answers | None = None
+    """How many answers; the i-th from 0 on has the seed plus i. More than one: the reply is a list of them."""
 
     tolerated: ClassVar[Tolerated] = {
-        "n": (1,),
         "spaces_between_special_tokens": (True,),
-        "stop_regex": ([], ""),
-        "json_schema": (),
-        "regex": (),
-        "ebnf": (),
         "structural_tag": (),
         "custom_params": (),
         "stream_interval": (),
@@ -127,11 +127,18 @@ class GenerateBody(DraftFields):
             raise field_fault("input_ids", "give text or input_ids, not both")
         if not self.text and not self.input_ids and self.session_params is None:
             raise field_fault("text" if self.input_ids is None else "input_ids", "the prompt must not be empty")
+        if self.session_params is not None and self.answers > 1:
+            raise field_fault("sampling_params.n", "a turn of a session has one answer; branch for others")
         if not self.return_logprob:
             for name in ("logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"):
                 if getattr(self, name) not in (None, False, 0, -1):
                     raise field_fault(name, "needs return_logprob: true")
         return self
+
+    @property
+    def answers(self) -> int:
+        """How many answers are wanted."""
+        return (self.sampling_params.n if self.sampling_params else None) or 1
 
 
 def routes(service: Service) -> APIRouter:
@@ -143,13 +150,26 @@ def routes(service: Service) -> APIRouter:
         body = await read_body(request, GenerateBody)
         service.check_open()
         order = await _order(service, caller, body)
-        reply = _Reply(service, body, Call(service, order, whole=not body.stream))
+        replies = [
+            _Reply(service, body, Call(service, each, whole=not body.stream))
+            for each in service.answers(order, body.answers)
+        ]
+        calls = [reply.call for reply in replies]
         if body.stream:
-            return EventStream([reply.call], reply.events())
-        async with attended(request.receive, reply.call):
-            return await reply.whole()
+            return EventStream(calls, _events(replies))
+        async with attended(request.receive, *calls):
+            contents = [await reply.whole() for reply in replies]
+        return JsonReply(contents if len(contents) > 1 else contents[0])
 
     return router
+
+
+async def _events(replies: "list[_Reply]") -> AsyncIterator[bytes]:
+    """One event for each arrival of each answer; of several, with its index."""
+    async for index, arrival in arrivals_of([reply.call for reply in replies]):
+        content = replies[index].add(arrival)
+        if content is not None:
+            yield event(content | {"index": index} if len(replies) > 1 else content)
 
 
 async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
@@ -183,6 +203,7 @@ async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
         expect_tokens=_expected(body.session_params),
         logprobs=(body.top_logprobs_num or 0) if body.return_logprob else -1,
         prompt_logprobs_from=start if body.return_logprob else -1,
+        grammar=params.grammar_in("sampling_params."),
         **body.wish,
     )
 
@@ -201,7 +222,7 @@ class _Reply:
         params = body.sampling_params or SamplingParams()
         self._output = Output(service.tokenizer, call.order.sampling, trim_stop=not params.no_stop_trim)
 
-    async def whole(self) -> Response:
+    async def whole(self) -> dict[str, Any]:
         """Wait for the end. Raises UserError if the engine refused the request or it failed."""
         arrival = await self.call.next()
         assert arrival.done is not None
@@ -209,17 +230,16 @@ class _Reply:
             done = arrival.done
             raise engine_refusal(done.status, done.code, done.message, done.param)
         self._output.add(arrival)
-        return JsonReply(self._content(arrival.done, self._output.text, 0))
+        return self._content(arrival.done, self._output.text, 0)
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """One event for each arrival; its text and ids are all so far, or with stream_output "delta" the new ones."""
+    def add(self, arrival: Arrival) -> dict[str, Any] | None:
+        """What an arrival says: text and ids so far, or with stream_output "delta" the new ones; None if nothing."""
         delta = self._body.stream_output == "delta"
-        while self.call.done is None:
-            arrival = await self.call.next()
-            start = len(self._output.tokens) if delta else 0
-            fresh = self._output.add(arrival)
-            if arrival.tokens or arrival.done is not None:
-                yield event(self._content(arrival.done, fresh if delta else self._output.text, start))
+        start = len(self._output.tokens) if delta else 0
+        fresh = self._output.add(arrival)
+        if not arrival.tokens and arrival.done is None:
+            return None
+        return self._content(arrival.done, fresh if delta else self._output.text, start)
 
     def _content(self, done: Done | None, text: str, start: int) -> dict[str, Any]:
         """The reply with output tokens from index start on."""

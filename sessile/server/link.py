@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,15 @@ from sessile.contract.messages import (
     FromEngine,
     Refusal,
     Scores,
+    SessionGone,
     Submit,
     ToEngine,
     TokenDetail,
     unpack_tokens,
 )
 from sessile.errors import NotReady, UserError
+from sessile.server.histories import TOKEN_BYTES, Histories, Place
+from sessile.server.request_log import RequestLog
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +118,26 @@ class Stream:
 class EngineLink:
     """Sends messages to the engine and hands what comes back to those who wait for it.
 
-    Owns the socket. After fail(), every waiter has got an error and every further call raises NotReady.
+    Owns the socket. After fail(), every waiter has got an error and every further call raises NotReady, until reopen()
+    and the next engine's first message. That engine has got all sessions that are held before anybody else can ask it.
     """
 
-    def __init__(self, address: str, *, lag_tokens_max: int = 4096) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        lag_tokens_max: int = 4096,
+        histories: Histories | None = None,
+        request_log: RequestLog | None = None,
+    ) -> None:
         self.address = address
+        self.request_log = request_log
+        """Where all that passes is noted for the simulator; None: nowhere."""
+        self.histories = histories or Histories()
+        """What is known of open sessions, for the next engine."""
+        self.gone_listeners: list[Callable[[SessionGone], None]] = []
+        """Called for each session that ended by itself, or was lost with an engine."""
+        self.histories.on_lost = self._note_lost
         self._lag_tokens_max = lag_tokens_max
         self._ready: EngineReady | None = None
         self._failure: str | None = None
@@ -131,22 +149,45 @@ class EngineLink:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._context = zmq.asyncio.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.PAIR)
+        self._socket = self._bound(address)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _bound(self, address: str) -> "zmq.asyncio.Socket":
+        socket = self._context.socket(zmq.PAIR)
         # What may wait is bounded by the engine's queue limit and by each stream's lag, not by a count of messages.
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        self._receiver: asyncio.Task[None] | None = None
+        socket.set_hwm(0)
+        socket.bind(address)
+        return socket
 
     def start(self) -> None:
         """Begin to receive; needs the running event loop."""
-        self._receiver = asyncio.get_running_loop().create_task(self._receive())
-        self._receiver.add_done_callback(self._receiver_ended)
+        self._begin(self._receive())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
+
+    async def _end_tasks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def reopen(self, address: str) -> None:
+        """Wait for another engine, at another address: nothing that was meant for the last one reaches it."""
+        assert self._failure is not None, "an engine is there, or on its way"
+        await self._end_tasks()
+        self._socket.close(linger=0)
+        self.address, self._socket = address, self._bound(address)
+        self._ready = self._failure = None
+        self._failed.clear()
+        self._ready_or_failed.clear()
+        self.start()
 
     async def close(self) -> None:
         """Stop receiving and close the socket; what was sent still reaches a living engine."""
-        if self._receiver is not None:
-            self._receiver.cancel()
-            await asyncio.gather(self._receiver, return_exceptions=True)
+        await self._end_tasks()
         self._socket.close(linger=200)
         self._context.term()
 
@@ -157,6 +198,11 @@ class EngineLink:
             raise NotReady(self._failure)
         if self._ready is None:
             raise NotReady(NOT_READY_YET)
+        return self._ready
+
+    @property
+    def last_ready(self) -> EngineReady | None:
+        """What the engine serves, or served before it was lost; None before the first one said so."""
         return self._ready
 
     def check_ready(self) -> None:
@@ -190,7 +236,12 @@ class EngineLink:
         assert message.key not in self._streams, f"request key {message.key} used twice"
         frame = self._encoder.encode(message)  # Before anything is registered: what cannot be sent is not in flight.
         stream = Stream(message.key, whole=whole, lag_tokens_max=self._lag_tokens_max)
+        refusal = self.histories.refusal(message)
+        if refusal is not None:
+            stream.end(refused(message.key, refusal))
+            return stream
         self._streams[message.key] = stream
+        self._note_sent(message)
         self._socket.send(frame)
         return stream
 
@@ -198,6 +249,11 @@ class EngineLink:
         """Ask the engine to end a request; its Done follows. Unknown and ended keys are ignored."""
         if key in self._streams:
             self.send(Cancel(key, reason))
+
+    def give_up_waiting(self, key: int, reason: str) -> None:
+        """Ask the engine to refuse a request that has not begun; one that has goes on."""
+        if key in self._streams:
+            self.send(Cancel(key, reason, if_waiting=True))
 
     def abandon(self, key: int, reason: str) -> None:
         """End a request that nobody reads any more: the engine is told, its waiter gets an abort at once."""
@@ -210,18 +266,36 @@ class EngineLink:
     async def ask(self, make: Callable[[int], ToEngine]) -> Any:
         """Send the operation that make(op) builds; its reply's value, or the UserError that it carries."""
         self.check_ready()
+        return await self._ask(make)
+
+    async def _ask(self, make: Callable[[int], ToEngine]) -> Any:
         op = next(self._ops)
+        message = make(op)
+        if (refusal := self.histories.refusal(message)) is not None:
+            raise refusal_error(refusal.status, refusal.code, refusal.message, refusal.param)
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._replies[op] = reply
         try:
-            self.send(make(op))
+            self.send(message)
             return await reply
         finally:
             del self._replies[op]
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; messages arrive in order. Never waits: the socket has no high-water mark."""
-        self._socket.send(self._encoder.encode(message))
+        frame = self._encoder.encode(message)
+        self._note_sent(message)
+        self._socket.send(frame)
+
+    def _note_sent(self, message: ToEngine) -> None:
+        self.histories.note_sent(message)
+        if self.request_log is not None:
+            self.request_log.note_sent(message)
+
+    def _note_lost(self, place: Place) -> None:
+        tenant, session = place
+        for listener in self.gone_listeners:
+            listener(SessionGone(session, "lost", tenant))
 
     def fail(self, reason: str) -> None:
         """The engine is gone: end every request and every operation with the reason, now and from now on."""
@@ -230,6 +304,7 @@ class EngineLink:
         self._failure = reason
         self._failed.set()
         self._ready_or_failed.set()
+        self.histories.note_engine_gone()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.end(Done(key=stream.key, reason="error", status=503, code=NotReady.code, message=reason))
@@ -245,16 +320,28 @@ class EngineLink:
             if isinstance(message, Batch):
                 self._take_batch(message)
             elif isinstance(message, EngineReady):
-                self._ready = message
-                self._ready_or_failed.set()
+                if self.request_log is not None:
+                    self.request_log.note_ready(message)
+                self._begin(self._bring_back(message))
             else:
                 assert isinstance(message, EngineFailed)
                 self.fail(message.message)
             # With frames waiting, recv() returns at once; readers must get their turn after each step all the same.
             await asyncio.sleep(0)
 
-    def _receiver_ended(self, receiver: "asyncio.Task[None]") -> None:
-        if not receiver.cancelled() and (error := receiver.exception()) is not None:
+    async def _bring_back(self, ready: EngineReady) -> None:
+        """Give a new engine the sessions that it should have; only then it is there for everybody."""
+        if not self.histories.is_empty:
+            try:
+                await self.histories.restore(self._ask)
+            except NotReady:
+                return  # It is gone as well.
+        if self._failure is None:
+            self._ready = ready
+            self._ready_or_failed.set()
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the link to the engine broke", exc_info=error)
             self.fail(f"the link to the engine broke: {error}")
 
@@ -276,11 +363,16 @@ class EngineLink:
                 woken[done.key] = stream
         for stream in woken.values():
             stream.wake()
+        self.histories.note_batch(batch)
+        if self.request_log is not None:
+            self.request_log.note_batch(batch)
         for reply in batch.replies:
             self._take_reply(reply.op, reply.value, reply.error)
         for gone in batch.gone:
             fields = {"session": gone.session, "tenant": gone.tenant or None, "reason": gone.reason}
             log.info("session ended", extra=fields)
+            for listener in self.gone_listeners:
+                listener(gone)
 
     def _take_deltas(self, batch: Batch, woken: dict[int, Stream]) -> None:
         keys = np.frombuffer(batch.delta_keys, "<i8").tolist()
@@ -290,8 +382,11 @@ class EngineLink:
         now_s = time.perf_counter()
         # A request that ends here brings no more, however much it brings: a repeated reply comes all at once.
         ending = {done.key for done in batch.done}
+        turns = self.histories.turns
         start = 0
         for key, end in zip(keys, ends, strict=True):
+            if (turn := turns.get(key)) is not None:
+                turn.output += batch.delta_tokens[start * TOKEN_BYTES : end * TOKEN_BYTES]
             stream = self._streams.get(key)
             if stream is not None:
                 woken[key] = stream
@@ -307,6 +402,18 @@ class EngineLink:
             reply.set_result(value)
         else:
             reply.set_exception(refusal_error(error.status, error.code, error.message, error.param))
+
+
+def refused(key: int, refusal: Refusal) -> Done:
+    """The end of a request that was not even sent."""
+    return Done(
+        key=key,
+        reason="error",
+        status=refusal.status,
+        code=refusal.code,
+        message=refusal.message,
+        param=refusal.param,
+    )
 
 
 def refusal_error(status: int, code: str, message: str, param: str | None = None) -> UserError:

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from sessile.contract.messages import Done, Stats
+from sessile.server.link import EngineLink
+from sessile.server.logs import lines_dropped
 
 SECONDS = (
     0.001,
@@ -214,7 +216,13 @@ class Metrics:
                 tokens[field] += getattr(done, field)
 
     def render(
-        self, stats: Stats | None, *, model: str, in_flight: int, corpora: "CorporaFigures | None" = None
+        self,
+        stats: Stats | None,
+        *,
+        model: str,
+        in_flight: int,
+        corpora: "CorporaFigures | None" = None,
+        supply: "SupplyFigures | None" = None,
     ) -> bytes:
         """The Prometheus text; without stats (the engine does not answer) only what the server itself knows."""
         registry = CollectorRegistry(auto_describe=False)
@@ -222,6 +230,7 @@ class Metrics:
             *self._families(model, in_flight),
             *self._tenant_families(model),
             *_corpora_families(corpora, model),
+            *_supply_families(supply or SupplyFigures(), model),
             *_engine_families(stats, model),
             *self._throughput(stats, model),
         ]
@@ -279,6 +288,41 @@ class CorporaFigures:
     tokens: int
     bytes: int
     failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class SupplyFigures:
+    """How often the engine was replaced, what is held and was lost of its sessions, and log lines that were lost."""
+
+    restarts: int = 0
+    held_sessions: int = 0
+    held_bytes: int = 0
+    restored: int = 0
+    lost: int = 0
+    log_lines_dropped: int = 0
+
+    @classmethod
+    def of(cls, link: EngineLink, restarts: int) -> "SupplyFigures":
+        """As they are now."""
+        histories, request_log = link.histories, link.request_log
+        return cls(
+            restarts, histories.held, histories.bytes, histories.restored_total, histories.lost_total,
+            lines_dropped() + (request_log.dropped if request_log else 0),
+        )
+
+
+def _supply_families(supply: SupplyFigures, model: str) -> Iterator[Metric]:
+    yield _gauge("sessile_held_sessions", "Sessions that outlive their engine.", supply.held_sessions, model)
+    yield _gauge("sessile_held_bytes", "Memory of the server for open sessions.", supply.held_bytes, model)
+    for name, help, count in (
+        ("sessile_engine_restarts", "Engines started after the first.", supply.restarts),
+        ("sessile_sessions_restored", "Sessions that went on in another engine.", supply.restored),
+        ("sessile_sessions_lost", "Sessions that could not go on in another engine.", supply.lost),
+        ("sessile_log_lines_dropped", "Log lines that could not be written.", supply.log_lines_dropped),
+    ):
+        counter = CounterMetricFamily(name, help, labels=["model_name"])
+        counter.add_metric([model], count)
+        yield counter
 
 
 def _corpora_families(corpora: CorporaFigures | None, model: str) -> Iterator[Metric]:

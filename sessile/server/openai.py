@@ -1,8 +1,8 @@
 """/v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients expect them (docs/HTTP.md)."""
 
-import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -13,15 +13,16 @@ from starlette.responses import Response
 from sessile.errors import NotFound, UserError
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
-from sessile.server.calls import Call, Order, Service, attended
+from sessile.server.calls import Call, Order, Service, arrivals_of, attended
 from sessile.server.encoding import encode_text, render_messages
 from sessile.server.keys import Caller
-from sessile.server.link import Arrival
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
-from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, Shape, error_chunk, usage
+from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_chunk, usage
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
 from sessile.server.stream import EventStream, event
+from sessile.server.tools import AnswerReading, reading_of
+from sessile.text.template import Message, check_messages
 
 
 class ModelNotFound(NotFound):
@@ -40,26 +41,28 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> Response:
-        _check_model(service, model)
+        check_model(service, model)
         return JsonReply(_model_content(service))
 
     @router.post("/completions", openapi_extra=takes(CompletionBody))
     async def completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, CompletionBody)
         service.check_open()
-        _check_model(service, body.model)
-        choices = await _completion_choices(service, caller, body)
-        return await _reply(service, request, body, choices, CompletionShape(service.tokenizer, body.logprobs))
+        check_model(service, body.model)
+        reply_id = body.rid or f"cmpl-{uuid.uuid4().hex}"
+        choices = await _completion_choices(service, caller, body, reply_id)
+        envelope = Envelope(reply_id, service.model_name, CompletionShape(service.tokenizer, body.logprobs))
+        return await _reply(request, body, choices, envelope)
 
     @router.post("/chat/completions", openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request, caller: Asking) -> Response:
         body = await read_body(request, ChatBody)
         service.check_open()
-        _check_model(service, body.model)
-        choice = await _chat_choice(service, caller, body)
-        return await _reply(
-            service, request, body, [choice], ChatShape(service.tokenizer, logprobs=bool(body.logprobs))
-        )
+        check_model(service, body.model)
+        reply_id = body.rid or f"chatcmpl-{uuid.uuid4().hex}"
+        choices = await _chat_choices(service, caller, body, reply_id)
+        shape = ChatShape(service.tokenizer, logprobs=bool(body.logprobs))
+        return await _reply(request, body, choices, Envelope(reply_id, service.model_name, shape))
 
     return router
 
@@ -76,19 +79,19 @@ def _model_content(service: Service) -> dict[str, Any]:
     }
 
 
-def _check_model(service: Service, name: str | None) -> None:
+def check_model(service: Service, name: str | None) -> None:
+    """Raise ModelNotFound unless the name is one of those of the model that is served."""
     ready = service.link.ready
     known = {"default", service.model_name, ready.model_name, ready.model_path, PurePath(ready.model_path).name}
     if name is not None and name not in known:
         raise ModelNotFound(f"model: {name!r} is not served here; {service.model_name!r} is", param="model")
 
 
-async def _completion_choices(service: Service, caller: Caller, body: CompletionBody) -> list[Choice]:
+async def _completion_choices(service: Service, caller: Caller, body: CompletionBody, rid: str) -> list[Choice]:
     vocab_size = service.link.ready.vocab_size
     max_tokens = COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens
     prompts = body.prompts
-    rid = body.rid or f"cmpl-{uuid.uuid4().hex}"
-    choices = []
+    choices: list[Choice] = []
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             tokens, text = await encode_text(service.tokenizer, prompt), prompt
@@ -105,18 +108,41 @@ async def _completion_choices(service: Service, caller: Caller, body: Completion
             rid=rid if len(prompts) == 1 else f"{rid}-{index}",
             logprobs=-1 if body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
+            grammar=body.grammar,
             **body.wish,
         )
-        call = Call(service, order, whole=not body.stream)
-        trim = not body.no_stop_trim
-        choices.append(Choice(index, call, service.tokenizer, trim_stop=trim, echo=text if body.echo else ""))
+        choices += _choices(service, body, order, first_index=len(choices), echo=text if body.echo else "")
     return choices
 
 
-async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choice:
-    prompt = await render_messages(service.tokenizer, body.messages, body.chat_template_kwargs)
+def _choices(
+    service: Service,
+    body: OpenAIBody,
+    order: Order,
+    *,
+    first_index: int = 0,
+    echo: str = "",
+    reading: AnswerReading | None = None,
+) -> list[Choice]:
+    """The answers to one prompt: the first one computes it, the others start from what it computed."""
+    trim = not body.no_stop_trim
+    return [
+        Choice(
+            index,
+            Call(service, each, whole=not body.stream),
+            service.tokenizer,
+            trim_stop=trim,
+            echo=echo,
+            leads=index == first_index,
+            reader=reading.reader() if reading else None,
+        )
+        for index, each in enumerate(service.answers(order, body.answers), first_index)
+    ]
+
+
+async def _chat_choices(service: Service, caller: Caller, body: ChatBody, rid: str) -> list[Choice]:
     order = Order(
-        tokens=await encode_text(service.tokenizer, prompt, add_special_tokens=False),
+        tokens=[],
         sampling=to_sampling(
             body,
             max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
@@ -125,34 +151,78 @@ async def _chat_choice(service: Service, caller: Caller, body: ChatBody) -> Choi
         ),
         tenant=caller.tenant,
         priority=body.priority or 0,
-        rid=body.rid or f"chatcmpl-{uuid.uuid4().hex}",
+        rid=rid,
+        rid_drawn=body.rid is None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         **body.wish,
     )
-    call = Call(service, order, whole=not body.stream)
-    return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim)
+    if body.session_id is not None:
+        return [await _turn_choice(service, caller, body, order)]
+    prompt = await render_messages(
+        service.tokenizer, body.messages, body.chat_template_kwargs, tools=body.tool_use.tools
+    )
+    tokens = await encode_text(service.tokenizer, prompt, add_special_tokens=False)
+    reading = _reading(service, body, prompt)
+    return _choices(service, body, reading.of(replace(order, tokens=tokens)), reading=reading)
 
 
-async def _reply(service: Service, request: Request, body: OpenAIBody, choices: list[Choice], shape: Shape) -> Response:
+def _reading(service: Service, body: ChatBody, prompt: str) -> AnswerReading:
+    return reading_of(
+        service.options,
+        service.tokenizer,
+        body.tool_use,
+        prompt,
+        asked=body.grammar,
+        skips_special=body.skip_special_tokens,
+        separates_reasoning=body.separate_reasoning is not False,
+        streams_reasoning=body.stream_reasoning is not False,
+    )
+
+
+async def _turn_choice(service: Service, caller: Caller, body: ChatBody, order: Order) -> Choice:
+    """The answer to messages of which a session's turns have some: what they lack is its next turn."""
+    assert body.session_id is not None
+    messages, variables, tools = check_messages(body.messages), body.chat_template_kwargs, body.tool_use.tools
+    prompt = ""
+    _reading(service, body, prompt)  # what it refuses is refused before a place is taken
+
+    def render(some: Sequence[Message], asks: bool) -> str:
+        nonlocal prompt
+        text = service.tokenizer.render_chat(some, add_generation_prompt=asks, variables=variables, tools=tools)
+        prompt = text if asks else prompt
+        return text
+
+    dialogues = service.dialogues
+    dialogue = await dialogues.named(caller.tenant, body.session_id) if dialogues.keeps_kv else None
+    place = await dialogues.place(dialogue, messages, render, beside=[variables, tools] if tools else variables)
+    session = place.dialogue.session if place.dialogue else None
+    reading = _reading(service, body, prompt)
+    order = replace(order, tokens=place.tokens, session=session, branch=place.branch)
+    (choice,) = _choices(service, body, reading.of(order), reading=reading)
+
+    def note_end() -> None:
+        dialogues.end(place, choice.call.rid, choice.call.done, choice.message, keep=True)
+
+    choice.call.at_end = note_end
+    return choice
+
+
+async def _reply(request: Request, body: OpenAIBody, choices: list[Choice], envelope: Envelope) -> Response:
     """The answer to checked choices, whole or as a stream."""
     calls = [choice.call for choice in choices]
-    reply_id = calls[0].rid if len(calls) == 1 else calls[0].rid.removesuffix("-0")
-    envelope = Envelope(reply_id, service.model_name, shape)
     if body.stream:
-        return EventStream(calls, _events(choices, shape, envelope, include_usage=body.include_usage))
+        return EventStream(calls, _events(choices, envelope, include_usage=body.include_usage))
     async with attended(request.receive, *calls):
         for choice in choices:
             choice.add(await choice.call.next())
         return JsonReply(envelope.whole(choices))
 
 
-async def _events(
-    choices: list[Choice], shape: Shape, envelope: Envelope, *, include_usage: bool
-) -> AsyncIterator[bytes]:
+async def _events(choices: list[Choice], envelope: Envelope, *, include_usage: bool) -> AsyncIterator[bytes]:
     """Chunks as they come. An error before the first one is raised, a later one is an event, which ends the stream."""
     more = {"usage": None} if include_usage else {}
     started = False
-    async for index, arrival in _arrivals([choice.call for choice in choices]):
+    async for index, arrival in arrivals_of([choice.call for choice in choices]):
         choice = choices[index]
         try:
             choice.add(arrival)
@@ -161,28 +231,10 @@ async def _events(
                 raise
             yield event(error_chunk(error))
             return
-        for content in shape.chunks(choice):
+        if choice.done is not None:
+            choice.call.tell_end()
+        for content in envelope.shape.chunks(choice):
             started = True
             yield event(envelope.chunk([content], **more))
     if include_usage:
         yield event(envelope.chunk([], usage=usage(choices)))
-
-
-async def _arrivals(calls: Sequence[Call]) -> AsyncIterator[tuple[int, Arrival]]:
-    """What comes for any of the calls, until all have ended."""
-    if len(calls) == 1:
-        while calls[0].done is None:
-            yield 0, await calls[0].next()
-        return
-    pending = {asyncio.create_task(call.next()): index for index, call in enumerate(calls)}
-    try:
-        while pending:
-            arrived, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in arrived:
-                index = pending.pop(task)
-                yield index, task.result()
-                if calls[index].done is None:
-                    pending[asyncio.create_task(calls[index].next())] = index
-    finally:
-        for task in pending:
-            task.cancel()

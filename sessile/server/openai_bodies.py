@@ -6,7 +6,10 @@ from pydantic import Field, model_validator
 
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
-from sessile.server.sampling import LOGPROBS_MAX, Count, Priority, SamplingFields
+from sessile.server.grammars import OpenAIGrammarFields
+from sessile.server.names import SessionId
+from sessile.server.sampling import ANSWERS_MAX, LOGPROBS_MAX, Answers, Count, Priority, SamplingFields
+from sessile.server.tools import ToolFields
 
 PROMPTS_MAX = 128
 COMPLETION_TOKENS_DEFAULT = 16
@@ -21,14 +24,11 @@ TOLERATED: Tolerated = {
     "safety_identifier": ANYTHING,
     "prompt_cache_key": ANYTHING,
     "prompt_cache_retention": ANYTHING,
-    "parallel_tool_calls": ANYTHING,
     # accepted where they ask for nothing
-    "n": (1,),
-    "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -37,12 +37,7 @@ TOLERATED: Tolerated = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
-    "session_id": (),
     # SGLang's and vLLM's
-    "stop_regex": ("", []),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "structural_tag": (),
     "lora_path": (),
     "return_hidden_states": (False,),
@@ -72,7 +67,7 @@ class StreamOptions(Body):
     tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "continuous_usage_stats": (False,)}
 
 
-class OpenAIBody(SamplingFields, DraftFields):
+class OpenAIBody(SamplingFields, DraftFields, OpenAIGrammarFields):
     """What both routes have in common."""
 
     model: str | None = None
@@ -82,8 +77,22 @@ class OpenAIBody(SamplingFields, DraftFields):
     min_tokens: Count | None = None
     rid: str | None = Field(default=None, min_length=1, max_length=256)
     priority: Priority | None = None
+    n: Answers | None = None
+    """How many answers to each prompt; the i-th from 0 on has the seed plus i."""
+    best_of: Answers | None = None
 
-    tolerated: ClassVar[Tolerated] = TOLERATED
+    tolerated: ClassVar[Tolerated] = {**TOLERATED, "session_id": ()}
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of not in (None, self.answers):
+            raise field_fault("best_of", "must be n: all answers are given, none is chosen")
+        return self
+
+    @property
+    def answers(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -109,6 +118,8 @@ class CompletionBody(OpenAIBody):
         prompts = self.prompts
         if len(prompts) > PROMPTS_MAX:
             raise field_fault("prompt", f"at most {PROMPTS_MAX} prompts")
+        if len(prompts) * self.answers > ANSWERS_MAX:
+            raise field_fault("n", f"at most {ANSWERS_MAX} answers to all prompts together")
         if not prompts or not all(prompts):
             raise field_fault("prompt", "must not be empty")
         return self
@@ -122,14 +133,26 @@ class CompletionBody(OpenAIBody):
         return list(prompt)
 
 
-class ChatBody(OpenAIBody):
+class ChatBody(OpenAIBody, ToolFields):
     """The body of /v1/chat/completions. The messages are checked by sessile.text.template."""
 
+    tolerated: ClassVar[Tolerated] = TOLERATED
+
     messages: Any
+    session_id: SessionId | None = None
+    """The dialogue to go on with: of the messages, only those that its turns do not have are computed."""
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=LOGPROBS_MAX)
     chat_template_kwargs: dict[str, Any] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_session(self) -> Self:
+        if self.session_id is not None and self.answers > 1:
+            raise field_fault("n", "a session's turn has one answer; leave session_id out, or ask for one at a time")
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

@@ -1,6 +1,7 @@
 """Replies of the OpenAI-compatible routes: whole, and chunk by chunk."""
 
 import time
+import uuid
 from typing import Any, Protocol
 
 from sessile.contract.messages import Done
@@ -9,31 +10,69 @@ from sessile.server.calls import Call
 from sessile.server.link import Arrival
 from sessile.server.output import Logprobs, Output
 from sessile.server.replies import engine_refusal
+from sessile.server.tools import parsed_arguments
+from sessile.text.answer.events import (
+    Answer,
+    CallArguments,
+    CallBegan,
+    CallEnded,
+    CallFailed,
+    Content,
+    Event,
+    Reasoning,
+)
+from sessile.text.answer.reader import AnswerReader
+from sessile.text.template import Message
 from sessile.text.tokenizer import Tokenizer
+from sessile.text.tools import CalledFunction, CallMessage
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI's API writes for a token that cannot occur; JSON has no infinity."""
 
 
 class Choice:
-    """One prompt's answer as it grows. echo: text of the prompt that is repeated before it."""
+    """One answer to a prompt as it grows. echo: text of the prompt that is repeated before it.
 
-    def __init__(self, index: int, call: Call, tokenizer: Tokenizer, *, trim_stop: bool, echo: str = "") -> None:
+    leads: whether it is the first one to its prompt, whose tokens count once however many answers there are. reader:
+    of a chat's answer; None: all of it is text.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        call: Call,
+        tokenizer: Tokenizer,
+        *,
+        trim_stop: bool,
+        echo: str = "",
+        leads: bool = True,
+        reader: AnswerReader | None = None,
+    ) -> None:
         self.index = index
+        self.leads = leads
         self.call = call
+        self.reader = reader or AnswerReader()
+        self.answer = Answer()
+        """All that was read so far."""
         self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
         self.done: Done | None = None
         self._unsent_text = echo
         self._echoes = bool(echo)
         self._sent_logprobs = 0
+        self._untold: list[Event] = []
+        self._call_ids: dict[int, str] = {}
 
     def add(self, arrival: Arrival) -> None:
         """Take an arrival. Raises UserError if the engine refused the request or it failed."""
         done = arrival.done
         if done is not None and done.reason == "error":
             raise engine_refusal(done.status, done.code, done.message, done.param)
-        self._unsent_text += self.output.add(arrival)
+        fresh = self.output.add(arrival)
+        self._unsent_text += fresh
         self.done = done
+        for event in self.reader.push(fresh) if done is None else self.reader.finish(fresh):
+            self.answer.add(event)
+            self._untold.append(event)
 
     def take(self) -> tuple[str, Logprobs]:
         """Text and log-probabilities that were not taken yet."""
@@ -46,6 +85,35 @@ class Choice:
         if first and self._echoes:
             fresh = self.output.prompt_logprobs(self.call.order).followed_by(fresh)
         return text, fresh
+
+    def take_answer(self) -> tuple[list[Event], Logprobs]:
+        """Parts of the answer and log-probabilities that were not taken yet."""
+        events, self._untold = self._untold, []
+        return events, self.take()[1]
+
+    def call_id(self, index: int) -> str:
+        """What a call is known by, to whoever is told of it and sends it back."""
+        return self._call_ids.setdefault(index, f"call_{uuid.uuid4().hex}")
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of its tokens are reasoning."""
+        return self.output.tokens_within(self.reader.reasoning_bytes)
+
+    @property
+    def message(self) -> Message:
+        """The answer as the client was sent it, and as it will send it back."""
+        message = Message(role="assistant", content=self.answer.content)
+        if self.answer.calls:
+            message["tool_calls"] = [
+                CallMessage(
+                    id=self.call_id(call.index),
+                    type="function",
+                    function=CalledFunction(name=call.name, arguments=parsed_arguments(call.arguments)),
+                )
+                for call in self.answer.calls
+            ]
+        return message
 
     @property
     def finish_reason(self) -> str | None:
@@ -132,23 +200,33 @@ class ChatShape:
     def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._begun = False
+        self._begun: set[int] = set()
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """See Shape."""
-        text, logprobs = choice.take()
-        message = {"role": "assistant", "content": text, "refusal": None}
+        _, logprobs = choice.take_answer()
+        answer = choice.answer
+        message: dict[str, Any] = {"role": "assistant", "refusal": None}
+        message["content"] = answer.content or (None if answer.calls else "")
+        if choice.reader.knows_reasoning:
+            message["reasoning_content"] = answer.reasoning or None
+        if answer.calls:
+            message["tool_calls"] = [_call(choice, call.index, call.name, call.arguments) for call in answer.calls]
         return {**self._content(choice, "message", message, logprobs), **self._end(choice)}
 
     def chunks(self, choice: Choice) -> list[dict[str, Any]]:
-        """See Shape: first the role, then text, and the end by itself, as OpenAI's API does."""
-        text, logprobs = choice.take()
+        """See Shape: first the role, then what is said, and the end by itself, as OpenAI's API does."""
+        events, logprobs = choice.take_answer()
         chunks = []
-        if not self._begun:
-            self._begun = True
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
             chunks.append(self._content(choice, "delta", {"role": "assistant", "content": ""}, Logprobs()))
-        if text or (self._logprobs and logprobs.tokens):
-            chunks.append(self._content(choice, "delta", {"content": text}, logprobs))
+        said = [delta for each in events if (delta := self._delta(choice, each)) is not None]
+        if self._logprobs and logprobs.tokens and not said:
+            said = [{"content": ""}]
+        for delta in said:  # the tokens of a step are told together, whatever they came to
+            chunks.append(self._content(choice, "delta", delta, logprobs))
+            logprobs = Logprobs()
         if choice.done is not None:
             chunks.append({**self._content(choice, "delta", {}, Logprobs()), **self._end(choice)})
         return chunks
@@ -162,8 +240,27 @@ class ChatShape:
             "finish_reason": None,
         }
 
+    def _delta(self, choice: Choice, event: Event) -> dict[str, Any] | None:
+        """What a stream says of an event; None if nothing."""
+        match event:
+            case Reasoning(text):
+                return {"reasoning_content": text}
+            case Content(text) | CallFailed(_, text, _):
+                return {"content": text}
+            case CallBegan(index, name):
+                return {"tool_calls": [{"index": index, **_call(choice, index, name, "")}]}
+            case CallArguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case CallEnded():
+                return None
+
     def _end(self, choice: Choice) -> dict[str, Any]:
-        return {"finish_reason": choice.finish_reason, "matched_stop": choice.matched_stop}
+        answer = choice.answer
+        reason = "tool_calls" if answer.calls and choice.finish_reason == "stop" else choice.finish_reason
+        end: dict[str, Any] = {"finish_reason": reason, "matched_stop": choice.matched_stop}
+        if answer.failures:
+            end["tool_call_errors"] = call_errors(answer)
+        return end
 
     def _logprobs_content(self, logprobs: Logprobs) -> list[dict[str, Any]]:
         return [
@@ -180,30 +277,41 @@ class Envelope:
     """What stands around choices: identity, and usage where it is due."""
 
     def __init__(self, reply_id: str, model: str, shape: Shape) -> None:
-        self._shape = shape
+        self.shape = shape
         self._common = {"id": reply_id, "created": int(time.time()), "model": model}
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply of ended choices."""
-        written = [self._shape.whole(choice) for choice in choices]
-        return {**self._common, "object": self._shape.whole_object, "choices": written, "usage": usage(choices)}
+        written = [self.shape.whole(choice) for choice in choices]
+        return {**self._common, "object": self.shape.whole_object, "choices": written, "usage": usage(choices)}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """One chunk of a stream."""
-        return {**self._common, "object": self._shape.chunk_object, "choices": choices, **more}
+        return {**self._common, "object": self.shape.chunk_object, "choices": choices, **more}
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """Tokens of all choices; cached_tokens are those whose KV was there already."""
+    """Tokens of all choices, of each prompt once; cached_tokens are those whose KV was there already."""
     ends = [choice.done for choice in choices if choice.done is not None]
-    prompt_tokens = sum(done.prompt_tokens for done in ends)
+    leaders = [choice.done for choice in choices if choice.done is not None and choice.leads]
+    prompt_tokens = sum(done.prompt_tokens for done in leaders)
     completion_tokens = sum(done.completion_tokens for done in ends)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in ends)},
+        "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in leaders)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
+
+
+def call_errors(answer: Answer) -> list[dict[str, Any]]:
+    """What looked like calls and was none: their text is content. index: of one that a stream had begun, or None."""
+    return [{"index": failure.index, "message": failure.reason} for failure in answer.failures]
+
+
+def _call(choice: Choice, index: int, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": choice.call_id(index), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def error_chunk(error: UserError) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sessile import __version__
-from sessile.contract.messages import CancelAll, Flush, GetPool, GetStats, PoolView, Sampling, Stats
+from sessile.contract.messages import CancelAll, Flush, GetPool, GetStats, Sampling, Stats
+from sessile.contract.pool import PoolView
 from sessile.errors import InvalidRequest, NotReady
 from sessile.server.auth import Asking, require_admin
 from sessile.server.body import Body, TokenIds, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
-from sessile.server.metrics import CorporaFigures
+from sessile.server.metrics import CorporaFigures, SupplyFigures
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary
 
@@ -68,11 +69,26 @@ async def current_stats(service: Service) -> Stats:
     return stats
 
 
+def _check_moving(service: Service) -> None:
+    """Raise NotReady where the engine has work and gets nowhere: it is about to be replaced."""
+    if service.is_stalled:
+        raise NotReady(f"no step has settled for {service.options.stall_timeout_s:g} s, and there is work")
+
+
 def _add_health(router: APIRouter, service: Service) -> None:
     @router.get("/health")
-    async def health() -> Response:
+    @router.get("/health/ready")
+    async def ready() -> Response:
         service.check_open()
+        if service.leaving:
+            raise NotReady("the server is about to shut down")
         await current_stats(service)
+        _check_moving(service)
+        return Response()
+
+    @router.get("/health/live")
+    async def live() -> Response:
+        _check_moving(service)
         return Response()
 
     @router.get("/health_generate")
@@ -101,7 +117,11 @@ def _add_figures(router: APIRouter, service: Service) -> None:
             stats = None  # shown as sessile_engine_up 0
         model = service.options.served_name or (service.link.ready.model_name if stats else "")
         text = service.metrics.render(
-            stats, model=model, in_flight=service.link.in_flight, corpora=corpora_figures(service)
+            stats,
+            model=model,
+            in_flight=service.link.in_flight,
+            corpora=corpora_figures(service),
+            supply=SupplyFigures.of(service.link, service.supervisor.restarts if service.supervisor else 0),
         )
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 

@@ -52,6 +52,8 @@ class Output:
         self._prompt = Logprobs()
         self._prompt_start = -1  # position in the context of the first scored prompt token; -1: none was scored
         self._trim_stop = trim_stop
+        self._sampling = sampling
+        self._tokenizer = tokenizer
         self._text_stream = tokenizer.stream(
             skip_special_tokens=sampling.skip_special_tokens,
             stops=sampling.stop if trim_stop else (),
@@ -72,6 +74,15 @@ class Output:
         fresh = self._fresh_text(arrival.tokens, arrival.done)
         self.text += fresh
         return fresh
+
+    def tokens_within(self, count: int) -> int:
+        """How many tokens the first so many bytes of the text take, the last perhaps not whole."""
+        join, skips = self._tokenizer.vocabulary.join, self._sampling.skip_special_tokens
+        tokens = 0
+        while count > 0 and tokens < len(self.tokens):
+            count -= len(join((self.tokens[tokens],), skip_special_tokens=skips))
+            tokens += 1
+        return tokens
 
     def prompt_logprobs(self, order: Order) -> Logprobs:
         """Of the scored prompt tokens; the first token of a context, which nothing predicts, has None."""

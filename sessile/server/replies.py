@@ -1,4 +1,4 @@
-"""JSON replies, and errors in the shape that each of the three surfaces promises."""
+"""JSON replies, and errors in the shape that each of the four surfaces promises."""
 
 import logging
 from enum import Enum
@@ -25,11 +25,24 @@ RESOURCE_PARAMS = {"session_id": "id", "session_params.id": "id", "timeout": "id
 """Fields that the engine names as native requests do → their names in /v1/sessions."""
 
 
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Status → what Anthropic's clients know it as."""
+
+
 class Surface(Enum):
     """Whose conventions a path follows."""
 
     NATIVE = "native"
     """SGLang's: {"error": {"message"}}; refusals by the engine that are the client's fault are 400."""
+    ANTHROPIC = "anthropic"
+    """{"type": "error", "error": {"type", "message"}}; statuses as with OpenAI's."""
     OPENAI = "openai"
     """{"error": {"message", "type", "param", "code"}}; the same statuses, but an unknown model is 404."""
     RESOURCES = "resources"
@@ -38,6 +51,8 @@ class Surface(Enum):
     @classmethod
     def of(cls, path: str) -> "Surface":
         """The surface that a path belongs to."""
+        if path.startswith("/v1/messages"):
+            return cls.ANTHROPIC
         if path.startswith(("/v1/sessions", "/v1/corpora", "/v1/pool")):
             return cls.RESOURCES
         return cls.OPENAI if path.startswith("/v1/") else cls.NATIVE
@@ -65,6 +80,9 @@ def error_content(surface: Surface, error: UserError) -> dict[str, Any]:
     """The JSON of an error on a surface."""
     if surface is Surface.NATIVE:
         return {"error": {"message": error.message}}
+    if surface is Surface.ANTHROPIC:
+        kind = ANTHROPIC_KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
     code = "context_length_exceeded" if surface is Surface.OPENAI and error.code == "too_long" else error.code
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind

@@ -6,9 +6,7 @@ moment: with 503 until the engine is ready.
 
 import asyncio
 import contextlib
-import errno
 import gc
-import ipaddress
 import logging
 import os
 import signal
@@ -17,34 +15,37 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
 
-from sessile.contract.messages import EngineReady, Shutdown
+from sessile import __version__
+from sessile.contract.messages import EngineReady
 from sessile.errors import NotReady, StartupError
 from sessile.server.allocator import return_freed_memory
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
-from sessile.server.connections import BoundedHttp
+from sessile.server.connections import bounded_http
 from sessile.server.corpora.opening import open_corpora, open_folder
 from sessile.server.corpora.store import CorpusStore
-from sessile.server.engine_process import EngineProcess, describe_exit
+from sessile.server.engine_process import EngineProcess, Launcher
+from sessile.server.histories import Histories
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
+from sessile.server.listening import listening, shown_address
 from sessile.server.logs import configure_logs
+from sessile.server.request_log import RequestLog
+from sessile.server.supervision import Supervisor
+from sessile.server.tracing import Tracing
 from sessile.text.tokenizer import Tokenizer
 
-BACKLOG = 2048
 KEEP_ALIVE_S = 65
 """Longer than the 60 s for which most clients and proxies keep an idle connection, so that they are first to close."""
-LAST_WORDS_S = 0.5
-"""How long after the engine's exit its last message, the reason, may take to be read."""
 REPLIES_S = 3
 """How long replies may take to be written once all requests have ended."""
-PROGRESS_AFTER_S, PROGRESS_EVERY_S = 2.0, 10.0
 SOCKET_PATH_MAX = 90
 
 EXIT_OK, EXIT_FAILED = 0, 1
@@ -73,23 +74,22 @@ def serve(
     """
     configure_logs(options.log_format, options.log_level)
     return_freed_memory()
-    with ended_by_sigterm(), bind(options) as listener, private_folder() as folder:
-        address = f"ipc://{folder}/engine"
+    with ended_by_sigterm(), listening(options) as listeners, private_folder() as folder:
         corpora = open_folder(options, folder)  # before the engine starts: a folder in use costs nothing either
-        engine = EngineProcess([*engine_argv, f"--address={address}"], engine_config)
+        launcher = Launcher(engine_argv, engine_config, folder)
+        host = Host(options, launcher, listeners, exit_with_stdin=exit_with_stdin)
         try:
             tokenizer = load_tokenizer()
-            host = Host(options, engine, listener, exit_with_stdin=exit_with_stdin)
 
             def open_store(link: EngineLink) -> CorpusStore:
                 return open_corpora(
                     link, tokenizer, options, corpora, builder_argv, engine_config, key_ring=key_ring
                 )
 
-            return uvloop.run(host.run(address, tokenizer, open_store, settings, key_ring))
+            return uvloop.run(host.run(tokenizer, open_store, settings, key_ring))
         finally:
             corpora.close()
-            engine.stop()
+            host.engine.stop()
 
 
 @contextlib.contextmanager
@@ -112,29 +112,6 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def bind(options: ServerOptions) -> socket.socket:
-    """A listening socket. Raises StartupError in one line that says what to do."""
-    host, port = options.host, options.port
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise StartupError(f"--host {host} is not an address of this machine: {error.strerror}") from error
-    is_loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
-    if not is_loopback and options.keys is None and options.allow_remote == "off":
-        raise StartupError(
-            f"--host {host} lets other machines in, and whoever reaches the port can use the server: require keys with "
-            "--keys FILE, put a proxy that authenticates in front of 127.0.0.1, or add --allow-remote on"
-        )
-    try:
-        return socket.create_server((str(where[0]), port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartupError(
-                f"port {port} of {host} is in use: stop what listens there, or choose another with --port"
-            ) from error
-        raise StartupError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from error
-
-
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
     """A folder that only this user may enter, for the link's socket; removed on leaving. Raises StartupError."""
@@ -154,51 +131,76 @@ class Host:
     """Keeps an HTTP server and an engine process together until either ends. For one run only."""
 
     def __init__(
-        self, options: ServerOptions, engine: EngineProcess, listener: socket.socket, *, exit_with_stdin: bool
+        self, options: ServerOptions, launcher: Launcher, listeners: list[socket.socket], *, exit_with_stdin: bool
     ) -> None:
+        """Starts the first engine, so that it loads its model while we load the rest."""
         self._options = options
-        self._engine = engine
-        self._listener = listener
+        self._launcher = launcher
+        self._request_log = RequestLog(Path(options.request_log)) if options.request_log else None
+        self._tracing = Tracing(options.otlp_endpoint, version=__version__)
+        self._first = launcher.launch()
+        self._supervisor: Supervisor | None = None
+        self._listeners = listeners
         self._exit_with_stdin = exit_with_stdin
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
+    @property
+    def engine(self) -> EngineProcess:
+        """The newest one."""
+        return self._supervisor.engine if self._supervisor else self._first
+
     async def run(
         self,
-        address: str,
         tokenizer: Tokenizer,
         open_store: Callable[[EngineLink], CorpusStore],
         settings: Mapping[str, Any] | None,
         key_ring: KeyRing | None,
     ) -> int:
-        """Serve until told to stop or the engine is gone; the exit status."""
+        """Serve until told to stop or the engine is gone for good; the exit status."""
         self._listen_to_signals()
-        link = EngineLink(address, lag_tokens_max=self._options.stream_lag_tokens_max)
+        options = self._options
+        link = EngineLink(
+            self._first.address,
+            lag_tokens_max=options.stream_lag_tokens_max,
+            histories=Histories(options.held_bytes_max, bos_id=tokenizer.bos_id),
+            request_log=self._request_log,
+        )
         link.start()
         corpora = open_store(link)
         corpora.start()
-        app = create_app(link, tokenizer, self._options, settings=settings, key_ring=key_ring, corpora=corpora)
-        http = HttpServer(app)
-        serving = asyncio.create_task(http.serve([self._listener]))
-        watching = asyncio.create_task(self._watch_engine(link))
-        starting = asyncio.create_task(self._announce(link))
+        self._supervisor = Supervisor(link, self._launcher, self._first, options, corpora.reload)
+        app = create_app(
+            link, tokenizer, options, settings=settings, key_ring=key_ring, corpora=corpora,
+            supervisor=self._supervisor, tracing=self._tracing,
+        )  # fmt: skip
+        if tokenizer.template is not None and not app.state.service.dialogues.keeps_kv:
+            log.warning("the chat template rewrites earlier turns: chat sessions and responses send all messages again")
+        http = HttpServer(app, options)
+        serving = asyncio.create_task(http.serve(self._listeners))
+        supervising = asyncio.create_task(self._supervisor.run())
+        announcing = asyncio.create_task(self._announce(link))
+        stopping = asyncio.create_task(self._stop.wait())
         try:
-            ended = {asyncio.create_task(self._stop.wait()), asyncio.create_task(link.wait_failed()), serving}
-            await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
-            if link.failure is None and self._stop.is_set():
-                await self._drain(app.state.service, watching)
+            await asyncio.wait({stopping, supervising, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.is_set() and not supervising.done():
+                await self._drain(app.state.service, supervising)
                 status = EXIT_OK
             else:
-                log.error(f"cannot go on: {link.failure or 'the HTTP server ended by itself'}")
+                reason = await supervising if supervising.done() else "the HTTP server ended by itself"
+                log.error(f"cannot go on: {reason}")
                 status = EXIT_FAILED
             http.should_exit = True
             await serving
             return status
         finally:
-            starting.cancel()
-            watching.cancel()
+            for task in (announcing, supervising, stopping):
+                task.cancel()
             await corpora.close()
             await link.close()
+            if self._request_log is not None:
+                self._request_log.close()
+            self._tracing.close()
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -217,40 +219,23 @@ class Host:
         """The first request to stop drains, the second does not wait."""
         (self._hurry if self._stop.is_set() else self._stop).set()
 
-    async def _watch_engine(self, link: EngineLink) -> None:
-        code = await self._engine.exit()
-        if code > 0:  # it had time to say why
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(link.wait_failed(), LAST_WORDS_S)
-        stopped = self._stop.is_set() and code == 0
-        link.fail("the server was stopped" if stopped else f"the engine process {describe_exit(code)}")
-
     async def _announce(self, link: EngineLink) -> None:
-        """Say that we wait, then that we are ready; give up on an engine that takes too long."""
-        limit_s = self._options.engine_start_timeout_s
-        waiting = asyncio.create_task(link.wait_ready())
-        waited_s, pause_s = 0.0, PROGRESS_AFTER_S
-        while waited_s < limit_s:
-            done, _ = await asyncio.wait({waiting}, timeout=min(pause_s, limit_s - waited_s))
-            if done:
-                if waiting.exception() is None:
-                    set_start_up_aside()
-                    self._say_ready(waiting.result())
-                return
-            waited_s += pause_s
-            pause_s = PROGRESS_EVERY_S
-            log.info(f"the engine is starting, {waited_s:.0f} s so far")
-        waiting.cancel()
-        link.fail(f"the engine was not ready after {limit_s:g} s (--engine-start-timeout-s)")
+        """Say where we serve, once we do."""
+        with contextlib.suppress(NotReady):  # whoever supervises the engine says why
+            ready = await link.wait_ready()
+            set_start_up_aside()
+            self._say_ready(ready)
 
     def _say_ready(self, ready: EngineReady) -> None:
-        host, port = self._listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
         name = self._options.served_name or ready.model_name
-        log.info(f"serving {name} ({ready.dtype} on {ready.device}) at http://{shown}:{port}")
+        where = shown_address(self._listeners[0], self._options)
+        log.info(f"serving {name} ({ready.dtype} on {ready.device}) at {where}")
 
-    async def _drain(self, service: Service, watching: "asyncio.Task[None]") -> None:
+    async def _drain(self, service: Service, supervising: "asyncio.Task[str]") -> None:
         """Refuse new requests, let those in flight end, then end the engine."""
+        service.leaving = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self._options.drain_notice_s)
         service.draining = True
         link = service.link
         limit = f": {link.in_flight} requests in flight may take {self._options.drain_timeout_s:g} s to end"
@@ -258,12 +243,9 @@ class Host:
         deadline_s = asyncio.get_running_loop().time() + self._options.drain_timeout_s
         while link.in_flight and not self._hurry.is_set() and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(0.02)
-        try:
-            link.check_ready()
-            link.send(Shutdown())  # whatever is left ends as an abort
-        except NotReady:
-            self._engine.terminate()  # it does not read messages yet
-        await asyncio.wait({watching}, timeout=REPLIES_S)
+        assert self._supervisor is not None
+        self._supervisor.shut_down()
+        await asyncio.wait({supervising}, timeout=REPLIES_S)
         link.fail("the server was stopped")
 
 
@@ -280,11 +262,11 @@ def set_start_up_aside() -> None:
 class HttpServer(uvicorn.Server):
     """uvicorn with our own answer to signals."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, options: ServerOptions) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedHttp,
+                http=bounded_http(options.connections_max),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -292,6 +274,8 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=REPLIES_S,
+                ssl_certfile=options.tls_cert,
+                ssl_keyfile=options.tls_key,
             )
         )
 

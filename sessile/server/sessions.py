@@ -1,11 +1,10 @@
 """Sessions: SGLang's /open_session and /close_session, and the same sessions as a resource under /v1/sessions."""
 
 import logging
-import secrets
 from typing import Annotated, Any, Self
 
 import msgspec
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Query
 from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,31 +23,18 @@ from sessile.contract.messages import (
 )
 from sessile.errors import NotFound, UserError
 from sessile.server.auth import Asking
-from sessile.server.body import Body, TokenIds, field_fault, read_body, says, takes
+from sessile.server.body import Body, TokenIds, field_fault, read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text
 from sessile.server.keys import Caller
 from sessile.server.link import refusal_error
+from sessile.server.names import ID_CHARS_MAX, Metadata, SessionId, SessionPath, new_session_id
 from sessile.server.replies import JsonReply, engine_refusal
 from sessile.server.sampling import COUNT_MAX, Count, check_vocabulary
 
 log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S_MAX = 31_536_000
-METADATA_KEYS_MAX = 16
-ID_CHARS_MAX = 128
-
-SessionId = Annotated[
-    str,
-    Field(pattern=rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z"),
-    says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-"),
-]
-SessionPath = Annotated[str, Path(max_length=ID_CHARS_MAX)]
-"""Of a session that may be open: whatever is in it, it cannot be longer than an id."""
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-    Field(max_length=METADATA_KEYS_MAX),
-]
 IdleTimeout = Annotated[float, Field(gt=0, le=IDLE_TIMEOUT_S_MAX)]
 
 
@@ -265,6 +251,7 @@ async def _open(service: Service, caller: Caller, body: CreateBody) -> SessionVi
 async def _close(service: Service, caller: Caller, session: str) -> dict[str, Any]:
     """Close a session; whether that is done or deferred to the end of its turn. Raises UserError if it is unknown."""
     outcome = await service.link.ask(lambda op: CloseSession(op, session, caller.tenant))
+    service.dialogues.forget(caller.tenant, session)
     log.info("session closed", extra={"session": session, "tenant": caller.tenant or None, **outcome.values})
     return dict(outcome.values)
 
@@ -274,8 +261,3 @@ def session_content(view: SessionView) -> dict[str, Any]:
     fields: dict[str, Any] = msgspec.to_builtins(view)
     del fields["type"]
     return {"object": "session", **fields}
-
-
-def new_session_id() -> str:
-    """An id that cannot be guessed: who has it may use the session (H55)."""
-    return secrets.token_hex(16)

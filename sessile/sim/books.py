@@ -11,7 +11,7 @@ import numpy as np
 from sessile.contract import messages as wire
 from sessile.contract.corpora import CorpusOperation
 from sessile.sim import hashing, replies
-from sessile.sim.origins import Origin, context_of, descendants, origin_of
+from sessile.sim.origins import Origin, context_of, descendants, drop_node, origin_of, place_of
 from sessile.sim.records import RequestBook, SessionBook, check, fail
 from sessile.sim.reference import Speaker, ending_of
 from sessile.sim.refusals import count_lines, refusals_of_prompt, refusals_of_room, refusals_of_tenant, refusals_of_wish
@@ -25,6 +25,7 @@ Operation = (
     | wire.CloseSession
     | wire.ForkSession
     | wire.RewindSession
+    | wire.DropTurn
     | wire.GetSession
     | wire.ListSessions
     | wire.SessionTokens
@@ -70,7 +71,7 @@ class Books:
         elif isinstance(message, wire.Cancel):
             self._note_cancel(message.key)
         else:
-            assert not isinstance(message, wire.Shutdown | wire.GetPool | CorpusOperation)
+            assert not isinstance(message, wire.Shutdown | wire.GetPool | wire.RestoreSession | CorpusOperation)
             assert message.op not in self._awaited
             self._awaited[message.op] = self._note_op(message)
             if isinstance(message, wire.Flush):
@@ -102,6 +103,10 @@ class Books:
             return self._note_fork(message, session)
         if isinstance(message, wire.RewindSession):
             return self._note_rewind(message, session)
+        if isinstance(message, wire.DropTurn):
+            refusals = drop_node(session, message.rid)
+            self.totals["dropped turns"] += not refusals
+            return self._refused(*refusals) if refusals else replies.outcome()
         if isinstance(message, wire.GetSession):
             return replies.view_of(session)
         if isinstance(message, wire.SessionTokens) and session.branching:
@@ -126,7 +131,7 @@ class Books:
             origin.refusals
             | refusals_of_prompt(prompt, longest, submit.sampling.max_new_tokens)
             | refusals_of_tenant(submit, len(delta), limits, self.live.values(), self.sessions.values())
-            | refusals_of_wish(submit, limits)
+            | refusals_of_wish(submit, limits, self.live.values())
         )
         wanted = submit.sampling.max_new_tokens
         room = max(0, longest - len(prompt))
@@ -137,7 +142,7 @@ class Books:
             session=session,
             prompt=prompt,
             output_limit=room if wanted is None else min(wanted, room),
-            speaker=Speaker(prompt if not refusals else (), submit.sampling, self._world.facts),
+            speaker=Speaker(prompt if not refusals else (), submit.sampling, self._world.facts, submit.grammar),
             refusals=refusals,
             excuses=frozenset({429} if crowded else ()),
             reclaim_mark=session.reclaim_mark if session else None,
@@ -454,7 +459,8 @@ class Books:
             return
         self.totals[f"done {done.reason}"] += 1
         self.totals["preemptions"] += done.preemptions
-        if done.reason == "error" and 400 <= done.status < 500:
+        is_astray = request.speaker.is_astray and request.ending is None
+        if done.reason == "error" and 400 <= done.status < 500 and not is_astray:
             self._note_refusal(request, done)
             return
         if request.refusals:
@@ -464,7 +470,9 @@ class Books:
         if done.reason == "abort":
             check(request.cancelled, "end", f"nobody cancelled: {done}")
         elif done.reason == "error":
-            check(request.submit.sampling.seed in faulty_seeds, "end", f"no row of it was faulty: {done}")
+            excused = is_astray or request.submit.sampling.seed in faulty_seeds
+            check(excused, "end", f"no row of it was faulty: {done}")
+            self.totals["astray"] += is_astray
         else:
             self._note_finish(request, done)
         self._end_turn(request, done, reclaims)
@@ -502,7 +510,9 @@ class Books:
         self.totals["cached"] += done.cached_tokens
         if request.session is None:
             self.totals["prefix hits"] += done.cached_tokens > 0
-            if done.cached_tokens % self._world.limits.page_size:
+            followed = request.submit.group >= 0 and done.cached_tokens == len(request.prompt) - 1
+            self.totals["prompts followed"] += followed
+            if done.cached_tokens % self._world.limits.page_size and not followed:
                 fail("count", f"shared part of a page: {done}")
 
     def _end_turn(self, request: RequestBook, done: wire.Done, reclaims: int) -> None:
@@ -585,13 +595,3 @@ class Books:
             fail("reply", f"nobody awaits {reply}")
         self._flushes.discard(reply.op)
         self._awaited.pop(reply.op)(reply)
-
-
-def place_of(session: SessionBook, tokens: int | None, turn: int | None) -> int | None:
-    """The length of history that a fork or rewind means; None if there is no such place."""
-    if tokens is not None and turn is not None:
-        return None
-    if turn is not None:
-        return [0, *session.turn_ends][turn] if 0 <= turn <= len(session.turn_ends) else None
-    place = len(session.history) if tokens is None else tokens
-    return place if 0 <= place <= len(session.history) else None

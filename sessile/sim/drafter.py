@@ -136,6 +136,8 @@ class ToyDrafter:
         drafts = []
         for _ in range(cap):
             token = speaker.peek()
+            if token < 0:
+                break
             speaker.push(token)
             is_wrong = self._dice(line, speaker.chain.length) % 1000 >= self.world.temper.draft_rate * 1000
             drafts.append(TokenId((token + is_wrong) % self.world.facts.vocab_size))

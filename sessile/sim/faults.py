@@ -324,7 +324,7 @@ _STEPS = (
     ),
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
-        "planning", "            self._draw_for_drafts(planned, caps)\n", "",
+        "planning", "                self._draw_for_drafts(planned, caps)\n", "",
     ),
     _fault(
         "oldest is the victim", "H77", "preemption picks the oldest running request",
@@ -393,7 +393,7 @@ _DRAFTS = (
     ),
     _fault(
         "drafts beyond the budget", "H15, H50", "drafts are not counted against what a step may run",
-        "planning", "            caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
+        "planning", "                caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
     ),
     _fault(
         "drafts of a row that said no", "H50", "a request that turned drafts off gets some",
@@ -405,7 +405,40 @@ _DRAFTS = (
     ),
 )
 
+_GRAMMARS = (
+    _fault(
+        "mask of the token before", "H76", "a row with a grammar does not wait for its newest token",
+        "planning", "        is_late = are_any(books, decodes)\n", "        is_late = False\n",
+    ),
+    _fault(
+        "forbidden drafts verified", "H76", "drafts that a grammar forbids are verified and keep their places",
+        "constraining", "        if count == proposed:\n            continue\n", "        continue\n",
+    ),
+    _fault(
+        "said against the grammar", "H76", "an output goes on though its grammar could not be followed",
+        "settling", "    if request.constraint is not None and request.constraint.failure:\n", "    if False:\n",
+    ),
+    _fault(
+        "ends that are not looked at", "H57, H76", "ignore_eos is taken beside a grammar that must end",
+        "constraining", "        if asked:\n            raise InvalidRequest(f\"{name}: where",
+        "        if False:\n            raise InvalidRequest(f\"{name}: where",
+    ),
+)  # fmt: skip
+
+_GROUPS = (
+    _fault(
+        "group follows too early", "H22, H29", "a prompt is gone on from before the one that computes it has",
+        "groups", "if int(rows.settled[other.row]) >= other.prompt_tokens - 1:", "if True:",
+    ),
+    _fault(
+        "group copies too little", "H29", "the last token of what a group shares is left out of the copy",
+        "admitting", "request.lease.pages[0], kv_tokens % size, ())",
+        "request.lease.pages[0], max(1, kv_tokens % size - 1), ())",
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS, *_DRAFTS,
+    *_GRAMMARS, *_GROUPS,
 )  # fmt: skip
 """Every fault, in the order of the table."""

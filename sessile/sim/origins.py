@@ -87,3 +87,27 @@ def descendants(session: SessionBook, origin: SessionBook | None) -> list[Sessio
         if origin is None or above is origin:
             found.append(node)
     return found
+
+
+def drop_node(session: SessionBook, rid: str) -> list[int]:
+    """Forget one turn; what went on from it has its tokens. Returns the status of a refusal, which changes nothing."""
+    if not session.branching:
+        return [400]
+    node = session.nodes.get(rid)
+    if node is None or node.turn is not None:
+        return [404 if node is None else 409]
+    for child in session.nodes.values():
+        if child.parent is node:
+            child.parent = node.parent
+    del session.nodes[rid]
+    return []
+
+
+def place_of(session: SessionBook, tokens: int | None, turn: int | None) -> int | None:
+    """The length of history that a fork or rewind means; None if there is no such place."""
+    if tokens is not None and turn is not None:
+        return None
+    if turn is not None:
+        return [0, *session.turn_ends][turn] if 0 <= turn <= len(session.turn_ends) else None
+    place = len(session.history) if tokens is None else tokens
+    return place if 0 <= place <= len(session.history) else None

@@ -1,12 +1,14 @@
 """The right answer: what a request's own tokens alone make the toy model say, with no pages, rows, steps or drafts."""
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sessile.contract.messages import Sampling
+from sessile.contract.messages import Grammar, Sampling
 from sessile.contract.model import ModelFacts
 from sessile.sim import hashing
+from sessile.sim.grammar import beginning_of, forbidden_at
 
 
 class Chain:
@@ -34,8 +36,11 @@ class Speaker:
     prompt: the whole context, a session's history included. The device must have said the same.
     """
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, facts: ModelFacts) -> None:
+    def __init__(
+        self, prompt: Sequence[int], sampling: Sampling, facts: ModelFacts, grammar: Grammar | None = None
+    ) -> None:
         self.chain = Chain(prompt)
+        self._place = None if grammar is None else beginning_of(grammar)
         self.output_tokens = 0
         self._facts = facts
         self._sampling = sampling
@@ -48,20 +53,31 @@ class Speaker:
         eos_ids = () if sampling.ignore_eos else facts.eos_ids
         self._banned = frozenset((*eos_ids, *sampling.stop_token_ids))
 
+    @property
+    def is_astray(self) -> bool:
+        """Whether its grammar cannot be followed any further."""
+        return self._place is not None and self._place.is_astray
+
     def peek(self) -> int:
-        """The next token."""
+        """The next token; -1 if it may not say any."""
+        if self.is_astray:
+            return -1
         noise = self._flavour
         if self._sampling.temperature != 0:
             noise = hashing.noise_of(self._flavour, self._sampling.seed, self.output_tokens)
         if self._has_penalty:
             noise ^= hashing.mix(self._seen)
         banned = self._banned if self.output_tokens < self._sampling.min_new_tokens else frozenset()
+        if self._place is not None:
+            banned |= forbidden_at(self._place, self._facts.vocab_size)
         return hashing.token_of(self.chain.digest, noise, self._facts.vocab_size, banned)
 
     def push(self, token: int) -> None:
         """Take a token as said, whether it is the right one or not."""
         self.chain.push(token)
         self.output_tokens += 1
+        if self._place is not None:
+            self._place = self._place.after(token)
         if self._has_penalty:
             self._seen += hashing.seen_term(token, is_output=True)
 
@@ -102,6 +118,10 @@ def ending_of(output: Sequence[int], sampling: Sampling, facts: ModelFacts, outp
         ending = _string_ending(output, sampling, facts)
         if ending is not None:
             return ending
+    if sampling.stop_patterns and len(output) > sampling.min_new_tokens:
+        ending = _pattern_ending(output, sampling, facts)
+        if ending is not None:
+            return ending
     return Ending("length") if len(output) >= output_limit else None
 
 
@@ -124,3 +144,19 @@ def _string_ending(output: Sequence[int], sampling: Sampling, facts: ModelFacts)
     if not earliest:
         return None
     return Ending("stop", frozenset(m[1] for m in earliest), frozenset(m[2] for m in earliest))
+
+
+def _pattern_ending(output: Sequence[int], sampling: Sampling, facts: ModelFacts) -> Ending | None:
+    """A pattern of which a match ends in the last token, as Python's own engine finds it; of several, any."""
+    first_byte = len(text_of(output[: sampling.min_new_tokens], sampling, facts))
+    text = text_of(output, sampling, facts)[first_byte:]
+    before_bytes = len(text_of(output[:-1], sampling, facts)) - first_byte
+    matched = [
+        pattern.source.encode()
+        for pattern in sampling.stop_patterns
+        if any(
+            re.search(b"(?:%s)\\Z" % pattern.source.encode(), text[:end])
+            for end in range(before_bytes + 1, len(text) + 1)
+        )
+    ]
+    return Ending("stop", frozenset(matched)) if matched else None

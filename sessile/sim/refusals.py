@@ -34,14 +34,17 @@ def refusals_of_tenant(
     return {429} if beyond else set()
 
 
-def refusals_of_wish(submit: Submit, limits: Limits) -> set[int]:
-    """What is asked of drafts and cannot be had: no drafter, no such corpus, no history for this tenant."""
+def refusals_of_wish(submit: Submit, limits: Limits, live: Iterable[RequestBook]) -> set[int]:
+    """What is asked and cannot be had: of drafts, no drafter, no such corpus or history; of grammars and of groups."""
     asks = bool(submit.speculate or submit.corpora is not None or submit.remember)
     refusals = {400} if asks and not limits.drafts_max else set()
+    refusals |= _refusals_of_group(submit, live)
     if submit.remember and submit.tenant and not _policy(limits, submit.tenant).remembers:
         refusals.add(400)
     if limits.drafts_max and submit.corpora and submit.corpora != (corpus_of(submit.key),):
         refusals.add(404)
+    if submit.grammar is not None and (submit.sampling.ignore_eos or submit.sampling.min_new_tokens):
+        refusals.add(400)
     return refusals
 
 
@@ -64,3 +67,12 @@ def _policy(limits: Limits, tenant: str) -> TenantPolicy:
 
 def _exceeds(count: int, most: int | None) -> bool:
     return most is not None and count > most
+
+
+def _refusals_of_group(submit: Submit, live: Iterable[RequestBook]) -> set[int]:
+    """A group is of plain requests of one tenant, and all of one prompt."""
+    if submit.group < 0:
+        return set()
+    others = [each.submit for each in live if each.submit.group == submit.group and not each.is_over]
+    alike = all(each.tokens == submit.tokens and each.tenant == submit.tenant for each in others)
+    return set() if alike and submit.session is None else {400}

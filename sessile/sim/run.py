@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sessile.core.marks import Mark
-from sessile.sim import closure, mutants
+from sessile.sim import closure, mutants, replay
 from sessile.sim.records import Failure, Report
 from sessile.sim.shrink import shrink
 from sessile.sim.simulation import Simulation
@@ -32,6 +32,7 @@ EXPECTED = {
     "branch": ("branches", "warm branches", "replaced", "replaced parents"),
     "reserve": ("reservations",),
     "replay": ("replays",),
+    "grammar": ("astray",),
 }  # fmt: skip
 """Totals that a long run must have reached, by the fault that brings them; with all faults, every mark of the core."""
 SEEDS_FOR_TOTALS = 100
@@ -79,11 +80,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay", action="store_true", help="with --seed: shrink the failure and print its events")
     parser.add_argument("--faults", default="all", help=f"'all', 'none' or some of {','.join(FAULTS)}")
     parser.add_argument("--workers", type=int, default=2, help="processes")
-    commands = parser.add_subparsers(dest="command", metavar="mutants | closure")
+    commands = parser.add_subparsers(dest="command", metavar="mutants | closure | replay")
     planted = commands.add_parser("mutants", help="plant faults in the core; each must be caught")
     mutants.add_arguments(planted)
     closed = commands.add_parser("closure", help="explore small worlds to their last state")
     closure.add_arguments(closed)
+    replayed = commands.add_parser("replay", help="play what a server was asked, from its --request-log")
+    replay.add_arguments(replayed)
     return parser
 
 
@@ -104,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return mutants.main(options)
     if options.command == "closure":
         return closure.main(options)
+    if options.command == "replay":
+        return replay.main(options)
     try:
         faults = parse_faults(options.faults)
     except ValueError as error:

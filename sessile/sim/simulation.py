@@ -3,7 +3,7 @@
 import hashlib
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -15,6 +15,7 @@ from sessile.core import machine as core
 from sessile.sim.books import Books
 from sessile.sim.checkers import Readers, check_empty, check_indexes, check_plan, check_stats, check_sums
 from sessile.sim.drafter import ToyDrafter
+from sessile.sim.grammar import ToyGrammars
 from sessile.sim.narrate import Event, narrate
 from sessile.sim.records import CheckFailed, Failure, Report, Script, check
 from sessile.sim.toy import ToyDevice, ToyTicket
@@ -38,7 +39,9 @@ class Simulation:
         self._script = script
         self._sent: dict[int, Sequence[wire.ToEngine]] = {}
         self._drafter = ToyDrafter(world, self._books) if limits.drafts_max else None
-        self._machine = core.Machine(limits, facts, drafter=self._drafter)
+        self._machine = core.Machine(
+            limits, facts, drafter=self._drafter, grammars=ToyGrammars(facts.vocab_size)
+        )
         device_dice = Random(f"device {world.seed}")
         self._device = ToyDevice(
             pages_total=limits.pages_total,
@@ -65,9 +68,17 @@ class Simulation:
 
     def run(self, steps: int) -> Report:
         """Simulate until `steps` steps were launched and everything has ended; never raises for what it finds."""
+        return self._run_while(lambda: self._steps < steps and self._turn < steps * TURNS_PER_STEP_MAX)
+
+    def run_script(self) -> Report:
+        """The same until everything that the script sends was sent and has ended."""
+        last_turn = max(self._script or {0: ()})
+        return self._run_while(lambda: self._turn <= last_turn)
+
+    def _run_while(self, goes_on: Callable[[], bool]) -> Report:
         failure = None
         try:
-            while self._steps < steps and self._turn < steps * TURNS_PER_STEP_MAX:
+            while goes_on():
                 self._loop_once(self._messages())
             self._wind_down()
         except Exception as error:  # Whatever the core raises is a finding: it is reported with its seed and step.

@@ -38,9 +38,11 @@ from sessile.contract.plan import (
     StepResult,
 )
 from sessile.sim import hashing
+from sessile.units import ceil_div
 
 NO_TOKEN = -1
 _NOBODY: frozenset[int] = frozenset()
+_NO_MASKS: dict[int, frozenset[int]] = {}
 POISON = 0xDEADBEEF_DEADBEEF
 
 
@@ -67,12 +69,13 @@ class _Row:
     seen: int = 0
     last_token: int = NO_TOKEN
 
-    def choose(self, digest: int, output_index: int, vocab_size: int) -> int:
-        """Sample the token with this output index after the text with this digest."""
+    def choose(self, digest: int, output_index: int, vocab_size: int, masked: frozenset[int]) -> int:
+        """Sample the token with this output index after the text with this digest; `masked` ones are impossible."""
         noise = self.flavour if self.is_greedy else hashing.noise_of(self.flavour, self.seed, output_index)
         if self.has_penalty:
             noise ^= hashing.mix(self.seen)
-        return hashing.token_of(digest, noise, vocab_size, self.banned if output_index < self.min_new_tokens else ())
+        banned = self.banned if output_index < self.min_new_tokens else ()
+        return hashing.token_of(digest, noise, vocab_size, masked.union(banned) if masked else banned)
 
 
 @dataclass(slots=True)
@@ -97,6 +100,8 @@ class _Part:
     output_index: int
     top: int
     tokens: list[int]
+    first: int = 0
+    """Where its tokens begin among those of the step."""
 
 
 class _Pool:
@@ -148,6 +153,8 @@ class _Flight:
     reads: dict[int, set[int]] = field(default_factory=dict)
     """page → rows that read it; likewise below."""
     writes: dict[int, set[int]] = field(default_factory=dict)
+    written_from: dict[int, int] = field(default_factory=dict)
+    """page → the first place in it that is written."""
     late: dict[int, list[_Write]] = field(default_factory=dict)
     """row → its writes that have not reached the pool."""
 
@@ -273,7 +280,7 @@ class ToyDevice:
             _require(part.start >= 0, "a row that starts below 0")
             _require(not part.drafts or bool(part.flags & SAMPLE), "drafts on a row that does not sample")
             _require(part.drafts < part.count, "a row of nothing but drafts")
-            part.tokens = tokens[at : at + part.count]
+            part.tokens, part.first = tokens[at : at + part.count], at
             at += part.count
             parts.append(part)
         return parts
@@ -352,13 +359,19 @@ class ToyDevice:
                 if others:
                     raise DeviceFault(f"step {plan.step}: two rows write page {page}")
                 others.add(part.row)
+                is_first = page == writes[0]
+                flight.written_from[page] = part.start % self._pool.page_size if is_first else 0
         if not self._strict:
             return
         for earlier in self._flights:
-            # A copy is done when its step begins, so it only has to wait for what was launched before.
-            for source, target, _ in plan.copies.tolist():
-                _require(source not in earlier.writes and target not in earlier.writes and target not in earlier.reads,
-                         f"step {plan.step} copies page {source} to {target}, which step {earlier.step} still uses")
+            # A copy is done when its step begins, so it only has to wait for what was launched before. What is written
+            # behind the copied head of a page does not concern it.
+            for source, target, tokens in plan.copies.tolist():
+                is_read = earlier.written_from.get(source, tokens) < tokens
+                if is_read or target in earlier.writes or target in earlier.reads:
+                    raise DeviceFault(
+                        f"step {plan.step} copies page {source} to {target}, which step {earlier.step} still uses"
+                    )
             for page, rows in flight.writes.items():
                 if not (earlier.reads.get(page, _NOBODY) | earlier.writes.get(page, _NOBODY)) <= rows:
                     raise DeviceFault(f"step {plan.step} writes page {page}, which step {earlier.step} still uses")
@@ -398,13 +411,14 @@ class ToyDevice:
         """Sample and verify drafts from what the rows read after all writes; cells written are what is counted."""
         faulty = [self._is_faulty() for _ in parts]
         scores, score_tops = self._score(plan, parts)
+        masks = self._masks(plan, parts)
         emitted, logprobs = [], []
         tops: list[tuple[int, float]] = []
         for part, is_faulty in zip(parts, faulty, strict=True):
             if is_faulty:
                 self.faulty_seeds.add(self._rows[part.row].seed)
             digests = self._digests(part, 1 + part.drafts if part.flags & SAMPLE else 0)
-            tokens = self._emit(part, digests)
+            tokens = self._emit(part, digests, masks)
             if is_faulty and tokens:
                 tokens = [0]
             if tokens:
@@ -427,13 +441,33 @@ class ToyDevice:
             *_split_tops(score_tops),
         )
 
-    def _emit(self, part: _Part, digests: list[int]) -> list[int]:
+    def _masks(self, plan: StepPlan, parts: list[_Part]) -> dict[int, frozenset[int]]:
+        """By place where the step samples: the tokens that a mask leaves out."""
+        places = plan.mask_queries.tolist()
+        if not places and not len(plan.mask_words):
+            return _NO_MASKS
+        sampled = {
+            place
+            for part in parts
+            if part.flags & SAMPLE
+            for place in range(part.first + part.count - part.drafts - 1, part.first + part.count)
+        }
+        _require(len(set(places)) == len(places) and sampled.issuperset(places), "a mask where nothing is sampled")
+        _require(len(plan.mask_words) == len(places) * ceil_div(self._vocab_size, 32), "masks of a wrong size")
+        bits = np.unpackbits(plan.mask_words.reshape(len(places), -1).view(np.uint8), axis=1, bitorder="little")
+        bits = bits[:, : self._vocab_size]
+        _require(bool(bits.any(axis=1).all()), "a mask leaves no token")
+        return {place: frozenset((row == 0).nonzero()[0].tolist()) for place, row in zip(places, bits, strict=True)}
+
+    def _emit(self, part: _Part, digests: list[int], masks: dict[int, frozenset[int]]) -> list[int]:
         """Tokens that a row emits: its next token, then one more for each draft that was right."""
+        first = part.first + part.count - part.drafts - 1
         row = self._rows[part.row]
         drafts = part.tokens[part.count - part.drafts :]
         tokens: list[int] = []
         for digest in digests:
-            tokens.append(row.choose(digest, part.output_index + len(tokens), self._vocab_size))
+            masked = masks.get(first + len(tokens), _NOBODY) if masks else _NOBODY
+            tokens.append(row.choose(digest, part.output_index + len(tokens), self._vocab_size, masked))
             row.seen = row.seen + hashing.seen_term(tokens[-1], is_output=True) & hashing.MASK
             if len(tokens) > part.drafts or drafts[len(tokens) - 1] != tokens[-1]:
                 break

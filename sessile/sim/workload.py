@@ -7,12 +7,15 @@ import msgspec.structs
 
 from sessile.contract import messages as wire
 from sessile.sim.books import Books
+from sessile.sim.grammar import KIND, NEVER
 from sessile.sim.origins import context_of
 from sessile.sim.records import RequestBook, SessionBook, corpus_of
 from sessile.sim.world import BOS, World
+from sessile.text.patterns import compile_pattern
 from sessile.units import ceil_div
 
 _LETTERS = b"abc"
+_PATTERNS = [compile_pattern(source, param="") for source in ("a.b", "c{2,3}[ab]", "(ab|ba)+c", "[^a]{4}")]
 
 
 class Workload:
@@ -23,6 +26,7 @@ class Workload:
         self._books = books
         self._draw = Random(f"workload {world.seed}")
         self._draft_draw = Random(f"drafts {world.seed}")
+        self._grammar_draw = Random(f"grammars {world.seed}")
         self._stems = [self._tokens(world.temper.prompt_tokens_max) for _ in range(3)]
         self._sessions_wanted = min(world.temper.sessions_wanted, world.limits.sessions_max)
         self._intended: dict[str, list[int]] = {}
@@ -87,7 +91,7 @@ class Workload:
         sent: list[wire.ToEngine] = []
         for _ in range(burst):
             if not self._chance(self._world.temper.session_share):
-                sent.append(self._submit(None))
+                sent += self._plain()
             elif len(self._books.sessions) < self._sessions_wanted:
                 sent.append(self._open())
             elif idle := [session for session in self._books.sessions.values() if session.turn is None]:
@@ -96,6 +100,19 @@ class Workload:
                 ends = is_full and self._chance(0.8)
                 sent.append(self._close(session.id) if ends else self._submit(session.id))
         return sent
+
+    def _plain(self) -> list[wire.ToEngine]:
+        """A prompt, or a group of several that are the same; their sampling, wishes and ends differ."""
+        first = self._submit(None)
+        if not self._chance(self._world.temper.group_rate):
+            return [first]
+        prompt = wire.unpack_tokens(first.tokens).tolist()
+        others = [self._submit(None, prompt) for _ in range(self._draw.choice([1, 2, 7]))]
+        alike = [msgspec.structs.replace(each, group=first.key, tenant=first.tenant) for each in [first, *others]]
+        if self._chance(0.02):
+            alike[-1] = msgspec.structs.replace(alike[-1], tokens=first.tokens + wire.pack_tokens([0]))
+        self._books.totals["groups"] += 1
+        return list(alike)
 
     def _tenant_of(self, session_id: str) -> str:
         """Who uses a session id: always the same tenant, so that ids are not mixed up by their clients."""
@@ -138,10 +155,15 @@ class Workload:
             tokens = self._turn_tokens(session) if session else self._prompt()
         branches = session is not None and session.branching
         is_named = branches or (session is not None and self._chance(min(1.0, 5 * temper.replay_rate)))
+        sampling = self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance())
+        grammar = self._grammar()
+        if grammar is not None and self._grammar_draw.random() < 0.95:
+            sampling = msgspec.structs.replace(sampling, ignore_eos=False, min_new_tokens=0)
         return wire.Submit(
             key=self._keys,
             tokens=wire.pack_tokens(tokens),
-            sampling=self._sampling(draw.choice([0, 1, 1, 2, 3, 5, 8, 50]) if session else self._allowance()),
+            sampling=sampling,
+            grammar=grammar,
             tenant=self._any_tenant() if session_id is None else self._tenant_of(session_id),
             priority=draw.choice([0, 0, -1, 5]) if temper.priorities else 0,
             session=session_id,
@@ -168,6 +190,14 @@ class Workload:
             wish["drafts_max"] = draw.randint(0, limits.drafts_max + 1)
         wish["remember"] = draw.random() < 0.2
         return wish
+
+    def _grammar(self) -> wire.Grammar | None:
+        """Now and then a rule for the output; seldom one that cannot be followed to its end."""
+        draw = self._grammar_draw
+        if draw.random() >= self._world.temper.grammar_rate:
+            return None
+        strays_at = draw.choice([1, 3, 9]) if draw.random() < 0.05 else NEVER
+        return wire.Grammar(KIND, f"{draw.getrandbits(32)} {draw.choice([0, 1, 3, 8, 20, 60])} {strays_at}")
 
     def _turn_name(self, session: SessionBook | None) -> str:
         """Mostly a fresh one; now and then one that is in use."""
@@ -247,9 +277,12 @@ class Workload:
     def _fork_or_rewind(self, drains: list[str]) -> wire.ToEngine:
         """At the end, at a token, at a turn; now and then where there is no place, or while a turn is in flight.
 
-        drains: sessions whose last turn may still drain.
+        A branching session has a turn dropped instead. drains: sessions whose last turn may still drain.
         """
         draw, sessions = self._draw, list(self._books.sessions.values())
+        branching = [session for session in sessions if session.nodes]
+        if branching and self._chance(0.4):
+            return self._drop(draw.choice(branching))
         idle = [session for session in sessions if session.turn is None and len(session.history) > 1]
         session = draw.choice(idle if idle and self._chance(0.8) else sessions)
         known = [name for name in drains if name in self._books.sessions]
@@ -268,6 +301,11 @@ class Workload:
         return wire.ForkSession(
             op=self._op(), session=session.id, child=child, tenant=session.tenant, at_tokens=tokens, at_turn=turn
         )
+
+    def _drop(self, session: SessionBook) -> wire.DropTurn:
+        """Mostly a turn that is there, whether it runs or not."""
+        rid = "nobody" if self._chance(0.05) else self._draw.choice(list(session.nodes))
+        return wire.DropTurn(self._op(), session.id, rid, session.tenant)
 
     def _echo(self) -> list[wire.ToEngine]:
         """Make a session cold if that is possible now, and let a plain prompt run ahead of its next turn."""
@@ -345,6 +383,8 @@ class Workload:
         if self._chance(variety):
             settings["stop"] = tuple(self._stop_string() for _ in range(draw.choice([1, 1, 3])))
             settings["skip_special_tokens"] = self._chance(0.5)
+        if self._chance(variety):
+            settings["stop_patterns"] = tuple(draw.sample(_PATTERNS, draw.choice([1, 1, 2])))
         return wire.Sampling(
             seed=(self._keys * 0x9E3779B97F4A7C15) & (2**64 - 1),
             temperature=draw.choice([0.0, 0.0, 0.7]),
@@ -375,6 +415,7 @@ class Workload:
         busy = [session.id for session in self._books.sessions.values() if session.turn]
         candidates: list[wire.ToEngine] = [
             self._submit("nobody"),
+            msgspec.structs.replace(self._submit(known), group=self._keys),
             self._submit(draw.choice(busy) if busy else None),
             self._submit(known),
             wire.CloseSession(self._op(), "nobody"),

@@ -14,11 +14,11 @@ EOS, BOS, SPECIAL = 2, 1, 3
 
 FAULTS = (
     "retract", "cancel", "close", "late", "faulty", "drafts", "expire", "flush", "fork", "branch", "reserve", "tenants",
-    "replay",
+    "replay", "grammar",
 )  # fmt: skip
 """What `--faults` can switch on: forced retraction, cancels and disconnects, closes at any time, late and delayed
 results, rows whose logits are not finite, drafts, idle timeouts, flushes, forks and rewinds, branching sessions,
-reservations, several tenants and priorities, lost replies."""
+reservations, several tenants and priorities, lost replies, outputs that follow a grammar."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Temper:
     """Chance of each unusual sampling setting."""
     timeouts: bool
     tick_ns_max: int
+    grammar_rate: float
+    """Of all submits, those that bring a grammar."""
+    group_rate: float
+    """Of all plain prompts, those that are answered several times."""
 
 
 @dataclass(frozen=True)
@@ -195,4 +199,28 @@ def _temper(draw: Random, limits: Limits, faults: frozenset[str]) -> Temper:
         sampling_variety=rate("", 0.0, 0.1, 0.4),
         timeouts="expire" in faults and draw.random() < 0.5,
         tick_ns_max=draw.choice([1_000_000, 50_000_000]),
+        grammar_rate=rate("grammar", 0.0, 0.2, 0.7),
+        group_rate=rate("", 0.0, 0.0, 0.3),
+    )
+
+
+def quiet_temper(tick_ns_max: int) -> Temper:
+    """Of a world whose clients are a script, and whose device does nothing odd."""
+    never = dict.fromkeys(
+        (
+            "submit_rate", "session_share", "shared_prompts", "cancel_rate", "close_rate", "cancel_all_rate",
+            "flush_rate", "fork_rate", "branch_share", "reserve_rate", "replay_rate", "echo_rate", "nonsense_rate",
+            "look_rate", "chatty", "delay_rate", "late_rate", "faulty_rate", "draft_rate", "pace_rate", "logprob_rate",
+            "sampling_variety",
+        ),
+        0.0,
+    )  # fmt: skip
+    return Temper(
+        live_max=1,
+        sessions_wanted=1,
+        prompt_tokens_max=1,
+        priorities=False,
+        timeouts=False,
+        tick_ns_max=tick_ns_max,
+        **never,
     )

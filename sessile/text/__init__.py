@@ -1,1 +1,4 @@
-"""Text at the edge of the engine: tokenizer, vocabulary as bytes, incremental detokeniser, chat template. No torch."""
+"""Text at the edge of the engine: tokenizer, vocabulary as bytes, incremental detokeniser, chat template, answers.
+
+No torch.
+"""

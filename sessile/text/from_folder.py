@@ -42,6 +42,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         eos_ids=_eos_ids(folder, backend, specials.get("eos_token")),
         bos_id=bos if bos is not None and front[:1] == [bos] else None,
         template=_template(folder, config, specials),
+        tool_template=_tool_template(folder, config, specials),
         strips_space=any(_strips_space(step) for step in _steps(source.get("decoder"))),
     )
 
@@ -102,9 +103,21 @@ def _template(folder: Path, config: Mapping[str, Any], specials: Mapping[str, st
     path = folder / "chat_template.jinja"
     if path.is_file():
         return ChatTemplate(read_text(path), specials)
+    return _named_template(folder, config.get("chat_template"), "default", specials)
+
+
+def _tool_template(folder: Path, config: Mapping[str, Any], specials: Mapping[str, str]) -> ChatTemplate | None:
+    """The chat template for prompts with tools, where it is not the one for all: by the name "tool_use"."""
+    path = folder / "additional_chat_templates" / "tool_use.jinja"
+    if path.is_file():
+        return ChatTemplate(read_text(path), specials)
     source = config.get("chat_template")
+    return _named_template(folder, source, "tool_use", specials) if isinstance(source, list) else None
+
+
+def _named_template(folder: Path, source: object, name: str, specials: Mapping[str, str]) -> ChatTemplate | None:
     if isinstance(source, list):
-        entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        entries = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == name]
         source = entries[-1].get("template") if entries else None
     if source is None:
         return None

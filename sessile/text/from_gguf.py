@@ -117,7 +117,8 @@ class _Builder:
             vocabulary=Vocabulary.build(pieces, (id for id, kind in enumerate(self._types) if kind == _CONTROL)),
             eos_ids=self._eos_ids(),
             bos_id=front[0] if front else None,
-            template=self._template(),
+            template=self._template("tokenizer.chat_template"),
+            tool_template=self._template("tokenizer.chat_template.tool_use"),
             strips_space=kind == "llama" and self._flag("add_space_prefix", True),
         )
 
@@ -189,8 +190,8 @@ class _Builder:
         }  # fmt: skip
         return tuple(sorted(ends))
 
-    def _template(self) -> ChatTemplate | None:
-        source = self._metadata.get("tokenizer.chat_template")
+    def _template(self, key: str) -> ChatTemplate | None:
+        source = self._metadata.get(key)
         if source is None:
             return None
         if not isinstance(source, str):

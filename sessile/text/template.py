@@ -18,9 +18,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sessile.errors import InvalidRequest, StartupError
 from sessile.modelfile import shown
+from sessile.text.tools import CallMessage, ToolSpec, check_calls
 
-_ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = frozenset({"role", "content", "name"})
+_FIELDS_OF = {
+    "assistant": _FIELDS | {"tool_calls", "reasoning_content"},
+    "tool": _FIELDS | {"tool_call_id"},
+}
 
 SOURCE_CHARS_MAX = 1 << 20
 """Longest template that is compiled; those of the hub have some thousand characters."""
@@ -35,11 +40,14 @@ _BUDGET = "the budget of the render"
 
 
 class Message(TypedDict, total=False):
-    """One checked message: role, content as plain text, and perhaps a name."""
+    """One checked message: role, content as plain text, and perhaps a name; an assistant's calls, a tool's answer."""
 
     role: str
     content: str
     name: str
+    reasoning_content: str
+    tool_calls: list[CallMessage]
+    tool_call_id: str
 
 
 class ChatTemplate:
@@ -51,13 +59,17 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self.source = source
+        self.knows_tools = False
+        """Whether the template speaks of tools, and so renders those it is given."""
         self._variables = dict(variables)
         if len(source) > SOURCE_CHARS_MAX:
             raise StartupError(
                 f"the model's chat template has {len(source)} characters, over {SOURCE_CHARS_MAX}. Use another model."
             )
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            tree = environment.parse(source)
+            self._template = environment.from_string(tree)
         except TemplateSyntaxError as error:
             raise StartupError(
                 f"the model's chat template is not valid Jinja (line {error.lineno}: {shown(error.message)}). "
@@ -67,16 +79,20 @@ class ChatTemplate:
             raise StartupError(
                 f"the model's chat template cannot be compiled ({shown(error)}). Repair it, or use another model."
             ) from error
+        self.knows_tools = any(name.name == "tools" and name.ctx == "load" for name in tree.find_all(nodes.Name))
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[ToolSpec] | None = None,
     ) -> str:
         """The prompt for checked messages. Raises InvalidRequest with the template's own words if it refuses them."""
         names = {**self._variables, "tools": None, "documents": None, **(variables or {}), _BUDGET: _Budget()}
+        if tools:
+            names["tools"] = list(tools)
         try:
             return self._template.render(
                 {**names, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
@@ -102,20 +118,31 @@ def check_messages(messages: object) -> list[Message]:
 def _check_message(message: object, field: str) -> Message:
     if not isinstance(message, dict):
         raise InvalidRequest(f"{field} must be an object with role and content", param=field)
-    for name in message:
-        if name not in _FIELDS and message[name] is not None:
-            raise InvalidRequest(f"{field}.{name} is not supported", param=f"{field}.{name}")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRequest(f"{field}.role must be one of {', '.join(_ROLES)}; got {role!r}", param=f"{field}.role")
+    for name in message:
+        if name not in _FIELDS_OF.get(role, _FIELDS) and message[name] is not None:
+            raise InvalidRequest(f"{field}.{name} is not supported", param=f"{field}.{name}")
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if message.get(name) is not None and not isinstance(message[name], str):
+            raise InvalidRequest(f"{field}.{name} must be a string", param=f"{field}.{name}")
+    calls = check_calls(message.get("tool_calls") or [], f"{field}.tool_calls")
+    content = message.get("content")
     checked = Message(
         role="system" if role == "developer" else role,
-        content=_check_content(message.get("content"), f"{field}.content"),
+        content="" if content is None and calls else _check_content(content, f"{field}.content"),
     )
     if message.get("name") is not None:
-        if not isinstance(message["name"], str):
-            raise InvalidRequest(f"{field}.name must be a string", param=f"{field}.name")
         checked["name"] = message["name"]
+    if message.get("reasoning_content") is not None:
+        checked["reasoning_content"] = message["reasoning_content"]
+    if calls:
+        checked["tool_calls"] = calls
+    if role == "tool":
+        if message.get("tool_call_id") is None:
+            raise InvalidRequest(f"{field}.tool_call_id is required", param=f"{field}.tool_call_id")
+        checked["tool_call_id"] = message["tool_call_id"]
     return checked
 
 

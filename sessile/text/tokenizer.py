@@ -11,6 +11,7 @@ from sessile.contract.model import ModelFacts
 from sessile.errors import InvalidRequest
 from sessile.text.detokenise import TextStream
 from sessile.text.template import ChatTemplate, Message
+from sessile.text.tools import ToolSpec, spelled_out
 from sessile.text.vocabulary import Vocabulary
 
 FINGERPRINT_BYTES = 24
@@ -22,6 +23,7 @@ class Tokenizer:
 
     eos_ids: tokens that end an output. bos_id: the token that `encode` puts first; None if it puts none (a model may
     name a BOS that its prompts never start with: SmolLM2 names <|im_start|>). template: None if the model has none.
+    tool_template: the one to take where tools are offered, if the model has a second one for that.
     strips_space: the encoder puts a space before the text, which `decode` takes away again.
     """
 
@@ -31,6 +33,7 @@ class Tokenizer:
     bos_id: int | None
     template: ChatTemplate | None
     strips_space: bool = False
+    tool_template: ChatTemplate | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text; special tokens written in it are taken as such. add_special_tokens: BOS and the like.
@@ -59,16 +62,33 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[ToolSpec] | None = None,
+        continues_last: bool = False,
     ) -> str:
         """The prompt for checked messages (see `check_messages`), to be encoded without special tokens.
 
-        Raises InvalidRequest if the model has no chat template or the template refuses.
+        tools: what is offered, by the template if it knows of tools, else in words (see `spelled_out`). continues_last:
+        the last message is the beginning of the answer. Raises InvalidRequest if the model has no chat template or the
+        template refuses.
         """
-        if self.template is None:
+        template = self.template_for(tools)
+        speaks_of_tools = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        worded: Sequence[Mapping[str, Any]] = messages
+        if speaks_of_tools and not template.knows_tools:
+            worded, tools = spelled_out(messages, tools), None
+        if continues_last:
+            prompt = template.render(worded, add_generation_prompt=False, variables=variables, tools=tools)
+            return _cut_behind(prompt, worded[-1]["content"])
+        return template.render(worded, add_generation_prompt=add_generation_prompt, variables=variables, tools=tools)
+
+    def template_for(self, tools: Sequence[ToolSpec] | None) -> ChatTemplate:
+        """The chat template that renders these tools. Raises InvalidRequest if the model has none."""
+        template = self.tool_template if tools and self.tool_template else self.template
+        if template is None:
             raise InvalidRequest(
                 "the model has no chat template; send a prompt to /generate or /v1/completions", param="messages"
             )
-        return self.template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+        return template
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of `render_chat`; what the template wrote is all there is."""
@@ -85,3 +105,12 @@ class Tokenizer:
         return self.vocabulary.facts(
             vocab_size=vocab_size, context_tokens=context_tokens, eos_ids=self.eos_ids, bos_id=self.bos_id
         )
+
+
+def _cut_behind(prompt: str, said: str) -> str:
+    """A rendered prompt up to the end of its last message's words, so that the answer goes on from there."""
+    words = said.strip()
+    at = prompt.rfind(words)
+    if at < 0 or not words:
+        raise InvalidRequest("the chat template lets no answer go on from its beginning", param="messages")
+    return prompt[: at + len(words)]

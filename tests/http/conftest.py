@@ -20,12 +20,14 @@ import uvicorn
 from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
-from sessile.server.connections import BoundedHttp
+from sessile.server.connections import bounded_http
 from sessile.server.corpora.opening import open_corpora, open_folder
 from sessile.server.corpora.store import CorpusStore
+from sessile.server.histories import Histories
 from sessile.server.keys import Caller, Key, KeyRing, digest_of
 from sessile.server.link import EngineLink
-from tests.http.fake_engine import FakeEngine, byte_tokenizer
+from sessile.text.tokenizer import Tokenizer
+from tests.http.fake_engine import CONTEXT_TOKENS, FakeEngine, byte_tokenizer
 
 PATIENCE_S = 60.0
 """How long anything may take that has to come: on a loaded machine much is slow, and a failure need not be quick."""
@@ -87,9 +89,14 @@ class Running:
 
 @contextlib.contextmanager
 def running_server(
-    make_engine: Callable[[str], Any] = FakeEngine, *, key_ring: KeyRing | None = None, **options: object
+    make_engine: Callable[[str], Any] = FakeEngine,
+    *,
+    key_ring: KeyRing | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: object,
 ) -> Iterator[Running]:
     """Start a server in a thread, wait until it is ready, stop it on leaving. make_engine: takes the link's address."""
+    tokenizer = tokenizer or byte_tokenizer()
     bound = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
@@ -101,16 +108,18 @@ def running_server(
 
         def open_store(link: EngineLink) -> CorpusStore:
             return open_corpora(
-                link, byte_tokenizer(), ServerOptions(**options), indexes, BUILDER, "{}", key_ring=key_ring
+                link, tokenizer, ServerOptions(**options), indexes, BUILDER, "{}", key_ring=key_ring
             )
 
         async def serve() -> None:
-            link = EngineLink(address, lag_tokens_max=ServerOptions(**options).stream_lag_tokens_max)
+            lag_tokens_max = ServerOptions(**options).stream_lag_tokens_max
+            link = EngineLink(address, lag_tokens_max=lag_tokens_max, histories=Histories(1 << 20))
             link.start()
             corpora = open_store(link)
             corpora.start()
-            app = create_app(link, byte_tokenizer(), ServerOptions(**options), key_ring=key_ring, corpora=corpora)
-            server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, log_level="warning", lifespan="off"))
+            app = create_app(link, tokenizer, ServerOptions(**options), key_ring=key_ring, corpora=corpora)
+            http = bounded_http(ServerOptions(**options).connections_max)
+            server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", lifespan="off"))
             shared.update(server=server, service=app.state.service, loop=asyncio.get_running_loop())
             engine.start()
             await link.wait_ready()
@@ -144,7 +153,7 @@ def server(shared_server: Running) -> Iterator[Running]:
     yield shared_server
     engine = shared_server.engine
     engine.resume()
-    engine.script, engine.token_interval_s = None, 0.0
+    engine.script, engine.token_interval_s, engine.context_tokens = None, 0.0, CONTEXT_TOKENS
     engine.refusals.clear()
     engine.received.clear()
 

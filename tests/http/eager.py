@@ -31,10 +31,11 @@ def serve(flags: Sequence[str]) -> int:
 
 def engine(address: str) -> int:
     """The engine process, with the drafter of sessile/draft but for its thrift."""
-    from sessile import commands, offline
+    from sessile import commands
     from sessile.draft.drafter import LookupDrafter
     from sessile.draft.history import History, HistoryLimits
     from sessile.draft.pace import StepTimes
+    from sessile.offline import opening
 
     class EagerDrafter(LookupDrafter):
         def limits(self, lines, tokens):  # type: ignore[no-untyped-def]
@@ -43,7 +44,7 @@ def engine(address: str) -> int:
     def eager_drafter(shelf, table):  # type: ignore[no-untyped-def]
         return EagerDrafter(shelf, StepTimes((1, 2), (1, 1)), history=History(HistoryLimits()))
 
-    offline.open_configured_engine = functools.partial(offline.open_configured_engine, make_drafter=eager_drafter)
+    opening.open_configured_engine = functools.partial(opening.open_configured_engine, make_drafter=eager_drafter)
     return commands.engine(address)
 
 

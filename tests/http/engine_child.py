@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+from sessile.engine.process import stacks_on_request
 from tests.http.fake_engine import FakeEngine
 from tests.http.toy_engine import ToyEngine
 
@@ -15,6 +16,11 @@ def main(address: str) -> int:
     """Its mode comes as JSON on standard input, whose end ends it."""
     mode = json.loads(sys.stdin.readline())["mode"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stacks_on_request(address):
+        return run(address, mode)
+
+
+def run(address: str, mode: str) -> int:
     if mode == "silent":
         time.sleep(60)
     if mode == "toy":

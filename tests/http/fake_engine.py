@@ -30,8 +30,6 @@ from sessile.contract.messages import (
     ListSessions,
     OpenSession,
     Outcome,
-    PoolHolder,
-    PoolView,
     Refusal,
     Reply,
     Scores,
@@ -46,6 +44,7 @@ from sessile.contract.messages import (
     pack_tokens,
     unpack_tokens,
 )
+from sessile.contract.pool import PoolHolder, PoolView
 from sessile.text.template import ChatTemplate
 from sessile.text.tokenizer import Tokenizer
 from sessile.text.vocabulary import Vocabulary, byte_level_bytes
@@ -61,7 +60,16 @@ READY = EngineReady(
 )  # fmt: skip
 
 
-def byte_tokenizer() -> Tokenizer:
+LINES = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+"""A template without an end marker, which no answer can be gone on from."""
+MARKED = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""One that ends each message with a marker of one byte, a semicolon."""
+
+
+def byte_tokenizer(template: str = LINES) -> Tokenizer:
     """One token a byte, its id the byte's value; <eos> is 256."""
     by_byte = {byte_level_bytes(char)[0]: char for char in pre_tokenizers.ByteLevel.alphabet()}
     backend = tokenizers.Tokenizer(models.BPE({by_byte[byte]: byte for byte in range(256)}, []))
@@ -69,8 +77,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>"])
     pieces = {byte: bytes([byte]) for byte in range(256)} | {EOS: b"<eos>"}
-    template = ChatTemplate("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}", {})
-    return Tokenizer(backend, Vocabulary.build(pieces, [EOS]), (EOS,), None, template)
+    return Tokenizer(backend, Vocabulary.build(pieces, [EOS]), (EOS,), None, ChatTemplate(template, {}))
 
 
 @dataclass
@@ -99,6 +106,7 @@ class FakeEngine:
         self.refusals: list[Done] = []
         self.script: list[int] | None = None
         self.token_interval_s = 0.0
+        self.context_tokens = CONTEXT_TOKENS
         self._address = address
         self._stepping = threading.Event()
         self._stepping.set()
@@ -278,8 +286,8 @@ class FakeEngine:
             if session.turn is not None:
                 return refuse(409, "session_busy", f"session {submit.session!r} already has an active request")
             tokens += len(session.tokens)
-        if tokens >= CONTEXT_TOKENS:
-            return refuse(413, "too_long", f"{tokens} tokens do not fit the context length of {CONTEXT_TOKENS}")
+        if tokens >= self.context_tokens:
+            return refuse(413, "too_long", f"{tokens} tokens do not fit the context length of {self.context_tokens}")
         return None
 
     def _answer(self, message: Any) -> Any:

@@ -1,6 +1,6 @@
 """A whole deployment in processes of its own: `sessile.server.run.serve` with the fake engine as its child.
 
-Run as `python -m tests.http.serving PORT DRAIN_S START_TIMEOUT_S ENGINE_MODE` for the server.
+Run as `python -m tests.http.serving ENGINE_MODE OPTIONS` for the server, options as JSON.
 """
 
 import contextlib
@@ -49,13 +49,15 @@ def deployed(
     drain_s: float = PATIENCE_S,
     start_timeout_s: float = PATIENCE_S,
     wait: bool = True,
+    **options: object,
 ) -> Iterator[Deployment]:
-    """Start a deployment, wait until it is healthy, and make sure that it is gone afterwards."""
+    """Start a deployment with these ServerOptions, wait until it is healthy, and see to it that it goes afterwards."""
     port = free_port()
+    options |= {"port": port, "drain_timeout_s": drain_s, "engine_start_timeout_s": start_timeout_s}
     log = folder / "server.log"
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.http.serving", str(port), str(drain_s), str(start_timeout_s), mode],
+            [sys.executable, "-m", "tests.http.serving", mode, json.dumps(options)],
             stderr=sink, cwd=ROOT, text=True,
         )  # fmt: skip
     deployment = Deployment(process, f"http://127.0.0.1:{port}", log)
@@ -85,14 +87,12 @@ def free_port() -> int:
         return port
 
 
-def server_main(port: str, drain_s: str, start_timeout_s: str, mode: str) -> int:
+def server_main(mode: str, options: str) -> int:
     """The server process."""
-    options = ServerOptions(
-        port=int(port), drain_timeout_s=float(drain_s), engine_start_timeout_s=float(start_timeout_s)
-    )
     engine = [sys.executable, "-m", "tests.http.engine_child"]
     builder = [sys.executable, "-m", "tests.http.builder_child"]
-    return serve(options, byte_tokenizer, engine, json.dumps({"mode": mode}), builder_argv=builder)
+    given = ServerOptions(**json.loads(options))
+    return serve(given, byte_tokenizer, engine, json.dumps({"mode": mode}), builder_argv=builder)
 
 
 if __name__ == "__main__":

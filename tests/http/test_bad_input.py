@@ -93,7 +93,7 @@ def test_a_sampling_field_out_of_range_is_named_with_its_limit(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2}, {"n": True}, {"json_schema": "{}"}, {"regex": "a+"}, {"ebnf": "root ::= 'a'"}, {"stop_regex": "a"},
+        {"n": 0}, {"n": True}, {"json_schema": 3}, {"regex": ""}, {"ebnf": ["root ::= 'a'"]}, {"stop_regex": 3},
         {"structural_tag": "x"}, {"custom_params": {}}, {"temprature": 0.5}, {"best_of": 2},
     ],
 )  # fmt: skip
@@ -186,7 +186,7 @@ def test_a_body_at_the_limit_is_accepted(server: Running) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("POST", "/v1/responses", 404), ("POST", "/v1/conversations", 404),
+    [("GET", "/", 404), ("POST", "/v1/response", 404), ("POST", "/v1/embeddings", 404),
      ("POST", "/v1/corpora/x/y", 404), ("POST", "/v1/corpora/x", 405), ("GET", "/generate", 405)],
 )  # fmt: skip
 def test_routes_that_do_not_exist_answer_json(server: Running, method: str, path: str, status: int) -> None:

@@ -10,22 +10,29 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sessile.chat import ChatSession, run_chat
+from sessile.chat.conversations import Conversations
+from sessile.chat.terminal import run_chat
+from sessile.client import Client
+from sessile.completion import SamplingParams
 from sessile.contract.messages import CloseSession, Done, Submit, unpack_tokens
 from tests.http.conftest import Running, running_server
 from tests.http.fake_engine import EOS, byte_tokenizer
+from tests.http.toy_engine import ToyEngine
 
 ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "\x1b[?2004h"
+"""What a terminal is sent when a line is waited for: to mark what is pasted."""
 
 
-def chat(server: Running, lines: str) -> tuple[int, str]:
+def chat(server: Running, lines: str, **options: int) -> tuple[int, str]:
     """Pipe lines through the client; its exit status and what it showed."""
     stdout = io.StringIO()
-    status = run_chat(server.url, byte_tokenizer(), stdin=io.StringIO(lines), stdout=stdout)
+    status = run_chat(server.url, byte_tokenizer(), stdin=io.StringIO(lines), stdout=stdout, **options)
     return status, stdout.getvalue()
 
 
@@ -67,13 +74,43 @@ def test_a_refused_turn_is_told_and_fails_a_pipe_but_not_the_conversation(server
 
 
 def test_commands_show_the_session_start_afresh_and_leave(server: Running) -> None:
-    status, shown = chat(server, "one\n/stats\n/new\ntwo\n/help\n/quit\nthree\n")
+    status, shown = chat(server, "one\n/stats\n/new\ntwo\n/help\n/quit\nnever\n")
     assert status == 0
     assert "turns           1" in shown
     assert sent(server) == ["user:one\n", "user:two\n"]
     assert len({submit.session for submit in server.engine.submits()}) == 2
     assert "/quit" in shown
-    assert "three" not in shown
+    assert "never" not in shown
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Running]:
+    with running_server(partial(ToyEngine, pages=600)) as running:
+        yield running
+
+
+def test_a_fork_goes_on_in_a_copy_and_the_first_conversation_can_be_chosen_again(toy: Running) -> None:
+    status, shown = chat(toy, "one\n/fork\ntwo\n/sessions 1\nthree\n/sessions\n", max_new_tokens=4)
+    assert status == 0
+    assert "* 1   1 question    one\n  2   2 questions   one … two\n" in shown
+    assert shown.count("· 12 reused") == 2, "both go on behind 9 + 4 tokens"
+    assert shown.endswith("* 1   2 questions   one … three\n  2   2 questions   one … two\n")
+
+
+def test_a_question_that_is_taken_back_is_gone_from_the_session(toy: Running) -> None:
+    status, shown = chat(toy, "one\ntwo\nthree\n/rewind 2\n/stats\nfour\n/rewind\n/rewind\n/stats\n", max_new_tokens=4)
+    assert status == 0
+    assert "back after question 1" in shown and "back at the beginning" in shown
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("tokens ")] == ["13", "0"]
+
+
+def test_commands_that_make_no_sense_are_told_and_change_nothing(toy: Running) -> None:
+    status, shown = chat(toy, "/rewind\n/sessions 7\n/rewind x\n/sessions\n")
+    assert status == 1
+    assert "there is nothing to forget: 0 questions" in shown
+    assert "there is no conversation 7" in shown
+    assert "what follows a command is a number; got x" in shown
+    assert shown.endswith("* 1   0 questions   (nothing said yet)\n")
 
 
 def test_no_server_is_one_line_and_status_1() -> None:
@@ -110,14 +147,18 @@ def wait_until(condition: object, timeout_s: float = 60.0) -> None:
 def test_an_interrupted_answer_keeps_what_was_said(server: Running) -> None:
     server.engine.script, server.engine.token_interval_s = [*b"x" * 400], 0.005
     shown: list[str] = []
-    with ChatSession(server.url, max_new_tokens=400, temperature=0.0) as session:
-        stopper = threading.Thread(target=lambda: (wait_until(lambda: "".join(shown)), session.interrupt("r1")))
+    with Client(server.url) as client, Conversations(client, byte_tokenizer()) as conversations:
+        talk = conversations.current
+        stopper = threading.Thread(target=lambda: (wait_until(lambda: "".join(shown)), talk.interrupt()))
         stopper.start()
-        answer = session.ask([97, 98], shown.append, rid="r1")
+        said = talk.ask("hi", SamplingParams(max_new_tokens=400), shown.append).completion
         stopper.join()
-    assert answer.finish["type"] == "abort"
-    assert 0 < len(answer.tokens) < 400
-    assert answer.text == "x" * len(answer.tokens)
+        assert said.finish_reason == "abort"
+        assert 0 < len(said.tokens) < 400
+        assert said.text == "x" * len(said.tokens) == "".join(shown)
+        server.engine.script, server.engine.token_interval_s = [*b"ok", EOS], 0.0
+        talk.ask("and", SamplingParams(), shown.append)
+        assert sent(server)[1] == f"user:hi\n{said.text}\nuser:and\n"
 
 
 class Terminal:
@@ -160,10 +201,12 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(server: Running) -> Iterator[Terminal]:
+def terminal(server: Running, tmp_path: Path) -> Iterator[Terminal]:
     code = (
-        "import sys; from sessile.chat import run_chat; from tests.http.fake_engine import byte_tokenizer;"
-        f"sys.exit(run_chat({server.url!r}, byte_tokenizer(), stdin=sys.stdin, stdout=sys.stdout))"
+        "import sys; from pathlib import Path; from sessile.chat.terminal import run_chat;"
+        "from tests.http.fake_engine import byte_tokenizer;"
+        f"sys.exit(run_chat({server.url!r}, byte_tokenizer(), stdin=sys.stdin, stdout=sys.stdout,"
+        f"history=Path({str(tmp_path / 'typed')!r})))"
     )
     child = Terminal(code)
     yield child
@@ -171,20 +214,45 @@ def terminal(server: Running) -> Iterator[Terminal]:
 
 
 def test_at_a_terminal_control_c_ends_the_answer_and_control_d_the_chat(server: Running, terminal: Terminal) -> None:
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     server.engine.script, server.engine.token_interval_s = [*b"zebra " * 80], 0.005
-    terminal.type("stripes\n")
+    terminal.type("stripes\r")
     terminal.wait_for("zebra zebra")
     terminal.type("\x03")
     terminal.wait_for("interrupted")
     server.engine.script, server.engine.token_interval_s = [*b"done", EOS], 0.0
-    terminal.type("again\n")
+    terminal.type("again\r")
     terminal.wait_for("done")
     # Before the prompt is back the terminal would take the key for itself.
-    wait_until(lambda: "> " in terminal.shown.rpartition("done")[2], 30)
+    wait_until(lambda: PROMPT in terminal.shown.rpartition("done")[2], 30)
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
     turns = [message for message in server.engine.received if isinstance(message, Submit)]
     assert len(turns) == 2
     assert sent(server)[1].startswith("user:stripes\nzebra zebra")
     assert sent(server)[1].endswith("\nuser:again\n")
+
+
+def test_at_a_terminal_several_lines_are_one_message_and_what_was_typed_comes_back(
+    server: Running, terminal: Terminal, tmp_path: Path
+) -> None:
+    server.engine.script = [*b"done", EOS]
+    terminal.wait_for(PROMPT)
+    terminal.type("first\x1b\rsecond\r")
+    terminal.wait_for("done")
+    wait_until(lambda: PROMPT in terminal.shown.rpartition("done")[2], 30)
+    terminal.type("\x1b[200~pasted\nlines\x1b[201~\r")
+    wait_until(lambda: len(sent(server)) == 2, 30)
+    assert sent(server) == ["user:first\nsecond\n", "\nuser:pasted\nlines\n"]
+    wait_until(lambda: terminal.shown.count("done") == 2 and PROMPT in terminal.shown.rpartition("done")[2], 30)
+    terminal.type("\x1b[A")
+    wait_until(lambda: "lines" in terminal.shown.rpartition("done")[2], 30)
+    terminal.type("\r")
+    wait_until(lambda: len(sent(server)) == 3, 30)
+    assert sent(server)[2] == "\nuser:pasted\nlines\n"
+    terminal.type("/nonsense\r")  # perhaps before the prompt is back
+    terminal.wait_for("unknown command /nonsense; /help lists them")
+    terminal.type("half\x03")
+    terminal.type("/quit\r")
+    assert terminal.process.wait(60) == 0
+    assert "+second" in (tmp_path / "typed").read_text()

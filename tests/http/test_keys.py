@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from sessile.chat import run_chat
+from sessile.chat.terminal import run_chat
 from sessile.contract.messages import Submit
 from sessile.server.app import create_app
 from sessile.server.auth import ADMIN_ROUTES, OPEN_ROUTES

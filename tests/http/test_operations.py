@@ -152,3 +152,20 @@ def test_a_draining_server_is_not_healthy_and_takes_no_work(server: Running) -> 
         assert server.client.get("/metrics").status_code == 200
     finally:
         server.service.draining = False
+
+
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/sessions/none"])
+def test_a_request_keeps_the_name_that_its_client_gave_it(server: Running, path: str) -> None:
+    assert server.client.get(path, headers={"x-request-id": "a/b-1"}).headers["x-request-id"] == "a/b-1"
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, "a\tb"])
+def test_a_request_without_a_proper_name_gets_one(server: Running, given: str | None) -> None:
+    headers = {} if given is None else {"x-request-id": given}
+    names = {server.client.get("/health", headers=headers).headers["x-request-id"] for _ in range(2)}
+    assert len(names) == 2 and all(len(name) == 32 for name in names)
+
+
+def test_a_stream_has_the_name_of_its_request(server: Running) -> None:
+    reply = server.client.post("/generate", json={"text": "a", "stream": True}, headers={"x-request-id": "s-1"})
+    assert reply.headers["x-request-id"] == "s-1"

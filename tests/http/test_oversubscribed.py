@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sessile import LLM
 from sessile.bench.client import NativeServer, connected, side_by_side
-from sessile.offline import LLM
 from tests.http.serving import Deployment, free_port, wait_until_healthy
 from tests.parity.tiny_models import VOCAB, make_tiny
 from tests.unit.tiny_folder import write_tiny_model
@@ -88,6 +88,6 @@ def test_h35_sessions_of_ten_pools_all_end_and_say_what_fresh_prompts_say(deploy
     with LLM(str(folder), dtype="float32", context_tokens=CONTEXT_TOKENS, kv_memory="32M", threads=1) as roomy:
         for turn in reversed(range(TURNS)):  # The longest first: the others find it in the prefix tree.
             prompts = [conversation.history[: conversation.turns[turn][0]] for conversation in conversations]
-            fresh = roomy.generate_many(prompts, max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+            fresh = roomy.generate(prompts, max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
             said = [conversation.turns[turn][1] for conversation in conversations]
             assert [completion.tokens for completion in fresh] == said, f"turn {turn}"

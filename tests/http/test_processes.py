@@ -14,7 +14,8 @@ import pytest
 
 from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
-from sessile.server.run import bind, private_folder
+from sessile.server.listening import bind
+from sessile.server.run import private_folder
 from tests.http.serving import PATIENCE_S, ROOT, Deployment, deployed
 
 SLOW = {"text": "a", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
@@ -72,6 +73,18 @@ def test_sigterm_lets_running_requests_end_and_refuses_new_ones(tmp_path: Path) 
         assert gone(engine)
 
 
+def test_before_it_refuses_anybody_the_server_says_that_it_will(tmp_path: Path) -> None:
+    with deployed(tmp_path, drain_notice_s=60) as deployment:
+        deployment.process.send_signal(signal.SIGTERM)
+        deadline_s = time.monotonic() + PATIENCE_S
+        while httpx.get(f"{deployment.url}/health/ready", timeout=PATIENCE_S).status_code != 503:
+            assert time.monotonic() < deadline_s, "it still says that it is ready"
+        taken = httpx.post(f"{deployment.url}/generate", json={"text": "a"}, timeout=PATIENCE_S)
+        assert taken.status_code == 200
+        deployment.process.send_signal(signal.SIGTERM)  # a second one does not wait
+        assert deployment.process.wait(PATIENCE_S) == 0
+
+
 def test_requests_over_the_drain_time_end_as_aborts(tmp_path: Path) -> None:
     with deployed(tmp_path, drain_s=0.1) as deployment:
         client = Streaming(deployment)
@@ -83,7 +96,7 @@ def test_requests_over_the_drain_time_end_as_aborts(tmp_path: Path) -> None:
 
 
 def test_killing_the_engine_gives_clients_an_error_at_once_and_ends_the_server(tmp_path: Path) -> None:
-    with deployed(tmp_path) as deployment:
+    with deployed(tmp_path, engine_restarts_max=0) as deployment:
         client = Streaming(deployment)
         os.kill(deployment.engine_pid(), signal.SIGKILL)
         killed_s = time.monotonic()

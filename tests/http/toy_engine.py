@@ -18,9 +18,12 @@ from sessile.draft.shelf import Shelf
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.corpora import CorpusDesk
 from sessile.engine.executor import Executor, Ticket
+from sessile.engine.grammars import GrammarDesk
 from sessile.engine.inbox import SocketInbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import SocketOutbox
+from sessile.grammar.compiler import GrammarCompiler
+from sessile.grammar.following import CompiledGrammars
 from sessile.sim.toy import ToyDevice
 
 VOCAB_SIZE = 256
@@ -49,6 +52,7 @@ class ToyEngine:
     """An engine in a thread: connects to a server's link on start(), and is audited after every step.
 
     drafts_max: with it, it drafts; where no drafter is given, from what is on its shelf, as if drafts cost nothing.
+    eos: the token that ends an output; with one, grammars are followed.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class ToyEngine:
         overlap: bool = True,
         vocab_size: int = VOCAB_SIZE,
         drafter: Drafter | None = None,
+        eos: int | None = None,
         **limits: object,
     ) -> None:
         self._address = address
@@ -66,12 +71,16 @@ class ToyEngine:
         settings = {"page_size": 4, "rows_max": 8, "chunk_tokens": 32, "audit_level": 2} | limits
         self.limits = Limits(pages_total=pages, context_tokens=CONTEXT_TOKENS, **settings)  # type: ignore[arg-type]
         self.facts = ModelFacts(
-            vocab_size, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([byte]) for byte in range(vocab_size))
-        )
+            vocab_size, CONTEXT_TOKENS, eos_ids=() if eos is None else (eos,),
+            token_bytes=tuple(bytes([byte]) for byte in range(vocab_size)),
+            special_ids=frozenset() if eos is None else frozenset({eos}),
+        )  # fmt: skip
+        grammars = None if eos is None else CompiledGrammars(vocab_size, threads=1)
+        self._desk = None if grammars is None else GrammarDesk(GrammarCompiler(self.facts), grammars, MonotonicClock())
         self.shelf = Shelf()
         if self.limits.drafts_max and drafter is None:
             drafter = LookupDrafter(self.shelf, FREE_DRAFTS)
-        self.machine = Machine(self.limits, self.facts, drafter=drafter)
+        self.machine = Machine(self.limits, self.facts, drafter=drafter, grammars=grammars)
         self._thread = threading.Thread(target=self.run, daemon=True)
         self._loop: EngineLoop | None = None
         device = ToyDevice(
@@ -99,14 +108,16 @@ class ToyEngine:
             model_name="toy", model_path="toy", architecture="toy", dtype="none", device="toy",
             vocab_size=self.facts.vocab_size, context_tokens=CONTEXT_TOKENS, page_size=limits.page_size,
             pages_total=limits.pages_total, rows_max=limits.rows_max, chunk_tokens=limits.chunk_tokens,
+            queue_max=limits.queue_max,
             drafts_max=limits.drafts_max or 1, kv_bytes=0,
             weight_bytes=0, start_s=0.0,
         )  # fmt: skip
         socket.send(msgspec.msgpack.encode(ready))
         ends = SocketInbox(socket), SocketOutbox(socket)
         self._loop = EngineLoop(
-            self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap, corpora=CorpusDesk(self.shelf)
-        )
+            self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap, corpora=CorpusDesk(self.shelf),
+            grammars=self._desk,
+        )  # fmt: skip
         self._loop.run()
         socket.close(linger=200)
         context.term()

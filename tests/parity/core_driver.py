@@ -69,13 +69,13 @@ class Core:
 
     def submit(
         self, key: int, prompt: list[int], new_tokens: int, *, session: str | None = None, top: int = -1,
-        scored: bool = False, rid: str = "", branch: Branch | None = None,
+        scored: bool = False, rid: str = "", branch: Branch | None = None, group: int = -1,
     ) -> None:  # fmt: skip
         sampling = Sampling(seed=key, temperature=0.0, max_new_tokens=new_tokens)
         self._send(
             Submit(
                 key=key, tokens=pack_tokens(prompt), sampling=sampling, session=session, logprobs=top,
-                prompt_logprobs_from=0 if scored else -1, rid=rid, branch=branch,
+                prompt_logprobs_from=0 if scored else -1, rid=rid, branch=branch, group=group,
             )
         )  # fmt: skip
 

@@ -78,3 +78,17 @@ def test_sessions_of_turns_give_the_tokens_and_logits_of_transformers(
 ) -> None:
     core = Core(device, chunk_tokens=chunk_tokens)
     check_sessions(core, twin, CONVERSATIONS[chunk_tokens][:together], (5, 1, 4), hit=hit, top=VOCAB)
+
+
+@grid
+def test_several_answers_are_those_of_transformers_and_compute_their_prompt_once(
+    device: Any, twin: Twin, chunk_tokens: int
+) -> None:
+    core, prompt = Core(device, chunk_tokens=chunk_tokens), PROMPTS[chunk_tokens][1]
+    for key in range(4):
+        core.submit(key, prompt, 4, top=VOCAB, group=0)
+    core.run()
+    for key in range(4):
+        twin.assert_followed(core, key, prompt)
+    assert sum(core.queries.values()) == len(prompt) - 1 + 4 * 4
+    assert [core.done[key].cached_tokens for key in range(4)] == [0] + 3 * [len(prompt) - 1]

@@ -109,7 +109,7 @@ def test_a_planted_fault_is_found_and_its_script_leads_there(name: str, clients:
 
 
 def test_a_turn_that_is_never_answered_is_found() -> None:
-    idle = Edit("sessile.core.machine", "        planned = self._planner.plan()\n", "        planned = None\n")
+    idle = Edit("sessile.core.machine", "        planned = self._planned()\n", "        planned = None\n")
     with planted([idle], "sessile.sim.closure") as closure:
         violation = closure.explore(closure.Task(closure.Shape(3, 3, clients=1), 0)).violation
     assert violation is not None

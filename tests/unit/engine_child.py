@@ -1,7 +1,7 @@
 """An engine process with a scripted machine and device: `python -m tests.unit.engine_child ADDRESS MODE`.
 
-MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step,
-"refuses" cannot start.
+MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step, "hangs"
+one that never ends it, "refuses" cannot start.
 """
 
 import signal
@@ -11,7 +11,7 @@ import time
 from sessile.contract.messages import EngineReady
 from sessile.contract.plan import StepPlan
 from sessile.engine.clock import Clock
-from sessile.engine.process import die_with_parent, run_engine
+from sessile.engine.process import Server, run_engine
 from sessile.errors import StartupError
 from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedTicket
 
@@ -45,12 +45,21 @@ class SlowDevice(ScriptedDevice):
         return super().launch(plan)
 
 
+class HangingDevice(ScriptedDevice):
+    def launch(self, plan: StepPlan) -> ScriptedTicket:
+        return self.ticket_that_never_comes()
+
+    def ticket_that_never_comes(self) -> ScriptedTicket:
+        while True:
+            time.sleep(0.01)
+
+
 class ScriptedEngine:
     """What `run_engine` needs of an engine."""
 
     def __init__(self, mode: str) -> None:
-        steps = {"busy": 10**9, "fails": 1}.get(mode, 0)
-        kind = BreakingDevice if mode == "fails" else SlowDevice
+        steps = {"busy": 10**9, "fails": 1, "hangs": 1}.get(mode, 0)
+        kind = {"fails": BreakingDevice, "hangs": HangingDevice}.get(mode, SlowDevice)
         self.machine = ScriptedMachine([], steps_left=steps)
         self.device = kind([], ManualClock())
         self.ready = READY
@@ -67,14 +76,15 @@ class ScriptedEngine:
 
 def main(address: str, mode: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    server = Server()
+    server.watch()
 
     def open_engine(clock: Clock) -> ScriptedEngine:
         if mode == "refuses":
             raise StartupError("no model at nowhere")
         return ScriptedEngine(mode)
 
-    return run_engine(address, open_engine)  # type: ignore[arg-type]
+    return run_engine(address, open_engine, server)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sessile.contract.drafting import Drafter
+from sessile.contract.grammar import Grammars
 from sessile.contract.messages import (
     Batch,
     CloseSession,
@@ -32,8 +33,9 @@ from sessile.sim.reference import Speaker
 from sessile.sim.toy import ToyDevice, ToyTicket
 
 SUBMIT_FIELDS = (
+    "group",
     "tenant", "priority", "rid", "branch", "expect_tokens", "logprobs", "prompt_logprobs_from", "speculate",
-    "drafts_max", "corpora", "remember",
+    "drafts_max", "corpora", "remember", "grammar",
 )  # fmt: skip
 VOCABULARY = 50
 FACTS = ModelFacts(vocab_size=VOCABULARY, context_tokens=256, eos_ids=())
@@ -53,6 +55,7 @@ class Stage:
         facts: ModelFacts = FACTS,
         drafter: Drafter | None = None,
         drafts_max: int = 0,
+        grammars: Grammars | None = None,
         **limits: Any,
     ) -> None:
         self.page_size = page_size
@@ -63,6 +66,7 @@ class Stage:
             ),
             facts,
             drafter=drafter,
+            grammars=grammars,
         )  # fmt: skip
         self.device = ToyDevice(
             pages_total=pages, page_size=page_size, rows_max=rows, context_tokens=facts.context_tokens,

@@ -1,12 +1,12 @@
 """What a chat client sends: each turn only what the server lacks, and together exactly the rendered conversation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from sessile.chat import Answer, Transcript
+from sessile.chat.transcript import Answer, Transcript
+from sessile.completion import Completion
 from sessile.errors import StartupError
 from sessile.text.load import load_tokenizer
 from sessile.text.template import ChatTemplate, check_messages
@@ -20,9 +20,10 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer("default")
 
 
-def answer(tokenizer: Tokenizer, text: str, finish: Mapping[str, Any]) -> Answer:
-    tokens = tokenizer.encode(text) + ([IM_END] if finish["type"] == "stop" else [])
-    return Answer(text, tokens, finish, prompt_tokens=30, cached_tokens=20, first_token_s=0.5, total_s=2.5)
+def completion(tokenizer: Tokenizer, text: str, finish_reason: str) -> Completion:
+    ended_by = IM_END if finish_reason == "stop" else None
+    tokens = tokenizer.encode(text) + ([IM_END] if ended_by else [])
+    return Completion(text, tokens, finish_reason, ended_by, prompt_tokens=30, cached_tokens=20)
 
 
 def rendered(tokenizer: Tokenizer, *texts: str) -> str:
@@ -35,13 +36,13 @@ def text_of(tokenizer: Tokenizer, *runs: Sequence[int]) -> str:
     return "".join(tokenizer.decode(run, skip_special_tokens=False) for run in runs)
 
 
-@pytest.mark.parametrize("finish", [{"type": "stop", "matched": IM_END}, {"type": "length", "length": 3}])
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
 def test_turns_joined_are_the_rendered_conversation_whether_an_answer_ended_or_was_cut(
-    tokenizer: Tokenizer, finish: Mapping[str, Any]
+    tokenizer: Tokenizer, finish_reason: str
 ) -> None:
     transcript = Transcript(tokenizer)
     first = transcript.question("Hi")
-    said = answer(tokenizer, " Hello,  you!\n", finish)
+    said = completion(tokenizer, " Hello,  you!\n", finish_reason)
     transcript.answered("Hi", first, said)
     second = transcript.question("And  42?")
     assert text_of(tokenizer, first, said.tokens, second) == rendered(tokenizer, "Hi", said.text, "And  42?")
@@ -51,7 +52,7 @@ def test_turns_joined_are_the_rendered_conversation_whether_an_answer_ended_or_w
 def test_an_interrupted_turn_is_sent_again_with_the_next_and_closed(tokenizer: Tokenizer) -> None:
     transcript = Transcript(tokenizer)
     first = transcript.question("Count")
-    cut = answer(tokenizer, "1, 2,", {"type": "abort", "message": "aborted by the client"})
+    cut = completion(tokenizer, "1, 2,", "abort")
     transcript.answered("Count", first, cut)
     second = transcript.question("Go on")
     assert second[: len(first) + len(cut.tokens)] == [*first, *cut.tokens]
@@ -79,6 +80,18 @@ def test_a_template_that_cannot_be_continued_is_refused_at_the_start(tokenizer: 
 
 
 def test_the_summary_counts_new_and_reused_tokens_and_the_speed_after_the_first(tokenizer: Tokenizer) -> None:
-    said = replace(answer(tokenizer, "x", {"type": "length"}), tokens=[5] * 21)
-    assert said.summary == "10 new tokens · 20 reused · first token after 500 ms · 21 tokens at 10.0 tokens/s"
-    assert replace(said, tokens=[]).summary == "10 new tokens · 20 reused"
+    said = replace(completion(tokenizer, "x", "length"), tokens=[5] * 21)
+    speed = "first token after 500 ms · 21 tokens at 10.0 tokens/s"
+    assert Answer(said, 0.5, 2.5).summary == f"10 new tokens · 20 reused · {speed}"
+    assert Answer(replace(said, tokens=[]), 0.5, 2.5).summary == "10 new tokens · 20 reused"
+
+
+def test_a_copy_of_a_transcript_goes_its_own_way(tokenizer: Tokenizer) -> None:
+    transcript = Transcript(tokenizer)
+    first = transcript.question("Hi")
+    copy = transcript.copy()
+    transcript.answered("Hi", first, completion(tokenizer, "Hello", "stop"))
+    assert copy.question("Hi") == first
+    assert (copy.title, transcript.title) == ("", "Hi")
+    transcript.answered("And\nyou?", [5], completion(tokenizer, "Fine", "stop"))
+    assert transcript.title == "Hi … And you?"

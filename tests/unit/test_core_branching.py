@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sessile.contract.messages import Branch, Cancel, CloseSession, Flush, ForkSession, SessionTokens
+from sessile.contract.messages import Branch, Cancel, CloseSession, DropTurn, Flush, ForkSession, SessionTokens
 from tests.unit.stage import Stage, expected
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
@@ -300,3 +300,50 @@ def test_h35_branches_whose_kv_was_reclaimed_say_the_same(page_size: int) -> Non
     turn(stage, 20, "late", [1], "child 2")
     said(stage, 20, root + [2] * 5 + stage.output[2] + [1])
     check_nothing_is_left(stage)
+
+
+def test_a_turn_that_is_dropped_leaves_those_that_went_on_from_it() -> None:
+    stage = branching()
+    turn(stage, 1, "root", PROMPT)
+    root = said(stage, 1, PROMPT)
+    turn(stage, 2, "child", [8], "root")
+    child = said(stage, 2, root + [8])
+    assert stage.ask(DropTurn, session="b", rid="root").error is None
+    assert stage.view("b").turns == 1
+    turn(stage, 3, "orphan", [8], "root")
+    assert refusal(stage, 3) == (400, "session_params.rid")
+    turn(stage, 4, "grandchild", [9], "child")
+    said(stage, 4, child + [9])
+    assert stage.done[4].cached_tokens == len(child) - 1
+    check_nothing_is_left(stage)
+
+
+def test_what_descends_from_a_dropped_turn_is_replaced_from_above_it() -> None:
+    stage = branching()
+    for key, (name, parent) in enumerate([("root", None), ("middle", "root"), ("leaf", "middle")], 1):
+        turn(stage, key, name, PROMPT, *([parent] if parent else []))
+        stage.run()
+    stage.ask(DropTurn, session="b", rid="middle")
+    turn(stage, 4, "new", [8], "root", replace=True)
+    stage.run()
+    turn(stage, 5, "late", [8], "leaf")
+    assert refusal(stage, 5) == (400, "session_params.rid")
+
+
+@pytest.mark.parametrize(("session", "rid", "status"), [("b", "nobody", 404), ("x", "root", 404), ("s", "root", 400)])
+def test_a_turn_that_is_not_there_cannot_be_dropped(session: str, rid: str, status: int) -> None:
+    stage = branching()
+    stage.open("s")
+    turn(stage, 1, "root", PROMPT)
+    stage.run()
+    error = stage.ask(DropTurn, session=session, rid=rid).error
+    assert error is not None and error.status == status
+
+
+def test_a_turn_in_flight_is_not_dropped() -> None:
+    stage = branching()
+    turn(stage, 1, "root", PROMPT)
+    stage.launch()
+    error = stage.ask(DropTurn, session="b", rid="root").error
+    assert error is not None and error.status == 409
+    said(stage, 1, PROMPT)

@@ -99,7 +99,7 @@ def start_of(value: int) -> dict[str, int]:
 
 def take(rows: "RowTable[str]", occupant: str, stops: tuple[int, ...], value: int) -> RowId:
     row = rows.take(occupant)
-    rows.provide_for(stops, -1)
+    rows.provide_for(stops, -1, constrained=False)
     rows.seat([row], [pack_row(*start_of(value).values())], [stops])
     return row
 

@@ -1,6 +1,7 @@
 """The operator's view of the pool: whatever goes on, every page and row is shown once."""
 
-from sessile.contract.messages import Cancel, ForkSession, GetPool, PoolView
+from sessile.contract.messages import Cancel, ForkSession, GetPool
+from sessile.contract.pool import PoolView
 from tests.unit.stage import Stage
 
 

@@ -448,3 +448,29 @@ def test_a_result_without_a_step_in_flight_is_a_bug() -> None:
     stage.machine.settle(result)
     with pytest.raises(AssertionError, match="never launched"):
         stage.machine.settle(result)
+
+
+# -- giving up waiting ------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_nobody_began_is_refused_when_its_client_waits_no_longer() -> None:
+    stage = Stage(rows=1)
+    stage.submit(1, PROMPT, max_new_tokens=8)
+    stage.submit(2, PROMPT)
+    stage.step()
+    for key in (1, 2):
+        stage.send(Cancel(key, "waited too long", if_waiting=True))
+    done = stage.done[2]
+    assert (done.reason, done.status, done.code, done.message) == ("error", 503, "not_ready", "waited too long")
+    stage.run()
+    assert (stage.output[1], stage.done[1].reason) == (SAID[:8], "length"), "one that runs goes on"
+
+
+def test_h26_a_preempted_request_has_begun_and_is_not_refused_for_waiting() -> None:
+    stage = Stage(rows=1)
+    stage.submit(1, PROMPT, max_new_tokens=8)
+    stage.step(2)
+    stage.machine.preempt(1)
+    stage.send(Cancel(1, "waited too long", if_waiting=True))
+    stage.run()
+    assert (stage.output[1], stage.done[1].reason) == (SAID[:8], "length")

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import zmq
 
 from sessile.contract.messages import EngineFailed, EngineReady, FromEngine, GetStats, Shutdown, Stats, ToEngine
+from sessile.contract.watching import STACKS_SIGNAL, TELL_EVENTS, stacks_file
 from sessile.engine.process import EXIT_CANNOT_START, EXIT_FAILED, EXIT_ORPHANED
 
 WAIT_S = 90
@@ -123,3 +125,27 @@ def test_an_engine_that_cannot_start_says_why_without_a_traceback(start: Callabl
     assert child.wait() == EXIT_CANNOT_START
     _, log = child.process.communicate()
     assert b"Traceback" not in log
+
+
+def test_an_engine_that_hangs_says_where_when_it_is_asked(start: Callable[[str], Child], tmp_path: Path) -> None:
+    child = start("hangs")
+    child.receive()
+    stacks = stacks_file(f"ipc://{tmp_path}/0")
+    deadline_s = time.monotonic() + WAIT_S
+    while "ticket_that_never_comes" not in stacks.read_text() and time.monotonic() < deadline_s:
+        child.process.send_signal(STACKS_SIGNAL)
+        time.sleep(0.05)
+    assert "ticket_that_never_comes" in stacks.read_text()
+    assert child.process.poll() is None, "it was asked, not ended"
+
+
+def test_an_engine_that_hangs_still_tells_its_last_events(start: Callable[[str], Child]) -> None:
+    child = start("hangs")
+    child.receive()
+    assert child.process.stdin is not None
+    child.process.stdin.write(TELL_EVENTS)
+    child.process.stdin.close()
+    child.process.stdin = None
+    assert child.wait() == EXIT_ORPHANED
+    assert child.process.stderr is not None
+    assert b"the last events" in child.process.stderr.read()

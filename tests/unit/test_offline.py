@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from sessile import LLM
 from sessile.errors import InvalidRequest, NotFound, SessionClosed, StartupError, TooLong
-from sessile.offline import LLM
 
 CONTEXT_TOKENS = 512
 FRANCE = "The capital of France is"
@@ -26,7 +26,7 @@ def test_a_prompt_as_text_and_as_token_ids_gives_the_same(llm: LLM) -> None:
 
 def test_prompts_side_by_side_give_what_each_gives_alone(llm: LLM) -> None:
     prompts = [FRANCE, "Once upon a time", "def add(a, b):"]
-    together = llm.generate_many(prompts, max_new_tokens=8, temperature=0.0)
+    together = llm.generate(prompts, max_new_tokens=8, temperature=0.0)
     alone = [llm.generate(prompt, max_new_tokens=8, temperature=0.0) for prompt in prompts]
     assert [c.tokens for c in together] == [c.tokens for c in alone]
 
@@ -71,8 +71,14 @@ def test_a_closed_session_is_gone(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"pagesize": 4}, "unknown setting 'pagesize'"), ({"page_size": 0}, "--page-size must")]
+    ("settings", "message"),
+    [
+        ({"pagesize": 4}, "unknown setting 'pagesize'; did you mean page_size"),
+        ({"page_size": 0}, "--page-size must"),
+        ({"page_size": "4"}, "page_size must be int; got '4'"),
+        ({"rows_max": 1.5}, "rows_max must be int or None"),
+    ],
 )
-def test_a_wrong_setting_is_refused_before_anything_is_loaded(settings: dict[str, int], message: str) -> None:
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(settings: dict[str, object], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         LLM(**settings)

@@ -31,7 +31,10 @@ FETCHES = {
     "urllib.request", "urllib3", "requests", "aiohttp", "httpx", "http.client", "ftplib", "huggingface_hub",
     "fsspec", "smtplib",
 }  # fmt: skip
-CLIENTS = {"sessile/chat.py", "sessile/commands.py", "sessile/bench/client.py", "sessile/corpora/client.py"}
+CLIENTS = {
+    "sessile/client/async_client.py", "sessile/client/protocol.py", "sessile/client/sync_client.py",
+    "sessile/commands.py", "sessile/corpora/client.py",
+}  # fmt: skip
 """Programs that talk to a server whose address the person at the keyboard gives."""
 SERVING = ("server", "engine", "core", "device", "text", "model", "kernels", "contract")
 
@@ -118,7 +121,7 @@ def test_sockets_between_our_processes_have_no_address_on_any_network() -> None:
     listens = {path for path, _ in found({".create_server", ".start_server", ".bind", ".listen"})}
     # The port that was asked for; the link's path in a private folder; probes whether a port is free.
     assert listens == {
-        "sessile/server/run.py", "sessile/server/link.py", "sessile/commands.py", "sessile/doctor.py"
+        "sessile/server/listening.py", "sessile/server/link.py", "sessile/commands.py", "sessile/doctor.py"
     }  # fmt: skip
 
 

@@ -68,6 +68,8 @@ class Load:
     task: "asyncio.Task[None] | None" = None
     error: UserError | None = None
     """Why it failed."""
+    is_return: bool = False
+    """Its index is there, and only has to be shelved again."""
 
     @property
     def place(self) -> Place:
@@ -168,13 +170,25 @@ class CorpusStore:
         for entry in folder.entries:
             place = (entry.tenant, entry.id)
             corpus = self._corpora[place] = Corpus(place, entry.created_s, entry, catalogued=entry)
-            corpus.load = Load(corpus, Claim(budget, entry.tenant))
+            corpus.load = Load(corpus, Claim(budget, entry.tenant), is_return=True)
 
     def start(self) -> None:
         """Bring back what the catalogue has, as soon as the engine is there."""
         for corpus in self._corpora.values():
             assert corpus.load is not None
             corpus.load.task = asyncio.create_task(self._restore(corpus, corpus.load))
+
+    def reload(self) -> None:
+        """The engine is another one, and its shelf empty: put back what was there, as soon as it is ready."""
+        for corpus in self._corpora.values():
+            corpus.is_shelved = False
+            if corpus.entry and corpus.load is None:
+                self._begin_return(corpus, corpus.entry)
+
+    def _begin_return(self, corpus: Corpus, entry: Entry) -> None:
+        claim, corpus.claim = corpus.claim or Claim(self.budget, entry.tenant), None
+        load = corpus.load = Load(corpus, claim, is_return=True)
+        load.task = asyncio.create_task(self._restore(corpus, load))
 
     async def close(self) -> None:
         """Give up what is being loaded and end the builder. Files that are kept stay as they are."""
@@ -433,6 +447,8 @@ class CorpusStore:
         else:
             self.failures += 1
             log.warning("a corpus was not loaded", extra=fields | {"error": error.message})
+        if error and corpus.entry and not (corpus.is_shelved or corpus.is_removing or load.is_return):
+            self._begin_return(corpus, corpus.entry)  # The engine was replaced meanwhile.
 
     def _raise_error(self, load: Load) -> None:
         """Tell whoever asked for a load what it failed for; then nobody else need be told."""

@@ -1,0 +1,1 @@
+"""/v1/responses and /v1/conversations: OpenAI's stored conversations, as branching sessions of the engine."""

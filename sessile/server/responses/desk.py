@@ -1,0 +1,224 @@
+"""The desk: takes responses in, runs them as turns of branching sessions, and keeps what clients want kept."""
+
+import asyncio
+import logging
+import uuid
+
+from sessile.errors import InvalidRequest, LimitReached, NotFound, UserError
+from sessile.server.calls import DISCONNECTED, Call, Order, Service
+from sessile.server.dialogues import Dialogue, Place
+from sessile.server.keys import Caller
+from sessile.server.openai_replies import Choice
+from sessile.server.responses.bodies import ResponseBody
+from sessile.server.responses.items import items_of, messages_of, new_item_id
+from sessile.server.responses.record import Conversation, Line, ResponseRecord
+from sessile.server.responses.shelf import Shelf
+from sessile.server.sampling import to_sampling
+from sessile.text.template import Message
+
+log = logging.getLogger(__name__)
+
+class ConversationLocked(InvalidRequest):
+    """A response of this conversation is in flight."""
+
+    code = "conversation_locked"
+
+
+class Desk:
+    """Responses and conversations of all tenants. Its only user is the event loop."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        options = service.options
+        bounds = {
+            "count_max": options.responses_max,
+            "bytes_max": options.responses_bytes_max,
+            "idle_s": options.dialogue_idle_timeout_s,
+        }
+        self.responses: Shelf[ResponseRecord] = Shelf(**bounds, let_go=self._let_go)  # type: ignore[arg-type]
+        self.conversations: Shelf[Conversation] = Shelf(**bounds, let_go=self._let_conversation_go)  # type: ignore[arg-type]
+        self._background: set[asyncio.Task[None]] = set()
+
+    # -- what clients have ----------------------------------------------------------------------------------------
+
+    def response(self, tenant: str, response_id: str, param: str | None = None) -> ResponseRecord:
+        """A tenant's stored response. Raises NotFound."""
+        record = self.responses.find(tenant, response_id)
+        if record is None:
+            raise NotFound(f"there is no response {response_id!r}: it was not stored, or forgotten", param=param)
+        return record
+
+    def conversation(self, tenant: str, conversation_id: str, param: str | None = None) -> Conversation:
+        """A tenant's conversation. Raises NotFound."""
+        conversation = self.conversations.find(tenant, conversation_id)
+        if conversation is None:
+            raise NotFound(f"there is no conversation {conversation_id!r}", param=param)
+        return conversation
+
+    async def cancel(self, record: ResponseRecord) -> None:
+        """End a response that is in flight, and wait for its end. Raises InvalidRequest if it has ended."""
+        if record.status != "in_progress":
+            raise InvalidRequest(f"response {record.id!r} is {record.status}: there is nothing to cancel")
+        self._service.abort(record.tenant, record.id)
+        await record.ended.wait()
+
+    def delete(self, record: ResponseRecord) -> None:
+        """Forget a response; one in flight is ended. What went on from it stays."""
+        self.responses.remove(record)
+        if record.status == "in_progress":
+            self._service.abort(record.tenant, record.id)
+
+    def _let_go(self, record: ResponseRecord) -> None:
+        record.is_stored = False
+        if record.dialogue is not None and record.turn is not None:
+            self._service.dialogues.drop(record.dialogue, record.turn)
+        record.turn = None
+
+    def _let_conversation_go(self, conversation: Conversation) -> None:
+        conversation.is_kept = False
+        if conversation.dialogue is not None and not conversation.is_busy:
+            self._service.dialogues.close(conversation.dialogue)
+
+    # -- a response, from its body to its end ---------------------------------------------------------------------
+
+    async def begin(self, caller: Caller, body: ResponseBody) -> "tuple[ResponseRecord, Choice]":
+        """A response that is ready to be sent to the engine. Raises UserError, with nothing changed."""
+        service = self._service
+        items = items_of(body.input, "input")
+        previous, conversation = self._origin(caller, body)
+        before = previous.line if previous else conversation.line if conversation else None
+        record = ResponseRecord(
+            id=f"resp_{uuid.uuid4().hex}",
+            tenant=caller.tenant,
+            body=body,
+            input_items=items,
+            line=Line(before, tuple(messages_of(items))),
+            model=service.model_name,
+            message_id=new_item_id(),
+        )
+        sampling = to_sampling(
+            body,
+            max_new_tokens=body.max_output_tokens,
+            min_new_tokens=body.min_tokens,
+            vocab_size=service.link.ready.vocab_size,
+        )
+        # Instructions are those of this response alone: with others, the prompt is another one from its beginning.
+        instructions = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
+        messages = [*instructions, *record.line.all()]
+        keep = body.store is not False
+        if conversation is not None and keep:
+            if conversation.is_busy:
+                raise ConversationLocked(
+                    f"conversation {conversation.id!r} has a response in flight: wait for it", param="conversation"
+                )
+            conversation.is_busy = True
+        try:
+            record.dialogue = await self._dialogue(record, previous, conversation)
+            place = await service.dialogues.place(record.dialogue, messages, at=previous.turn if previous else None)
+        except BaseException:
+            if conversation is not None and keep:
+                conversation.is_busy = False
+            if record.dialogue is not None:
+                service.dialogues.close_if_empty(record.dialogue)
+            raise
+        record.dialogue = place.dialogue
+        order = Order(
+            tokens=place.tokens,
+            sampling=sampling,
+            tenant=caller.tenant,
+            priority=body.priority or 0,
+            rid=record.id,
+            rid_drawn=True,
+            session=place.dialogue.session if place.dialogue else None,
+            branch=place.branch,
+            **body.wish,
+        )
+        choice = Choice(
+            0, Call(service, order, whole=not body.stream), service.tokenizer, trim_stop=not body.no_stop_trim
+        )
+        choice.call.at_end = lambda: self._end(record, place, choice, conversation)
+        if keep:
+            record.is_stored = True
+            record.size_bytes = record.measured_bytes()
+            self.responses.put(record)
+        return record, choice
+
+    def run_in_background(self, record: ResponseRecord, choice: Choice) -> None:
+        """Send a response to the engine and let it run, whoever waits for it."""
+        record.is_known = True
+
+        async def run() -> None:
+            try:
+                with choice.call:
+                    choice.add(await choice.call.next())
+            except UserError as error:
+                record.note_failure(error)
+            record.ended.set()
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _origin(self, caller: Caller, body: ResponseBody) -> tuple[ResponseRecord | None, Conversation | None]:
+        """What a response goes on from. Raises UserError if it cannot be gone on from."""
+        if body.previous_response_id is not None:
+            param = "previous_response_id"
+            previous = self.response(caller.tenant, body.previous_response_id, param)
+            if not previous.can_be_gone_on_from:
+                raise InvalidRequest(f"response {previous.id!r} is {previous.status}: it has no answer", param=param)
+            return previous, None
+        if body.conversation_id is not None:
+            return None, self.conversation(caller.tenant, body.conversation_id, "conversation")
+        return None, None
+
+    async def _dialogue(
+        self, record: ResponseRecord, previous: ResponseRecord | None, conversation: Conversation | None
+    ) -> Dialogue | None:
+        """Whose turn the response is; a new dialogue if there is none and its turn is to be kept."""
+        if conversation is not None:
+            if conversation.dialogue is None or not conversation.dialogue.is_open:
+                # A session that was closed may take a while to be gone, so the next one has another name.
+                name = conversation.id if conversation.dialogue is None else f"{conversation.id}.{record.id[-8:]}"
+                conversation.dialogue = await self._fresh(conversation.tenant, name)
+            return conversation.dialogue
+        if previous is not None and previous.dialogue is not None and previous.dialogue.is_open:
+            return previous.dialogue
+        if record.body.store is False:
+            return None
+        return await self._fresh(record.tenant, record.id)
+
+    async def _fresh(self, tenant: str, name: str) -> Dialogue | None:
+        """A new dialogue; None where the tenant has as many sessions as it may: then all messages are sent."""
+        try:
+            return await self._service.dialogues.fresh(tenant, name)
+        except UserError as error:
+            if error.status != LimitReached.status:
+                raise
+            return None
+
+    def _end(self, record: ResponseRecord, place: Place, choice: Choice, conversation: Conversation | None) -> None:
+        """The call was left: what is to stay stays, and whoever waits is told."""
+        done = choice.call.done
+        is_gone = done is None or done.message == DISCONNECTED
+        record.note_end(done, choice.output.text)
+        wanted = record.is_stored and not is_gone
+        turn = self._service.dialogues.end(place, choice.call.rid, done, choice.message, keep=wanted)
+        line = Line(record.line, (choice.message,))
+        if conversation is not None and record.body.store is not False:
+            self._leave(conversation, record, line if wanted and record.can_be_gone_on_from else None)
+        if is_gone or not (record.can_be_gone_on_from or record.is_known):
+            self.responses.remove(record)  # Nobody has seen its id, or nobody waited for its answer.
+        elif record.is_stored:
+            record.turn, record.line = turn, line
+            self.responses.resize(record, record.measured_bytes())
+        record.ended.set()
+
+    def _leave(self, conversation: Conversation, record: ResponseRecord, line: Line | None) -> None:
+        """A conversation's response has ended. line: all messages up to its answer, if that counts."""
+        conversation.is_busy = False
+        if not conversation.is_kept:
+            self._let_conversation_go(conversation)
+        elif line is not None:
+            said = [*record.input_items, record.output_item]
+            conversation.add(said, line if record.line.before is conversation.line else None)
+            self.conversations.resize(conversation, conversation.measured_bytes())

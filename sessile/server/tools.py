@@ -1,0 +1,227 @@
+"""Tools of a request: their fields, what of them is offered to the model, and how its answer is then read."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import msgspec
+from pydantic import Field, model_validator
+
+from sessile.contract.messages import Grammar
+from sessile.errors import InvalidRequest
+from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
+from sessile.server.calls import Order
+from sessile.server.config import ServerOptions
+from sessile.text.answer.formats import AnswerFormat, reasoning_format, tool_format
+from sessile.text.answer.grammar import WITH_GRAMMAR, call_grammar, reasoning_lead
+from sessile.text.answer.reader import AnswerReader
+from sessile.text.tokenizer import Tokenizer
+from sessile.text.tools import FunctionSpec, ToolSpec
+
+TOOLS_MAX = 512
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+
+
+class FunctionBody(Body):
+    """`function` of a tool."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    tolerated: ClassVar[Tolerated] = {"strict": ANYTHING}
+
+
+class ToolBody(Body):
+    """One of `tools`."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+    @property
+    def spec(self) -> ToolSpec:
+        """The tool as templates know it, the same whatever the order of the client's fields."""
+        function = FunctionSpec(name=self.function.name)
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or NO_PARAMETERS
+        return ToolSpec(type="function", function=function)
+
+
+class NamedFunction(Body):
+    """`function` of a tool_choice."""
+
+    name: str
+
+
+class NamedChoice(Body):
+    """A tool_choice that names the function to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Choice = Annotated[
+    Literal["none", "auto", "required"] | NamedChoice,
+    says('must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'),
+]
+
+
+class ToolFields(Body):
+    """What a chat request says of tools."""
+
+    tools: list[ToolBody] | None = Field(default=None, max_length=TOOLS_MAX)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            twice = next(name for index, name in enumerate(names) if name in names[:index])
+            raise field_fault("tools", f"two are called {twice!r}")
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise field_fault("tool_choice", f"{self.tool_choice.function.name!r} is none of tools")
+        if self.tool_choice == "required" and not names:
+            raise field_fault("tool_choice", "needs tools")
+        return self
+
+    @property
+    def tool_use(self) -> "ToolUse":
+        """The same as any surface may say it."""
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
+        return ToolUse(
+            tools=tuple(tool.spec for tool in self.tools or () if self.tool_choice != "none"),
+            must_call=self.tool_choice == "required" or named is not None,
+            only=named,
+            is_parallel=self.parallel_tool_calls is not False,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """What a request allows. tools: those that are offered. only: the name of the one that must be called."""
+
+    tools: Sequence[ToolSpec] = ()
+    must_call: bool = False
+    only: str | None = None
+    is_parallel: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tools that are offered."""
+        return [tool["function"]["name"] for tool in self.tools]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerReading:
+    """How the answer to one prompt is bound and read. shows_special: special tokens may not be left out of the text."""
+
+    prompt: str
+    use: ToolUse
+    form: AnswerFormat
+    grammar: Grammar | None
+    shows_special: bool
+    separates_reasoning: bool
+    streams_reasoning: bool
+
+    def of(self, order: Order) -> Order:
+        """The order, bound as the answer has to be."""
+        sampling = order.sampling
+        if self.shows_special:
+            sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
+        return replace(order, grammar=self.grammar, sampling=sampling)
+
+    def reader(self) -> AnswerReader:
+        """A reader for one answer."""
+        return self.form.reader(
+            self.prompt,
+            tool_names=self.use.names,
+            is_parallel=self.use.is_parallel,
+            separates_reasoning=self.separates_reasoning,
+            streams_reasoning=self.streams_reasoning,
+        )
+
+
+def reading_of(
+    options: ServerOptions,
+    tokenizer: Tokenizer,
+    use: ToolUse,
+    prompt: str,
+    *,
+    asked: Grammar | None = None,
+    skips_special: bool | None = None,
+    separates_reasoning: bool = True,
+    streams_reasoning: bool = True,
+) -> AnswerReading:
+    """How the answer to a prompt is bound and read. asked: a grammar of the client's own; skips_special: its word.
+
+    Raises InvalidRequest for what cannot be asked of this model, or not together.
+    """
+    form = answer_format(options, tokenizer, use)
+    grammar, form = bound_answer(use, form, tokenizer, prompt, asked)
+    return AnswerReading(
+        prompt=prompt,
+        use=use,
+        form=form,
+        grammar=grammar,
+        shows_special=skips_special is None and any(is_special(tokenizer, each) for each in form.markers(use.names)),
+        separates_reasoning=separates_reasoning,
+        streams_reasoning=streams_reasoning,
+    )
+
+
+def answer_format(options: ServerOptions, tokenizer: Tokenizer, use: ToolUse) -> AnswerFormat:
+    """How the answer to a request will be written. Raises InvalidRequest for tools whose calls nobody would read."""
+    template = tokenizer.template_for(use.tools)
+    tools = options.tool_format
+    if tools == "auto":
+        tools = tool_format(template.source, knows_tools=template.knows_tools)
+    if use.tools and tools == "none":
+        raise InvalidRequest(
+            "tools: this server does not read the calls that the model would write (--tool-format)", param="tools"
+        )
+    reasoning = options.reasoning_format
+    return AnswerFormat(tools, reasoning_format(template.source) if reasoning == "auto" else reasoning)
+
+
+def bound_answer(
+    use: ToolUse, form: AnswerFormat, tokenizer: Tokenizer, prompt: str, asked: Grammar | None = None
+) -> tuple[Grammar | None, AnswerFormat]:
+    """What the answer must be, and how it is then read. asked: the grammar of a request that demands no call.
+
+    A model that reasons does so before it answers in JSON; other grammars bind all that it says, which is then all
+    answer. Raises InvalidRequest where a call is demanded beside another grammar, or in a format that has none.
+    """
+    special = frozenset(marker for marker in form.markers(use.names) if is_special(tokenizer, marker))
+    if not use.must_call:
+        if asked is None or form.reasoning == "none":
+            return asked, form
+        if asked.kind in ("json_schema", "json_object"):
+            return msgspec.structs.replace(asked, lead=reasoning_lead(form, prompt, special)), form
+        return asked, replace(form, reasoning="none")
+    if asked is not None:
+        raise InvalidRequest(f"tool_choice: a call is demanded, and {asked.field} as well", param="tool_choice")
+    if form.tools not in WITH_GRAMMAR:
+        raise InvalidRequest(
+            f"tool_choice: a call cannot be demanded of a model that writes calls as {form.tools}", param="tool_choice"
+        )
+    tools = [tool for tool in use.tools if use.only in (None, tool["function"]["name"])]
+    is_parallel = use.is_parallel and use.only is None
+    source = call_grammar(form, tools, prompt, is_parallel=is_parallel, special=special)
+    return Grammar("lark", source, "tools"), form
+
+
+def is_special(tokenizer: Tokenizer, marker: str) -> bool:
+    """Whether a marker is one token that counts as no text."""
+    token = tokenizer.backend.token_to_id(marker)
+    return token is not None and token in tokenizer.vocabulary.special_ids
+
+
+def parsed_arguments(arguments: str) -> dict[str, Any]:
+    """The object of a complete call's arguments."""
+    parsed = json.loads(arguments)
+    assert isinstance(parsed, dict), "a complete call has an object of arguments"
+    return parsed
