@@ -1,4 +1,4 @@
-"""Compile the C++ kernels of the CPU into build/native, once for each set of instructions (docs/adr/0010).
+"""Compile the C++ kernels of the CPU into build/native, once for each set of instructions (docs/adr/0011).
 
 Does nothing if what lies there is of these very sources. Without g++ it says so and ends with status 0, because the
 engine runs without them.
