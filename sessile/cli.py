@@ -363,6 +363,7 @@ COMMANDS = {
     "bench grammar": bench("grammar", "measure masks of tokens and the compiling of grammars"),
     "bench speculate": bench("speculate", "measure what speculation gains and costs on a model, text by text"),
     "bench quality": bench("quality", "measure how far low precision is from float32, on text of people"),
+    "bench profile": bench("profile", "measure where a step on the CPU goes, by the C++ kernels"),
     "bench cpu": bench("cpu", "measure decoding and prompts on the CPU, beside other engines if they are there"),
     "bench sessions": bench("sessions", "measure the latency of turns over HTTP, with sessions and by resending"),
     "bench agents": bench("agents", "measure agents with more KV than the pool holds, in sessions and by resending"),

@@ -207,6 +207,7 @@ _BENCHES = {
     "drafts": ("DraftBenchOptions", "measure_drafts"),
     "grammar": ("GrammarBenchOptions", "measure_grammars"),
     "speculate": ("SpeculateBenchOptions", "measure_speculation"),
+    "profile": ("ProfileBenchOptions", "measure_profile"),
     "quality": ("QualityBenchOptions", "measure_quality"),
     "cpu": ("CpuBenchOptions", "measure_cpu"),
     "agents": ("AgentBenchOptions", "measure_agents"),
