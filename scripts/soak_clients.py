@@ -43,7 +43,7 @@ WRONG_SAMPLING: tuple[str, ...] = (
     '"temperature": NaN', '"temperature": Infinity', '"temperature": -1', '"temperature": "1"', '"top_p": 0',
     '"top_p": NaN', '"top_k": 1.5', '"min_p": 7', '"max_new_tokens": -1', '"max_new_tokens": 1e30', '"seed": -1.5',
     '"stop": 3', '"stop": [""]', '"stop_token_ids": [260]', '"logit_bias": {"x": 1}', '"logit_bias": {"1": NaN}',
-    '"min_new_tokens": 129', '"repetition_penalty": 0', '"regex": "a"', '"n": 2', '"unheard_of": 1',
+    '"min_new_tokens": 129', '"repetition_penalty": 0', '"regex": "("', '"n": 0', '"unheard_of": 1',
 )  # fmt: skip
 WRONG_OPENS: tuple[Json, ...] = (
     {"id": "a/b"}, {"id": "x" * 10_000}, {"id": ""}, {"idle_timeout_s": -1}, {"idle_timeout_s": 0}, {"max_tokens": 0},

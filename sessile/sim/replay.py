@@ -25,6 +25,8 @@ CHUNK_TOKENS = 64
 """Tokens between two numbers of a prompt, as the log has them."""
 TURN_S = 0.01
 """What a turn of the loop stands for."""
+SLACK_TURNS = 8
+"""From a request's coming to its first token, about."""
 PAUSE_TURNS_MAX = 50
 """Longer pauses are cut to this: nothing happens in them."""
 Line = Mapping[str, Any]
@@ -105,9 +107,15 @@ def script_of(lines: Iterable[Line]) -> dict[int, list[wire.ToEngine]]:
     ends = {line["key"]: line for line in lines if line["kind"] == "done"}
     script: dict[int, list[wire.ToEngine]] = {}
     turn, before_s = 1, 0.0
+    sent: dict[int, int] = {}
     for op, line in enumerate(lines, 1):
         turn += min(PAUSE_TURNS_MAX, max(0, round((line["at_s"] - before_s) / TURN_S)))
         before_s = line["at_s"]
+        if line["kind"] == "submit":
+            sent[line["key"]] = turn
+        elif line["kind"] == "done" and line["status"] == 200:
+            # However fast the real steps were: who waited for this answer does not come before it.
+            turn = max(turn, sent.get(line["key"], 0) + SLACK_TURNS + 2 * line["completion_tokens"])
         for message in _messages_of(line, op, ends):
             script.setdefault(turn, []).append(message)
     return script

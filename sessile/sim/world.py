@@ -211,7 +211,7 @@ def quiet_temper(tick_ns_max: int) -> Temper:
             "submit_rate", "session_share", "shared_prompts", "cancel_rate", "close_rate", "cancel_all_rate",
             "flush_rate", "fork_rate", "branch_share", "reserve_rate", "replay_rate", "echo_rate", "nonsense_rate",
             "look_rate", "chatty", "delay_rate", "late_rate", "faulty_rate", "draft_rate", "pace_rate", "logprob_rate",
-            "sampling_variety",
+            "sampling_variety", "grammar_rate", "group_rate",
         ),
         0.0,
     )  # fmt: skip

@@ -101,13 +101,15 @@ def test_sigterm_ends_server_and_engine_with_status_0(server: Server) -> None:
     assert not is_running(server.engine_pid)
 
 
-def test_a_killed_engine_is_told_to_the_client_and_ends_the_server(server: Server) -> None:
+def test_a_killed_engine_is_told_to_the_client_and_replaced(server: Server) -> None:
     killer = threading.Timer(0.3, os.kill, (server.engine_pid, signal.SIGKILL))
     killer.start()
     response = server.generate(max_new_tokens=50_000)
     assert response.status_code == 503
     assert "killed by signal 9" in response.json()["error"]["message"]
-    assert server.process.wait(WAIT_S) == 1
+    await_(lambda: is_healthy(server.url))
+    assert children_of(server.process.pid) != [server.engine_pid]
+    assert server.generate(max_new_tokens=1).status_code == 200
 
 
 def test_a_killed_server_takes_its_engine_along(server: Server) -> None:
