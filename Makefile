@@ -31,8 +31,9 @@ serve: $(RUNTIME) ## serve the embedded model over HTTP on 127.0.0.1:30000
 doctor: $(RUNTIME) ## say what this machine has and what is wrong with it
 	@$(PYTHON_VENV) -m sessile doctor $(ARGS)
 
-compile: $(DEVELOPMENT) ## compile the scheduler, which runs without it too, for shorter steps
+compile: $(DEVELOPMENT) ## compile the scheduler and the kernels of the CPU; both are optional, and faster
 	@PYTHONPATH=. $(PYTHON_VENV) scripts/compile_core.py
+	@PYTHONPATH=. $(PYTHON_VENV) scripts/compile_native.py
 
 bench: compile ## measure the scheduler: host time of a step, and of a turn on a long history
 	@$(PYTHON_VENV) -m sessile bench step $(ARGS)

@@ -76,6 +76,7 @@ def examine(config: Config) -> list[Finding]:
         ("accelerator", examine_accelerator),
         ("numba", examine_numba),
         ("processor", examine_processor),
+        ("kernels", examine_kernels),
         ("core", examine_core),
         ("model", lambda: examine_model(config)),
         ("tokenizer", lambda: examine_tokenizer(config)),
@@ -169,6 +170,14 @@ def examine_processor() -> Finding:
     if flags and not fast:
         return Finding("processor", Level.WARNING, f"{found}: no AVX2", "Use a newer machine: this one is slow.")
     return Finding("processor", Level.OK, found)
+
+
+def examine_kernels() -> Finding:
+    """Whether the C++ kernels of the CPU are built and fit; numba's serve without them, slower."""
+    from sessile.kernels.native import available_native
+
+    build = available_native()
+    return Finding("kernels", Level.OK if build.usable else Level.WARNING, build.found, build.remedy)
 
 
 def examine_core() -> Finding:

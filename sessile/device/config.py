@@ -20,6 +20,12 @@ class DeviceOptions:
         "most a full context for every row, and on a CPU a quarter of what is free but no more than 8G, on a GPU nine "
         "tenths of what the weights leave, less 2G to compute in.",
     )
+    cpu_kernels: str = option(
+        "auto",
+        "What computes on the CPU. native: the C++ kernels of `make compile`. numba: kernels compiled at the first "
+        "start. auto: native where they are built and suit the model.",
+        choices=("auto", "native", "numba"),
+    )
     threads: int | None = option(
         None, "Threads that compute; default: the cores this process may use.", unit="threads", low=1, high=1024
     )

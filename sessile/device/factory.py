@@ -16,9 +16,11 @@ from sessile.device.worker import DeviceFacts, StepRunner, Worker
 from sessile.errors import StartupError
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name, prepare_attention
 from sessile.kernels.linear import cpu_multiplies_bfloat16
+from sessile.kernels.native import NativeKernels, available_native, native_kernels
 from sessile.kernels.sampling import prepare_sampling
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
+from sessile.model.native_cpu import suits_native
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
 
@@ -63,7 +65,7 @@ def open_device(
     torch.set_num_threads(threads)
     config = read_config(resolve_model_path(model_options.model))
     context = config.serving_context_tokens(context_tokens)
-    form = WeightFormat(choose_dtype(model_options.dtype), torch.device("cpu"), model_options.quantize)
+    form = choose_format(model_options, choose_native(device_options.cpu_kernels, config))
     _check_memory(config, form)
     _pool_pages(config, form, device_options, page_size, context, rows_max)  # Refused before the weights are read.
     loaded = load_model(model_options, form, progress)
@@ -73,7 +75,8 @@ def open_device(
     row_pages = ceil_div(context + drafts_max + 1, page_size)
     runner = StepRunner(loaded.decoder, pool, rows_max, row_pages)
     progress("compiling kernels", 0.0)
-    prepare_attention(form.dtype)
+    if form.native is None:
+        prepare_attention(form.dtype)
     prepare_sampling()
     warm_up(runner, page_size)
     progress("compiling kernels", 1.0)
@@ -84,7 +87,7 @@ def open_device(
         dtype=str(form.dtype).removeprefix("torch."),
         quantize=form.quantize,
         device="cpu",
-        attention=attention_name(),
+        attention=attention_name() if form.native is None else f"native ({form.native.level})",
         threads=threads,
         vocab_size=config.vocab_size,
         context_tokens=context,
@@ -124,6 +127,28 @@ def choose_dtype(dtype: str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def choose_native(cpu_kernels: str, config: ModelConfig) -> NativeKernels | None:
+    """The C++ kernels that `--cpu-kernels` means for this model. Raises StartupError if they are demanded in vain."""
+    if cpu_kernels == "numba":
+        return None
+    build = available_native()
+    if cpu_kernels == "native" and not build.usable:
+        raise StartupError(f"--cpu-kernels native: {build.found}. {build.remedy}")
+    if not suits_native(config):
+        if cpu_kernels == "native":
+            raise StartupError("--cpu-kernels native: this model's widths are no multiples of 32. Use numba.")
+        return None
+    return native_kernels() if build.usable else None
+
+
+def choose_format(options: ModelOptions, native: NativeKernels | None) -> WeightFormat:
+    """How weights are kept: for "auto" as the file has them, where the C++ kernels compute with them so."""
+    quantize = options.quantize
+    if quantize == "auto":
+        quantize = "none" if native is None else "stored"
+    return WeightFormat(choose_dtype(options.dtype), torch.device("cpu"), quantize, native)
 
 
 def warm_up(runner: StepRunner, page_size: int) -> None:

@@ -108,7 +108,7 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
 
 
 def _check_model(config: ModelConfig, options: ModelOptions) -> None:
-    if options.quantize != "none":
+    if options.quantize not in ("auto", "none"):
         raise StartupError(f"--quantize {options.quantize} works on the CPU only in this version; leave it out.")
     if config.head_dim > _HEAD_DIM_MAX:
         raise StartupError(

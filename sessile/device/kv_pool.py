@@ -6,6 +6,7 @@ from torch import Tensor
 from sessile.contract.plan import Ints
 from sessile.device.memory import readable
 from sessile.errors import PlanError, StartupError
+from sessile.kernels.native import advise_huge_pages
 from sessile.model.config import ModelConfig
 from sessile.units import ceil_div
 
@@ -24,6 +25,9 @@ class KvPool:
         self.page_size = page_size
         self.keys: Tensor = torch.empty(shape, dtype=dtype, device=device)
         self.values: Tensor = torch.empty(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            advise_huge_pages(self.keys)
+            advise_huge_pages(self.values)
 
     @property
     def bytes(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sessile.contract.plan import StepPlan, StepResult
 from sessile.device.inputs import FlatStep, SamplePositions, check_plan, flatten_step, sample_positions
@@ -18,6 +19,7 @@ from sessile.errors import NotReady
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
 from sessile.model.fused_cpu import fuse_for_cpu, is_few_tokens, query_items
 from sessile.model.layers import Decoder, StepInputs
+from sessile.model.native_cpu import native_decoder
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,26 @@ class Ticket:
         self._done.set()
 
 
+class CpuModel:
+    """A decoder on its pool, run in the best way that its weights and this machine allow."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._native = native_decoder(decoder, cache)
+        self._fused = fuse_for_cpu(decoder, cache) if self._native is None else None
+
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: StepRows) -> Tensor:
+        """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that.
+
+        tokens, positions, slots int64[t].
+        """
+        if self._native is not None:
+            return self._native.forward(tokens, positions, slots, rows)
+        if self._fused is not None and is_few_tokens(rows):
+            return self._fused.forward(tokens, positions, slots, query_items(rows))
+        return self._decoder(StepInputs(tokens, positions, CpuAttentionStep(self._cache, rows, slots)))
+
+
 class StepRunner:
     """Applies and runs one plan at a time, on the caller's thread; the state of a device but for its thread."""
 
@@ -84,8 +106,8 @@ class StepRunner:
         self._table = PageTable(rows_max, row_pages, pool.pages, device)
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
-        self._cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
-        self._fused = fuse_for_cpu(decoder, self._cache)
+        cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
+        self._model = CpuModel(decoder, cache)
         self._row_tokens_max = row_pages * pool.page_size
 
     @property
@@ -105,7 +127,7 @@ class StepRunner:
             return _nothing_ran(plan)
         flat = flatten_step(plan, self._table.pages, self._pool.page_size, self._parameters.last_tokens)
         rows = StepRows(plan.rows, plan.starts, plan.query_counts)
-        hidden = self._forward(flat, rows)
+        hidden = self._model.forward(flat.tokens, flat.positions, flat.slots, rows)
         scores = self._score(plan, hidden)
         places = sample_positions(plan)
         if not places.flat.size:
@@ -113,12 +135,6 @@ class StepRunner:
         logits = self._decoder.logits(hidden[torch.from_numpy(places.flat).to(hidden.device)])
         sampled = self._sampler.run(plan, places, logits, flat.tokens)
         return _result(plan, flat, places, sampled, _emitted_logprobs(plan, places, logits, sampled), scores)
-
-    def _forward(self, flat: FlatStep, rows: StepRows) -> torch.Tensor:
-        """Residual stream after the last layer [t, hidden]: compiled as a whole if tokens are few, else by layers."""
-        if self._fused is not None and is_few_tokens(rows):
-            return self._fused.forward(flat.tokens, flat.positions, flat.slots, query_items(rows))
-        return self._decoder(StepInputs(flat.tokens, flat.positions, CpuAttentionStep(self._cache, rows, flat.slots)))
 
     def _score(self, plan: StepPlan, hidden: torch.Tensor) -> Logprobs:
         if not plan.score_queries.size:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sessile.kernels import reference
+from sessile.kernels import packing, reference
+from sessile.kernels.native import Linear, NativeKernels, Product, processor_flags
 
 
 class LinearWeight(Protocol):
@@ -40,15 +41,9 @@ def compiled_linear() -> ModuleType | None:
         return None
 
 
-@cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for bfloat16 products; without, torch's are several times slower."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-            flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & processor_flags())
 
 
 @cache
@@ -126,11 +121,58 @@ class Int4Weight:
         return _multiply(x, weight.to(x.dtype), bias)
 
 
-def pack_linear(weight: Tensor, dtype: torch.dtype, quantize: str) -> LinearWeight:
+class PackedWeight:
+    """Weights as the C++ kernels stream them: plain, or numbers with a scale for each 32 of a row.
+
+    Inputs are rounded to bfloat16 where the model is of that dtype and the build multiplies it; sums are float32.
+    """
+
+    def __init__(
+        self, weight: Tensor | packing.Groups, dtype: torch.dtype, kernels: NativeKernels
+    ) -> None:
+        self.shape = (weight.shape[0], weight.shape[1])
+        if isinstance(weight, packing.Groups):
+            self.kind, self.packed = weight.kind, packing.pack_groups(weight)
+        else:
+            self.kind = packing.BFLOAT16 if weight.dtype == torch.bfloat16 else packing.FLOAT32
+            self.packed = packing.pack_plain(weight)
+        self.bytes = self.packed.numel()
+        self.kernels = kernels
+        self.inputs_are_bfloat16 = dtype == torch.bfloat16 and kernels.multiplies_bfloat16
+
+    @property
+    def stored(self) -> Any:
+        raise AssertionError("packed weights are for the C++ kernels")
+
+    def place(self, bias: Tensor | None) -> Linear:
+        """By address, for the kernels; bias float32, which the caller keeps alive."""
+        assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+        rows, columns = self.shape
+        return Linear(self.kind, self.packed.data_ptr(), rows, columns, 0 if bias is None else bias.data_ptr())
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        inputs = x.float().contiguous()
+        tokens, columns = inputs.shape
+        assert columns == self.shape[1]
+        out = torch.empty(tokens, self.shape[0], dtype=torch.float32)
+        if tokens:
+            self.kernels.product(Product(
+                linear=self.place(None), tokens=tokens, inputs_are_bfloat16=self.inputs_are_bfloat16,
+                x=inputs.data_ptr(), out=out.data_ptr(),
+            ))  # fmt: skip
+        return _finish(out, bias, x.dtype)
+
+
+def pack_linear(
+    weight: Tensor, dtype: torch.dtype, quantize: str, native: NativeKernels | None = None
+) -> LinearWeight:
     """The form of weight [out, in] that `--quantize` asks for: "none", "int8" or "int4".
 
-    int4 needs rows of whole groups; where they are not, the layer is int8.
+    int4 needs rows of whole groups; where they are not, the layer is int8. With native kernels all is packed for them.
     """
+    if native is not None:
+        kind = {"int4": packing.NIBBLES, "int8": packing.BYTES}.get(quantize)
+        return PackedWeight(weight.to(dtype) if kind is None else packing.quantise(weight, kind), dtype, native)
     if quantize == "int4" and weight.shape[1] % reference.INT4_GROUP == 0:
         return Int4Weight(weight)
     if quantize in ("int4", "int8"):

@@ -50,10 +50,11 @@ class ModelOptions:
         choices=("auto", "float32", "bfloat16"),
     )
     quantize: str = option(
-        "none",
-        "Weight-only quantisation of the linear layers while loading: int8 (a scale a row) or int4 (a scale and zero "
-        "for 32 weights). Less memory and faster decoding for a little quality.",
-        choices=("none", "int8", "int4"),
+        "auto",
+        "How the linear layers' weights are kept. auto: as the file has them, where the C++ kernels compute with its "
+        "format (Q4_0, Q4_1, Q5_0, Q8_0 of GGUF), else in --dtype. none: in --dtype. int8, int4: rounded while "
+        "loading, for less memory and faster decoding at a little loss of quality.",
+        choices=("auto", "none", "int8", "int4"),
     )
 
 

@@ -4,12 +4,14 @@ Each function takes uint8[blocks, bytes a block] and returns float32[blocks, wei
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sessile.errors import StartupError
 from sessile.gguf import GgufTensor
+from sessile.kernels.packing import BYTES, NIBBLES
 
 Blocks = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -32,6 +34,36 @@ def dequantize(tensor: GgufTensor) -> Floats:
         )
     block_bytes, unpack = _BLOCKS[tensor.type]
     return unpack(tensor.raw.reshape(-1, block_bytes)).reshape(tensor.shape)
+
+
+Halves = npt.NDArray[np.float16]
+
+
+def stored_groups(tensor: GgufTensor) -> tuple[int, npt.NDArray[Any], Halves, Halves | None] | None:
+    """Kind, numbers [rows, groups, 32], scales and minima [rows, groups] as they are stored, for `packing.Groups`.
+
+    None for a format that is no number × scale (+ minimum) of 32 weights each. Exact: nothing is rounded.
+    """
+    if tensor.type not in _GROUPED or len(tensor.shape) != 2:
+        return None
+    rows = tensor.shape[0]
+    blocks = tensor.raw.reshape(-1, _BLOCKS[tensor.type][0])
+    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").reshape(rows, -1)
+    if tensor.type == "Q8_0":
+        return BYTES, np.ascontiguousarray(blocks[:, 2:]).view(np.int8).reshape(rows, -1, 32), scales, None
+    if tensor.type == "Q5_0":
+        fives = (_nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)).view(np.int8) - np.int8(16)
+        return BYTES, fives.reshape(rows, -1, 32), scales, None
+    if tensor.type == "Q4_1":
+        minima = np.ascontiguousarray(blocks[:, 2:4]).view("<f2").reshape(rows, -1)
+        return NIBBLES, _nibbles(blocks[:, 4:]).reshape(rows, -1, 32), scales, minima
+    minima = scales * np.float16(-8)
+    if not np.isfinite(minima).all():
+        return None
+    return NIBBLES, _nibbles(blocks[:, 2:]).reshape(rows, -1, 32), scales, minima
+
+
+_GROUPED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
 
 
 def _half(blocks: Blocks, start: int) -> Floats:

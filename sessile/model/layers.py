@@ -3,17 +3,29 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sessile.kernels.attention import AttentionStep
-from sessile.kernels.linear import LinearWeight, pack_linear
+from sessile.kernels.linear import LinearWeight, PackedWeight, pack_linear
+from sessile.kernels.native import NativeKernels
+from sessile.kernels.packing import Groups, stack_groups
 from sessile.model.config import ModelConfig
 
-ReadTensor = Callable[[str, tuple[int, ...]], Tensor]
-"""Read a tensor of the checkpoint by name; raises StartupError if it is missing or of another shape."""
+
+class Checkpoint(Protocol):
+    """Tensors by their Hugging Face name."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor on the CPU in a float dtype. Raises StartupError if it is missing, damaged or of another shape."""
+        ...
+
+    def groups(self, name: str, shape: tuple[int, ...]) -> Groups | None:
+        """A weight as it is stored, None if that is not in groups that the kernels know. Raises as `read` does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,11 +43,16 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are kept: dtype of everything that is not quantised, device, and "none", "int8" or "int4"."""
+    """How weights are kept: dtype of everything that is not quantised, device, and "none", "int8", "int4" or "stored".
+
+    native: the C++ kernels that weights are packed for, if any. "stored" keeps the checkpoint's own numbers and scales,
+    where it has such; it needs native kernels.
+    """
 
     dtype: torch.dtype
     device: torch.device
     quantize: str = "none"
+    native: NativeKernels | None = None
 
 
 class Linear(nn.Module):
@@ -50,14 +67,14 @@ class Linear(nn.Module):
         self.weight: LinearWeight
         self.bias: Tensor | None = None
 
-    def load(self, read: ReadTensor, prefix: str, form: WeightFormat) -> int:
+    def load(self, checkpoint: Checkpoint, prefix: str, form: WeightFormat) -> int:
         """Fill from the tensors `prefix` + part; return the bytes held."""
         shapes = list(zip(self.parts, self.out_sizes, strict=True))
-        rows = [read(f"{prefix}{part}.weight", (size, self.in_size)) for part, size in shapes]
-        self.weight = pack_linear(_stack(rows).to(form.device), form.dtype, form.quantize)
+        names = [(f"{prefix}{part}.weight", (size, self.in_size)) for part, size in shapes]
+        self.weight = load_linear(checkpoint, names, form)
         held = self.weight.bytes
         if self.has_bias:
-            biases = [read(f"{prefix}{part}.bias", (size,)) for part, size in shapes]
+            biases = [checkpoint.read(f"{prefix}{part}.bias", (size,)) for part, size in shapes]
             self.bias = _stack(biases).to(form.device, form.dtype)
             held += self.bias.numel() * self.bias.element_size()
         return held
@@ -76,9 +93,9 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
         self.weight: Tensor
 
-    def load(self, read: ReadTensor, prefix: str, form: WeightFormat) -> int:
+    def load(self, checkpoint: Checkpoint, prefix: str, form: WeightFormat) -> int:
         """Fill from the tensor `prefix` + name; return the bytes held."""
-        self.weight = read(f"{prefix}{self.name}.weight", self.shape).to(form.device, form.dtype)
+        self.weight = checkpoint.read(f"{prefix}{self.name}.weight", self.shape).to(form.device, form.dtype)
         return self.weight.numel() * self.weight.element_size()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,28 +196,33 @@ class Decoder(nn.Module, ABC):
     def block(self, config: ModelConfig, layer: int) -> Block:
         """One layer of this family."""
 
-    def load(self, read: ReadTensor, form: WeightFormat, progress: Callable[[float], None]) -> int:
+    def load(self, checkpoint: Checkpoint, form: WeightFormat, progress: Callable[[float], None]) -> int:
         """Fill every weight from a checkpoint, in file order; return the bytes held. progress gets 0 … 1."""
         shape = (self.config.vocab_size, self.config.hidden_size)
-        self.embedding = read("model.embed_tokens.weight", shape).to(form.device, form.dtype)
-        held = self._load_head(read, form)
+        self.embedding = checkpoint.read("model.embed_tokens.weight", shape).to(form.device, form.dtype)
+        held = self._load_head(checkpoint, form)
         for index, layer in enumerate(self.layers):
             progress(index / len(self.layers))
             prefix = f"model.layers.{index}."
             for name, part in layer.named_modules():
                 if isinstance(part, (Linear, RMSNorm)):
-                    held += part.load(read, prefix + name[: name.rfind(".") + 1], form)
-        held += self.norm.load(read, "model.", form)
+                    held += part.load(checkpoint, prefix + name[: name.rfind(".") + 1], form)
+        held += self.norm.load(checkpoint, "model.", form)
         progress(1.0)
         return held
 
-    def _load_head(self, read: ReadTensor, form: WeightFormat) -> int:
-        """Load the head; a tied one that stays plain is the embedding itself."""
+    def _load_head(self, checkpoint: Checkpoint, form: WeightFormat) -> int:
+        """Load the head; a tied one that stays plain is the embedding itself, unless it is packed."""
         embedding_bytes = self.embedding.numel() * self.embedding.element_size()
         if not self.config.tied_embeddings:
-            return embedding_bytes + self.head.load(read, "", form)
-        self.head.weight = pack_linear(self.embedding, form.dtype, form.quantize)
-        return embedding_bytes + (self.head.weight.bytes if form.quantize != "none" else 0)
+            return embedding_bytes + self.head.load(checkpoint, "", form)
+        if form.quantize == "stored":
+            shape = (self.config.vocab_size, self.config.hidden_size)
+            self.head.weight = load_linear(checkpoint, [("model.embed_tokens.weight", shape)], form)
+        else:
+            self.head.weight = pack_linear(self.embedding, form.dtype, form.quantize, form.native)
+        is_embedding = form.quantize == "none" and form.native is None
+        return embedding_bytes + (0 if is_embedding else self.head.weight.bytes)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Residual stream after the last layer, [t, hidden]; K and V of all t tokens are in the pool then."""
@@ -212,7 +234,21 @@ class Decoder(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Raw logits float32[m, vocab] of residual streams [m, hidden], in the model's dtype or in float32."""
+        if isinstance(self.head.weight, PackedWeight):  # which rounds its inputs itself, once
+            normed = functional.rms_norm(hidden.float(), self.norm.shape, self.norm.weight.float(), self.norm.epsilon)
+            return self.head(normed)
         return self.head(self.norm(hidden.to(self.norm.weight.dtype))).float()
+
+
+def load_linear(checkpoint: Checkpoint, parts: list[tuple[str, tuple[int, int]]], form: WeightFormat) -> LinearWeight:
+    """One linear layer from the names and shapes of the checkpoint's tensors, whose rows are stacked."""
+    if form.quantize == "stored" and form.native is not None:
+        groups = [checkpoint.groups(name, shape) for name, shape in parts]
+        whole = stack_groups([part for part in groups if part is not None])
+        if whole is not None and all(part is not None for part in groups):
+            return PackedWeight(whole, form.dtype, form.native)
+    rows = [checkpoint.read(name, shape) for name, shape in parts]
+    return pack_linear(_stack(rows).to(form.device), form.dtype, form.quantize, form.native)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sessile.errors import StartupError
-from sessile.gguf import GgufFile
+from sessile.gguf import GgufFile, GgufTensor
+from sessile.kernels.packing import Groups
 from sessile.model.config import ModelConfig, ModelOptions, config_from_folder, config_from_gguf, resolve_model_path
-from sessile.model.dequantize import dequantize
-from sessile.model.layers import Decoder, WeightFormat
+from sessile.model.dequantize import dequantize, stored_groups
+from sessile.model.layers import Checkpoint, Decoder, WeightFormat
 from sessile.model.llama import Llama
 from sessile.model.mistral import Mistral
 from sessile.model.qwen2 import Qwen2
@@ -27,14 +28,6 @@ FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2
 
 _DUMMY_DEVIATION = 0.02
 _FILE_NAME_BYTES_MAX = 255
-
-
-class Checkpoint(Protocol):
-    """Tensors by their Hugging Face name."""
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor on the CPU in a float dtype. Raises StartupError if it is missing, damaged or of another shape."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ def load_model(options: ModelOptions, form: WeightFormat, progress: Callable[[st
     if options.load_format == "dummy":
         checkpoint = DummyCheckpoint(form.device)
     decoder = FAMILIES[config.architecture](config).eval()
-    held = decoder.load(checkpoint.read, form, lambda done: progress("loading weights", done))
+    held = decoder.load(checkpoint, form, lambda done: progress("loading weights", done))
     return LoadedModel(decoder, path, held)
 
 
@@ -99,6 +92,9 @@ class SafetensorsCheckpoint:
             raise StartupError(f"{self._folder}: tensor {name!r} is {tensor.dtype}; only float weights are supported.")
         return tensor
 
+    def groups(self, name: str, shape: tuple[int, ...]) -> None:
+        """None: such files hold plain weights."""
+
     def _index(self) -> dict[str, str]:
         """Which file holds which tensor."""
         index = self._folder / "model.safetensors.index.json"
@@ -130,20 +126,39 @@ class GgufCheckpoint:
         self._config = config
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        weights = self._in_our_order(name, dequantize(self._find(name, shape)))
+        # A view of the mapping is read-only, which torch cannot express: norms and biases are copied.
+        return torch.from_numpy(weights if weights.flags.writeable else weights.copy())
+
+    def groups(self, name: str, shape: tuple[int, ...]) -> Groups | None:
+        stored = stored_groups(self._find(name, shape))
+        if stored is None:
+            return None
+        kind, *parts = stored
+        numbers, scales, minima = (
+            None if part is None else torch.from_numpy(self._in_our_order(name, part)) for part in parts
+        )
+        return Groups(kind, numbers, scales, minima)
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
         place = _gguf_name(name)
         tensor = self._file.tensors.get(place)
         if tensor is None:
             raise StartupError(f"{self._file.path} lacks the tensor {place!r}. Download it again.")
         _check_shape(place, tensor.shape, shape, self._file.path)
-        weights = dequantize(tensor)
-        # llama.cpp rotates neighbouring dimensions where we pair the halves; its converter reorders the rows of the
-        # llama architecture so (`LlamaModel.permute` in convert_hf_to_gguf.py). The others keep the order.
-        if self._config.architecture == "llama" and ".attn_q." in place:
-            weights = _pair_halves(weights, self._config.heads)
-        if self._config.architecture == "llama" and ".attn_k." in place:
-            weights = _pair_halves(weights, self._config.kv_heads)
-        # A view of the mapping is read-only, which torch cannot express: norms and biases are copied.
-        return torch.from_numpy(weights if weights.flags.writeable else weights.copy())
+        return tensor
+
+    def _in_our_order(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a tensor as our rotation expects them.
+
+        llama.cpp rotates neighbouring dimensions where we pair the halves; its converter reorders the rows of the
+        llama architecture so (`LlamaModel.permute` in convert_hf_to_gguf.py). The others keep the order.
+        """
+        if self._config.architecture == "llama" and ".q_proj." in name:
+            return _pair_halves(rows, self._config.heads)
+        if self._config.architecture == "llama" and ".k_proj." in name:
+            return _pair_halves(rows, self._config.kv_heads)
+        return rows
 
 
 class DummyCheckpoint:
@@ -151,6 +166,9 @@ class DummyCheckpoint:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+
+    def groups(self, name: str, shape: tuple[int, ...]) -> None:
+        """None: the weights are plain."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):

@@ -197,9 +197,14 @@ def test_h49_in_bfloat16_outputs_part_only_where_two_tokens_are_nearer_than_the_
         drafter = ChanceDrafter(plain.told, facts.vocab_size, 7)
         drafted = Clients(device, facts, chunk_tokens=512, drafter=drafter, drafts_max=7)
         drafted.run(submits)
+        kernels = device.facts.attention
     moved, margins = kernel_difference(plain.told, drafted.told)
     assert sum(drafter.verdicts.values()) > 100 and drafted.told.steps < plain.told.steps
-    assert moved > 0
+    if kernels.startswith("native") and quantize == "none":
+        # Sums in these kernels do not depend on who is beside a token, so that nothing moves at all.
+        assert moved == 0 and drafted.told.output == plain.told.output
+    else:
+        assert moved > 0
     assert all(margin <= moved for margin in margins), (margins, moved)
 
 

@@ -20,13 +20,15 @@ CONFIG: dict[str, Any] = {
 
 
 @contextmanager
-def small_device(folder: Path, *, rows_max: int = 8, page_size: int = 4, **model: Any) -> Iterator[Worker]:
+def small_device(
+    folder: Path, *, rows_max: int = 8, page_size: int = 4, kernels: str = "auto", **model: Any
+) -> Iterator[Worker]:
     """Open a device on dummy weights, and close it."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     options = ModelOptions(**{"model": str(folder), "load_format": "dummy", "dtype": "float32", **model})
     device = open_device(
-        options, DeviceOptions(kv_memory="2M", threads=1), page_size=page_size, context_tokens=256, rows_max=rows_max,
-        drafts_max=8, progress=lambda stage, done: None,
+        options, DeviceOptions(kv_memory="2M", threads=1, cpu_kernels=kernels), page_size=page_size,
+        context_tokens=256, rows_max=rows_max, drafts_max=8, progress=lambda stage, done: None,
     )  # fmt: skip
     try:
         yield device

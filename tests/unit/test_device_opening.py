@@ -45,6 +45,16 @@ def test_every_format_stays_near_the_full_one(tmp_path: Path, dtype: str, quanti
     assert error.max() < (0.05 if quantize == "none" else 0.3)
 
 
+def test_kernels_that_are_demanded_but_do_not_suit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="--cpu-kernels native: .*"), small_device(tmp_path, kernels="native"):
+        pass  # widths of 48 are no multiples of 32
+
+
+def test_by_default_what_does_not_suit_runs_on_numbas_kernels(tmp_path: Path) -> None:
+    with small_device(tmp_path) as device:
+        assert device.facts.attention == "numba"
+
+
 def test_logits_that_are_not_finite_mark_only_their_row(tmp_path: Path) -> None:
     with small_device(tmp_path) as device:
         sound = Run(PROMPT, 4)

@@ -1,0 +1,223 @@
+"""The C++ kernels compute what their twins in torch do, in every build that this processor runs."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scripts import compile_native
+from sessile.gguf import GgufTensor
+from sessile.kernels import native, packing, reference
+from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
+from sessile.kernels.linear import PackedWeight, pack_linear
+from sessile.kernels.native import NativeKernels, native_kernels, runnable_levels
+from sessile.model.config import ModelOptions
+from sessile.model.dequantize import dequantize, stored_groups
+from sessile.model.layers import Decoder, StepInputs, WeightFormat
+from sessile.model.native_cpu import native_decoder, suits_native, work_tables
+from sessile.model.weights import load_model
+from tests.parity.tiny_models import MODELS, VOCAB, Tiny, make_tiny
+
+KINDS = ("none", "int8", "int4")
+PAGE_SIZE = 4
+# Decode rows of several lengths, one that spans several work items, rows with drafts, chunks without and with history.
+ROWS, STARTS, COUNTS = [2, 0, 3, 1, 5, 4], [0, 5, 700, 63, 0, 130], [1, 3, 2, 5, 40, 97]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Built for these tests alone: the others run as on a machine where nobody has compiled anything."""
+    folder = tmp_path_factory.mktemp("native")
+    assert compile_native.main(folder) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(native, "FOLDER", folder)
+        native_kernels.cache_clear()
+        yield
+    native_kernels.cache_clear()
+
+
+@pytest.fixture(params=[level.name for level in runnable_levels()])
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    kernels = native_kernels(request.param)
+    assert kernels is not None
+    return kernels
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def twin_of(weight: torch.Tensor, dtype: torch.dtype, kind: str) -> torch.Tensor:
+    """float32 weights that a product is to be taken with."""
+    if kind == "none":
+        return weight.to(dtype).float()
+    return packing.widen(packing.quantise(weight, packing.BYTES if kind == "int8" else packing.NIBBLES))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 6, 7, 12, 13, 40])
+def test_products_equal_torchs(kernels: NativeKernels, tokens: int, dtype: torch.dtype, kind: str) -> None:
+    for rows, columns in ((1, 32), (33, 64), (211, 160)):
+        weight, x = random(rows, columns, seed=rows) / columns**0.5, random(tokens, columns, seed=tokens)
+        packed = pack_linear(weight, dtype, kind, kernels)
+        assert isinstance(packed, PackedWeight)
+        twin = twin_of(weight, dtype, kind)
+        if packed.inputs_are_bfloat16:
+            # Sums stay float32; what many tokens round to bfloat16 is weights of about the size of 1 / √columns.
+            torch.testing.assert_close(packed(x, None), x.bfloat16().float() @ twin.T, atol=2e-2, rtol=0)
+            assert (packed(x, None) - x @ twin.T).square().mean().sqrt() < 4e-3
+        else:
+            torch.testing.assert_close(packed(x, None), x @ twin.T, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float32_a_product_is_the_same_bit_by_bit_whoever_is_beside_it(kernels: NativeKernels, kind: str) -> None:
+    packed = pack_linear(random(96, 160), torch.float32, kind, kernels)
+    x = random(50, 160, seed=1)
+    whole = packed(x, None)
+    for tokens in (1, 2, 3, 5, 8, 12, 13, 29):
+        assert torch.equal(packed(x[:tokens], None), whole[:tokens])
+
+
+def test_a_bias_is_added_and_the_dtype_of_the_input_kept(kernels: NativeKernels) -> None:
+    packed, bias = pack_linear(random(40, 64), torch.bfloat16, "none", kernels), torch.linspace(-1, 1, 40)
+    x = random(3, 64, seed=2).bfloat16()
+    product = packed(x, bias.bfloat16())
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(product.float(), packed(x.float(), None) + bias, atol=2e-2, rtol=1e-2)
+
+
+def test_weights_of_zeros_and_no_tokens_are_nothing_special(kernels: NativeKernels) -> None:
+    for kind in KINDS:
+        packed = pack_linear(torch.zeros(32, 64), torch.float32, kind, kernels)
+        assert packed(torch.ones(2, 64), None).abs().max() < 1e-4
+        assert packed(torch.ones(0, 64), None).shape == (0, 32)
+
+
+def load(folder: Path, dtype: torch.dtype, quantize: str, kernels: NativeKernels) -> Decoder:
+    form = WeightFormat(dtype, torch.device("cpu"), quantize, kernels)
+    return load_model(ModelOptions(str(folder)), form, lambda stage, done: None).decoder
+
+
+def filled_cache(decoder: Decoder, dtype: torch.dtype) -> PagedCache:
+    config = decoder.config
+    row_pages = 712 // PAGE_SIZE
+    pages = len(ROWS) * row_pages + 1
+    pool = random(2, config.layers, pages * PAGE_SIZE, config.kv_heads, config.head_dim, seed=3).to(dtype)
+    order = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(3)) + 1
+    return PagedCache(pool[0], pool[1], order.reshape(len(ROWS), row_pages).to(torch.int32), PAGE_SIZE)
+
+
+def both(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Logits and the keys left in the pool: of the one call, and of the layers one by one."""
+    rows = StepRows(*(np.array(column, np.int32) for column in (ROWS, STARTS, COUNTS)))
+    tokens = torch.randint(0, VOCAB, (sum(COUNTS),), generator=torch.Generator().manual_seed(4))
+    positions = torch.cat([torch.arange(s, s + c) for s, c in zip(STARTS, COUNTS, strict=True)])
+    results = []
+    for is_native in (True, False):
+        cache = filled_cache(decoder, dtype)
+        slots = torch.cat([
+            reference.row_slots(cache.table, row, start + count, PAGE_SIZE)[start:]
+            for row, start, count in zip(ROWS, STARTS, COUNTS, strict=True)
+        ])  # fmt: skip
+        with torch.inference_mode():
+            if is_native:
+                whole = native_decoder(decoder, cache)
+                assert whole is not None
+                hidden = whole.forward(tokens, positions, slots, rows)
+            else:
+                hidden = decoder(StepInputs(tokens, positions, CpuAttentionStep(cache, rows, slots)))
+            results.append((decoder.logits(hidden), cache.keys.float()))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_in_float32_the_one_call_equals_the_layers(tiny: Tiny, kernels: NativeKernels, quantize: str) -> None:
+    one, layers = both(load(tiny.folder, torch.float32, quantize, kernels), torch.float32)
+    torch.testing.assert_close(one[0], layers[0], atol=3e-4, rtol=1e-4)
+    torch.testing.assert_close(one[1], layers[1], atol=1e-4, rtol=1e-4)
+
+
+def test_in_bfloat16_the_one_call_stays_as_near_as_rounding_allows(tiny: Tiny, kernels: NativeKernels) -> None:
+    one, layers = both(load(tiny.folder, torch.bfloat16, "none", kernels), torch.bfloat16)
+    exact, _ = both(load(tiny.folder, torch.float32, "none", kernels), torch.float32)
+    error, layers_error = ((logits - exact[0]).square().mean().sqrt() for logits in (one[0], layers[0]))
+    assert error < 1.2 * layers_error
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
+def test_weights_of_a_gguf_file_are_kept_exactly(kind: str) -> None:
+    block_bytes = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}[kind]
+    blocks = np.random.default_rng(5).integers(0, 256, (12, 3, block_bytes), np.uint8)
+    blocks[:, :, :2] = np.random.default_rng(6).normal(0, 0.01, (12, 3, 1)).astype(np.float16).view(np.uint8)
+    if kind == "Q4_1":
+        blocks[:, :, 2:4] = np.random.default_rng(7).normal(0, 0.1, (12, 3, 1)).astype(np.float16).view(np.uint8)
+    tensor = GgufTensor("w", (12, 96), kind, blocks.reshape(-1))
+    stored = stored_groups(tensor)
+    assert stored is not None
+    number, *parts = stored
+    groups = packing.Groups(number, *(None if part is None else torch.from_numpy(part) for part in parts))
+    np.testing.assert_array_equal(packing.widen(groups).numpy(), dequantize(tensor))
+
+
+def test_formats_that_are_no_groups_of_32_are_unpacked() -> None:
+    assert stored_groups(GgufTensor("w", (1, 256), "Q6_K", np.zeros(210, np.uint8))) is None
+
+
+def test_parts_of_different_formats_are_not_stacked() -> None:
+    eight, four = (packing.quantise(random(32, 64), kind) for kind in (packing.BYTES, packing.NIBBLES))
+    assert packing.stack_groups([eight, four]) is None
+    assert packing.stack_groups([four, four]).shape == (64, 64)  # type: ignore[union-attr]
+
+
+def test_every_query_of_a_short_row_is_cut_into_items_that_cover_its_history() -> None:
+    rows = StepRows(*(np.array(column, np.int32) for column in (ROWS, STARTS, COUNTS)))
+    queries, items, chunks = work_tables(rows)
+    offsets = np.cumsum(COUNTS) - COUNTS
+    expected = [(offsets[i] + j, ROWS[i], STARTS[i] + j + 1) for i in range(4) for j in range(COUNTS[i])]
+    for index, (token, row, length) in enumerate(expected):
+        own = items[queries[index, 2] : queries[index, 2] + queries[index, 3]]
+        assert tuple(queries[index, :2]) == (token, row)
+        assert (own[:, 0] == index).all()
+        assert own[0, 1] == 0 and own[-1, 2] == length and (own[1:, 1] == own[:-1, 2]).all()
+    assert chunks.tolist() == [[11, 5, 0, 40, 0], [51, 4, 130, 97, 1]]
+
+
+def test_a_processor_gets_the_builds_whose_instructions_it_has() -> None:
+    assert [level.name for level in runnable_levels(frozenset())] == ["plain"]
+    flags = frozenset({"avx2", "fma", "f16c", "bmi2", "movbe"})
+    assert [level.name for level in runnable_levels(flags)] == ["avx2", "plain"]
+
+
+def test_builds_of_other_sources_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    assert "make compile" in native.available_native().remedy
+    (tmp_path / native.STAMP).write_text("0123")
+    build = native.available_native()
+    assert not build.usable and "other sources" in build.found
+
+
+def test_the_stamp_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.native_stamp()
+    shutil.copytree(native.SOURCES, tmp_path / "cpp")
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "cpp")
+    assert native.native_stamp() == before
+    (tmp_path / "cpp" / "linear.h").write_text("// changed")
+    assert native.native_stamp() != before
+
+
+def test_models_whose_widths_are_no_multiples_of_32_do_not_suit(tiny: Tiny) -> None:
+    config = load(tiny.folder, torch.float32, "none", native_kernels()).config  # type: ignore[arg-type]
+    assert suits_native(config)
+    object.__setattr__(config, "intermediate_size", 48)
+    assert not suits_native(config)
