@@ -24,7 +24,8 @@ UNPICKLES = {
     "np.load", "numpy.fromfile", "torch.jit", "torch.hub", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
     ".send_pyobj", ".recv_pyobj", "multiprocessing",
 }  # fmt: skip
-RUNS_PROGRAMS = {"sessile/server/engine_process.py", "sessile/commands.py"}
+RUNS_PROGRAMS = {"sessile/server/engine_process.py", "sessile/commands.py", "sessile/bench/cpu.py"}
+"""The last one runs the engines to be compared with, as whoever calls it has written them on the command line."""
 BUILDS_CORPORA = "sessile/server/corpora/builder.py"
 """Starts the builder, which is our own program as well."""
 FETCHES = {
