@@ -10,6 +10,7 @@ have no answer yet; a last line that was torn is taken off first.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
 from collections import Counter
@@ -100,7 +101,15 @@ class AnswerFile:
 
     def append(self, answer: dict[str, Any]) -> None:
         """Write one answer, as a whole line: a batch that is killed tears the last one at most."""
-        self._file.write(orjson.dumps(answer) + b"\n")
+        line = orjson.dumps(answer) + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)  # No torn line stands in the middle of the file.
+            raise StartupError(f"cannot write {self._path}: {error.strerror}. Make room, and run again.") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -210,8 +219,9 @@ async def run_batch(
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(work())
-    except* UserError as failures:
-        raise NotReady(str(failures.exceptions[0])) from failures
+    except* (UserError, StartupError) as failures:
+        first = failures.exceptions[0]
+        raise (first if isinstance(first, StartupError) else NotReady(str(first))) from failures
     return Tally(len(keys), len(done), counts["answered"], counts["refused"], counts["bad"])
 
 

@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S = 10.0
 ABORT_TIMEOUT_S = 5.0
 BUSY = "already has an active request"
 """How the native surface, whose errors have no code, says that a session's turn is in flight."""
+IN_FLIGHT = "is in flight already"
+"""The same of a request with this rid, which is ours: the server has not seen yet that we left."""
 RETRIED_STATUSES = (429, 503)
 ID_BYTES = 16
 EXAMPLE_URL = "http://127.0.0.1:30000"
@@ -137,7 +139,7 @@ def refusal(status: int, message: str, *, code: str = "", param: str | None = No
     """The exception for an error that the server told of. The native surface gives no code."""
     if not code and status == HistoryMismatch.status:
         return HistoryMismatch(message, param=param)
-    if not code and BUSY in message:
+    if not code and (BUSY in message or IN_FLIGHT in message):
         return SessionBusy(message, param=param)
     if 500 <= status and not code:
         return NotReady(message)

@@ -8,11 +8,11 @@ import numpy as np
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
 from sessile.core.drafting import begin_line
-from sessile.core.groups import page_at, shared_tokens
+from sessile.core.groups import shared_tokens
 from sessile.core.ledger import Lease
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
-from sessile.core.prefix import Match
+from sessile.core.prefix import Match, page_at
 from sessile.core.request import Phase, Request
 from sessile.core.reserving import spend
 from sessile.core.rows import Column
@@ -93,9 +93,11 @@ class Admitter:
         """Have the first page that a request owns begin as a copy of the source's: the rest of what they share."""
         books, size = self._books, self._books.limits.page_size
         assert request.lease is not None and request.pin is not None
+        assert source.lease is not None and source.pin is not None
         kv_tokens = request.prompt_tokens - 1
         assert len(request.pin.pages) == kv_tokens // size
-        books.queue_copy(page_at(source, kv_tokens // size), request.lease.pages[0], kv_tokens % size, ())
+        page = page_at(source.pin, source.lease, kv_tokens // size)
+        books.queue_copy(page, request.lease.pages[0], kv_tokens % size, ())
         books.marks[Mark.LEADER_COPIED] += 1
 
     def _match(self, request: Request) -> Match | None:
@@ -227,24 +229,25 @@ class Admitter:
     def _start(self, request: Request, match: Match | None, start: int) -> Lease:
         """Give a request its row, its lease and its pin; `_seat` sets the row's columns."""
         books, session = self._books, request.session
-        # What finds the books wrong comes first, while the request still stands in the line.
+        # What may find the books wrong comes first, while the request still stands in the line.
         if match is not None:
             pin, lease = books.tree.pin(match), books.ledger.open()
         else:
             assert session is not None
             parked = books.unpark(session)
             pin, lease = parked.pin, parked.lease.hand_over()
+        if books.drafter is not None:
+            begin_line(books.drafter, request)
+        row = books.rows.take(request)
         books.waiting.leave(request)
         books.waiting.note_admitted(request)
         request.pin, request.lease = pin, lease
         request.publishing = session is None or session.turns == 0
         request.note_admission(start)
-        if books.drafter is not None:
-            begin_line(books.drafter, request)
         pinned = len(request.pin.pages)
         request.bound_pages = ceil_div(request.goal_tokens, books.limits.page_size) - pinned
         books.bound_pages += request.bound_pages
-        request.row = books.rows.take(request)
+        request.row = row
         request.phase = Phase.RUNNING
         if request.publishing:
             books.share(request)

@@ -209,6 +209,7 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     node = _add_node(books, session, message.rid, origin.node)
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
+        books.totals.forks += 1
     _start_turn(books, message, node, tokens, goal, drafts, constraint)
 
 

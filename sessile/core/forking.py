@@ -10,13 +10,13 @@ than a page.
 from sessile.core.books import Books
 from sessile.core.cold import or_cold
 from sessile.core.marks import Mark
+from sessile.core.prefix import page_at
 from sessile.core.session import ParkedKv, Session
 
 
 def fork_session(books: Books, parent: Session, child: Session, tokens: int) -> None:
     """Give a new session the first `tokens` tokens of an idle one, 0 ≤ tokens ≤ its history, and their KV."""
     assert parent.turn is None and not len(child.history) and child.parked is None
-    books.totals.forks += 1
     child.cut_history(parent.history.fork(tokens), parent.turn_ends)
     child.tenant.held_tokens += tokens
     if parent.index is not None and child.root is None:  # A branch's is forked when it first drafts: see drafting.py.
@@ -42,7 +42,7 @@ def _share_kv(books: Books, parent: Session, child: Session, tokens: int) -> Non
         books.park(child, lease, pin, shared_tokens)
         return
     target = books.ledger.draw(lease, 1)[0]
-    books.queue_copy(page_at(parked, full), target, kv_tokens % size, (parent, child))
+    books.queue_copy(page_at(parked.pin, parked.lease, full), target, kv_tokens % size, (parent, child))
     books.park(child, lease, pin, kv_tokens)
 
 
@@ -63,19 +63,13 @@ def _cut_kv(books: Books, session: Session, kv_tokens: int) -> None:
         return
     size = books.limits.page_size
     inside_shared = kv_tokens < len(parked.pin.pages) * size and kv_tokens % size > 0
-    source = page_at(parked, kv_tokens // size)
+    source = page_at(parked.pin, parked.lease, kv_tokens // size)
     books.cut_parked(session, kv_tokens)
     if inside_shared and books.ledger.free_pages:
         # The cut gave up the shared page it fell into: a TREE page is never written (H64). Copy what is still wanted.
         _copy_behind(books, session, source, kv_tokens % size)
     elif inside_shared:
         books.marks[Mark.NOT_COPIED] += 1
-
-
-def page_at(parked: ParkedKv, index: int) -> int:
-    """The page with this index in a parked sequence, shared or own."""
-    shared = len(parked.pin.pages)
-    return parked.pin.pages[index] if index < shared else parked.lease.pages[index - shared]
 
 
 def _publish_parked(books: Books, session: Session, parked: ParkedKv, full: int) -> None:

@@ -76,10 +76,3 @@ def shared_tokens(request: Request, match: Match, page_size: int) -> int:
     if is_scored or match.pages != kv_tokens // page_size:
         return match.pages * page_size
     return kv_tokens
-
-
-def page_at(request: Request, index: int) -> int:
-    """The page with this index in a running request's sequence, shared or own."""
-    assert request.pin is not None and request.lease is not None
-    shared = len(request.pin.pages)
-    return request.pin.pages[index] if index < shared else request.lease.pages[index - shared]

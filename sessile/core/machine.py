@@ -180,6 +180,7 @@ class Machine:
             metadata=dict(parent.metadata),
         )
         fork_session(self._books, parent, child, tokens)
+        self._books.totals.forks += 1
         return views.session_view(self._books, child)
 
     def rewind(self, message: RewindSession) -> SessionView:

@@ -463,3 +463,9 @@ class PrefixTree:
         self._evictable.clear()
         for node in nodes:
             self._offer(node)
+
+
+def page_at(pin: Pin, lease: Lease, index: int) -> int:
+    """The page with this index in a sequence, shared or own."""
+    shared = len(pin.pages)
+    return pin.pages[index] if index < shared else lease.pages[index - shared]

@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 
 from sessile.contract.messages import Cancel, Done, Grammar, Submit
 from sessile.engine.clock import Clock
-from sessile.errors import InvalidRequest, LimitReached, UserError
+from sessile.errors import InvalidRequest, LimitReached, NotReady, UserError
 from sessile.grammar.compiler import GrammarCompiler
 from sessile.grammar.following import CompiledGrammars, Key, key_of
 
@@ -19,7 +19,7 @@ log = logging.getLogger("sessile.engine")
 
 THREADS = 2
 COMPILE_NS_MAX = 900_000_000
-"""A grammar that takes longer is refused; whoever sent it knows within a second."""
+"""A grammar that takes longer, once a thread has begun with it, is refused."""
 WAITING_MAX = 256
 """Most requests that wait for a grammar; one more is refused."""
 
@@ -73,11 +73,14 @@ class GrammarDesk:
         return False
 
     def cancel(self, message: Cancel) -> None:
-        """End a request that waits here, as an abort; others are none of ours."""
+        """End a request that waits here: as an abort, or refused if it was only to wait no longer."""
         for job in self._jobs.values():
             for request in [request for request in job.waiting if request.key == message.key]:
                 job.waiting.remove(request)
-                self._refused.append(Done(key=message.key, reason="abort", message=message.message))
+                if message.if_waiting:
+                    self._refuse(request, NotReady(message.message))
+                else:
+                    self._refused.append(Done(key=message.key, reason="abort", message=message.message))
 
     def cancel_all(self) -> None:
         """End all requests that wait here."""

@@ -187,7 +187,8 @@ def processor_flags() -> frozenset[str]:
 
 def native_stamp() -> str:
     """What a build depends on: sources, options and architecture."""
-    digest = hashlib.sha256(f"{platform.system()} {platform.machine()} {OPTIONS} {LEVELS[0].options}".encode())
+    levels = [(level.name, level.options) for level in LEVELS]
+    digest = hashlib.sha256(f"{platform.system()} {platform.machine()} {OPTIONS} {levels}".encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -78,10 +78,10 @@ def mapped(answer: "Future[Any]", convert: Callable[[Any], Value]) -> "Future[Va
     def settle(done: "Future[Any]") -> None:
         if not converted.set_running_or_notify_cancel():
             return
-        if error := done.exception():
-            converted.set_exception(error)
-        else:
+        try:
             converted.set_result(convert(done.result()))
+        except BaseException as error:  # Whatever it is, whoever waits for the answer gets it.
+            converted.set_exception(error)
 
     answer.add_done_callback(settle)
     return converted

@@ -173,7 +173,7 @@ _FORKS = (
     ),
     _fault(
         "wrong page copied", "H29, H64", "a fork copies the page before the one that it begins with",
-        "forking", "page_at(parked, full), target", "page_at(parked, max(0, full - 1)), target",
+        "forking", "parked.lease, full), target", "parked.lease, max(0, full - 1)), target",
     ),
     _fault(
         "fork shares its history", "H28", "parent and child append to the same history",
