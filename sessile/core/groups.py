@@ -20,9 +20,20 @@ class Groups:
 
     def __init__(self) -> None:
         self._members: dict[int, list[Request]] = {}
+        self.requests = 0
+        """Members of all groups together."""
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def size_of(self, group: int) -> tuple[int, int]:
+        """(requests, input tokens) that a group has so far; of -1, which is none, nothing."""
+        members = self._members.get(group, ())
+        return len(members), sum([member.input_tokens for member in members])
+
+    def has_begun(self, request: Request) -> bool:
+        """Whether the request, or another one of its group, was ever admitted: together they are one client's wish."""
+        return any([member.cached_tokens >= 0 for member in self._members.get(request.group, (request,))])
 
     def check(self, message: Submit, tenant: Tenant) -> None:
         """Raise InvalidRequest unless the request may be one of its group: alike in prompt and tenant, no turn."""
@@ -36,12 +47,14 @@ class Groups:
         """Count a request that came in."""
         if request.group >= 0:
             self._members.setdefault(request.group, []).append(request)
+            self.requests += 1
 
     def leave(self, request: Request) -> None:
         """Forget one that has ended."""
         if request.group >= 0:
             members = self._members[request.group]
             members.remove(request)
+            self.requests -= 1
             if not members:
                 del self._members[request.group]
 
@@ -72,7 +85,6 @@ def shared_tokens(request: Request, match: Match, page_size: int) -> int:
     Prompt positions that are to be scored have to be computed again, so then it is what the tree has.
     """
     kv_tokens = request.prompt_tokens - 1
-    is_scored = request.scores_from >= 0 and request.scored_tokens < request.prompt_tokens
-    if is_scored or match.pages != kv_tokens // page_size:
+    if request.scores_left or match.pages != kv_tokens // page_size:
         return match.pages * page_size
     return kv_tokens
