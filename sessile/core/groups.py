@@ -20,11 +20,14 @@ class Groups:
 
     def __init__(self) -> None:
         self._members: dict[int, list[Request]] = {}
-        self.requests = 0
-        """Members of all groups together."""
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @property
+    def requests(self) -> int:
+        """Members of all groups together."""
+        return sum([len(members) for members in self._members.values()])
 
     def size_of(self, group: int) -> tuple[int, int]:
         """(requests, input tokens) that a group has so far; of -1, which is none, nothing."""
@@ -47,14 +50,12 @@ class Groups:
         """Count a request that came in."""
         if request.group >= 0:
             self._members.setdefault(request.group, []).append(request)
-            self.requests += 1
 
     def leave(self, request: Request) -> None:
         """Forget one that has ended."""
         if request.group >= 0:
             members = self._members[request.group]
             members.remove(request)
-            self.requests -= 1
             if not members:
                 del self._members[request.group]
 
