@@ -160,7 +160,7 @@ def _restore_branching(books: Books, message: RestoreSession) -> Session:
     for turn in message.nodes:
         parent = None if turn.parent is None else session.nodes[turn.parent]
         assert turn.base_tokens <= (len(parent.history) if parent else 0), "a turn begins with more than its parent has"
-        node = _add_node(books, session, turn.rid, parent)
+        node = _add_node(books, session, turn.rid, parent, turn.base_tokens)
         if parent is not None:
             fork_session(books, parent, node, turn.base_tokens)
         node.history.append(turn.tokens)
@@ -206,16 +206,16 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
-    node = _add_node(books, session, message.rid, origin.node)
+    node = _add_node(books, session, message.rid, origin.node, origin.tokens)
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
         books.totals.forks += 1
     _start_turn(books, message, node, tokens, goal, drafts, constraint)
 
 
-def _add_node(books: Books, session: Session, rid: str, parent: Session | None) -> Session:
+def _add_node(books: Books, session: Session, rid: str, parent: Session | None, base_tokens: int) -> Session:
     node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
-    node.root, node.rid, node.parent = session, rid, parent
+    node.root, node.rid, node.parent, node.base_tokens = session, rid, parent, base_tokens
     session.nodes[rid] = node
     books.node_count += 1
     return node
