@@ -146,13 +146,13 @@ class Desk:
 
     def run_in_background(self, record: ResponseRecord, choice: Choice) -> None:
         """Send a response to the engine and let it run, whoever waits for it. Raises UserError if it cannot be sent."""
-        sent = contextlib.ExitStack()
-        sent.enter_context(choice.call)  # Before anybody is told its id.
+        running = contextlib.ExitStack()
+        running.enter_context(choice.call)
         record.is_known = True
 
         async def run() -> None:
             try:
-                with sent:
+                with running:
                     choice.add(await choice.call.next())
             except UserError as error:
                 record.note_failure(error)
