@@ -1,6 +1,7 @@
 """The desk: takes responses in, runs them as turns of branching sessions, and keeps what clients want kept."""
 
 import asyncio
+import contextlib
 import logging
 import uuid
 
@@ -144,12 +145,14 @@ class Desk:
         return record, choice
 
     def run_in_background(self, record: ResponseRecord, choice: Choice) -> None:
-        """Send a response to the engine and let it run, whoever waits for it."""
+        """Send a response to the engine and let it run, whoever waits for it. Raises UserError if it cannot be sent."""
+        running = contextlib.ExitStack()
+        running.enter_context(choice.call)
         record.is_known = True
 
         async def run() -> None:
             try:
-                with choice.call:
+                with running:
                     choice.add(await choice.call.next())
             except UserError as error:
                 record.note_failure(error)
