@@ -323,7 +323,7 @@ class EngineLink:
         while True:
             self._take(self._decoder.decode(await self._socket.recv()))
             taken += 1
-            if taken < self._steps_at_once and self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if taken < self._steps_at_once and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 continue
             # With frames waiting, recv() returns at once; readers must get their turn all the same.
             taken = 0
