@@ -221,6 +221,24 @@ def test_a_background_response_is_polled_and_cancelled(toy: Running, client: ope
     assert cached(after) == history_tokens(client.responses.retrieve(short.id)) - 1
 
 
+def test_a_background_response_that_cannot_be_sent_is_refused_and_leaves_nothing(
+    toy: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, place = sessions(toy), toy.service.dialogues.place
+    monkeypatch.setattr(toy.service, "draining", False)
+
+    async def place_at_the_last_moment(*given: Any, **named: Any) -> Any:
+        found = await place(*given, **named)
+        toy.service.draining = True
+        return found
+
+    monkeypatch.setattr(toy.service.dialogues, "place", place_at_the_last_moment)
+    with pytest.raises(openai.APIStatusError) as refusal:
+        client.with_options(max_retries=0).responses.create(**SETTINGS, input=HELLO, background=True)
+    assert refusal.value.status_code == 503
+    toy.wait_until(lambda: sessions(toy) == before)
+
+
 def test_h27_a_client_that_leaves_ends_its_response_and_leaves_nothing(toy: Running, client: openai.OpenAI) -> None:
     before = sessions(toy)
     toy.engine.device.step_s = 0.01
