@@ -197,9 +197,10 @@ def test_whatever_goes_wrong_before_a_turn_is_sent_gives_its_place_back(
     def broken(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("a bug")
 
-    with monkeypatch.context() as patch, pytest.raises(openai.InternalServerError):
+    with monkeypatch.context() as patch:
         patch.setattr("sessile.server.openai._choices", broken)
-        Chat(client, "p").say()
+        with pytest.raises(openai.InternalServerError):
+            Chat(client, "p").say()
     dialogue = toy.service.dialogues._dialogues["acme", "p"]
     assert (dialogue.places, dialogue.is_open) == (0, True)
 
