@@ -123,7 +123,7 @@ def test_the_command_explores_and_says_what_it_found(capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "2 clients, 3 pages of 3 tokens, 0 faults: 189 states" in printed
     assert "2 prompt clients, 3 pages of 3 tokens, 1 faults: 332 states" in printed
-    assert "2 prompt clients, 3 pages of 3 tokens, 1 faults of the first: 200 states" in printed
+    assert "2 prompt clients, 3 pages of 3 tokens, 1 faults of the first: 202 states" in printed
     assert "1 client, 3 pages of 3 tokens, 1 faults: 108 states" in printed
     assert "no violation" in printed
 
