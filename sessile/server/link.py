@@ -1,5 +1,7 @@
 """The front end's side of the link to its engine: one PAIR socket, one message a frame, one wake a request a step.
 
+Steps that wait already are taken together: whoever falls behind has less to do for each token, and catches up.
+
 The server binds an ipc:// path inside a directory that only its user may enter; the engine process connects. All
 messages are structs of sessile.contract.messages in msgpack; nothing is ever pickled.
 """
@@ -40,6 +42,9 @@ from sessile.server.request_log import RequestLog
 
 log = logging.getLogger(__name__)
 
+STEPS_AT_ONCE_MAX = 16
+"""How many steps that wait are taken before those who wait for them get their turn."""
+
 NOT_READY_YET = "the engine is still loading the model; try again in a moment"
 
 
@@ -48,8 +53,8 @@ class Arrival:
     """What came for one request since it was last looked at; done is set on the last one."""
 
     tokens: list[int] = field(default_factory=list)
-    details: list[TokenDetail] = field(default_factory=list)
-    scores: list[Scores] = field(default_factory=list)
+    details: tuple[TokenDetail, ...] = ()
+    scores: tuple[Scores, ...] = ()
     done: Done | None = None
 
 
@@ -95,10 +100,10 @@ class Stream:
         return self._whole or len(self._arrival.tokens) <= self._lag_tokens_max
 
     def put_detail(self, detail: TokenDetail) -> None:
-        self._arrival.details.append(detail)
+        self._arrival.details += (detail,)
 
     def put_scores(self, scores: Scores) -> None:
-        self._arrival.scores.append(scores)
+        self._arrival.scores += (scores,)
 
     def end(self, done: Done) -> None:
         """The one end of the request; a second one is a bug of the sender."""
@@ -337,20 +342,33 @@ class EngineLink:
                 reply.set_exception(NotReady(reason))
 
     async def _receive(self) -> None:
+        taken = 0
         while True:
-            frame = await self._socket.recv()
-            message = self._decoder.decode(frame)
-            if isinstance(message, Batch):
-                self._take_batch(message)
-            elif isinstance(message, EngineReady):
-                if self.request_log is not None:
-                    self.request_log.note_ready(message)
-                self._begin(self._bring_back(message))
-            else:
-                assert isinstance(message, EngineFailed)
-                self.fail(message.message)
-            # With frames waiting, recv() returns at once; readers must get their turn after each step all the same.
+            self._take(self._decoder.decode(await self._socket.recv()))
+            taken += 1
+            if taken < self._steps_at_once and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                continue
+            # With frames waiting, recv() returns at once; readers must get their turn all the same.
+            taken = 0
             await asyncio.sleep(0)
+
+    @property
+    def _steps_at_once(self) -> int:
+        """So few that no reader, who gets no turn between them, is taken for one that lags."""
+        if self._ready is None:
+            return 1
+        return min(STEPS_AT_ONCE_MAX, self._lag_tokens_max // (self._ready.drafts_max + 1))
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Batch):
+            self._take_batch(message)
+        elif isinstance(message, EngineReady):
+            if self.request_log is not None:
+                self.request_log.note_ready(message)
+            self._begin(self._bring_back(message))
+        else:
+            assert isinstance(message, EngineFailed)
+            self.fail(message.message)
 
     async def _bring_back(self, ready: EngineReady) -> None:
         """Give a new engine the sessions that it should have; only then it is there for everybody."""

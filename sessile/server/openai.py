@@ -1,7 +1,7 @@
 """/v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients expect them (docs/HTTP.md)."""
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
@@ -10,17 +10,18 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sessile.errors import NotFound, UserError
+from sessile.errors import NotFound
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
-from sessile.server.calls import Call, Order, Service, arrivals_of, attended
+from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text, render_messages
 from sessile.server.keys import Caller
+from sessile.server.link import Arrival
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
-from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_chunk, usage
+from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_event
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
-from sessile.server.stream import EventStream, event
+from sessile.server.stream import EventStream
 from sessile.server.tools import AnswerReading, reading_of
 from sessile.text.template import Message, check_messages
 
@@ -215,30 +216,12 @@ async def _reply(request: Request, body: OpenAIBody, choices: list[Choice], enve
     """The answer to checked choices, whole or as a stream."""
     calls = [choice.call for choice in choices]
     if body.stream:
-        return EventStream(calls, _events(choices, envelope, include_usage=body.include_usage))
+
+        def tell(index: int, arrival: Arrival) -> bytes:
+            return envelope.events(choices, choices[index], arrival, include_usage=body.include_usage)
+
+        return EventStream(calls, tell, fault=error_event)
     async with attended(request.receive, *calls):
         for choice in choices:
             choice.add(await choice.call.next())
         return JsonReply(envelope.whole(choices))
-
-
-async def _events(choices: list[Choice], envelope: Envelope, *, include_usage: bool) -> AsyncIterator[bytes]:
-    """Chunks as they come. An error before the first one is raised, a later one is an event, which ends the stream."""
-    more = {"usage": None} if include_usage else {}
-    started = False
-    async for index, arrival in arrivals_of([choice.call for choice in choices]):
-        choice = choices[index]
-        try:
-            choice.add(arrival)
-        except UserError as error:
-            if not started:
-                raise
-            yield event(error_chunk(error))
-            return
-        if choice.done is not None:
-            choice.call.tell_end()
-        for content in envelope.shape.chunks(choice):
-            started = True
-            yield event(envelope.chunk([content], **more))
-    if include_usage:
-        yield event(envelope.chunk([], usage=usage(choices)))

@@ -4,12 +4,15 @@ import time
 import uuid
 from typing import Any, Protocol
 
+import orjson
+
 from sessile.contract.messages import Done
 from sessile.errors import UserError
 from sessile.server.calls import Call
 from sessile.server.link import Arrival
-from sessile.server.output import Logprobs, Output
+from sessile.server.output import NO_LOGPROBS, Logprobs, Output
 from sessile.server.replies import engine_refusal
+from sessile.server.stream import event, one_line
 from sessile.server.tools import parsed_arguments
 from sessile.text.answer.events import (
     Answer,
@@ -72,13 +75,15 @@ class Choice:
         self.done = done
         if self._reader is None:
             return
-        for event in self._reader.push(fresh) if done is None else self._reader.finish(fresh):
-            self.answer.add(event)
-            self._untold.append(event)
+        for each in self._reader.push(fresh) if done is None else self._reader.finish(fresh):
+            self.answer.add(each)
+            self._untold.append(each)
 
     def take(self) -> tuple[str, Logprobs]:
         """Text and log-probabilities that were not taken yet."""
         text, self._unsent_text = self._unsent_text, ""
+        if self.call.order.logprobs < 0:
+            return text, NO_LOGPROBS
         fresh = self.output.generated.since(self._sent_logprobs)
         first = self._sent_logprobs == 0
         self._sent_logprobs += len(fresh.tokens)
@@ -287,15 +292,26 @@ class Envelope:
     def __init__(self, reply_id: str, model: str, shape: Shape) -> None:
         self.shape = shape
         self._common = {"id": reply_id, "created": int(time.time()), "model": model}
+        chunk = orjson.dumps({**self._common, "object": shape.chunk_object, "choices": []})
+        self._opening = b"data: " + one_line(chunk.removesuffix(b"]}"))
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply of ended choices."""
         written = [self.shape.whole(choice) for choice in choices]
         return {**self._common, "object": self.shape.whole_object, "choices": written, "usage": usage(choices)}
 
-    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One chunk of a stream."""
-        return {**self._common, "object": self.shape.chunk_object, "choices": choices, **more}
+    def events(self, choices: list[Choice], choice: Choice, arrival: Arrival, *, include_usage: bool) -> bytes:
+        """The chunks of a stream for what came for one of its choices. Raises UserError as `Choice.add` does."""
+        choice.add(arrival)
+        if choice.done is not None:
+            choice.call.tell_end()
+        closing = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        told = [
+            self._opening + one_line(orjson.dumps(content)) + closing for content in self.shape.chunks(choice)
+        ]
+        if include_usage and all(each.done is not None for each in choices):
+            told.append(b'%b],"usage":%b}\n\n' % (self._opening, orjson.dumps(usage(choices))))
+        return b"".join(told)
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
@@ -322,9 +338,11 @@ def _call(choice: Choice, index: int, name: str, arguments: str) -> dict[str, An
     return {"id": choice.call_id(index), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def error_chunk(error: UserError) -> dict[str, Any]:
+def error_event(error: UserError) -> bytes:
     """An error in the middle of a stream."""
-    return {"error": {"message": error.message, "type": "server_error", "param": error.param, "code": error.code}}
+    return event(
+        {"error": {"message": error.message, "type": "server_error", "param": error.param, "code": error.code}}
+    )
 
 
 def piece_bytes(tokenizer: Tokenizer, token: int) -> bytes:

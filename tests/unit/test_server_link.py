@@ -109,6 +109,42 @@ def test_deltas_of_one_batch_reach_their_own_requests(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+async def arrivals(link: EngineLink, peer: Peer, steps: int) -> list[list[int]]:
+    """The tokens of each arrival, of steps that have all come before anybody looked."""
+    stream = link.submit(submit(1), whole=False)
+
+    async def read() -> list[Arrival]:
+        read = [await stream.next()]
+        while read[-1].done is None:
+            read.append(await stream.next())
+        return read
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0)  # it waits
+    for step in range(steps):
+        await peer.send(batch({1: [step]}, done=[Done(key=1, reason="length")] if step == steps - 1 else []))
+    time.sleep(0.2)  # the messages arrive while nobody gets a turn
+    found = await reading
+    assert found[-1].done is not None and found[-1].done.reason == "length"
+    return [arrival.tokens for arrival in found]
+
+
+def test_steps_that_wait_are_taken_together(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        assert await arrivals(link, peer, 5) == [[0, 1, 2, 3, 4]]
+
+    run(tmp_path, scenario)
+
+
+def test_steps_that_are_taken_together_make_nobody_lag(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        read = await arrivals(link, peer, 40)
+        assert max(map(len, read)) <= 3
+        assert [token for tokens in read for token in tokens] == list(range(40))
+
+    run(tmp_path, scenario, lag_tokens_max=3)
+
+
 def test_tokens_and_end_of_one_batch_arrive_together(tmp_path: Path) -> None:
     async def scenario(link: EngineLink, peer: Peer) -> None:
         stream = link.submit(submit(1), whole=False)

@@ -1,13 +1,13 @@
 """Replies of /v1/messages: whole, and event by event."""
 
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 
 from sessile.contract.messages import Done
 from sessile.errors import UserError
+from sessile.server.link import Arrival
 from sessile.server.openai_replies import Choice, call_errors
 from sessile.server.replies import Surface, error_content
 from sessile.server.stream import one_line
@@ -33,6 +33,8 @@ class MessageReply:
         self._max_tokens = max_tokens
         self._hides_thinking = hides_thinking
         self._common = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self._blocks = _OpenBlocks(hides_thinking=hides_thinking)
+        self._has_begun = False
 
     def whole(self) -> dict[str, Any]:
         """The message of an ended call."""
@@ -58,29 +60,20 @@ class MessageReply:
                     _grow(blocks, "text", text)
         return {**self._common, "content": blocks, **self._end(done), "usage": self._usage(done)}
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The message's events as it grows. An error before the first is raised, a later one is an event, the last."""
-        started = False
-        blocks = _OpenBlocks(hides_thinking=self._hides_thinking)
-        while self._choice.done is None:
-            try:
-                self._choice.add(await self._choice.call.next())
-            except UserError as error:
-                if not started:
-                    raise
-                yield fault_event(error)
-                return
-            if not started:
-                started = True
-                yield _event({"type": "message_start", "message": self._begun()})
-            for each in self._take():
-                for content in blocks.tell(each):
-                    yield _event(content)
-        done = self._ended()
-        for content in blocks.close():
-            yield _event(content)
-        yield _event({"type": "message_delta", "delta": self._end(done), "usage": self._usage(done)})
-        yield _event({"type": "message_stop"})
+    def events(self, arrival: Arrival) -> bytes:
+        """The message's events as it grows. Raises UserError if the engine refused the request or it failed."""
+        self._choice.add(arrival)
+        told: list[dict[str, Any]] = []
+        if not self._has_begun:
+            self._has_begun = True
+            told.append({"type": "message_start", "message": self._begun()})
+        for each in self._take():
+            told += self._blocks.tell(each)
+        if (done := self._choice.done) is not None:
+            told += self._blocks.close()
+            told.append({"type": "message_delta", "delta": self._end(done), "usage": self._usage(done)})
+            told.append({"type": "message_stop"})
+        return b"".join(map(_event, told))
 
     def _take(self) -> list[Event]:
         return self._choice.take_answer()[0]

@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
         hides = body.thinking is not None and body.thinking.display == "omitted"
         reply = MessageReply(choice, service.model_name, max_tokens=body.max_tokens, hides_thinking=hides)
         if body.stream:
-            return EventStream([choice.call], reply.events(), end=b"", fault=fault_event)
+            return EventStream([choice.call], lambda _, arrival: reply.events(arrival), end=b"", fault=fault_event)
         async with attended(request.receive, choice.call):
             choice.add(await choice.call.next())
             return JsonReply(reply.whole())
