@@ -17,7 +17,7 @@ from sessile.server.calls import Call, Order, Service, arrivals_of, attended
 from sessile.server.encoding import encode_text, render_messages
 from sessile.server.keys import Caller
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
-from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_chunk, usage
+from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_chunk, usage, usage_so_far
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
 from sessile.server.stream import EventStream, event
@@ -211,16 +211,16 @@ async def _reply(request: Request, body: OpenAIBody, choices: list[Choice], enve
     """The answer to checked choices, whole or as a stream."""
     calls = [choice.call for choice in choices]
     if body.stream:
-        return EventStream(calls, _events(choices, envelope, include_usage=body.include_usage))
+        return EventStream(calls, _events(choices, envelope, body))
     async with attended(request.receive, *calls):
         for choice in choices:
             choice.add(await choice.call.next())
         return JsonReply(envelope.whole(choices))
 
 
-async def _events(choices: list[Choice], envelope: Envelope, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def _events(choices: list[Choice], envelope: Envelope, body: OpenAIBody) -> AsyncIterator[bytes]:
     """Chunks as they come. An error before the first one is raised, a later one is an event, which ends the stream."""
-    more = {"usage": None} if include_usage else {}
+    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
     started = False
     async for index, arrival in arrivals_of([choice.call for choice in choices]):
         choice = choices[index]
@@ -233,8 +233,10 @@ async def _events(choices: list[Choice], envelope: Envelope, *, include_usage: b
             return
         if choice.done is not None:
             choice.call.tell_end()
+        if body.counts_on:
+            more = {"usage": usage_so_far(choice)}
         for content in envelope.shape.chunks(choice):
             started = True
             yield event(envelope.chunk([content], **more))
-    if include_usage:
+    if body.include_usage:
         yield event(envelope.chunk([], usage=usage(choices)))

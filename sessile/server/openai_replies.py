@@ -75,21 +75,22 @@ class Choice:
             self._untold.append(event)
 
     def take(self) -> tuple[str, Logprobs]:
-        """Text and log-probabilities that were not taken yet."""
+        """Text and log-probabilities that were not taken yet; those of a token that ended the answer are among them."""
         text, self._unsent_text = self._unsent_text, ""
         fresh = self.output.generated.since(self._sent_logprobs)
         first = self._sent_logprobs == 0
         self._sent_logprobs += len(fresh.tokens)
-        if self.done is not None and isinstance(self.done.matched, int):
-            fresh = Logprobs(fresh.tokens[:-1], fresh.logprobs[:-1], fresh.tops[:-1])  # no part of the text
         if first and self._echoes:
             fresh = self.output.prompt_logprobs(self.call.order).followed_by(fresh)
         return text, fresh
 
     def take_answer(self) -> tuple[list[Event], Logprobs]:
-        """Parts of the answer and log-probabilities that were not taken yet."""
+        """Parts of the answer and log-probabilities that were not taken yet, without those of a token that ended it."""
         events, self._untold = self._untold, []
-        return events, self.take()[1]
+        fresh = self.take()[1]
+        if self.done is not None and isinstance(self.done.matched, int):
+            fresh = Logprobs(fresh.tokens[:-1], fresh.logprobs[:-1], fresh.tops[:-1])  # no part of the text
+        return events, fresh
 
     def call_id(self, index: int) -> str:
         """What a call is known by, to whoever is told of it and sends it back."""
@@ -302,6 +303,16 @@ def usage(choices: list[Choice]) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in leaders)},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
+    }
+
+
+def usage_so_far(choice: Choice) -> dict[str, Any]:
+    """Tokens of one answer that is not a session's turn, whether it has ended or not; what was cached is told last."""
+    prompt_tokens, completion_tokens = len(choice.call.order.tokens), len(choice.output.tokens)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
 
 
