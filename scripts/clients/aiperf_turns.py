@@ -2,7 +2,7 @@
 
     python scripts/clients/aiperf_turns.py http://127.0.0.1:30000 build/clients/tokenizer
 
-Turns are sent whole to chat, completions and messages, as any client would, and to /v1/responses as well.
+Every turn is sent with all that was said before, as clients without sessions do.
 """
 
 import json
@@ -15,12 +15,7 @@ from checks import MODEL, RUNS, Checks, run_tool, url_given
 
 CONVERSATIONS, TURNS, CONCURRENT = 6, 3, 3
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
-ROUTES = {"chat": ["min_tokens", "ignore_eos"], "responses": ["min_tokens", "ignore_eos"], "messages": ["ignore_eos"]}
-"""Routes, and what keeps an output from ending before its length."""
-SETTINGS = {
-    "min_tokens": f"min_tokens:{OUTPUT_TOKENS}",
-    "ignore_eos": "ignore_eos:true",
-}
+ROUTES = ("chat", "responses", "messages")
 
 
 def measure(url: str, tokenizer: str, route: str, folder: Path) -> dict[str, Any] | None:
@@ -51,7 +46,8 @@ def check_route(url: str, tokenizer: str, route: str, checks: Checks) -> None:
     asked = CONVERSATIONS * TURNS
     checks.that(figure("request_count") == asked and not measured["error_summary"], f"{route}: every turn is answered",
                 f"{figure('request_count'):.0f} of {asked}")  # fmt: skip
-    checks.that(figure("output_sequence_length") == OUTPUT_TOKENS, f"{route}: each at its length", f"{OUTPUT_TOKENS} tokens")
+    length = figure("output_sequence_length")
+    checks.that(length == OUTPUT_TOKENS, f"{route}: each at its length", f"{length:g} tokens")
     prompts, found = figure("total_usage_prompt_tokens"), figure("total_usage_prompt_cache_read_tokens")
     checks.that(found > 0, f"{route}: later turns find what earlier ones computed",
                 f"{found:.0f} of {prompts:.0f} tokens")  # fmt: skip

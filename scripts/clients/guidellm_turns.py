@@ -59,15 +59,18 @@ def check_route(url: str, tokenizer: str, route: str, checks: Checks) -> None:
         return
     answered = measured["requests"]["successful"]
     asked, errors = CONVERSATIONS * TURNS, len(measured["requests"]["errored"])
-    checks.that(len(answered) >= asked and not errors, f"{route}: every turn is answered", f"{len(answered)} of {asked}")
+    # It ends with the answer that makes the number full, and may leave out one that came together with that.
+    complete = len(answered) > asked - CONCURRENT and not errors
+    checks.that(complete, f"{route}: every turn is answered", f"{len(answered)} of {asked}, {errors} errors")
     lengths = {request["output_tokens"] for request in answered}
     checks.that(lengths == {OUTPUT_TOKENS}, f"{route}: each at its length", *lengths)
     missed = misses(answered)
     if route == "responses, history kept":
         checks.that(set(missed) == {1}, f"{route}: later turns find all but the last token", f"{len(missed)} turns")
     else:
-        checks.that(0 < len(missed) and max(missed) <= PAGE_TOKENS_MAX + OUTPUT_TOKENS,
-                    f"{route}: later turns find what earlier ones computed", f"at most {max(missed)} tokens again")  # fmt: skip
+        most = max(missed)
+        checks.that(most <= OUTPUT_TOKENS + PAGE_TOKENS_MAX, f"{route}: later turns find what earlier ones computed",
+                    f"at most {most} tokens again")  # fmt: skip
     figures = measured["metrics"]
     print(f"       {figures['output_tokens_per_second']['successful']['mean']:.1f} tokens/s, first token p50"
           f" {figures['time_to_first_token_ms']['successful']['median']:.0f} ms, between tokens p50"

@@ -15,7 +15,8 @@ from typing import Any
 
 from checks import MODEL, ROOT, RUNS, Checks, run_tool, url_given
 
-TASKS = "own_choices,own_passages,own_answers"
+METRICS = {"own_choices": ("acc", "acc_norm"), "own_passages": ("bits_per_byte",), "own_answers": ("exact_match",)}
+TASKS = ",".join(METRICS)
 DIFFERENCE_MAX = 0.02
 """In nats, of the log-likelihood of a whole passage: float32 sums that are added in another order."""
 
@@ -70,7 +71,7 @@ def main() -> int:
         checks.that(len(said) == 8 and all(said), "local-chat-completions: every question is answered", *said[:2])
     if ours is None:
         return checks.end()
-    for task, names in (("own_choices", ("acc", "acc_norm")), ("own_passages", ("bits_per_byte",)), ("own_answers", ("exact_match",))):
+    for task, names in METRICS.items():
         print(f"       {task}: " + ", ".join(f"{name} {ours[0][task][f'{name},none']:.4f}" for name in names))
     with urllib.request.urlopen(f"{url}/get_model_info") as reply:
         weights = Path(json.loads(reply.read())["model_path"])
@@ -87,7 +88,8 @@ def main() -> int:
         checks.that(largest <= DIFFERENCE_MAX, f"{task}: scored as by transformers",
                     f"{len(pairs)} scores, at most {largest:.5f} apart")  # fmt: skip
     answers = [key for key in ours[1] if key[0] == "own_answers"]
-    checks.that(all(ours[1][key] == theirs[1][key] for key in answers), "own_answers: the same text", f"{len(answers)} answers")
+    same = [key for key in answers if ours[1][key] == theirs[1][key]]
+    checks.that(same == answers, "own_answers: answered as by transformers", f"{len(same)} of {len(answers)}")
     return checks.end()
 
 

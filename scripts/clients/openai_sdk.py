@@ -6,9 +6,8 @@ import sys
 from typing import Any
 
 import openai
-from pydantic import BaseModel
-
 from checks import MODEL, Checks, url_given
+from pydantic import BaseModel
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 ASK: list[Any] = [{"role": "user", "content": "Name a river in Europe."}]
@@ -44,7 +43,8 @@ def check_models_and_errors(client: openai.OpenAI, checks: Checks) -> None:
 def check_completions(client: openai.OpenAI, checks: Checks) -> None:
     """Text behind a prompt: whole, streamed, scored, several."""
     whole = client.completions.create(**GREEDY, prompt=PROMPT)
-    stream = list(client.completions.create(**GREEDY, prompt=PROMPT, stream=True, stream_options={"include_usage": True}))
+    counted: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = list(client.completions.create(**GREEDY, prompt=PROMPT, **counted))
     text = "".join(choice.text for chunk in stream for choice in chunk.choices)
     checks.that(text == whole.choices[0].text, "a streamed completion says what the whole one says")
     checks.that(stream[-1].usage is not None and stream[-1].usage.completion_tokens == 24, "its usage comes last")

@@ -77,7 +77,7 @@ def test_echo_repeats_the_prompt_with_its_logprobs(client: openai.OpenAI) -> Non
 def test_the_token_that_ended_a_completion_has_its_logprob_though_it_is_no_text(
     client: openai.OpenAI, stream: bool
 ) -> None:
-    """Clients that score prompts count on as many as were generated: lm-eval leaves the last one out, whatever it is."""
+    """Clients that score prompts count on as many as were generated: lm-eval leaves the last out, whatever it is."""
     reply = client.completions.create(model="default", prompt="abc", echo=True, logprobs=1, stream=stream)
     choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
     tokens = [token for choice in choices for token in choice.logprobs.tokens]
