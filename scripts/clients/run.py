@@ -64,7 +64,7 @@ def flags_of(client: str, folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def served(client: str, folder: Path) -> Iterator[str]:
-    """The URL of a server for a client; it is gone on leaving. Raises SystemExit with its words if it does not start."""
+    """The URL of a server for a client; it is gone on leaving. Raises SystemExit if it does not start."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     log = PLACE / f"server-{client}.log"
     with log.open("w") as sink:
