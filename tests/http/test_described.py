@@ -47,7 +47,7 @@ REFUSALS = [
     ("GET", "/v1/sessions?limit=x", None, 422),
     ("GET", "/v1/responses/none?stream=x", None, 400),
     ("GET", "/v1/conversations/none", None, 404),
-    ("POST", "/add_external_corpus", {"documents": []}, 400),
+    ("POST", "/add_external_corpus", {"documents": 1}, 400),
 ]
 
 
