@@ -31,7 +31,10 @@ from tests.unit.tiny_folder import write_tiny_model  # noqa: E402
 
 PLACE = ROOT / "build" / "clients"
 START_S_MAX = 600.0
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}assistant:"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 REAL = {"dtype": "float32", "audit-level": 2}
 """The embedded model."""
 TINY = {
