@@ -9,11 +9,11 @@ Every turn in a session says how long the client believes the history to be, so 
 refuses it; forks, rewinds and the whole history at the end are compared as well. What fails ends the run by its name.
 """
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import uvloop
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
@@ -161,7 +161,7 @@ def measure_agents(options: AgentBenchOptions) -> int:
     if options.require_equal == "on" and options.mode != "both":
         raise StartupError("--require-equal on compares both runs: leave --mode both")
     console = Console()
-    outcome = asyncio.run(_measure(options, console))
+    outcome = uvloop.run(_measure(options, console))
     console.print(_table(options, outcome))
     if options.json:
         turns = {mode: [asdict(turn) for turn in turns] for mode, turns in outcome.turns.items()}

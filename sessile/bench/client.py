@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from sessile.client.async_client import AsyncClient
+from sessile.bench.lean_client import LeanClient
 from sessile.client.protocol import Turn, content_of
 from sessile.errors import NotReady, StartupError, UserError
 
@@ -36,9 +36,9 @@ class Generated:
 
 
 class NativeServer:
-    """The calls of the benches, on one connection pool. Raises StartupError naming the call that went wrong."""
+    """The calls of the benches, by one client. Raises StartupError naming the call that went wrong."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: LeanClient) -> None:
         self._client = client
 
     async def open_session(self) -> str:
@@ -102,7 +102,7 @@ class NativeServer:
         said = None
         started_s = time.perf_counter()
         with self._told("/generate"):
-            async for piece in self._client.pieces(turn, self._client.attempts()):
+            async for piece in self._client.pieces(turn):
                 if piece.tokens and not first_token_s:
                     first_token_s = time.perf_counter() - started_s
                 said = piece.completion
@@ -118,7 +118,7 @@ class NativeServer:
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         with self._told(path):
-            return await self._client.ask(method, path, json=body)
+            return await self._client.ask(method, path, body)
 
     @contextmanager
     def _told(self, path: str) -> Iterator[None]:
@@ -134,7 +134,7 @@ class NativeServer:
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[NativeServer]:
     """A server to be measured, with as many connections as there are requests at once; nothing is sent twice."""
-    async with AsyncClient(url, patience_s=0) as client:
+    async with LeanClient(url) as client:
         yield NativeServer(client)
 
 

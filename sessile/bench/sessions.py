@@ -6,13 +6,13 @@ sessions that are sent only what is new. The history grows, so beside mean and p
 the table shows them early (head) and late (tail): a server that keeps its promise has them equal.
 """
 
-import asyncio
 import random
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -109,7 +109,7 @@ def measure_sessions(options: SessionBenchOptions) -> int:
     summaries = []
     for mode in modes:
         with console.status(f"{mode}: {options.conversations} conversations of {options.turns} turns"):
-            times, run_s = asyncio.run(_measure(options, mode))
+            times, run_s = uvloop.run(_measure(options, mode))
         runs[mode] = times
         summaries.append(Summary.of(mode, options.turns, times, run_s))
     console.print(_table(options, summaries))

@@ -15,11 +15,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, Unpack
 
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from sessile.bench.client import check_token_range, percentile, side_by_side, write_report
-from sessile.client.async_client import AsyncClient
+from sessile.bench.lean_client import LeanClient
 from sessile.completion import GenerateFields, Generation, Prompt
 from sessile.errors import StartupError, UserError
 from sessile.offline.async_llm import AsyncLLM
@@ -52,7 +53,7 @@ class ThroughputBenchOptions:
 
 
 class Target(Protocol):
-    """What generates: an AsyncLLM or an AsyncClient."""
+    """What generates: an AsyncLLM or a LeanClient."""
 
     def generate(self, prompt: Prompt, **fields: Unpack[GenerateFields]) -> Generation:
         """An output, piece by piece."""
@@ -110,7 +111,8 @@ def measure_throughput(options: ThroughputBenchOptions) -> int:
     """Put the load to the target and show what came of it. Raises StartupError for what cannot be measured."""
     check_token_range(options.lowest_id, options.highest_id)
     try:
-        duration_s, times = asyncio.run(_measure(options))
+        run = uvloop.run if options.url is not None else asyncio.run
+        duration_s, times = run(_measure(options))
     except UserError as error:
         raise StartupError(error.message) from error
     summary = summarise(options, duration_s, times)
@@ -180,7 +182,7 @@ async def one_request(target: Target, prompt: Sequence[int], output_tokens: int)
 @contextlib.asynccontextmanager
 async def _target(options: ThroughputBenchOptions) -> AsyncIterator[Target]:
     if options.url is not None:
-        async with AsyncClient(options.url, patience_s=0) as client:
+        async with LeanClient(options.url) as client:
             yield client
         return
     settings = {name: getattr(options, name) for name in ENGINE_SETTINGS}

@@ -23,6 +23,7 @@ from sessile.client.protocol import (
     is_put_off,
     state_of,
 )
+from sessile.client.transport import SpreadTransport
 from sessile.completion import GenerateFields, Generation, Piece, Prompt, SamplingParams, SessionState
 from sessile.errors import DuplicateSession, NotFound, NotReady, UserError
 
@@ -37,8 +38,7 @@ class AsyncClient:
         """patience_s: how long a request is sent again while there is no server, no room, or no reply; 0: never."""
         self.url = url
         self._patience_s = patience_s
-        self._options = http_options(url, api_key)
-        self._http = httpx.AsyncClient(**self._options)
+        self._http = httpx.AsyncClient(**http_options(url, api_key), transport=SpreadTransport())
 
     def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **fields: Unpack[GenerateFields]

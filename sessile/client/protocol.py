@@ -205,9 +205,10 @@ class Turn:
             self._known = self._heard
         self._heard = _Heard()
 
-    def take(self, line: str) -> Piece | None:
+    def take(self, line: str | bytes) -> Piece | None:
         """A line of the stream; what is new in it. Raises the UserError of a request that was refused."""
-        if not line.startswith("data:") or line[5:].strip() == "[DONE]":
+        line = line.encode() if isinstance(line, str) else line
+        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
             return None
         event = orjson.loads(line[5:])
         if "error" in event:

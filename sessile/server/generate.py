@@ -1,8 +1,8 @@
 """POST /generate: the native surface, as SGLang has it (docs/HTTP.md)."""
 
-from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Literal, Self
 
+import orjson
 from fastapi import APIRouter
 from pydantic import Field, model_validator
 from starlette.requests import Request
@@ -12,7 +12,7 @@ from sessile.contract.messages import Branch, Done
 from sessile.errors import InvalidRequest
 from sessile.server.auth import Asking
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, read_body, takes
-from sessile.server.calls import Call, Order, Service, arrivals_of, attended
+from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.drafts import DraftFields, draft_figures
 from sessile.server.encoding import encode_text
 from sessile.server.grammars import NativeGrammarFields
@@ -30,7 +30,7 @@ from sessile.server.sampling import (
     check_vocabulary,
     to_sampling,
 )
-from sessile.server.stream import EventStream, event
+from sessile.server.stream import EventStream, event, one_line
 
 ID_CHARS_MAX = 256
 
@@ -151,25 +151,17 @@ def routes(service: Service) -> APIRouter:
         service.check_open()
         order = await _order(service, caller, body)
         replies = [
-            _Reply(service, body, Call(service, each, whole=not body.stream))
-            for each in service.answers(order, body.answers)
+            _Reply(service, body, Call(service, each, whole=not body.stream), index if body.answers > 1 else None)
+            for index, each in enumerate(service.answers(order, body.answers))
         ]
         calls = [reply.call for reply in replies]
         if body.stream:
-            return EventStream(calls, _events(replies))
+            return EventStream(calls, lambda index, arrival: replies[index].tell(arrival))
         async with attended(request.receive, *calls):
             contents = [await reply.whole() for reply in replies]
         return JsonReply(contents if len(contents) > 1 else contents[0])
 
     return router
-
-
-async def _events(replies: "list[_Reply]") -> AsyncIterator[bytes]:
-    """One event for each arrival of each answer; of several, with its index."""
-    async for index, arrival in arrivals_of([reply.call for reply in replies]):
-        content = replies[index].add(arrival)
-        if content is not None:
-            yield event(content | {"index": index} if len(replies) > 1 else content)
 
 
 async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
@@ -213,11 +205,14 @@ def _expected(session: SessionParams | None) -> int:
 
 
 class _Reply:
-    """The JSON of one call, at its end or event by event."""
+    """The JSON of one call, at its end or event by event. index: among several answers; None: it is the only one."""
 
-    def __init__(self, service: Service, body: GenerateBody, call: Call) -> None:
+    def __init__(self, service: Service, body: GenerateBody, call: Call, index: int | None = None) -> None:
         self.call = call
         self._body = body
+        self._index = index
+        self._is_delta = body.stream_output == "delta"
+        self._frame: tuple[bytes, bytes] | None = None
         self._tokenizer = service.tokenizer
         params = body.sampling_params or SamplingParams()
         self._output = Output(service.tokenizer, call.order.sampling, trim_stop=not params.no_stop_trim)
@@ -232,14 +227,30 @@ class _Reply:
         self._output.add(arrival)
         return self._content(arrival.done, self._output.text, 0)
 
-    def add(self, arrival: Arrival) -> dict[str, Any] | None:
-        """What an arrival says: text and ids so far, or with stream_output "delta" the new ones; None if nothing."""
-        delta = self._body.stream_output == "delta"
-        start = len(self._output.tokens) if delta else 0
-        fresh = self._output.add(arrival)
-        if not arrival.tokens and arrival.done is None:
-            return None
-        return self._content(arrival.done, fresh if delta else self._output.text, start)
+    def tell(self, arrival: Arrival) -> bytes:
+        """What an arrival says: text and ids so far, or with stream_output "delta" the new ones; may be nothing."""
+        output = self._output
+        start = len(output.tokens) if self._is_delta else 0
+        fresh = output.add(arrival)
+        text = fresh if self._is_delta else output.text
+        if arrival.done is None:
+            if not arrival.tokens:
+                return b""
+            if not self._body.return_logprob:
+                return self._running_event(text, start)
+        content = self._content(arrival.done, text, start)
+        return event(content if self._index is None else content | {"index": self._index})
+
+    def _running_event(self, text: str, start: int) -> bytes:
+        """The event of `_content` before the end: it is most of a stream, and of it only this changes."""
+        if self._frame is None:
+            running = orjson.dumps(self._content(None, "", 0)["meta_info"] | {"completion_tokens": None})
+            closing = b"}}" if self._index is None else b'},"index":%d}' % self._index
+            self._frame = one_line(b',"meta_info":' + running.removesuffix(b"null}")), closing + b"\n\n"
+        opening, closing = self._frame
+        tokens = self._output.tokens
+        told, ids = one_line(orjson.dumps(text)), orjson.dumps(tokens[start:] if start else tokens)
+        return b'data: {"text":%b,"output_ids":%b%b%d%b' % (told, ids, opening, len(tokens), closing)
 
     def _content(self, done: Done | None, text: str, start: int) -> dict[str, Any]:
         """The reply with output tokens from index start on."""

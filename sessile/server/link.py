@@ -1,5 +1,7 @@
 """The front end's side of the link to its engine: one PAIR socket, one message a frame, one wake a request a step.
 
+Steps that wait already are taken together: whoever falls behind has less to do for each token, and catches up.
+
 The server binds an ipc:// path inside a directory that only its user may enter; the engine process connects. All
 messages are structs of sessile.contract.messages in msgpack; nothing is ever pickled.
 """
@@ -20,7 +22,9 @@ import zmq.asyncio
 from sessile.contract.messages import (
     Batch,
     Cancel,
+    CloseSession,
     Done,
+    DropTurn,
     EngineFailed,
     EngineReady,
     FromEngine,
@@ -38,6 +42,9 @@ from sessile.server.request_log import RequestLog
 
 log = logging.getLogger(__name__)
 
+STEPS_AT_ONCE_MAX = 16
+"""How many steps that wait are taken before those who wait for them get their turn."""
+
 NOT_READY_YET = "the engine is still loading the model; try again in a moment"
 
 
@@ -46,8 +53,8 @@ class Arrival:
     """What came for one request since it was last looked at; done is set on the last one."""
 
     tokens: list[int] = field(default_factory=list)
-    details: list[TokenDetail] = field(default_factory=list)
-    scores: list[Scores] = field(default_factory=list)
+    details: tuple[TokenDetail, ...] = ()
+    scores: tuple[Scores, ...] = ()
     done: Done | None = None
 
 
@@ -93,10 +100,10 @@ class Stream:
         return self._whole or len(self._arrival.tokens) <= self._lag_tokens_max
 
     def put_detail(self, detail: TokenDetail) -> None:
-        self._arrival.details.append(detail)
+        self._arrival.details += (detail,)
 
     def put_scores(self, scores: Scores) -> None:
-        self._arrival.scores.append(scores)
+        self._arrival.scores += (scores,)
 
     def end(self, done: Done) -> None:
         """The one end of the request; a second one is a bug of the sender."""
@@ -119,7 +126,8 @@ class EngineLink:
     """Sends messages to the engine and hands what comes back to those who wait for it.
 
     Owns the socket. After fail(), every waiter has got an error and every further call raises NotReady, until reopen()
-    and the next engine's first message. That engine has got all sessions that are held before anybody else can ask it.
+    and the next engine's first message; nothing is sent meanwhile. That engine has got all sessions that are held
+    before anybody else can ask it.
     """
 
     def __init__(
@@ -146,6 +154,8 @@ class EngineLink:
         self._streams: dict[int, Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._ops = itertools.count(1)
+        self._untold: list[DropTurn | CloseSession] = []
+        """What the next engine has to be told once it has the sessions back."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._context = zmq.asyncio.Context(io_threads=1)
@@ -269,6 +279,8 @@ class EngineLink:
         return await self._ask(make)
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> Any:
+        if self._failure is not None:
+            raise NotReady(self._failure)
         op = next(self._ops)
         message = make(op)
         if (refusal := self.histories.refusal(message)) is not None:
@@ -281,8 +293,23 @@ class EngineLink:
         finally:
             del self._replies[op]
 
+    def tell(self, make: Callable[[int], DropTurn | CloseSession]) -> None:
+        """Send the operation that make(op) builds, whose reply nobody waits for; it holds for the next engine too."""
+        message = make(next(self._ops))
+        if self._failure is None and self._ready is not None:
+            self.send(message)
+            return
+        self.histories.follow(message)
+        if self._failure is None:
+            self._untold.append(message)
+
     def send(self, message: ToEngine) -> None:
-        """Queue a message; messages arrive in order. Never waits: the socket has no high-water mark."""
+        """Queue a message; messages arrive in order. Never waits: the socket has no high-water mark.
+
+        Nothing is sent, nor noted as sent, after fail(): no engine would answer it, and the next one must not.
+        """
+        if self._failure is not None:
+            return
         frame = self._encoder.encode(message)
         self._note_sent(message)
         self._socket.send(frame)
@@ -304,6 +331,7 @@ class EngineLink:
         self._failure = reason
         self._failed.set()
         self._ready_or_failed.set()
+        self._untold.clear()
         self.histories.note_engine_gone()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
@@ -314,20 +342,33 @@ class EngineLink:
                 reply.set_exception(NotReady(reason))
 
     async def _receive(self) -> None:
+        taken = 0
         while True:
-            frame = await self._socket.recv()
-            message = self._decoder.decode(frame)
-            if isinstance(message, Batch):
-                self._take_batch(message)
-            elif isinstance(message, EngineReady):
-                if self.request_log is not None:
-                    self.request_log.note_ready(message)
-                self._begin(self._bring_back(message))
-            else:
-                assert isinstance(message, EngineFailed)
-                self.fail(message.message)
-            # With frames waiting, recv() returns at once; readers must get their turn after each step all the same.
+            self._take(self._decoder.decode(await self._socket.recv()))
+            taken += 1
+            if taken < self._steps_at_once and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                continue
+            # With frames waiting, recv() returns at once; readers must get their turn all the same.
+            taken = 0
             await asyncio.sleep(0)
+
+    @property
+    def _steps_at_once(self) -> int:
+        """So few that no reader, who gets no turn between them, is taken for one that lags."""
+        if self._ready is None:
+            return 1
+        return min(STEPS_AT_ONCE_MAX, self._lag_tokens_max // (self._ready.drafts_max + 1))
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Batch):
+            self._take_batch(message)
+        elif isinstance(message, EngineReady):
+            if self.request_log is not None:
+                self.request_log.note_ready(message)
+            self._begin(self._bring_back(message))
+        else:
+            assert isinstance(message, EngineFailed)
+            self.fail(message.message)
 
     async def _bring_back(self, ready: EngineReady) -> None:
         """Give a new engine the sessions that it should have; only then it is there for everybody."""
@@ -337,6 +378,9 @@ class EngineLink:
             except NotReady:
                 return  # It is gone as well.
         if self._failure is None:
+            untold, self._untold = self._untold, []
+            for message in untold:
+                self.send(message)
             self._ready = ready
             self._ready_or_failed.set()
 
@@ -382,10 +426,10 @@ class EngineLink:
         now_s = time.perf_counter()
         # A request that ends here brings no more, however much it brings: a repeated reply comes all at once.
         ending = {done.key for done in batch.done}
-        turns = self.histories.turns
+        collecting = self.histories.collecting
         start = 0
         for key, end in zip(keys, ends, strict=True):
-            if (turn := turns.get(key)) is not None:
+            if (turn := collecting.get(key)) is not None:
                 turn.output += batch.delta_tokens[start * TOKEN_BYTES : end * TOKEN_BYTES]
             stream = self._streams.get(key)
             if stream is not None:

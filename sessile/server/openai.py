@@ -1,7 +1,7 @@
 """/v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients expect them (docs/HTTP.md)."""
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
@@ -10,17 +10,18 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sessile.errors import NotFound, UserError
+from sessile.errors import NotFound
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
-from sessile.server.calls import Call, Order, Service, arrivals_of, attended
+from sessile.server.calls import Call, Order, Service, attended
 from sessile.server.encoding import encode_text, render_messages
 from sessile.server.keys import Caller
+from sessile.server.link import Arrival
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
-from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_chunk, usage, usage_so_far
+from sessile.server.openai_replies import ChatShape, Choice, CompletionShape, Envelope, error_event
 from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
-from sessile.server.stream import EventStream, event
+from sessile.server.stream import EventStream
 from sessile.server.tools import AnswerReading, reading_of
 from sessile.text.template import Message, check_messages
 
@@ -196,12 +197,16 @@ async def _turn_choice(service: Service, caller: Caller, body: ChatBody, order: 
     dialogue = await dialogues.named(caller.tenant, body.session_id) if dialogues.keeps_kv else None
     place = await dialogues.place(dialogue, messages, render, beside=[variables, tools] if tools else variables)
     session = place.dialogue.session if place.dialogue else None
-    reading = _reading(service, body, prompt)
-    order = replace(order, tokens=place.tokens, session=session, branch=place.branch)
-    (choice,) = _choices(service, body, reading.of(order), reading=reading)
+    try:
+        reading = _reading(service, body, prompt)
+        order = replace(order, tokens=place.tokens, session=session, branch=place.branch)
+        (choice,) = _choices(service, body, reading.of(order), reading=reading)
+    except BaseException:
+        dialogues.give_back(place)
+        raise
 
     def note_end() -> None:
-        dialogues.end(place, choice.call.rid, choice.call.done, choice.message, keep=True)
+        dialogues.end(place, choice.call, choice.message, keep=True)
 
     choice.call.at_end = note_end
     return choice
@@ -211,32 +216,13 @@ async def _reply(request: Request, body: OpenAIBody, choices: list[Choice], enve
     """The answer to checked choices, whole or as a stream."""
     calls = [choice.call for choice in choices]
     if body.stream:
-        return EventStream(calls, _events(choices, envelope, body))
+
+        def tell(index: int, arrival: Arrival) -> bytes:
+            flags = {"include_usage": body.include_usage, "counts_on": body.counts_on}
+            return envelope.events(choices, choices[index], arrival, **flags)
+
+        return EventStream(calls, tell, fault=error_event)
     async with attended(request.receive, *calls):
         for choice in choices:
             choice.add(await choice.call.next())
         return JsonReply(envelope.whole(choices))
-
-
-async def _events(choices: list[Choice], envelope: Envelope, body: OpenAIBody) -> AsyncIterator[bytes]:
-    """Chunks as they come. An error before the first one is raised, a later one is an event, which ends the stream."""
-    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
-    started = False
-    async for index, arrival in arrivals_of([choice.call for choice in choices]):
-        choice = choices[index]
-        try:
-            choice.add(arrival)
-        except UserError as error:
-            if not started:
-                raise
-            yield event(error_chunk(error))
-            return
-        if choice.done is not None:
-            choice.call.tell_end()
-        if body.counts_on:
-            more = {"usage": usage_so_far(choice)}
-        for content in envelope.shape.chunks(choice):
-            started = True
-            yield event(envelope.chunk([content], **more))
-    if body.include_usage:
-        yield event(envelope.chunk([], usage=usage(choices)))

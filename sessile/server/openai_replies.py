@@ -4,12 +4,15 @@ import time
 import uuid
 from typing import Any, Protocol
 
+import orjson
+
 from sessile.contract.messages import Done
 from sessile.errors import UserError
 from sessile.server.calls import Call
 from sessile.server.link import Arrival
-from sessile.server.output import Logprobs, Output
+from sessile.server.output import NO_LOGPROBS, Logprobs, Output
 from sessile.server.replies import engine_refusal
+from sessile.server.stream import event, one_line
 from sessile.server.tools import parsed_arguments
 from sessile.text.answer.events import (
     Answer,
@@ -34,7 +37,7 @@ class Choice:
     """One answer to a prompt as it grows. echo: text of the prompt that is repeated before it.
 
     leads: whether it is the first one to its prompt, whose tokens count once however many answers there are. reader:
-    of a chat's answer; None: all of it is text.
+    of a chat's answer; None: all of it is text, and nobody asks for its parts.
     """
 
     def __init__(
@@ -51,14 +54,14 @@ class Choice:
         self.index = index
         self.leads = leads
         self.call = call
-        self.reader = reader or AnswerReader()
         self.answer = Answer()
-        """All that was read so far."""
+        """All that the reader has read so far."""
         self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
         self.done: Done | None = None
         self._unsent_text = echo
         self._echoes = bool(echo)
         self._sent_logprobs = 0
+        self._reader = reader
         self._untold: list[Event] = []
         self._call_ids: dict[int, str] = {}
 
@@ -70,13 +73,17 @@ class Choice:
         fresh = self.output.add(arrival)
         self._unsent_text += fresh
         self.done = done
-        for event in self.reader.push(fresh) if done is None else self.reader.finish(fresh):
-            self.answer.add(event)
-            self._untold.append(event)
+        if self._reader is None:
+            return
+        for each in self._reader.push(fresh) if done is None else self._reader.finish(fresh):
+            self.answer.add(each)
+            self._untold.append(each)
 
     def take(self) -> tuple[str, Logprobs]:
         """Text and log-probabilities that were not taken yet; those of a token that ended the answer are among them."""
         text, self._unsent_text = self._unsent_text, ""
+        if self.call.order.logprobs < 0:
+            return text, NO_LOGPROBS
         fresh = self.output.generated.since(self._sent_logprobs)
         first = self._sent_logprobs == 0
         self._sent_logprobs += len(fresh.tokens)
@@ -97,14 +104,20 @@ class Choice:
         return self._call_ids.setdefault(index, f"call_{uuid.uuid4().hex}")
 
     @property
+    def knows_reasoning(self) -> bool:
+        """Whether reasoning would be told apart if there were any."""
+        return self._reader is not None and self._reader.knows_reasoning
+
+    @property
     def reasoning_tokens(self) -> int:
         """How many of its tokens are reasoning."""
-        return self.output.tokens_within(self.reader.reasoning_bytes)
+        return self.output.tokens_within(self._reader.reasoning_bytes) if self._reader else 0
 
     @property
     def message(self) -> Message:
         """The answer as the client was sent it, and as it will send it back."""
-        message = Message(role="assistant", content=self.answer.content)
+        content = self.answer.content if self._reader else self.output.text
+        message = Message(role="assistant", content=content)
         if self.answer.calls:
             message["tool_calls"] = [
                 CallMessage(
@@ -209,7 +222,7 @@ class ChatShape:
         answer = choice.answer
         message: dict[str, Any] = {"role": "assistant", "refusal": None}
         message["content"] = answer.content or (None if answer.calls else "")
-        if choice.reader.knows_reasoning:
+        if choice.knows_reasoning:
             message["reasoning_content"] = answer.reasoning or None
         if answer.calls:
             message["tool_calls"] = [_call(choice, call.index, call.name, call.arguments) for call in answer.calls]
@@ -280,15 +293,33 @@ class Envelope:
     def __init__(self, reply_id: str, model: str, shape: Shape) -> None:
         self.shape = shape
         self._common = {"id": reply_id, "created": int(time.time()), "model": model}
+        chunk = orjson.dumps({**self._common, "object": shape.chunk_object, "choices": []})
+        self._opening = b"data: " + one_line(chunk.removesuffix(b"]}"))
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply of ended choices."""
         written = [self.shape.whole(choice) for choice in choices]
         return {**self._common, "object": self.shape.whole_object, "choices": written, "usage": usage(choices)}
 
-    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One chunk of a stream."""
-        return {**self._common, "object": self.shape.chunk_object, "choices": choices, **more}
+    def events(
+        self, choices: list[Choice], choice: Choice, arrival: Arrival, *, include_usage: bool, counts_on: bool
+    ) -> bytes:
+        """The chunks of a stream for what came for one of its choices. Raises UserError as `Choice.add` does.
+
+        include_usage: the stream ends with its usage; counts_on: every chunk has its answer's so far.
+        """
+        choice.add(arrival)
+        if choice.done is not None:
+            choice.call.tell_end()
+        closing = b"]}\n\n"
+        if include_usage:
+            closing = b'],"usage":%b}\n\n' % (orjson.dumps(usage_so_far(choice)) if counts_on else b"null")
+        told = [
+            self._opening + one_line(orjson.dumps(content)) + closing for content in self.shape.chunks(choice)
+        ]
+        if include_usage and all(each.done is not None for each in choices):
+            told.append(b'%b],"usage":%b}\n\n' % (self._opening, orjson.dumps(usage(choices))))
+        return b"".join(told)
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
@@ -325,9 +356,11 @@ def _call(choice: Choice, index: int, name: str, arguments: str) -> dict[str, An
     return {"id": choice.call_id(index), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def error_chunk(error: UserError) -> dict[str, Any]:
+def error_event(error: UserError) -> bytes:
     """An error in the middle of a stream."""
-    return {"error": {"message": error.message, "type": "server_error", "param": error.param, "code": error.code}}
+    return event(
+        {"error": {"message": error.message, "type": "server_error", "param": error.param, "code": error.code}}
+    )
 
 
 def piece_bytes(tokenizer: Tokenizer, token: int) -> bytes:

@@ -41,19 +41,23 @@ class Logprobs:
         return Logprobs(self.tokens + later.tokens, self.logprobs + later.logprobs, self.tops + later.tops)
 
 
+NO_LOGPROBS = Logprobs()
+"""Of no tokens; nothing is added to it."""
+
+
 class Output:
     """Accumulates one call. Text stays behind the tokens where a character or a stop string is not yet decided."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: Sampling, *, trim_stop: bool = True) -> None:
         """trim_stop: the text ends before the stop string or stop token that ended it."""
         self.tokens: list[int] = []
-        self.text = ""
         self.generated = Logprobs()
         self._prompt = Logprobs()
         self._prompt_start = -1  # position in the context of the first scored prompt token; -1: none was scored
         self._trim_stop = trim_stop
         self._sampling = sampling
         self._tokenizer = tokenizer
+        self._texts: list[str] = []
         self._text_stream = tokenizer.stream(
             skip_special_tokens=sampling.skip_special_tokens,
             stops=sampling.stop if trim_stop else (),
@@ -72,8 +76,15 @@ class Output:
             self.generated.add(self.tokens[start : start + count], detail)
             start += count
         fresh = self._fresh_text(arrival.tokens, arrival.done)
-        self.text += fresh
+        self._texts.append(fresh)
         return fresh
+
+    @property
+    def text(self) -> str:
+        """All that was added. Joined when it is asked for: a stream that tells what is new never does."""
+        if len(self._texts) > 1:
+            self._texts = ["".join(self._texts)]
+        return self._texts[0] if self._texts else ""
 
     def tokens_within(self, count: int) -> int:
         """How many tokens the first so many bytes of the text take, the last perhaps not whole."""

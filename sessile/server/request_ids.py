@@ -8,6 +8,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sessile.server.logs import request_id
 
+STRAIGHT = "sessile.straight"
+"""Where a scope keeps the way to the client that passes by what looks at headers alone."""
+
 ACCEPTED = re.compile(r"[A-Za-z0-9_.:@=+/-]{1,128}")
 """What a client may call its request; anything else gets a name of ours."""
 
@@ -30,8 +33,15 @@ class RequestIds:
                 MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 
+        scope[STRAIGHT] = send
         token = request_id.set(name)
         try:
             await self._app(scope, receive, send_named)
         finally:
             request_id.reset(token)
+
+
+def straight(scope: Scope, send: Send) -> Send:
+    """What sends the chunks of a body, once its headers went out by `send`: five layers look at each in vain."""
+    way: Send = scope.get(STRAIGHT, send)
+    return way

@@ -19,12 +19,17 @@ class TextStream:
         self._vocabulary = vocabulary
         self._skip_special_tokens = skip_special_tokens
         self._tails = [_StopTail(stop) for stop in stops if stop]
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._half = b""
+        """The beginning of a character."""
         self._held = b""
         self._released_bytes = 0
 
     def push(self, tokens: Iterable[int]) -> str:
         """Take tokens that are not the last; return the text that is now certain."""
+        if not self._tails:
+            fresh = self._vocabulary.join(tokens, skip_special_tokens=self._skip_special_tokens)
+            self._released_bytes += len(fresh)
+            return self._decoded(fresh)
         self._take(tokens)
         held_bytes = max((tail.matched for tail in self._tails), default=0)
         return self._release(len(self._held) - held_bytes)
@@ -38,7 +43,7 @@ class TextStream:
         self._take(tokens)
         kept = len(self._held) if kept_bytes < 0 else kept_bytes - self._released_bytes
         assert 0 <= kept <= len(self._held), f"a stop at byte {kept_bytes} lies outside the text that was held back"
-        return self._release(kept) + self._decoder.decode(b"", final=True)
+        return self._release(kept) + self._decoded(b"", final=True)
 
     def _take(self, tokens: Iterable[int]) -> None:
         fresh = self._vocabulary.join(tokens, skip_special_tokens=self._skip_special_tokens)
@@ -49,7 +54,12 @@ class TextStream:
     def _release(self, count: int) -> str:
         certain, self._held = self._held[:count], self._held[count:]
         self._released_bytes += count
-        return self._decoder.decode(certain)
+        return self._decoded(certain)
+
+    def _decoded(self, certain: bytes, *, final: bool = False) -> str:
+        text, decoded_bytes = codecs.utf_8_decode(self._half + certain, "replace", final)
+        self._half = (self._half + certain)[decoded_bytes:]
+        return text
 
 
 class _StopTail:

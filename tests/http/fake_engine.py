@@ -212,7 +212,7 @@ class FakeEngine:
         self._batch["deltas"].append((submit.key, [token]))
         if submit.logprobs >= 0:
             self._batch["details"].append(_detail(submit.key, token, submit.logprobs))
-        text = bytes(token for token in request.output if token < 256)
+        text = bytes(token for token in request.output if token < 256) if sampling.stop else b""
         for stop in sampling.stop:
             if stop in text:
                 self._finish(request, "stop", matched=stop, kept_bytes=text.index(stop))

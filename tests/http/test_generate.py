@@ -4,8 +4,10 @@ import json
 from itertools import pairwise
 
 import httpx
+import orjson
 import pytest
 
+from sessile.server.stream import event
 from tests.http.conftest import Running
 from tests.http.fake_engine import EOS
 
@@ -131,6 +133,29 @@ def test_a_delta_stream_adds_up_to_the_whole(server: Running) -> None:
     assert "".join(event["text"] for event in reply) == "héllo wörld"
     assert [token for event in reply for token in event["output_ids"]] == [*"héllo wörld".encode(), EOS]
     assert "\ufffd" not in "".join(event["text"] for event in reply)
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+@pytest.mark.parametrize("output", ["delta", "cumulative"])
+def test_an_event_before_the_end_has_the_form_of_the_last(server: Running, output: str, answers: int) -> None:
+    server.engine.token_interval_s = 0.005
+    text = "a\u2028\"b\\"
+    reply = server.generate(
+        text, stream=True, stream_output=output, rid='1"\u2029', sampling_params={"n": answers}
+    )
+    lines = [line for line in reply.text.split("\n") if line and line != "data: [DONE]"]
+    told = [orjson.loads(line.removeprefix("data: ")) for line in lines]
+    assert [line.encode() + b"\n\n" for line in lines] == [event(content) for content in told]
+    assert all(list(content) == list(told[-1]) for content in told)
+    running = [content["meta_info"] for content in told if content["meta_info"]["finish_reason"] is None]
+    prompt_tokens = len(text.encode())
+    assert len(running) > answers
+    for meta in running:
+        name = meta.pop("id")
+        count = meta.pop("completion_tokens")
+        assert name.startswith('1"\u2029') and 0 < count <= prompt_tokens
+        assert meta == {"finish_reason": None, "prompt_tokens": prompt_tokens, "cached_tokens": None}
+    assert {content.get("index") for content in told} == ({None} if answers == 1 else {0, 1})
 
 
 def test_a_stream_holds_back_what_may_become_a_stop_string(server: Running) -> None:

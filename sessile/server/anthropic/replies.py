@@ -1,13 +1,13 @@
 """Replies of /v1/messages: whole, and event by event."""
 
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 
 from sessile.contract.messages import Done
-from sessile.errors import NotReady, UserError
+from sessile.errors import UserError
+from sessile.server.link import Arrival
 from sessile.server.openai_replies import Choice, call_errors
 from sessile.server.replies import Surface, error_content
 from sessile.server.stream import one_line
@@ -33,6 +33,8 @@ class MessageReply:
         self._max_tokens = max_tokens
         self._hides_thinking = hides_thinking
         self._common = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self._blocks = _OpenBlocks(hides_thinking=hides_thinking)
+        self._has_begun = False
 
     def whole(self) -> dict[str, Any]:
         """The message of an ended call."""
@@ -58,42 +60,25 @@ class MessageReply:
                     _grow(blocks, "text", text)
         return {**self._common, "content": blocks, **self._end(done), "usage": self._usage(done)}
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The message's events as it grows. An error before the first is raised, a later one is an event, the last."""
-        started = False
-        blocks = _OpenBlocks(hides_thinking=self._hides_thinking)
-        while self._choice.done is None:
-            try:
-                self._choice.add(await self._choice.call.next())
-                self._check_end()
-            except UserError as error:
-                if not started:
-                    raise
-                yield _event(error_content(Surface.ANTHROPIC, error))
-                return
-            if not started:
-                started = True
-                yield _event({"type": "message_start", "message": self._begun()})
-            for each in self._take():
-                for content in blocks.tell(each):
-                    yield _event(content)
-        done = self._ended()
-        for content in blocks.close():
-            yield _event(content)
-        yield _event({"type": "message_delta", "delta": self._end(done), "usage": self._usage(done)})
-        yield _event({"type": "message_stop"})
+    def events(self, arrival: Arrival) -> bytes:
+        """The message's events as it grows. Raises UserError if the engine refused the request or it failed."""
+        self._choice.add(arrival)
+        told: list[dict[str, Any]] = []
+        if not self._has_begun:
+            self._has_begun = True
+            told.append({"type": "message_start", "message": self._begun()})
+        for each in self._take():
+            told += self._blocks.tell(each)
+        if (done := self._choice.done) is not None:
+            told += self._blocks.close()
+            told.append({"type": "message_delta", "delta": self._end(done), "usage": self._usage(done)})
+            told.append({"type": "message_stop"})
+        return b"".join(map(_event, told))
 
     def _take(self) -> list[Event]:
         return self._choice.take_answer()[0]
 
-    def _check_end(self) -> None:
-        """An answer that was broken off is no answer: Anthropic has no reason for it to stop."""
-        done = self._choice.done
-        if done is not None and done.reason == "abort":
-            raise NotReady(f"the request was ended: {done.message}")
-
     def _ended(self) -> Done:
-        self._check_end()
         assert self._choice.done is not None
         return self._choice.done
 
@@ -116,6 +101,10 @@ class MessageReply:
             reason = "max_tokens" if reached else "model_context_window_exceeded"
         elif isinstance(done.matched, bytes):
             matched, reason = done.matched.decode(errors="replace"), "stop_sequence"
+        elif done.reason == "abort":
+            # A reason that Anthropic does not have: an error of any status that fits would have clients ask again for
+            # what they, or the operator, have just ended.
+            reason = "abort"
         elif self._choice.answer.calls:
             reason = "tool_use"
         end: dict[str, Any] = {"stop_reason": reason, "stop_sequence": matched}
@@ -188,6 +177,11 @@ def _grow(blocks: list[Block], kind: str, text: str, **more: str) -> None:
 
 def _call(name: str) -> Block:
     return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": name, "input": {}}
+
+
+def fault_event(error: UserError) -> bytes:
+    """An error on a stream, by the name without which clients pass it over."""
+    return _event(error_content(Surface.ANTHROPIC, error))
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -1,7 +1,6 @@
 """The routes of /v1/responses and /v1/conversations, as OpenAI's clients expect them (docs/HTTP.md)."""
 
 import uuid
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -12,6 +11,7 @@ from sessile.errors import InvalidRequest, NotFound, UserError
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
 from sessile.server.calls import Service, attended
+from sessile.server.link import Arrival
 from sessile.server.openai import check_model
 from sessile.server.openai_replies import Choice
 from sessile.server.replies import JsonReply
@@ -48,7 +48,8 @@ def _add_responses(router: APIRouter, service: Service, desk: Desk) -> None:
             desk.run_in_background(record, choice)
             return JsonReply(record.content())
         if body.stream:
-            return EventStream([choice.call], _events(record, choice), end=b"")
+            growing = _Growing(record, choice)
+            return EventStream([choice.call], lambda _, arrival: growing.events(arrival), end=b"")
         async with attended(request.receive, choice.call):
             choice.add(await choice.call.next())
         return JsonReply(record.content())
@@ -78,36 +79,54 @@ def _add_responses(router: APIRouter, service: Service, desk: Desk) -> None:
         return JsonReply(list_content(record.input_items, after, limit, order))
 
 
-async def _events(record: ResponseRecord, choice: Choice) -> AsyncIterator[bytes]:
-    """The typed events of a response. An error before the first token is raised, a later one ends the response."""
-    numbered = _Numbered()
-    place = {"item_id": record.message_id, "output_index": 0, "content_index": 0}
-    choice.add(await choice.call.next())
-    record.is_known = True
-    empty = record.output_item
-    yield numbered.event("response.created", response=record.content())
-    yield numbered.event("response.in_progress", response=record.content())
-    yield numbered.event("response.output_item.added", output_index=0, item={**empty, "content": []})
-    yield numbered.event("response.content_part.added", **place, part=empty["content"][0])
-    try:
-        while True:
-            text, _ = choice.take()
-            if text:
-                yield numbered.event("response.output_text.delta", **place, delta=text, logprobs=[])
-            if choice.done is not None:
-                break
-            choice.add(await choice.call.next())
-    except UserError as error:
-        record.note_failure(error)
-        yield numbered.event("response.failed", response=record.content())
-        return
-    choice.call.tell_end()
-    item = record.output_item
-    yield numbered.event("response.output_text.done", **place, text=record.text, logprobs=[])
-    yield numbered.event("response.content_part.done", **place, part=item["content"][0])
-    yield numbered.event("response.output_item.done", output_index=0, item=item)
-    kind = "response.completed" if record.status == "completed" else "response.incomplete"
-    yield numbered.event(kind, response=record.content())
+class _Growing:
+    """The typed events of a response as its answer grows."""
+
+    def __init__(self, record: ResponseRecord, choice: Choice) -> None:
+        self._record = record
+        self._choice = choice
+        self._numbered = _Numbered()
+        self._place = {"item_id": record.message_id, "output_index": 0, "content_index": 0}
+
+    def events(self, arrival: Arrival) -> bytes:
+        """What an arrival says. An error before the first token is raised, a later one ends the response."""
+        record, choice, numbered = self._record, self._choice, self._numbered
+        is_first = not record.is_known
+        try:
+            choice.add(arrival)
+        except UserError as error:
+            if is_first:
+                raise
+            record.note_failure(error)
+            return numbered.event("response.failed", response=record.content())
+        told = self._beginning() if is_first else b""
+        text, _ = choice.take()
+        if text:
+            told += numbered.event("response.output_text.delta", **self._place, delta=text, logprobs=[])
+        return told + self._ending() if choice.done is not None else told
+
+    def _beginning(self) -> bytes:
+        record, numbered = self._record, self._numbered
+        record.is_known = True
+        empty = record.output_item
+        return (
+            numbered.event("response.created", response=record.content())
+            + numbered.event("response.in_progress", response=record.content())
+            + numbered.event("response.output_item.added", output_index=0, item={**empty, "content": []})
+            + numbered.event("response.content_part.added", **self._place, part=empty["content"][0])
+        )
+
+    def _ending(self) -> bytes:
+        record, numbered = self._record, self._numbered
+        self._choice.call.tell_end()
+        item = record.output_item
+        kind = "response.completed" if record.status == "completed" else "response.incomplete"
+        return (
+            numbered.event("response.output_text.done", **self._place, text=record.text, logprobs=[])
+            + numbered.event("response.content_part.done", **self._place, part=item["content"][0])
+            + numbered.event("response.output_item.done", output_index=0, item=item)
+            + numbered.event(kind, response=record.content())
+        )
 
 
 class _Numbered:

@@ -52,6 +52,8 @@ class AnswerReader:
 
     def push(self, text: str) -> list[Event]:
         """Take text that is not the last; what is certain now."""
+        if self._reasoning is None and self._calls is None:
+            return [Content(text)] if text else []  # as below, where nothing is to be read out of it
         return self._told(merged(self._read(text)))
 
     def finish(self, text: str = "") -> list[Event]:
