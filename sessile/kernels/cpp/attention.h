@@ -351,8 +351,8 @@ INLINE void store_as(uint16_t* at, F16 x) { store_bfloat16(at, x); }
 INLINE F16 weights_of(F16 x, float) { return power_of_two(x); }
 INLINE F16 weights_of(F16 x, uint16_t) { return roughly_power_of_two(x); }
 
-// `weigh` for a whole tile of keys, of which the first `seen` are visible: scores float32[64] → weights [64]. The top is
-// raised only when a score is above it by more than SLACK. Returns by how much what was summed before shrinks.
+// `weigh` for a whole tile of keys, of which the first `seen` are visible: scores float32[64] → weights [64]. The top
+// is raised only when a score is above it by more than SLACK. Returns by how much what was summed before shrinks.
 template <class X>
 INLINE float weigh_tile(float* scores, int seen, float scale, float& top, float* totals, X* weights) {
     for (int i = seen; i < KEY_TILE; i++) scores[i] = LOWEST;

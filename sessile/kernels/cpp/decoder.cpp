@@ -241,8 +241,8 @@ static float norm_factor(const float* x, int64_t k, float epsilon) {
 
 // Inputs for a product from float32 [t, k], normed if there is a weight. By all, or by each thread for itself.
 template <class X, class A>
-static Inputs<X> prepare(Team& team, Layout<X, A>& at, const float* x, const float* weight, float epsilon, int64_t tokens,
-                         int64_t k) {
+static Inputs<X> prepare(Team& team, Layout<X, A>& at, const float* x, const float* weight, float epsilon,
+                         int64_t tokens, int64_t k) {
     const Tiles<X> tiles(tokens);
     const bool is_own = tokens <= Layout<X, A>::OWN_TOKENS;
     const Inputs<X> out = is_own ? Inputs<X>{at.own_inputs, at.own_sums, k} : Inputs<X>{at.normed, at.normed_sums, k};
