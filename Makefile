@@ -70,7 +70,7 @@ grammars: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty 
 	@$(PYTHON_VENV) scripts/grammar_check.py $(ARGS)
 
 parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)
-	@$(PYTHON_VENV) -m pytest tests/parity --whole-grid --timeout=2400 $(ARGS)
+	@$(PYTHON_VENV) -m pytest tests/parity --whole-grid --timeout=2400 --numprocesses=2 --dist=worksteal $(ARGS)
 
 # On a machine with a GPU and no network, name a Python that has torch and Triton: make gpu-check GPU_PYTHON=python3
 gpu-check: $(if $(GPU_PYTHON),,$(DEVELOPMENT)) ## test kernels, models and sessions on this machine's GPU; TEST=… runs one file

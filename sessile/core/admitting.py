@@ -42,18 +42,24 @@ class Admitter:
             return
         outlook = _Outlook(books)
         blocked: Request | None = None
-        looks = 0
-        for request in books.waiting.first(books.limits.admissions_max):
-            if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX:
+        looks, left = 0, books.limits.admissions_max
+        awaited: dict[int, bool] = {}
+        # Who waits for its leader is passed over, and is nobody's reason not to be looked at.
+        for request in books.waiting.first(books.limits.admissions_max + books.groups.requests):
+            if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX or not left:
                 break
             session = request.session
             if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:
                 continue  # The previous turn still drains; it will have settled before the next plan (H60).
             source: Request | None = None
             if request.group >= 0:
+                if request.group in awaited and not request.scores_left:
+                    continue
                 source = books.groups.source_of(request, books.rows, planned.bound)
                 if source is None and self._waits_for_leader(request):
+                    awaited[request.group] = True
                     continue
+            left -= 1
             match = self._match(request)
             if match is not None and source is None and self._waits_for_prefix(request, match):
                 continue
@@ -106,12 +112,7 @@ class Admitter:
             return None
         books = self._books
         size = books.limits.page_size
-        # KV ≤ tokens - 1: there is always a token left to run (H65).
-        pages = (min(request.known_tokens, request.goal_tokens) - 1) // size
-        # The first position to be scored needs the query before it; committed history has no scores.
-        first_score = max(request.scores_from, 1, request.scored_tokens, request.base_tokens)
-        if request.scores_from >= 0 and first_score < request.prompt_tokens:
-            pages = min(pages, (first_score - 1) // size)
+        pages = _pages_of_use(request, size)
         tokens = request.tokens(0, min(request.known_tokens, (pages + 1) * size))
         return books.tree.match(request.tenant.namespace, tokens, pages)
 
@@ -121,9 +122,9 @@ class Admitter:
         if not books.computing or match.node_pages < len(match.node.pages):
             return False
         size = books.limits.page_size
-        start = match.pages * size
-        if start + size > request.known_tokens - 1 or request.share_waits >= books.limits.share_wait_steps:
+        if match.pages >= _pages_of_use(request, size) or request.share_waits >= books.limits.share_wait_steps:
             return False
+        start = match.pages * size
         key = (match.node.serial, request.tokens(start, start + size))
         if key not in books.computing:
             return False
@@ -137,10 +138,11 @@ class Admitter:
         leader = books.groups.leader_of(request)
         if leader is None:
             return False
-        if leader.goal_tokens <= leader.prompt_tokens + 1:
-            # It ends with its prompt, when there is nothing left to copy from: its full pages are all that it gives.
+        if leader.goal_tokens <= leader.prompt_tokens + 1 or request.scores_left:
+            # One that ends with its prompt leaves nothing to copy from, and who scores its own copies nothing: full
+            # pages are all that the one gives and the other takes.
             match = self._match(request)
-            if match is None or match.pages >= (request.prompt_tokens - 1) // books.limits.page_size:
+            if match is None or match.pages >= _pages_of_use(request, books.limits.page_size):
                 return False
         books.marks[Mark.LEADER_AWAITED] += 1
         return True
@@ -252,6 +254,14 @@ class Admitter:
         if request.publishing:
             books.share(request)
         return request.lease
+
+
+def _pages_of_use(request: Request, size: int) -> int:
+    """Pages of KV that a request could begin with, wherever they come from."""
+    # KV ≤ tokens - 1: there is always a token left to run (H65).
+    pages = (min(request.known_tokens, request.goal_tokens) - 1) // size
+    # The first position to be scored needs the query before it.
+    return min(pages, (request.first_score - 1) // size) if request.scores_left else pages
 
 
 class _Outlook:

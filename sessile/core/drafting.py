@@ -61,7 +61,7 @@ def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
     if parent is None or parent.index is None:
         return drafter.new_index()
     # Forked only now: most branches may never draft, and a finished turn's history does not change.
-    return parent.index.fork(min(parent.index.tokens, len(session.history)))
+    return parent.index.fork(min(parent.index.tokens, session.base_tokens))
 
 
 def end_line(books: Books, request: Request, done: Done) -> Done:

@@ -162,11 +162,14 @@ def discard_turns(books: Books, session: Session, origin: Session | None) -> Non
 
 
 def drop_turn(books: Books, node: Session) -> None:
-    """Forget one finished turn of a branching session. Its children have all of its tokens: they go on from above."""
+    """Forget one finished turn of a branching session. Its children have all of its tokens: they go on from above.
+
+    A child may have begun with more of this turn's tokens than this turn has in common with its own parent.
+    """
     assert node.root is not None
     for child in node.root.nodes.values():
         if child.parent is node:
-            child.parent = node.parent
+            child.parent, child.base_tokens = node.parent, min(child.base_tokens, node.base_tokens)
     _discard(books, node)
 
 

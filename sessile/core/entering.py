@@ -160,7 +160,7 @@ def _restore_branching(books: Books, message: RestoreSession) -> Session:
     for turn in message.nodes:
         parent = None if turn.parent is None else session.nodes[turn.parent]
         assert turn.base_tokens <= (len(parent.history) if parent else 0), "a turn begins with more than its parent has"
-        node = _add_node(books, session, turn.rid, parent)
+        node = _add_node(books, session, turn.rid, parent, turn.base_tokens)
         if parent is not None:
             fork_session(books, parent, node, turn.base_tokens)
         node.history.append(turn.tokens)
@@ -206,16 +206,16 @@ def _enter_branch(books: Books, message: Submit, session: Session) -> None:
     _check_room_for_session(books)
     if branch.replace:
         _replace(books, session, origin.node)
-    node = _add_node(books, session, message.rid, origin.node)
+    node = _add_node(books, session, message.rid, origin.node, origin.tokens)
     if origin.node is not None:
         fork_session(books, origin.node, node, origin.tokens)
         books.totals.forks += 1
     _start_turn(books, message, node, tokens, goal, drafts, constraint)
 
 
-def _add_node(books: Books, session: Session, rid: str, parent: Session | None) -> Session:
+def _add_node(books: Books, session: Session, rid: str, parent: Session | None, base_tokens: int) -> Session:
     node = _new_session(books, session.id, session.tenant, None, session.tokens_max, {}, False)
-    node.root, node.rid, node.parent = session, rid, parent
+    node.root, node.rid, node.parent, node.base_tokens = session, rid, parent, base_tokens
     session.nodes[rid] = node
     books.node_count += 1
     return node
@@ -331,10 +331,35 @@ def _goal(books: Books, message: Submit, tenant: Tenant, base_tokens: int, token
         )
     if len(books.waiting) >= limits.queue_max:
         raise LimitReached(f"{limits.queue_max} requests are waiting, which is the limit: try again later")
+    if new_tokens > limits.queue_tokens_max:
+        raise TooLong(f"the input has {new_tokens} tokens, {limits.queue_tokens_max} may wait", param="input_ids")
     if books.waiting.tokens + new_tokens > limits.queue_tokens_max:
         raise LimitReached(f"{books.waiting.tokens} tokens are waiting, which is the limit: try again later")
+    _check_fits_tenant(books, tenant, message, new_tokens)
     _check_tenant(tenant, new_tokens, in_session=message.session is not None)
     return prompt + min(longest - prompt, longest if wanted is None else wanted)
+
+
+def _check_fits_tenant(books: Books, tenant: Tenant, message: Submit, new_tokens: int) -> None:
+    """Refuse for good what exceeds a limit by itself, its whole group counted: no waiting would make room for it."""
+    policy = tenant.policy
+    requests, tokens = books.groups.size_of(message.group)
+    if requests and policy.requests_max is not None and requests >= policy.requests_max:
+        raise InvalidRequest(
+            f"n: this key may have {policy.requests_max} requests in flight, and each answer is one: ask for fewer",
+            param="n",
+        )
+    if policy.tokens_max is not None and tokens + new_tokens > policy.tokens_max:
+        raise TooLong(
+            f"the request has {tokens + new_tokens} input tokens, all its answers counted; requests of this key may"
+            f" have {policy.tokens_max} in flight: send less",
+            param="input_ids",
+        )
+    most = policy.held_tokens_max
+    if message.session is not None and most is not None and new_tokens > most:
+        raise TooLong(
+            f"the input has {new_tokens} tokens, sessions of this key may hold {most}: send less", param="input_ids"
+        )
 
 
 def _check_tenant(tenant: Tenant, new_tokens: int, *, in_session: bool) -> None:

@@ -24,6 +24,20 @@ class Groups:
     def __len__(self) -> int:
         return len(self._members)
 
+    @property
+    def requests(self) -> int:
+        """Members of all groups together."""
+        return sum([len(members) for members in self._members.values()])
+
+    def size_of(self, group: int) -> tuple[int, int]:
+        """(requests, input tokens) that a group has so far; of -1, which is none, nothing."""
+        members = self._members.get(group, ())
+        return len(members), sum([member.input_tokens for member in members])
+
+    def has_begun(self, request: Request) -> bool:
+        """Whether the request, or another one of its group, was ever admitted: together they are one client's wish."""
+        return any([member.cached_tokens >= 0 for member in self._members.get(request.group, (request,))])
+
     def check(self, message: Submit, tenant: Tenant) -> None:
         """Raise InvalidRequest unless the request may be one of its group: alike in prompt and tenant, no turn."""
         members = self._members.get(message.group, ())
@@ -72,7 +86,6 @@ def shared_tokens(request: Request, match: Match, page_size: int) -> int:
     Prompt positions that are to be scored have to be computed again, so then it is what the tree has.
     """
     kv_tokens = request.prompt_tokens - 1
-    is_scored = request.scores_from >= 0 and request.scored_tokens < request.prompt_tokens
-    if is_scored or match.pages != kv_tokens // page_size:
+    if request.scores_left or match.pages != kv_tokens // page_size:
         return match.pages * page_size
     return kv_tokens

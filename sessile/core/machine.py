@@ -138,10 +138,10 @@ class Machine:
     def cancel(self, key: int, message: str, *, if_waiting: bool = False) -> None:
         """End a request as an abort; its tokens so far are facts, its turn is rolled back. Unknown keys are ignored.
 
-        if_waiting: leave one alone that was ever admitted, and refuse any other.
+        if_waiting: leave one alone that was ever admitted, or waits for one of its group that was; refuse any other.
         """
         request = self._books.requests.get(key)
-        if request is None or (if_waiting and request.cached_tokens >= 0):
+        if request is None or (if_waiting and self._books.groups.has_begun(request)):
             return
         if if_waiting:
             code, status = NotReady.code, NotReady.status

@@ -219,6 +219,16 @@ class Request:
         )
 
     @property
+    def first_score(self) -> int:
+        """The first prompt position still to be scored, if any is; committed history has no scores."""
+        return max(self.scores_from, 1, self.scored_tokens, self.base_tokens)
+
+    @property
+    def scores_left(self) -> bool:
+        """Whether positions of its prompt are still to be scored, for which they have to be computed."""
+        return self.scores_from >= 0 and self.first_score < self.prompt_tokens
+
+    @property
     def input_tokens(self) -> int:
         """Tokens that came with it: the prompt without a committed history."""
         return self.prompt_tokens - self.base_tokens

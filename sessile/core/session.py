@@ -72,9 +72,9 @@ class Session:
     """
 
     __slots__ = (
-        "branching", "closing", "history", "id", "idle_timeout_ns", "index", "input_end", "last_use", "last_used_ns",
-        "metadata", "nodes", "opened_ns", "parent", "parked", "reply", "reserve", "reserved_pages", "rid", "root",
-        "serial", "tenant", "tokens_max", "turn", "turn_ends", "turns_in_flight",
+        "base_tokens", "branching", "closing", "history", "id", "idle_timeout_ns", "index", "input_end", "last_use",
+        "last_used_ns", "metadata", "nodes", "opened_ns", "parent", "parked", "reply", "reserve", "reserved_pages",
+        "rid", "root", "serial", "tenant", "tokens_max", "turn", "turn_ends", "turns_in_flight",
     )  # fmt: skip
 
     def __init__(
@@ -128,6 +128,8 @@ class Session:
         """Of a node: its turn."""
         self.parent: Session | None = None
         """Of a node: the node it goes on from; None for a new root."""
+        self.base_tokens = 0
+        """Of a node: with how many of its parent's tokens it begins."""
         self.input_end = 0
         """Of a node: where its turn's output begins."""
 

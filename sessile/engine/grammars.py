@@ -21,7 +21,8 @@ THREADS = 2
 COMPILE_NS_MAX = 900_000_000
 """A grammar that takes longer, once a thread has begun with it, is refused."""
 WAITING_MAX = 256
-"""Most requests that wait for a grammar; one more is refused."""
+"""Most requests that wait for a grammar; one more is refused. Of one tenant no more than there is room left, so that
+whoever has the most never takes the last."""
 
 
 @dataclass(slots=True)
@@ -62,8 +63,8 @@ class GrammarDesk:
         assert grammar is not None
         if grammar in self._grammars:
             return True
-        if self.waiting >= WAITING_MAX:
-            self._refuse(message, LimitReached(f"{WAITING_MAX} requests wait for their grammars: try again later"))
+        if (refusal := self._refusal_of(message.tenant)) is not None:
+            self._refuse(message, refusal)
             return False
         job = self._jobs.get(key_of(grammar))
         if job is None:
@@ -115,6 +116,16 @@ class GrammarDesk:
         """The ends of requests that came no further, since the last call."""
         refused, self._refused = self._refused, []
         return refused
+
+    def _refusal_of(self, tenant: str) -> LimitReached | None:
+        """Why one more request of a tenant cannot wait; None: it can. Without a name there is no other tenant."""
+        waiting = self.waiting
+        if waiting >= WAITING_MAX:
+            return LimitReached(f"{WAITING_MAX} requests wait for their grammars: try again later")
+        own = sum([request.tenant == tenant for job in self._jobs.values() for request in job.waiting]) if tenant else 0
+        if own >= WAITING_MAX - waiting:
+            return LimitReached(f"{own} requests of this key wait for their grammars: try again later")
+        return None
 
     def _begin(self, job: _Job) -> None:
         while len(self._threads) < THREADS:

@@ -22,7 +22,7 @@ from starlette.types import Receive
 
 from sessile import __version__
 from sessile.contract.messages import Branch, Done, Grammar, Sampling, Submit, pack_tokens
-from sessile.errors import InvalidRequest, LimitReached, NotReady
+from sessile.errors import InvalidRequest, LimitReached, NotReady, UserError
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.store import CorpusStore
 from sessile.server.dialogues import Dialogues
@@ -38,6 +38,7 @@ from sessile.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 DISCONNECTED = "the client disconnected"
+ANOTHER_FAILED = "another answer to the same prompt failed"
 CLIENT_CLOSED_REQUEST = 499
 """The status that proxies log for a client that did not wait for its answer."""
 
@@ -192,12 +193,21 @@ class Call:
         self.done: Done | None = None
         self.at_end: Callable[[], None] | None = None
         """Called once: when the call is left, however it ended, or cannot even be sent; or before, by `tell_end`."""
+        self.at_start: Callable[[], None] | None = None
+        """Called once the engine has been sent the call."""
         self._service = service
         self._whole = whole
         self._stream: Stream | None = None
         self._read_s = 0.0
         self._span: Span = NoSpan()
         self._limits: list[asyncio.TimerHandle] = []
+        self._left_for = DISCONNECTED
+        """Why nobody waits for the end, if it is left before."""
+
+    @property
+    def was_sent(self) -> bool:
+        """Whether the engine may know of it."""
+        return self._stream is not None
 
     @property
     def seconds(self) -> float:
@@ -208,8 +218,13 @@ class Call:
         """Send the request. Raises NotReady, or InvalidRequest if its rid is in flight already."""
         try:
             self._send()
+            if self.at_start is not None:
+                self.at_start()
         except BaseException:
-            self.tell_end()
+            if self.was_sent:
+                self.__exit__()
+            else:
+                self.tell_end()
             raise
         return self
 
@@ -248,7 +263,7 @@ class Call:
         assert self._stream is not None
         for limit in self._limits:
             limit.cancel()
-        self._service.link.abandon(self._stream.key, DISCONNECTED)
+        self._service.link.abandon(self._stream.key, self._left_for)
         del self._service.keys_by_rid[self._place]
         self._measure_end(self._stream)
         self.tell_end()
@@ -258,6 +273,10 @@ class Call:
         at_end, self.at_end = self.at_end, None
         if at_end is not None:
             at_end()
+
+    def leave_for(self, reason: str) -> None:
+        """Its end is not going to be waited for, and not because the client is gone."""
+        self._left_for = reason
 
     def disconnect(self) -> None:
         """The client is gone: end the request now (H27)."""
@@ -285,7 +304,9 @@ class Call:
 
     def _measure_end(self, stream: Stream) -> None:
         done, reason = self.done, "disconnect"
-        if done is None or done.message == DISCONNECTED:
+        if done is None and self._left_for != DISCONNECTED:
+            done, reason = Done(key=stream.key, reason="abort", message=self._left_for), "abort"
+        elif done is None or done.message == DISCONNECTED:
             # The engine was not waited for, so what the prompt was and what of it was cached is not known.
             done = Done(key=stream.key, reason="abort", status=CLIENT_CLOSED_REQUEST, message=DISCONNECTED)
         else:
@@ -320,14 +341,21 @@ class Call:
 @contextlib.asynccontextmanager
 async def attended(receive: Receive, *calls: Call) -> AsyncIterator[None]:
     """Send the calls; end them all as soon as the client disconnects, and in any case on leaving."""
+    watcher: asyncio.Task[None] | None = None
     with contextlib.ExitStack() as stack:
-        for call in calls:
-            stack.enter_context(call)
-        watcher = asyncio.create_task(_watch(receive, calls))
         try:
+            for call in calls:
+                stack.enter_context(call)
+            watcher = asyncio.create_task(_watch(receive, calls))
             yield
+        except UserError:
+            _leave_siblings(calls)
+            raise
         finally:
-            watcher.cancel()
+            if watcher is not None:
+                watcher.cancel()
+            if any(call.done is not None and call.done.reason == "error" for call in calls):
+                _leave_siblings(calls)
 
 
 async def _watch(receive: Receive, calls: tuple[Call, ...]) -> None:
@@ -335,6 +363,11 @@ async def _watch(receive: Receive, calls: tuple[Call, ...]) -> None:
         pass
     for call in calls:
         call.disconnect()
+
+
+def _leave_siblings(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call.leave_for(ANOTHER_FAILED)
 
 
 async def arrivals_of(calls: Sequence[Call]) -> AsyncIterator[tuple[int, Arrival]]:

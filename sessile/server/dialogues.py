@@ -11,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import orjson
 
@@ -24,8 +25,8 @@ from sessile.text.tokenizer import Tokenizer
 
 TURNS_KEPT_MAX = 64
 """Most turns of one dialogue that can be gone on from; beyond, those used least recently are dropped."""
-NO_OP = 0
-"""Of operations whose reply nobody waits for."""
+SESSION_PARAM, PARENT_PARAM = "session_params.id", "session_params.rid"
+"""What the engine names when it refuses a turn: there is no such session; there is no such turn to go on from."""
 
 
 @dataclass(slots=True)
@@ -68,6 +69,16 @@ class Place:
     dialogue: Dialogue | None
     branch: Branch | None
     digest: bytes
+
+
+class Ended(Protocol):
+    """A call that was left: its name, its end if somebody waited for that, and whether the engine ever got it."""
+
+    rid: str
+    done: Done | None
+
+    @property
+    def was_sent(self) -> bool: ...
 
 
 class Dialogues:
@@ -131,72 +142,114 @@ class Dialogues:
         """Where checked messages go on in a dialogue. Raises InvalidRequest if the template refuses them.
 
         render: writes them; the template without variables if None. beside: what the prompt depends on beside the
-        messages. at: the turn to go on from if it agrees, though others may too.
+        messages. at: the turn to go on from if it agrees, though others may too. The place is its caller's, who ends
+        it, or gives it back.
         """
-        render = render or self._render
         digests = digests_of(messages, beside)
-        found = None
-        if dialogue is not None and self.keeps_kv and dialogue.is_open:
-            found = dialogue.deepest(digests)
-            if at is not None and at.rid in dialogue.turns and at.digest in digests:
-                found = at, digests.index(at.digest) + 1
-        whole, before = await _rendered(render, messages, found[1] if found else 0)
-        branch: Branch | None = Branch()
-        if found is not None and whole.startswith(before):
-            assert dialogue is not None
-            turn, text = found[0], self._behind(found[0]) + whole[len(before) :]
-            dialogue.turns.move_to_end(turn.rid)
-            branch = Branch(parent=turn.rid)
-        else:
-            text = whole
-        tokens = await encode_text(self._tokenizer, text, add_special_tokens=False)
         if dialogue is None or not self.keeps_kv or not dialogue.is_open:
+            whole, _ = await _rendered(render or self._render, messages, 0)
+            return Place(await self._encoded(whole), None, None, digests[-1])
+        dialogue.places += 1  # before anything is waited for: while somebody comes, it is not closed for being empty
+        place: Place | None = None
+        try:
+            place = await self._place_in(dialogue, messages, render or self._render, digests, at)
+            return place
+        finally:
+            if place is None or place.dialogue is None:
+                self._leave(dialogue)
+
+    async def _place_in(
+        self, dialogue: Dialogue, messages: Sequence[Message], render: Render, digests: list[bytes], at: Turn | None
+    ) -> Place:
+        """The same in one that is open; whatever was waited for, its turn may be gone then, and it may be closed."""
+        found = dialogue.deepest(digests)
+        if at is not None and at.rid in dialogue.turns and at.digest in digests:
+            found = at, digests.index(at.digest) + 1
+        whole, before = await _rendered(render, messages, found[1] if found else 0)
+        if found is not None and whole.startswith(before):
+            turn = found[0]
+            tokens = await self._encoded(self._behind(turn) + whole[len(before) :])
+            if dialogue.turns.get(turn.rid) is turn:
+                dialogue.turns.move_to_end(turn.rid)
+                return Place(tokens, dialogue, Branch(parent=turn.rid), digests[-1])
+        tokens = await self._encoded(whole)
+        if not dialogue.is_open:
             return Place(tokens, None, None, digests[-1])
-        dialogue.places += 1
-        return Place(tokens, dialogue, branch, digests[-1])
+        return Place(tokens, dialogue, Branch(), digests[-1])
 
-    def end(self, place: Place, rid: str, done: Done | None, answer: Message, *, keep: bool) -> Turn | None:
-        """The turn of a place has ended: remember it if it was committed, to be gone on from; else leave nothing.
+    def give_back(self, place: Place) -> None:
+        """A place is not taken after all."""
+        if place.dialogue is not None:
+            self._leave(place.dialogue)
 
-        rid: its name. done: its end; None if nobody waited for it. answer: as the client was sent it, and will send it
-        back.
+    def _leave(self, dialogue: Dialogue) -> None:
+        dialogue.places -= 1
+        self.close_if_empty(dialogue)
+
+    def end(self, place: Place, call: Ended, answer: Message, *, keep: bool) -> Turn | None:
+        """The call at a place was left: remember its turn if it was committed, to be gone on from; else leave nothing.
+
+        answer: as the client was sent it, and will send it back.
         """
         dialogue = place.dialogue
         if dialogue is None:
             return None
-        dialogue.places -= 1
-        turn = None
-        if done is not None and done.reason in ("stop", "length") and keep and dialogue.is_open:
-            ended_by = ""
-            if isinstance(done.matched, int):
-                ended_by = self._tokenizer.decode([done.matched], skip_special_tokens=False)
-            turn = Turn(rid, _chained(place.digest, answer), ended_by)
-            dialogue.turns[turn.rid] = dialogue.by_digest[turn.digest] = turn
-            while len(dialogue.turns) > TURNS_KEPT_MAX:
-                self.drop(dialogue, next(iter(dialogue.turns.values())))
-        elif done is not None and done.status == NotFound.status:
-            self.forget(dialogue.tenant, dialogue.session)
-        elif dialogue.is_open:
-            # It may have finished though nobody read that: then its turn is there, and nobody knows it.
-            self._link.send(DropTurn(NO_OP, dialogue.session, rid, dialogue.tenant))
-            self.close_if_empty(dialogue)
+        turn = self._ended(dialogue, place, call, answer, keep=keep) if dialogue.is_open else None
+        self._leave(dialogue)
         return turn
+
+    def _ended(self, dialogue: Dialogue, place: Place, call: Ended, answer: Message, *, keep: bool) -> Turn | None:
+        done = call.done
+        if done is not None and done.reason in ("stop", "length") and keep:
+            return self._remember(dialogue, call.rid, done, _chained(place.digest, answer))
+        if done is not None and done.reason == "error":
+            self._note_refusal(dialogue, place, done)
+        elif call.was_sent and call.rid not in dialogue.turns:
+            # It may have finished though nobody read that: then its turn is there, and nobody knows it.
+            self._tell_drop(dialogue, call.rid)
+        return None
+
+    def _remember(self, dialogue: Dialogue, rid: str, done: Done, digest: bytes) -> Turn | None:
+        """A committed turn; None if a turn behind other messages had its name: which one it is now, nobody knows."""
+        known = dialogue.turns.get(rid)
+        if known is not None:
+            if known.digest == digest:
+                return known  # its reply was said again
+            _forget_turn(dialogue, known)
+            return None
+        ended_by = ""
+        if isinstance(done.matched, int):
+            ended_by = self._tokenizer.decode([done.matched], skip_special_tokens=False)
+        turn = dialogue.turns[rid] = dialogue.by_digest[digest] = Turn(rid, digest, ended_by)
+        while len(dialogue.turns) > TURNS_KEPT_MAX:
+            self.drop(dialogue, next(iter(dialogue.turns.values())))
+        return turn
+
+    def _note_refusal(self, dialogue: Dialogue, place: Place, done: Done) -> None:
+        """A turn was refused, or failed: the engine has none of that name from it. What it lacks is forgotten here."""
+        if done.param == SESSION_PARAM and done.status == NotFound.status:
+            self.forget(dialogue.tenant, dialogue.session)
+        elif done.param == PARENT_PARAM and place.branch is not None and place.branch.parent is not None:
+            parent = dialogue.turns.get(place.branch.parent)
+            if parent is not None:
+                _forget_turn(dialogue, parent)
 
     def drop(self, dialogue: Dialogue, turn: Turn) -> None:
         """Forget a turn, here and in the engine; what went on from it stays."""
-        if dialogue.turns.pop(turn.rid, None) is None:
+        if dialogue.turns.get(turn.rid) is not turn:
             return
-        if dialogue.by_digest.get(turn.digest) is turn:
-            del dialogue.by_digest[turn.digest]
-        if dialogue.is_open and self._link.failure is None:
-            self._link.send(DropTurn(NO_OP, dialogue.session, turn.rid, dialogue.tenant))
-            self.close_if_empty(dialogue)
+        _forget_turn(dialogue, turn)
+        self._tell_drop(dialogue, turn.rid)
+        self.close_if_empty(dialogue)
+
+    def _tell_drop(self, dialogue: Dialogue, rid: str) -> None:
+        self._link.tell(lambda op: DropTurn(op, dialogue.session, rid, dialogue.tenant))
 
     def close(self, dialogue: Dialogue) -> None:
         """Close the session of a dialogue, with all its turns."""
-        if dialogue.is_open and self._link.failure is None:
-            self._link.send(CloseSession(NO_OP, dialogue.session, dialogue.tenant))
-        self.forget(dialogue.tenant, dialogue.session)
+        if dialogue.is_open:
+            self._link.tell(lambda op: CloseSession(op, dialogue.session, dialogue.tenant))
+            self.forget(dialogue.tenant, dialogue.session)
 
     def forget(self, tenant: str, session: str) -> None:
         """A session was closed: nothing can be gone on from there. Other sessions are none of our affair."""
@@ -211,6 +264,9 @@ class Dialogues:
         if dialogue.is_open and dialogue.is_ours and not dialogue.turns and not dialogue.places:
             self.close(dialogue)
 
+    async def _encoded(self, text: str) -> list[int]:
+        return await encode_text(self._tokenizer, text, add_special_tokens=False)
+
     def _note_gone(self, gone: SessionGone) -> None:
         self.forget(gone.tenant, gone.session)
 
@@ -223,6 +279,12 @@ class Dialogues:
 
     def _render(self, messages: Sequence[Message], asks: bool) -> str:
         return self._tokenizer.render_chat(messages, add_generation_prompt=asks)
+
+
+def _forget_turn(dialogue: Dialogue, turn: Turn) -> None:
+    del dialogue.turns[turn.rid]
+    if dialogue.by_digest.get(turn.digest) is turn:
+        del dialogue.by_digest[turn.digest]
 
 
 def digests_of(messages: Sequence[Message], beside: object = None) -> list[bytes]:

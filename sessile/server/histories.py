@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 from array import array
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -87,6 +86,13 @@ class Turn:
     place: Place
     submit: Submit
     output: bytearray = field(default_factory=bytearray)
+    is_overtaken: bool = False
+    """Whether a later turn was committed while this one may still have waited in the engine for its grammar."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether messages behind it may have come to the engine's sessions before it."""
+        return self.submit.grammar is not None and not self.output
 
 
 class Histories:
@@ -108,8 +114,9 @@ class Histories:
         """Those of them whose tokens are held, in the order of last use."""
         self._turns: dict[int, Turn] = {}
         """By key of the request."""
-        self._operations: dict[int, deque[tuple[int, Operation]]] = {}
-        """With the place of each among all messages. Several may have one `op`, if nobody waits for their replies."""
+        self._collecting: dict[int, Turn] = {}
+        self._operations: dict[int, tuple[int, Operation]] = {}
+        """Unanswered ones by their `op`, with the place of each among all messages."""
         self.on_lost: Callable[[Place], None] = lambda place: None
         """Called for each session that is lost."""
         self._numbers = itertools.count()
@@ -121,9 +128,9 @@ class Histories:
         return len(self._held)
 
     @property
-    def turns(self) -> "dict[int, Turn]":
-        """Turns in flight whose output is wanted, by key."""
-        return self._turns
+    def collecting(self) -> "dict[int, Turn]":
+        """Turns in flight whose output is wanted, by key: those of sessions that are not known to be held no longer."""
+        return self._collecting
 
     # -- what passes by -------------------------------------------------------------------------------------------
 
@@ -140,13 +147,28 @@ class Histories:
         if isinstance(message, Submit):
             if message.session is not None:
                 place = (message.tenant, message.session)
-                self._turns[message.key] = Turn(next(self._numbers), place, message)
+                turn = self._turns[message.key] = Turn(next(self._numbers), place, message)
+                if place not in self._sessions or place in self._held:
+                    self._collecting[message.key] = turn
         elif isinstance(message, Operation):
-            self._operations.setdefault(message.op, deque()).append((next(self._numbers), message))
-            if isinstance(message, DropTurn):
-                return
-            opened = message.child if isinstance(message, ForkSession) else message.session
-            self._lost.pop((message.tenant, opened), None)  # Whoever opens or closes it has understood.
+            assert message.op not in self._operations, f"operation {message.op} is on its way already"
+            self._operations[message.op] = next(self._numbers), message
+            self._note_understood(message)
+
+    def follow(self, operation: DropTurn | CloseSession) -> None:
+        """No engine has answered this, and none will: what is wanted no more does not come back with the next one."""
+        self._note_understood(operation)
+        place = (operation.tenant, operation.session)
+        if isinstance(operation, DropTurn):
+            self._drop(place, operation.rid)
+        else:
+            self._remove(place)
+
+    def _note_understood(self, operation: Operation) -> None:
+        """Whoever opens or closes a session need not be told any more that one of that name was lost."""
+        if not isinstance(operation, DropTurn):
+            session = operation.child if isinstance(operation, ForkSession) else operation.session
+            self._lost.pop((operation.tenant, session), None)
 
     def note_batch(self, batch: Batch) -> None:
         """Turns have ended, operations were answered, sessions ended by themselves; the output of turns is in already.
@@ -155,17 +177,13 @@ class Histories:
         """
         outcomes: list[tuple[int, Turn | Operation, Done | Reply]] = []
         for done in batch.done:
+            self._collecting.pop(done.key, None)
             if (turn := self._turns.pop(done.key, None)) is not None:
                 outcomes.append((turn.number, turn, done))
         for reply in batch.replies:
-            waiting = self._operations.get(reply.op)
-            if waiting is None:
-                continue
-            number, operation = waiting.popleft()
-            if not waiting:
-                del self._operations[reply.op]
-            if reply.error is None:
-                outcomes.append((number, operation, reply))
+            numbered = self._operations.pop(reply.op, None)
+            if numbered is not None and reply.error is None:
+                outcomes.append((*numbered, reply))
         for _, asked, outcome in sorted(outcomes, key=itemgetter(0)):
             if isinstance(asked, Turn):
                 assert isinstance(outcome, Done)
@@ -209,12 +227,16 @@ class Histories:
         if turn.submit.rid in branches:
             return  # The reply of that turn was said again, or the name refused.
         before_bytes, is_right = branches.bytes, True
-        if not (done.reason == "error" and 400 <= done.status < 500):  # else it was refused, and has replaced nothing
+        if done.prompt_tokens:  # else it was refused or ended before it came in, and has replaced nothing
             branches.drop(branches.replaced_by(turn.submit.branch, turn.number))
-        if done.session_tokens >= 0:
+            is_right = not (turn.is_overtaken and turn.submit.branch is not None and turn.submit.branch.replace)
+        beside = [other for other in self._turns.values() if other.place == turn.place]
+        if done.session_tokens >= 0 and is_right:
             told = _named(turn.submit, done)
             is_right = branches.commit(turn.number, turn.submit, bytes(turn.output), done, self._bos_id, told)
-        if not any(other.place == turn.place for other in self._turns.values()):
+            for other in beside:
+                other.is_overtaken |= other.number < turn.number and other.may_wait
+        if not beside:
             branches.forget_dropped()
         self.bytes += branches.bytes - before_bytes
         if is_right:
@@ -312,13 +334,19 @@ class Histories:
         session.tokens, session.branches = None, None
         session.turn_ends, session.last = array("q"), None
         self.bytes += session.bytes
+        for key in [key for key, turn in self._collecting.items() if turn.place == place]:
+            self._collecting.pop(key).output.clear()
 
     # -- another engine -------------------------------------------------------------------------------------------
 
     def note_engine_gone(self) -> None:
         """What was in flight is over, and nothing of it was committed as far as any client knows."""
         self._turns.clear()
-        self._operations.clear()
+        self._collecting.clear()
+        operations, self._operations = self._operations, {}
+        for _, operation in operations.values():
+            if isinstance(operation, DropTurn | CloseSession):
+                self.follow(operation)
         for place in [place for place, session in self._sessions.items() if session.closing]:
             self._remove(place)
 
@@ -342,7 +370,7 @@ class Histories:
                     restored += 1
                 elif isinstance(error, NotReady):
                     raise error
-                else:
+                elif place in self._held:  # else it was closed meanwhile
                     self._lose(place, error.message)
         self.restored_total += restored
         log.warning("sessions restored", extra={"sessions": restored, "lost": len(self._lost)})

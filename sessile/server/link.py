@@ -20,7 +20,9 @@ import zmq.asyncio
 from sessile.contract.messages import (
     Batch,
     Cancel,
+    CloseSession,
     Done,
+    DropTurn,
     EngineFailed,
     EngineReady,
     FromEngine,
@@ -119,7 +121,8 @@ class EngineLink:
     """Sends messages to the engine and hands what comes back to those who wait for it.
 
     Owns the socket. After fail(), every waiter has got an error and every further call raises NotReady, until reopen()
-    and the next engine's first message. That engine has got all sessions that are held before anybody else can ask it.
+    and the next engine's first message; nothing is sent meanwhile. That engine has got all sessions that are held
+    before anybody else can ask it.
     """
 
     def __init__(
@@ -146,6 +149,8 @@ class EngineLink:
         self._streams: dict[int, Stream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._ops = itertools.count(1)
+        self._untold: list[DropTurn | CloseSession] = []
+        """What the next engine has to be told once it has the sessions back."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._context = zmq.asyncio.Context(io_threads=1)
@@ -269,6 +274,8 @@ class EngineLink:
         return await self._ask(make)
 
     async def _ask(self, make: Callable[[int], ToEngine]) -> Any:
+        if self._failure is not None:
+            raise NotReady(self._failure)
         op = next(self._ops)
         message = make(op)
         if (refusal := self.histories.refusal(message)) is not None:
@@ -281,8 +288,23 @@ class EngineLink:
         finally:
             del self._replies[op]
 
+    def tell(self, make: Callable[[int], DropTurn | CloseSession]) -> None:
+        """Send the operation that make(op) builds, whose reply nobody waits for; it holds for the next engine too."""
+        message = make(next(self._ops))
+        if self._failure is None and self._ready is not None:
+            self.send(message)
+            return
+        self.histories.follow(message)
+        if self._failure is None:
+            self._untold.append(message)
+
     def send(self, message: ToEngine) -> None:
-        """Queue a message; messages arrive in order. Never waits: the socket has no high-water mark."""
+        """Queue a message; messages arrive in order. Never waits: the socket has no high-water mark.
+
+        Nothing is sent, nor noted as sent, after fail(): no engine would answer it, and the next one must not.
+        """
+        if self._failure is not None:
+            return
         frame = self._encoder.encode(message)
         self._note_sent(message)
         self._socket.send(frame)
@@ -304,6 +326,7 @@ class EngineLink:
         self._failure = reason
         self._failed.set()
         self._ready_or_failed.set()
+        self._untold.clear()
         self.histories.note_engine_gone()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
@@ -337,6 +360,9 @@ class EngineLink:
             except NotReady:
                 return  # It is gone as well.
         if self._failure is None:
+            untold, self._untold = self._untold, []
+            for message in untold:
+                self.send(message)
             self._ready = ready
             self._ready_or_failed.set()
 
@@ -382,10 +408,10 @@ class EngineLink:
         now_s = time.perf_counter()
         # A request that ends here brings no more, however much it brings: a repeated reply comes all at once.
         ending = {done.key for done in batch.done}
-        turns = self.histories.turns
+        collecting = self.histories.collecting
         start = 0
         for key, end in zip(keys, ends, strict=True):
-            if (turn := turns.get(key)) is not None:
+            if (turn := collecting.get(key)) is not None:
                 turn.output += batch.delta_tokens[start * TOKEN_BYTES : end * TOKEN_BYTES]
             stream = self._streams.get(key)
             if stream is not None:

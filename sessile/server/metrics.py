@@ -276,7 +276,10 @@ class Metrics:
         earlier, self._earlier = self._earlier, stats or self._earlier
         if stats is None or earlier is None or stats.time_s <= earlier.time_s:
             return
-        rate = (stats.generated_tokens_total - earlier.generated_tokens_total) / (stats.time_s - earlier.time_s)
+        generated = stats.generated_tokens_total - earlier.generated_tokens_total
+        if generated < 0:
+            generated = stats.generated_tokens_total  # of another engine, which counts from zero
+        rate = generated / (stats.time_s - earlier.time_s)
         yield _gauge("sglang:gen_throughput", "Generated tokens a second since the last look.", rate, model)
 
 

@@ -196,12 +196,16 @@ async def _turn_choice(service: Service, caller: Caller, body: ChatBody, order: 
     dialogue = await dialogues.named(caller.tenant, body.session_id) if dialogues.keeps_kv else None
     place = await dialogues.place(dialogue, messages, render, beside=[variables, tools] if tools else variables)
     session = place.dialogue.session if place.dialogue else None
-    reading = _reading(service, body, prompt)
-    order = replace(order, tokens=place.tokens, session=session, branch=place.branch)
-    (choice,) = _choices(service, body, reading.of(order), reading=reading)
+    try:
+        reading = _reading(service, body, prompt)
+        order = replace(order, tokens=place.tokens, session=session, branch=place.branch)
+        (choice,) = _choices(service, body, reading.of(order), reading=reading)
+    except BaseException:
+        dialogues.give_back(place)
+        raise
 
     def note_end() -> None:
-        dialogues.end(place, choice.call.rid, choice.call.done, choice.message, keep=True)
+        dialogues.end(place, choice.call, choice.message, keep=True)
 
     choice.call.at_end = note_end
     return choice

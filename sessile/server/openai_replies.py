@@ -34,7 +34,7 @@ class Choice:
     """One answer to a prompt as it grows. echo: text of the prompt that is repeated before it.
 
     leads: whether it is the first one to its prompt, whose tokens count once however many answers there are. reader:
-    of a chat's answer; None: all of it is text.
+    of a chat's answer; None: all of it is text, and nobody asks for its parts.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Choice:
         self.index = index
         self.leads = leads
         self.call = call
-        self.reader = reader or AnswerReader()
         self.answer = Answer()
-        """All that was read so far."""
+        """All that the reader has read so far."""
         self.output = Output(tokenizer, call.order.sampling, trim_stop=trim_stop)
         self.done: Done | None = None
         self._unsent_text = echo
         self._echoes = bool(echo)
         self._sent_logprobs = 0
+        self._reader = reader
         self._untold: list[Event] = []
         self._call_ids: dict[int, str] = {}
 
@@ -70,7 +70,9 @@ class Choice:
         fresh = self.output.add(arrival)
         self._unsent_text += fresh
         self.done = done
-        for event in self.reader.push(fresh) if done is None else self.reader.finish(fresh):
+        if self._reader is None:
+            return
+        for event in self._reader.push(fresh) if done is None else self._reader.finish(fresh):
             self.answer.add(event)
             self._untold.append(event)
 
@@ -96,14 +98,20 @@ class Choice:
         return self._call_ids.setdefault(index, f"call_{uuid.uuid4().hex}")
 
     @property
+    def knows_reasoning(self) -> bool:
+        """Whether reasoning would be told apart if there were any."""
+        return self._reader is not None and self._reader.knows_reasoning
+
+    @property
     def reasoning_tokens(self) -> int:
         """How many of its tokens are reasoning."""
-        return self.output.tokens_within(self.reader.reasoning_bytes)
+        return self.output.tokens_within(self._reader.reasoning_bytes) if self._reader else 0
 
     @property
     def message(self) -> Message:
         """The answer as the client was sent it, and as it will send it back."""
-        message = Message(role="assistant", content=self.answer.content)
+        content = self.answer.content if self._reader else self.output.text
+        message = Message(role="assistant", content=content)
         if self.answer.calls:
             message["tool_calls"] = [
                 CallMessage(
@@ -208,7 +216,7 @@ class ChatShape:
         answer = choice.answer
         message: dict[str, Any] = {"role": "assistant", "refusal": None}
         message["content"] = answer.content or (None if answer.calls else "")
-        if choice.reader.knows_reasoning:
+        if choice.knows_reasoning:
             message["reasoning_content"] = answer.reasoning or None
         if answer.calls:
             message["tool_calls"] = [_call(choice, call.index, call.name, call.arguments) for call in answer.calls]

@@ -19,6 +19,7 @@ from sessile.contract.messages import (
     CancelAll,
     CloseSession,
     Done,
+    DropTurn,
     EngineReady,
     Flush,
     ForkSession,
@@ -101,7 +102,7 @@ class RequestLog:
             case OpenSession():
                 self._write("open", **self._opening(message))
             case RestoreSession():
-                self._write("restore", **self._opening(message.opening), tokens=len(message.tokens) // 4)
+                self._note_restore(message)
             case CloseSession():
                 self._write("close", **self._place(message.tenant, message.session))
             case ForkSession():
@@ -111,6 +112,9 @@ class RequestLog:
             case RewindSession():
                 place = self._place(message.tenant, message.session)
                 self._write("rewind", **place, to_tokens=message.to_tokens, to_turn=message.to_turn)
+            case DropTurn():
+                place = self._place(message.tenant, message.session)
+                self._write("drop", **place, turn=self._turn(message.tenant, message.session, message.rid))
             case Flush():
                 self._write("flush")
             case CancelAll():
@@ -145,20 +149,34 @@ class RequestLog:
             prefixes=self._prefixes_of(message.tokens),
             max_new_tokens=message.sampling.max_new_tokens,
             priority=message.priority,
-            turn=self._turn(message, message.rid),
+            group=message.group,
+            turn=self._turn(message.tenant, message.session, message.rid),
             expects=message.expect_tokens,
             branch=None
             if branch is None
             else {
-                "parent": self._turn(message, branch.parent),
+                "parent": self._turn(message.tenant, message.session, branch.parent),
                 "offset": branch.offset,
                 "replace": branch.replace,
                 "drop_previous_output": branch.drop_previous_output,
             },
         )
 
-    def _turn(self, message: Submit, rid: str | None) -> int | None:
-        return self._turns.of((message.tenant, message.session, rid)) if rid else None
+    def _note_restore(self, message: RestoreSession) -> None:
+        opening = message.opening
+        turns = [
+            {
+                "turn": self._turn(opening.tenant, opening.session, node.rid),
+                "parent": self._turn(opening.tenant, opening.session, node.parent),
+                "base_tokens": node.base_tokens,
+                "tokens": len(node.tokens) // 4,
+            }
+            for node in message.nodes
+        ]
+        self._write("restore", **self._opening(opening), tokens=len(message.tokens) // 4, turns=turns)
+
+    def _turn(self, tenant: str, session: str | None, rid: str | None) -> int | None:
+        return self._turns.of((tenant, session, rid)) if rid else None
 
     def _prefixes_of(self, packed: bytes) -> list[int]:
         """A number for the tokens up to each 64th, and up to the end."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -50,10 +50,18 @@ class EventStream(Response):
     Once something has gone out, whatever goes wrong is an event of its own: no stream ends without saying how.
     """
 
-    def __init__(self, calls: Sequence[Call], events: AsyncIterator[bytes], *, end: bytes = DONE) -> None:
-        """end: what is sent behind the last event."""
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        events: AsyncIterator[bytes],
+        *,
+        end: bytes = DONE,
+        fault: Callable[[UserError], bytes] | None = None,
+    ) -> None:
+        """end: what is sent behind the last event. fault: the event of an error; None: its JSON, without a name."""
         super().__init__()
         self._end = end
+        self._fault = fault
         self._calls = calls
         self._events = events
 
@@ -69,16 +77,20 @@ class EventStream(Response):
             except UserError as error:
                 if not wire.started:
                     raise
-                await wire.send(event(error_content(Surface.of(scope["path"]), error)))
+                await wire.send(self._told(scope, error))
             except Exception as error:
                 if not wire.started:
                     raise
                 log.exception("a stream broke off")
                 shown = refusal_error(500, "internal_error", f"internal error: {type(error).__name__}")
-                await wire.send(event(error_content(Surface.of(scope["path"]), shown)))
+                await wire.send(self._told(scope, shown))
             finally:
                 alive.cancel()
             await wire.send(self._end, is_last=True)
+
+    def _told(self, scope: Scope, error: UserError) -> bytes:
+        """The event of an error."""
+        return self._fault(error) if self._fault else event(error_content(Surface.of(scope["path"]), error))
 
 
 class _Wire:

@@ -51,6 +51,9 @@ class Supervisor:
         self._note_replaced = note_replaced
         self._falls_s: deque[float] = deque()
         self._was_ready = False
+        """Whether any engine ever was."""
+        self._stood = False
+        """Whether the one that is watched, or has just fallen, was."""
         self._stopping = asyncio.Event()
 
     async def run(self) -> str:
@@ -81,18 +84,23 @@ class Supervisor:
             self.engine.terminate()  # it does not read messages yet
 
     def _may_restart(self) -> bool:
-        """Whether another engine may be started for the one that has just fallen. One that never stood up may not."""
+        """Whether another engine may be started for the one that has just fallen. If none ever stood, it may not.
+
+        Falls are forgotten with time, but not when an engine falls at its start: one that hangs there takes so long to
+        be given up that it would be started for ever.
+        """
         now_s = asyncio.get_running_loop().time()
         self._falls_s.append(now_s)
-        while now_s - self._falls_s[0] > RESTARTS_WINDOW_S:
+        while self._stood and now_s - self._falls_s[0] > RESTARTS_WINDOW_S:
             self._falls_s.popleft()
         if self._was_ready and len(self._falls_s) > self._options.engine_restarts_max > 0:
-            within = f"within {RESTARTS_WINDOW_S / 60:g} minutes"
-            log.error(f"the engine has fallen {len(self._falls_s)} times {within}: no more (--engine-restarts-max)")
+            how = f"within {RESTARTS_WINDOW_S / 60:g} minutes" if self._stood else "and does not come up any more"
+            log.error(f"the engine has fallen {len(self._falls_s)} times {how}: no more (--engine-restarts-max)")
         return self._was_ready and len(self._falls_s) <= self._options.engine_restarts_max
 
     async def _see_through(self) -> None:
         """Watch one engine to its end, and see to it that link and process are both gone then."""
+        self._stood = False
         loop = asyncio.get_running_loop()
         exited = loop.create_task(self.engine.exit())
         stalled = loop.create_task(self._watch_start_and_pulse())
@@ -143,7 +151,7 @@ class Supervisor:
         """Returns when the engine took too long to start, or stands still."""
         if (ready := await self._wait_ready()) is None:
             return
-        self._was_ready = True
+        self._was_ready = self._stood = True
         log.info(f"the engine is ready: {ready.model_name} ({ready.dtype} on {ready.device})")
         await self.pulse.wait_stalled()
         if not self.pulse.is_stalled:

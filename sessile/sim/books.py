@@ -52,6 +52,7 @@ class Books:
         self.just_idle: list[str] = []
         """Sessions whose turn ended in the last effects: their clients may be quick."""
         self.totals: Counter[str] = Counter()
+        self._reclaims_at_last_end = 0
         self._awaited: dict[int, replies.Verdict] = {}
         self._flushes: set[int] = set()
         """Flushes without a reply: they may wait until the last rows have drained."""
@@ -342,6 +343,7 @@ class Books:
         delivered = self._note_deltas(batch)
         for done in batch.done:
             self._note_done(done, reclaims, faulty_seeds)
+        self._reclaims_at_last_end = reclaims if batch.done else self._reclaims_at_last_end
         for key in delivered:
             request = self.requests[key]
             if request.done is None and request.ending is not None:
@@ -535,7 +537,8 @@ class Books:
             session.history = [*request.prompt, *request.output]
             session.turn_ends.append(len(session.history))
             session.lost_part = False
-            session.reclaim_mark = reclaims
+            # A turn that found all of its KV ended in the plan, which may have reclaimed some of it since.
+            session.reclaim_mark = reclaims if done.computed_tokens else self._reclaims_at_last_end
             self.totals["turns"] += 1
         else:
             if done.preemptions or done.reason == "error":

@@ -302,6 +302,7 @@ _RULES: dict[str, dict[str, Write | None]] = {
     "sim.Books": {
         **dict.fromkeys(("_world", "now_ns", "totals", "by_seed", "requests", "is_unsure", "just_idle", "_settled_ns")),
         "live": Form.values,
+        "_reclaims_at_last_end": Form.mark,
     },
     "sim.SessionBook": {"reclaim_mark": Form.mark},
     # What was sent is in the core's request, and the speaker follows from prompt and output.

@@ -371,7 +371,7 @@ _DRAFTS = (
     ),
     _fault(
         "branch looks up beyond its offset", "H11", "a branch's index begins with all of what it goes on from",
-        "drafting", "parent.index.fork(min(parent.index.tokens, len(session.history)))",
+        "drafting", "parent.index.fork(min(parent.index.tokens, session.base_tokens))",
         "parent.index.fork(parent.index.tokens)",
     ),
     _fault(

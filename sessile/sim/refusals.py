@@ -21,10 +21,23 @@ def refusals_of_prompt(prompt: list[int], longest: int, wanted: int | None) -> s
 def refusals_of_tenant(
     submit: Submit, new_tokens: int, limits: Limits, live: Iterable[RequestBook], sessions: Iterable[SessionBook]
 ) -> set[int]:
-    """{429} if the submit is beyond what its tenant may have in flight, or hold in sessions."""
+    """What comes if a submit is beyond what may wait, or its tenant may have in flight or hold in sessions.
+
+    429 beside others, 413 or 400 if it is so by itself, with those of its group.
+    """
     policy = _policy(limits, submit.tenant)
     own = [request for request in live if request.submit.tenant == submit.tenant and not request.is_over]
     tokens = sum([request.input_tokens for request in own])
+    group = [request for request in own if submit.group >= 0 and request.submit.group == submit.group]
+    group_tokens = sum([request.input_tokens for request in group])
+    if new_tokens > limits.queue_tokens_max:
+        return {413}
+    if group and _exceeds(len(group) + 1, policy.requests_max):
+        return {400}
+    if _exceeds(group_tokens + new_tokens, policy.tokens_max):
+        return {413}
+    if submit.session is not None and _exceeds(new_tokens, policy.held_tokens_max):
+        return {413}
     held = sum([len(line.history) for each in sessions if each.tenant == submit.tenant for line in each.lines])
     beyond = (
         _exceeds(len(own) + 1, policy.requests_max)

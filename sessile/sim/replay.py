@@ -1,11 +1,16 @@
 """A log of what a server was asked (`--request-log`), played to the core on a toy device with every checker looking.
 
-What is kept: the order of everything, about when it came, how long prompts and answers were, which prompts begin alike,
-sessions, forks, rewinds, cancels. What is not: texts, so tokens are made up, the same for the same beginnings; limits
-of tenants; drafts; pauses, which are cut short. If the core misbehaved in that order of events, it does so here.
+What is kept: the order of everything, about when it came, how long prompts and answers were, which prompts begin alike
+and which are of one group, sessions and their turns, forks, rewinds, cancels. What is not: texts, so tokens are made
+up, the same for the same beginnings; limits of tenants; drafts; pauses, which are cut short. If the core misbehaved in
+that order of events, it does so here.
+
+Where one engine followed another, the same core goes on: all that ran is cancelled, all KV is dropped, and sessions
+that did not come back are closed.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -108,7 +113,8 @@ def script_of(lines: Iterable[Line]) -> dict[int, list[wire.ToEngine]]:
     script: dict[int, list[wire.ToEngine]] = {}
     turn, before_s = 1, 0.0
     sent: dict[int, int] = {}
-    for op, line in enumerate(lines, 1):
+    ops = itertools.count(1)
+    for index, line in enumerate(lines):
         turn += min(PAUSE_TURNS_MAX, max(0, round((line["at_s"] - before_s) / TURN_S)))
         before_s = line["at_s"]
         if line["kind"] == "submit":
@@ -116,9 +122,29 @@ def script_of(lines: Iterable[Line]) -> dict[int, list[wire.ToEngine]]:
         elif line["kind"] == "done" and line["status"] == 200:
             # However fast the real steps were: who waited for this answer does not come before it.
             turn = max(turn, sent.get(line["key"], 0) + SLACK_TURNS + 2 * line["completion_tokens"])
-        for message in _messages_of(line, op, ends):
-            script.setdefault(turn, []).append(message)
+        script.setdefault(turn, []).extend(_messages_of(line, next(ops), ends))
+        if line["kind"] == "engine":
+            script[turn].extend(_restart(lines[:index], lines[index + 1 :], ops))
     return script
+
+
+def _restart(before: list[Line], after: list[Line], ops: Iterator[int]) -> Iterator[wire.ToEngine]:
+    """What the coming of an engine stands for, unless it is the first one."""
+    if not any(line["kind"] == "engine" for line in before):
+        return
+    yield wire.CancelAll(next(ops))
+    own = itertools.takewhile(lambda line: line["kind"] != "engine", after)
+    restored = [_place(line) for line in own if line["kind"] == "restore"]
+    opened = [_place(line) for line in before if line["kind"] in ("open", "restore")]
+    opened += [(_tenant(line), f"s{line['child']}") for line in before if line["kind"] == "fork"]
+    for tenant, session in dict.fromkeys(opened):
+        if (tenant, session) not in restored:
+            yield wire.CloseSession(next(ops), session, tenant)
+    yield wire.Flush(next(ops))
+
+
+def _place(line: Line) -> tuple[str, str]:
+    return _tenant(line), f"s{line['session']}"
 
 
 def _messages_of(line: Line, op: int, ends: Mapping[int, Line]) -> Iterator[wire.ToEngine]:
@@ -141,6 +167,8 @@ def _messages_of(line: Line, op: int, ends: Mapping[int, Line]) -> Iterator[wire
             )
         case "rewind":
             yield wire.RewindSession(op=op, **place, to_tokens=line["to_tokens"], to_turn=line["to_turn"])
+        case "drop":
+            yield wire.DropTurn(op, place["session"], f"t{line['turn']}", place["tenant"])
         case "flush":
             yield wire.Flush(op)
         case "cancel all":
@@ -158,6 +186,7 @@ def _submit_of(line: Line, end: Line | None) -> wire.Submit:
         sampling=wire.Sampling(seed=line["key"], temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True),
         tenant=_tenant(line),
         priority=line["priority"],
+        group=line["group"],
         session=None if line["session"] is None else f"s{line['session']}",
         rid="" if turn is None else f"t{turn}",
         branch=None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -269,14 +270,57 @@ def test_a_prompt_over_the_context_is_a_400_even_for_a_stream(client: anthropic.
         ask(client, messages=[{"role": "user", "content": "x" * 5000}], stream=stream)
 
 
-def test_an_answer_that_is_broken_off_is_an_error_and_no_message(server: Running, client: anthropic.Anthropic) -> None:
-    server.engine.token_interval_s = 0.01
+def test_a_stream_that_is_aborted_ends_as_a_message_with_what_was_said(
+    server: Running, client: anthropic.Anthropic
+) -> None:
+    says(server, "x" * 400, token_s=0.01)
     more = {"rid": "r", "ignore_eos": True}
     with client.messages.stream(model="default", max_tokens=400, messages=ASK, extra_body=more) as stream:
         next(iter(stream.text_stream))
         server.client.post("/abort_request", json={"rid": "r"})
-        with pytest.raises(anthropic.APIStatusError, match="ended"):
-            stream.get_final_message()
+        message = stream.get_final_message()
+    assert message.stop_reason == "abort" and 0 < len(message.content[0].text) < 400
+
+
+def test_an_answer_that_is_aborted_is_not_asked_for_again_on_either_surface(
+    server: Running, client: anthropic.Anthropic
+) -> None:
+    says(server, "x" * 400, token_s=0.01)
+    chat = {"model": "default", "messages": ASK, "max_tokens": 400, "rid": "chat"}
+    with ThreadPoolExecutor(2) as pool:
+        message = pool.submit(ask, client.with_options(max_retries=2), max_tokens=400, extra_body={"rid": "message"})
+        completion = pool.submit(server.client.post, "/v1/chat/completions", json=chat)
+        server.wait_until(lambda: len(server.engine.submits()) == 2)
+        for rid in ("message", "chat"):
+            server.client.post("/abort_request", json={"rid": rid})
+    assert message.result().stop_reason == "abort"
+    assert completion.result().status_code == 200
+    assert completion.result().json()["choices"][0]["finish_reason"] == "abort"
+    assert len(server.engine.submits()) == 2
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_message_of_no_blocks_is_refused_by_its_name(client: anthropic.Anthropic, role: str) -> None:
+    with pytest.raises(anthropic.BadRequestError) as refusal:
+        ask(client, messages=[{"role": role, "content": []}])
+    assert refusal.value.body["error"]["message"].startswith("messages")
+
+
+def test_a_turn_in_which_nothing_was_said_may_be_sent_back(server: Running, client: anthropic.Anthropic) -> None:
+    ask(client, messages=[*ASK, {"role": "assistant", "content": []}, {"role": "user", "content": "Well?"}])
+    assert prompt_of(server) == "user:Weather in Oslo?\nassistant:\nuser:Well?\n"
+
+
+def test_a_stream_that_fails_before_its_first_event_names_its_error_as_clients_know_it() -> None:
+    with running_server(stream_keep_alive_s=0.05) as server:
+        server.engine.pause()
+        body = {"model": "default", "max_tokens": 9, "messages": ASK, "stream": True}
+        with server.client.stream("POST", "/v1/messages", json=body) as reply:
+            lines = reply.iter_lines()
+            assert next(lines) == ": keep-alive"
+            server.call(server.service.link.fail, "the engine fell over")
+            rest = [line for line in lines if line and not line.startswith(":")]
+        assert rest[0] == "event: error" and "the engine fell over" in rest[1] and len(rest) == 2
 
 
 def test_a_client_that_closes_its_stream_ends_the_request(server: Running, client: anthropic.Anthropic) -> None:

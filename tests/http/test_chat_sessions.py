@@ -191,6 +191,20 @@ def test_only_so_many_turns_of_a_session_are_kept(toy: Running, client: openai.O
         assert http.get("/v1/sessions/l").json()["turns"] == 3
 
 
+def test_whatever_goes_wrong_before_a_turn_is_sent_gives_its_place_back(
+    toy: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sessile.server.openai._choices", broken)
+        with pytest.raises(openai.InternalServerError):
+            Chat(client, "p").say()
+    dialogue = toy.service.dialogues._dialogues["acme", "p"]
+    assert (dialogue.places, dialogue.is_open) == (0, True)
+
+
 def test_a_turn_of_a_session_has_one_answer(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         client.chat.completions.create(model="default", messages=[HELLO], n=2, extra_body={"session_id": "m"})

@@ -3,10 +3,12 @@
 import logging
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
+from sessile.contract.messages import Done
 from tests.http.conftest import PATIENCE_S, Running, running_server
 
 LONG = b'{"text": "a", "sampling_params": {"ignore_eos": true, "max_new_tokens": null}, "stream": %s}'
@@ -142,3 +144,33 @@ def test_the_engines_death_is_an_error_for_everyone_at_once(own_server: Running)
         assert "out of memory" in reply.json()["error"]["message"]
     assert own_server.client.get("/health").status_code == 503
     assert "sessile_engine_up{" in own_server.client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": "ab", "sampling_params": {"n": 3}}),
+        ("/v1/completions", {"prompt": "ab", "n": 3}),
+        ("/v1/completions", {"prompt": "ab", "n": 3, "stream": True}),
+    ],
+)
+def test_answers_that_are_given_up_because_another_one_failed_are_no_disconnects(
+    server: Running, path: str, body: dict[str, Any]
+) -> None:
+    before = dict(server.service.metrics.ended)
+    server.engine.refusals.append(Done(key=0, reason="error", status=429, code="limit_reached", message="too much"))
+    server.engine.token_interval_s = 0.02
+    server.client.post(path, json=body)
+    server.wait_until(lambda: server.service.link.in_flight == server.engine.running == 0)
+    ended = server.service.metrics.ended
+    fresh = {reason: count - before.get(reason, 0) for reason, count in ended.items() if count > before.get(reason, 0)}
+    assert fresh == {"error": 1, "abort": 2}
+    assert {cancel.message for cancel in server.engine.cancels()} <= {"another answer to the same prompt failed"}
+
+
+def test_answers_that_are_not_even_sent_because_one_cannot_be_are_no_disconnects(server: Running) -> None:
+    before = dict(server.service.metrics.ended)
+    with server.in_background(rid="name-1", sampling_params={"max_new_tokens": 4, "ignore_eos": True}):
+        refused = server.generate(rid="name", sampling_params={"n": 2})
+        assert refused.status_code == 400
+    assert server.service.metrics.ended.get("disconnect", 0) == before.get("disconnect", 0)

@@ -76,6 +76,24 @@ def test_a_request_that_the_engine_could_not_take_is_refused_unread(small: Runni
     assert small.generate("three").status_code == 200
 
 
+def test_who_sends_a_body_slowly_takes_nobodys_place_and_is_refused_at_its_end(small: Running) -> None:
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 13\r\n\r\n"
+    with connected(small) as one, connected(small) as two, connected(small) as three:
+        for slow in (one, two, three):
+            slow.sendall(head + b'{"text":')
+        time.sleep(0.1)
+        assert small.generate("quick").status_code == 200
+        small.engine.pause()
+        with small.in_background("first") as first, small.in_background("second") as second:
+            one.sendall(b'"hi"}')
+            reply = whole_reply(one)
+            assert reply.startswith(b"HTTP/1.1 429") and b"retry-after" in reply and b"2 requests" in reply
+            small.engine.resume()
+            assert [reply.result().status_code for reply in (first, second)] == [200, 200]
+        two.sendall(b'"hi"}')
+        assert whole_reply(two).startswith(b"HTTP/1.1 200")
+
+
 def test_a_flood_is_answered_and_leaves_nothing_behind() -> None:
     """2,000 requests against a queue of 64 are `scripts/overload.py`."""
     with running_server(lambda address: ToyEngine(address, rows_max=2, queue_max=6)) as server:

@@ -221,6 +221,24 @@ def test_a_background_response_is_polled_and_cancelled(toy: Running, client: ope
     assert cached(after) == history_tokens(client.responses.retrieve(short.id)) - 1
 
 
+def test_a_background_response_that_cannot_be_sent_is_refused_and_leaves_nothing(
+    toy: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, place = sessions(toy), toy.service.dialogues.place
+    monkeypatch.setattr(toy.service, "draining", False)
+
+    async def place_at_the_last_moment(*given: Any, **named: Any) -> Any:
+        found = await place(*given, **named)
+        toy.service.draining = True
+        return found
+
+    monkeypatch.setattr(toy.service.dialogues, "place", place_at_the_last_moment)
+    with pytest.raises(openai.APIStatusError) as refusal:
+        client.with_options(max_retries=0).responses.create(**SETTINGS, input=HELLO, background=True)
+    assert refusal.value.status_code == 503
+    toy.wait_until(lambda: sessions(toy) == before)
+
+
 def test_h27_a_client_that_leaves_ends_its_response_and_leaves_nothing(toy: Running, client: openai.OpenAI) -> None:
     before = sessions(toy)
     toy.engine.device.step_s = 0.01
@@ -337,6 +355,41 @@ def test_what_is_kept_is_bounded_and_forgotten_when_idle() -> None:
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(made[4].id)
         toy.wait_until(lambda: toy.client.get("/v1/sessions").json()["total"] == 0)
+
+
+def test_a_shelf_of_one_response_keeps_the_kv_of_the_one_that_the_next_goes_on_from() -> None:
+    engine = partial(ToyEngine, pages=900, page_size=16)
+    with (
+        running_server(engine, tokenizer=byte_tokenizer(MARKED), responses_max=1) as toy,
+        openai.OpenAI(base_url=f"{toy.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        first = client.responses.create(**SETTINGS, input=HELLO)
+        second = client.responses.create(**SETTINGS, input="And now?", previous_response_id=first.id)
+        assert cached(second) == history_tokens(first) - 1
+        background = client.responses.create(**SETTINGS, input="x", previous_response_id=second.id, background=True)
+        toy.wait_until(lambda: client.responses.retrieve(background.id).status == "incomplete")
+        assert cached(client.responses.retrieve(background.id)) == history_tokens(second) - 1
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(second.id)
+        assert [view["turns"] for view in toy.client.get("/v1/sessions").json()["data"]] == [1]
+
+
+def test_whatever_goes_wrong_before_a_response_is_sent_leaves_nothing(
+    toy: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = client.conversations.create()
+    before = sessions(toy)
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sessile.server.responses.desk.Choice", broken)
+        for fields in ({}, {"conversation": conversation.id}):
+            with pytest.raises(openai.InternalServerError):
+                client.responses.create(**SETTINGS, input="x", **fields)
+    toy.wait_until(lambda: sessions(toy) == before)
+    assert client.responses.create(**SETTINGS, input="x", conversation=conversation.id).status == "incomplete"
 
 
 def test_responses_are_answered_though_no_session_is_left_for_them() -> None:

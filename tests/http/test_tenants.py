@@ -144,8 +144,16 @@ def test_h43_sessions_of_a_key_are_limited_with_a_clear_429(small: httpx.Client,
     assert small.post("/v1/sessions", json={"id": "three"}).status_code == 200
 
 
-def test_requests_and_tokens_of_a_key_are_limited(toy: Running, small: httpx.Client) -> None:
-    assert "input tokens in flight" in limit_reached(asked(small, [1] * 41))
+def test_a_request_that_exceeds_a_limit_of_its_key_by_itself_is_too_long_and_not_put_off(small: httpx.Client) -> None:
+    native = asked(small, [1] * 41)
+    assert native.status_code == 400 and "41 input tokens" in native.json()["error"]["message"]
+    plain = small.post("/v1/completions", json={"prompt": [1] * 41})
+    assert (plain.status_code, plain.json()["error"]["code"]) == (400, "context_length_exceeded")
+    answers = small.post("/v1/completions", json={"prompt": [1], "n": 2})
+    assert (answers.status_code, answers.json()["error"]["param"]) == (400, "n")
+
+
+def test_requests_of_a_key_are_limited(toy: Running, small: httpx.Client) -> None:
     toy.engine.device.step_s = 0.01
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(asked, small, [1, 2], rid="first", sampling_params={"max_new_tokens": 100})
@@ -167,11 +175,17 @@ def test_tokens_that_the_sessions_of_a_key_hold_are_limited(small: httpx.Client)
     assert asked(small, [1] * 27, "growing").status_code == 200
 
 
-def test_a_limit_met_on_a_stream_is_an_abort_event_with_its_status(small: httpx.Client) -> None:
-    reply = asked(small, [1] * 41, stream=True)
-    assert (reply.status_code, '"status_code":429' in reply.text) == (200, True)
-    refused = small.post("/v1/completions", json={"prompt": [1] * 41, "stream": True})
-    assert limit_reached(refused)
+def test_a_limit_met_on_a_stream_is_an_abort_event_with_its_status(toy: Running, small: httpx.Client) -> None:
+    toy.engine.device.step_s = 0.01
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(asked, small, [1, 2], rid="first", sampling_params={"max_new_tokens": 100})
+        toy.wait_until(lambda: ("small", "first") in toy.service.keys_by_rid)
+        reply = asked(small, [3], stream=True)
+        assert (reply.status_code, '"status_code":429' in reply.text) == (200, True)
+        refused = small.post("/v1/completions", json={"prompt": [3], "stream": True})
+        assert limit_reached(refused)
+        toy.engine.device.step_s = 0.0
+        assert running.result().status_code == 200
 
 
 def test_metrics_have_labels_for_the_tenants_of_the_keys_file(toy: Running, acme: httpx.Client) -> None:

@@ -38,8 +38,8 @@ class Watched:
         if batch is None:
             return None
         for key, tokens in deltas_of(batch):
-            if key in self.histories.turns:
-                self.histories.turns[key].output += pack_tokens(tokens)
+            if key in self.histories.collecting:
+                self.histories.collecting[key].output += pack_tokens(tokens)
         self.histories.note_batch(batch)
         if self._messages // LOOK_EVERY > self.compared:
             self.compared = self._messages // LOOK_EVERY

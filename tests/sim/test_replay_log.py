@@ -8,16 +8,21 @@ import pytest
 
 from sessile.contract.messages import (
     Batch,
+    Branch,
     Cancel,
+    CommittedTurn,
     Done,
+    DropTurn,
     ForkSession,
     OpenSession,
+    RestoreSession,
     RewindSession,
     Sampling,
     Submit,
     ToEngine,
     pack_tokens,
 )
+from sessile.core.marks import Mark
 from sessile.errors import StartupError
 from sessile.server.request_log import RequestLog
 from sessile.sim.replay import read_log, replay, tokens_of
@@ -86,6 +91,56 @@ def test_what_a_simulation_sent_can_be_logged_and_replayed(tmp_path: Path, seed:
     report = replay(read_log(path))
     assert report.failure is None, report.failure
     assert report.totals["Submit"] == sum(isinstance(each, Submit) for turn in sent.values() for each in turn)
+
+
+def branching(key: int, rid: str, parent: str | None, session: str = "b") -> Submit:
+    return msgspec.structs.replace(submit(key, [key] * 9, session), rid=rid, branch=Branch(parent=parent))
+
+
+def ended(*keys: int) -> Batch:
+    return Batch(step=1, done=[Done(key=key, reason="length", completion_tokens=4) for key in keys])
+
+
+def test_turns_that_were_dropped_are_dropped_again(tmp_path: Path) -> None:
+    path = logged(
+        tmp_path / "log",
+        OpenSession(op=1, session="b", tenant=SECRET_TENANT, branching=True),
+        branching(1, "root", None), ended(1), branching(2, "leaf", "root"), ended(2),
+        DropTurn(2, "b", "root", SECRET_TENANT),
+        branching(3, "late", "root"),
+    )  # fmt: skip
+    report = replay(read_log(path))
+    assert report.failure is None, report.failure
+    assert (report.totals["dropped turns"], report.totals["refused 400"]) == (1, 1), "nothing goes on from it"
+
+
+def test_answers_to_one_prompt_are_a_group_again(tmp_path: Path) -> None:
+    prompt = list(range(100))
+    path = logged(tmp_path / "log", *(msgspec.structs.replace(submit(key, prompt), group=7) for key in (1, 2, 3)))
+    report = replay(read_log(path))
+    assert report.failure is None, report.failure
+    assert report.totals[f"mark: {Mark.LEADER_COPIED.value}"] == 2
+
+
+def test_what_another_engine_restored_goes_on_without_kv_and_the_rest_is_gone(tmp_path: Path) -> None:
+    opened = [OpenSession(op=1, session=name, tenant=SECRET_TENANT) for name in ("kept", "lost")]
+    turn = CommittedTurn(rid="root", tokens=pack_tokens([1, 2, 3]), input_end=2)
+    restored = RestoreSession(op=2, opening=opened[0], tokens=pack_tokens([5] * 44), turn_ends=(44,), nodes=(turn,))
+    log = RequestLog(tmp_path / "log")
+    for part in (
+        [*opened, submit(1, [5] * 40, "kept"), ended(1), submit(2, [6] * 9), submit(3, [6] * 9, "lost")],
+        [restored, OpenSession(op=3, session="lost", tenant=SECRET_TENANT), submit(4, [7], "kept"), ended(4)],
+    ):
+        log.note_ready(msgspec.structs.replace(READY, queue_max=100))
+        for message in part:
+            (log.note_batch if isinstance(message, Batch) else log.note_sent)(message)
+    log.close()
+    lines = read_log(tmp_path / "log")
+    (told,) = [line for line in lines if line["kind"] == "restore"]
+    assert told["turns"] == [{"turn": 1, "parent": None, "base_tokens": 0, "tokens": 3}] and told["tokens"] == 44
+    report = replay(lines)
+    assert report.failure is None, report.failure
+    assert (report.totals["CancelAll"], report.totals["Flush"] >= 1, report.totals["refused 400"]) == (1, True, 0)
 
 
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from sessile.contract.messages import Branch, Cancel, ForkSession, RewindSession, SourceFigures, unpack_tokens
+from sessile.contract.messages import Branch, Cancel, DropTurn, ForkSession, RewindSession, SourceFigures, unpack_tokens
 from sessile.core.limits import TenantPolicy
 from sessile.core.marks import Mark
 from sessile.core.session import Session
@@ -135,6 +135,23 @@ def test_a_session_without_its_kv_keeps_its_index() -> None:
     assert index_of(stage) == known
     one_turn(stage, 2)
     assert drafter.lines[0].index is drafter.lines[1].index
+
+def test_a_branch_whose_parent_was_dropped_looks_its_drafts_up_in_what_it_has_in_common_with_the_one_above() -> None:
+    stage, _ = drafting()
+    stage.open("a", branching=True)
+    stage.submit(1, prompt(1, 6), session="a", rid="root", max_new_tokens=9)
+    stage.run()
+    middle = Branch(parent="root", offset=7)
+    stage.submit(2, [1, 2, 3], session="a", rid="middle", branch=middle, max_new_tokens=2, speculate=False)
+    stage.run()
+    leaf = Branch(parent="middle", offset=9)
+    stage.submit(3, [4], session="a", rid="leaf", branch=leaf, max_new_tokens=5)
+    assert stage.ask(DropTurn, session="a", rid="middle").error is None
+    stage.run()
+    index = session_of(stage).nodes["leaf"].index
+    assert isinstance(index, ListIndex)
+    history = [*prompt(1, 6), stage.output[1][0], 1, 2, 4, *stage.output[3]]
+    assert index.tokens > 10 and index.known.tolist() == history[: index.tokens]
 
 
 @pytest.mark.parametrize("ends", ["close", "plain", "branch"])

@@ -115,3 +115,96 @@ def test_a_group_with_more_members_than_rows_runs_to_its_end(rows: int) -> None:
     send(stage, range(1, 6))
     stage.run()
     assert [stage.output[key] for key in range(1, 6)] == 5 * [expected(PROMPT)]
+
+
+# -- nobody waits for nothing -----------------------------------------------------------------------------------
+
+
+def in_steps(stage: Stage, step: int) -> list[int]:
+    """Rows that run in a step, the first being 0."""
+    return sorted(stage.plans[step].rows.tolist())
+
+
+def test_who_has_to_score_its_prompt_does_not_wait_for_a_leader_that_can_give_it_nothing() -> None:
+    stage = staged(chunk=64)
+    send(stage, range(1, 3), prompt_logprobs_from=0)
+    stage.launch()
+    assert len(in_steps(stage, 0)) == 2, "both compute the prompt, side by side"
+    stage.run()
+    assert [stage.output[key] for key in (1, 2)] == 2 * [expected(PROMPT)]
+
+
+def test_who_scores_the_end_of_its_prompt_waits_for_the_pages_before_it() -> None:
+    stage = staged(page_size=4, chunk=16)
+    send(stage, range(1, 3), prompt_logprobs_from=30)
+    stage.run()
+    assert stage.done[2].cached_tokens == 28, "the whole pages before the query of the first score"
+    assert [stage.output[key] for key in (1, 2)] == 2 * [expected(PROMPT)]
+
+
+def test_who_has_to_score_its_prompt_does_not_wait_for_a_prefix_that_is_of_no_use() -> None:
+    stage = staged(chunk=64)
+    stage.submit(1, PROMPT)
+    stage.submit(2, PROMPT, prompt_logprobs_from=0)
+    stage.launch()
+    assert len(in_steps(stage, 0)) == 2
+    stage.run()
+    assert [stage.output[key] for key in (1, 2)] == 2 * [expected(PROMPT)]
+
+
+def test_h77_followers_that_wait_do_not_hide_who_stands_behind_them() -> None:
+    stage = staged(chunk=16, admissions_max=4)
+    send(stage, range(1, 8))
+    stage.submit(99, PROMPT[20:25])
+    for _ in range(3):
+        stage.launch()
+    assert len(in_steps(stage, 2)) == 2, "the leader's last 5 tokens leave 11 of the budget"
+    stage.run()
+    assert stage.output[99] == expected(PROMPT[20:25])
+    assert [stage.output[key] for key in range(1, 8)] == 7 * [expected(PROMPT)]
+
+
+def test_a_step_admits_no_more_than_it_may_however_large_the_group() -> None:
+    stage = staged(chunk=64, admissions_max=2)
+    send(stage, range(1, 8))
+    stage.run()
+    assert max(len(plan.bind_rows) for plan in stage.plans) == 2
+    assert [stage.output[key] for key in range(1, 8)] == 7 * [expected(PROMPT)]
+
+
+# -- giving up waiting ------------------------------------------------------------------------------------------
+
+
+def give_up(stage: Stage, *keys: int) -> None:
+    for key in keys:
+        stage.send(Cancel(key, "waited too long", if_waiting=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_followers_of_a_leader_that_runs_have_not_waited_in_vain(steps: int) -> None:
+    stage = staged(chunk=16)
+    send(stage, range(1, 5))
+    for _ in range(steps):
+        stage.launch()
+    give_up(stage, 1, 2, 3, 4)
+    stage.run()
+    assert [stage.output[key] for key in range(1, 5)] == 4 * [expected(PROMPT)]
+
+
+def test_h26_followers_of_a_leader_that_was_preempted_wait_on() -> None:
+    stage = staged(rows=1)
+    send(stage, range(1, 3))
+    stage.step(2)
+    stage.machine.preempt(1)
+    give_up(stage, 1, 2)
+    stage.run()
+    assert [stage.output[key] for key in (1, 2)] == 2 * [expected(PROMPT)]
+
+
+def test_a_group_of_which_nobody_was_admitted_is_refused_as_a_whole() -> None:
+    stage = staged(rows=1)
+    stage.submit(9, PROMPT[:3], max_new_tokens=8)
+    stage.step()
+    send(stage, range(1, 4))
+    give_up(stage, 1, 2, 3)
+    assert [stage.done[key].status for key in (1, 2, 3)] == [503, 503, 503]

@@ -148,6 +148,34 @@ def test_the_tokens_that_a_tenants_sessions_hold_are_limited_and_a_rewind_makes_
     assert (stage.done[3].reason, stage.done[4].reason) == ("length", "length")
 
 
+def test_a_request_that_exceeds_a_limit_by_itself_is_refused_for_good() -> None:
+    stage = staged(TenantPolicy("ada", tokens_max=10), TenantPolicy("bob", held_tokens_max=10))
+    stage.open("s", tenant="bob")
+    stage.submit(1, PROMPT, tenant="ada")
+    stage.submit(2, PROMPT, session="s", tenant="bob")
+    stage.submit(3, PROMPT, tenant="bob")
+    assert [(stage.done[key].status, stage.done[key].code) for key in (1, 2)] == [(413, "too_long")] * 2
+    stage.run()
+    assert stage.done[3].reason == "length"
+
+
+def test_what_may_never_wait_is_refused_for_good() -> None:
+    stage = staged(queue_tokens_max=10)
+    stage.submit(1, PROMPT)
+    assert (stage.done[1].status, stage.done[1].code) == (413, "too_long")
+
+
+def test_answers_that_exceed_a_limit_together_are_refused_for_good() -> None:
+    stage = staged(TenantPolicy("ada", tokens_max=40), TenantPolicy("bob", requests_max=2))
+    for key, tenant in ((1, "ada"), (2, "ada"), (3, "ada"), (4, "bob"), (5, "bob"), (6, "bob")):
+        stage.submit(key, PROMPT, tenant=tenant, group=1 if tenant == "ada" else 2)
+    assert (status(stage, 3), stage.done[3].code) == (413, "too_long")
+    assert (status(stage, 6), stage.done[6].param) == (400, "n")
+    stage.submit(7, PROMPT, tenant="bob")
+    assert status(stage, 7) == 429, "of another, which ends"
+    stage.run()
+
+
 def test_h40_a_turn_that_a_limit_refuses_leaves_its_session_as_it_was() -> None:
     stage = staged(TenantPolicy("ada", requests_max=1))
     stage.open("s", tenant="ada", idle_timeout_s=1.0)

@@ -66,9 +66,10 @@ class Running:
         self.loop = EngineLoop(machine, device, self.inbox, self.outbox, self.clock, grammars=self.desk)
         self.done: dict[int, Done] = {}
 
-    def submit(self, key: int, grammar: Grammar | None, tokens: int = 8) -> None:
+    def submit(self, key: int, grammar: Grammar | None, tokens: int = 8, tenant: str = "") -> None:
         sampling = Sampling(seed=key, temperature=0.0, max_new_tokens=tokens, ignore_eos=grammar is None)
-        self.inbox.put(Submit(key=key, tokens=pack_tokens([1, 2, 3]), sampling=sampling, grammar=grammar))
+        prompt = pack_tokens([1, 2, 3])
+        self.inbox.put(Submit(key=key, tokens=prompt, sampling=sampling, grammar=grammar, tenant=tenant))
 
     def turn(self) -> None:
         self.loop.turn()
@@ -163,6 +164,34 @@ def test_no_more_than_so_many_requests_wait_for_grammars(running: Running) -> No
         running.submit(key, ab())
     running.until(WAITING_MAX)
     assert running.done[WAITING_MAX].status == 429 and len(running.done) == 1
+
+
+def test_h77_one_tenant_does_not_take_all_places_of_those_who_wait(running: Running) -> None:
+    for key in range(WAITING_MAX):
+        running.submit(key, ab(), tenant="ada")
+    running.until(WAITING_MAX - 1)
+    refused = sorted(running.done)
+    assert refused == list(range(WAITING_MAX // 2, WAITING_MAX)) and running.done[refused[0]].status == 429
+    assert "of this key" in running.done[refused[0]].message
+    running.submit(1000, ab(), tenant="bob")
+    running.turn()
+    assert 1000 not in running.done
+    running.compiler.may_go_on.set()
+    running.until(0, 1000)
+    assert running.done[1000].reason == "stop"
+
+
+def test_a_request_that_waits_too_long_for_its_grammar_is_refused_and_not_aborted(running: Running) -> None:
+    running.submit(1, ab())
+    running.submit(2, ab())
+    running.turn()
+    running.inbox.put(Cancel(1, "waited too long", if_waiting=True))
+    running.until(1)
+    done = running.done[1]
+    assert (done.reason, done.status, done.code, done.message) == ("error", 503, "not_ready", "waited too long")
+    running.compiler.may_go_on.set()
+    running.until(2)
+    assert running.done[2].reason == "stop", "who waits for the same grammar waits on"
 
 
 def test_a_shutdown_waits_for_grammars_and_ends_what_is_left(running: Running) -> None:

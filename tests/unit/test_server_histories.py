@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from sessile.contract.messages import (
     Batch,
@@ -13,7 +14,9 @@ from sessile.contract.messages import (
     Cancel,
     CloseSession,
     Done,
+    DropTurn,
     ForkSession,
+    Grammar,
     OpenSession,
     Reply,
     RestoreSession,
@@ -56,10 +59,20 @@ class Watched:
 
     def begin(self, session: str, tokens: list[int], **fields: Any) -> int:
         """Submit a turn; its key."""
+        message = self.message(session, tokens, **fields)
+        self._send(message)
+        return message.key
+
+    def message(self, session: str, tokens: list[int], **fields: Any) -> Submit:
         sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=fields.pop("new_tokens", 4))
         key = next(self._numbers)
-        self._send(Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling, session=session, **fields))
-        return key
+        return Submit(key=key, tokens=pack_tokens(tokens), sampling=sampling, session=session, **fields)
+
+    def delayed(self, session: str, tokens: list[int], **fields: Any) -> Submit:
+        """A turn that was sent, and waits in the engine for its grammar: what the core will get of it."""
+        message = self.message(session, tokens, grammar=Grammar("regex", "a*"), **fields)
+        self.histories.note_sent(message)
+        return structs.replace(message, grammar=None)
 
     def _send(self, message: ToEngine) -> None:
         self.histories.note_sent(message)
@@ -69,8 +82,8 @@ class Watched:
         batch = self._take_effects()
         if batch is not None:
             for key, tokens in deltas_of(batch):
-                if key in self.histories.turns:
-                    self.histories.turns[key].output += pack_tokens(tokens)
+                if key in self.histories.collecting:
+                    self.histories.collecting[key].output += pack_tokens(tokens)
             self.histories.note_batch(batch)
         return batch
 
@@ -146,6 +159,21 @@ def test_memory_is_bounded_and_the_longest_unused_is_let_go_of() -> None:
     assert watched.histories.bytes <= 2 * SESSION_BYTES + 60 and watched.histories.held == 1
     assert list(watched.restored()) == ["b"]
     assert watched.histories.lost_total == 1
+
+
+def test_output_is_collected_for_sessions_that_are_held_alone() -> None:
+    watched = opened(bytes_max=0)
+    assert watched.begin("s", [1, 2], new_tokens=9) not in watched.histories.collecting
+    other = opened("a", "b", bytes_max=2 * SESSION_BYTES + 60)
+    other.turn("a", [1] * 8)
+    key = other.begin("a", [1], new_tokens=60)
+    other.stage.step(3)
+    output = other.histories.collecting[key].output
+    assert output
+    other.begin("b", [1] * 8)
+    other.stage.step(8)
+    assert other.histories.held == 1 and not output and not other.histories.collecting
+    assert list(other.restored()) == ["b"]
 
 
 def test_a_lost_session_is_refused_until_it_is_opened_again() -> None:
@@ -279,6 +307,50 @@ def test_a_restored_branching_session_counts_against_the_limit_of_sessions() -> 
     watched, stage = branched(), Stage(sessions_max=3)
     given_to(stage, watched.histories)
     assert stage.stats().sessions_open == 0 and watched.histories.lost_total == 1
+
+
+def test_a_replacement_that_waited_for_its_grammar_while_others_ended_is_not_gone_on_from() -> None:
+    watched = branched()
+    replacement = watched.delayed("b", [9], rid="instead", branch=Branch(parent="root", replace=True))
+    branch(watched, "later", "root")
+    watched.stage.send(replacement)
+    watched.stage.run()
+    assert set(nodes(watched.stage)) == {"root", "instead"}
+    assert watched.restored() == {} and watched.histories.lost_total == 1
+
+
+def test_a_replacement_whose_grammar_was_ready_is_held_whatever_ends_beside_it() -> None:
+    watched = branched()
+    watched.stage.send(watched.delayed("b", [9], rid="instead", branch=Branch(parent="root", replace=True)))
+    watched.stage.step(2)
+    branch(watched, "later", "root")
+    assert {"instead", "later"} <= set(nodes(watched.stage)) and nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_a_replacement_that_never_came_in_has_replaced_nothing() -> None:
+    watched = branched()
+    waiting = watched.delayed("b", [9], rid="instead", branch=Branch(parent="root", replace=True))
+    watched.histories.note_batch(Batch(step=0, done=[Done(key=waiting.key, reason="abort", message="cancelled")]))
+    assert "leaf" in nodes(watched.stage) and nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_a_replacement_whose_grammar_failed_under_way_has_replaced_what_it_replaced() -> None:
+    watched = branched()
+    key = watched.begin("b", [9], rid="instead", branch=Branch(parent="root", replace=True), new_tokens=40)
+    watched.stage.step(2)
+    done = Done(key=key, reason="error", status=400, prompt_tokens=10, completion_tokens=1)
+    watched.histories.note_batch(Batch(step=0, done=[done]))
+    watched.stage.send(Cancel(key))
+    assert set(nodes(watched.stage)) == {"root"} and nodes(twin_of(watched)) == nodes(watched.stage)
+
+
+def test_turns_and_sessions_that_were_to_go_when_the_engine_went_do_not_come_back() -> None:
+    watched = branched()
+    watched.ask(OpenSession, session="s")
+    watched.histories.note_sent(DropTurn(800, "b", "left"))
+    watched.histories.note_sent(CloseSession(801, "s"))
+    assert set(nodes(twin_of(watched))) == {"root", "right", "leaf"}
+    assert watched.histories.held == 1
 
 
 # -- all at once --------------------------------------------------------------------------------------------------

@@ -15,20 +15,25 @@ import zmq.asyncio
 from sessile.contract.messages import (
     Batch,
     Cancel,
+    CloseSession,
     Done,
+    DropTurn,
     EngineFailed,
     EngineReady,
     FromEngine,
     GetStats,
+    OpenSession,
     Outcome,
     Refusal,
     Reply,
+    RestoreSession,
     Sampling,
     Submit,
     ToEngine,
     pack_tokens,
 )
 from sessile.errors import NotReady, UserError
+from sessile.server.histories import Histories
 from sessile.server.link import Arrival, EngineLink
 from tests.http.fake_engine import READY
 
@@ -53,7 +58,7 @@ class Peer:
 async def linked(
     folder: Path, lag_tokens_max: int, ready: EngineReady | None
 ) -> AsyncIterator[tuple[EngineLink, Peer]]:
-    link = EngineLink(f"ipc://{folder}/link", lag_tokens_max=lag_tokens_max)
+    link = EngineLink(f"ipc://{folder}/link", lag_tokens_max=lag_tokens_max, histories=Histories(1 << 20))
     link.start()
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.PAIR)
@@ -281,5 +286,74 @@ def test_a_request_that_cannot_be_sent_is_not_in_flight(tmp_path: Path) -> None:
         with pytest.raises(OverflowError):
             link.submit(Submit(key=1, tokens=b"", sampling=Sampling(seed=0), prompt_logprobs_from=1 << 64), whole=True)
         assert link.in_flight == 0
+
+    run(tmp_path, scenario)
+
+
+# -- between two engines -------------------------------------------------------------------------------------------
+
+
+async def open_session(link: EngineLink, peer: Peer, session: str) -> None:
+    opening = asyncio.create_task(link.ask(lambda op: OpenSession(op=op, session=session)))
+    message = await peer.receive()
+    assert isinstance(message, OpenSession)
+    await peer.send(batch({}, replies=[Reply(message.op)]))
+    await opening
+
+
+@asynccontextmanager
+async def next_peer(link: EngineLink, folder: Path) -> AsyncIterator[Peer]:
+    """The next engine's end, which has said that it is ready."""
+    await link.reopen(f"ipc://{folder}/next")
+    with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(link.address)
+        peer = Peer(socket)
+        await peer.send(READY)
+        yield peer
+
+
+def test_what_is_sent_while_no_engine_is_there_is_nothing_to_the_next_one(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        link.fail("gone")
+        link.send(DropTurn(7, "s", "turn"))
+        async with next_peer(link, tmp_path) as following:
+            await link.wait_ready()
+            link.send(CloseSession(7, "s"))
+            assert await following.receive() == CloseSession(7, "s")
+            await following.send(batch({}, replies=[Reply(7, Outcome({"closed": True, "deferred": False}))]))
+            await following.send(batch({}, replies=[Reply(7, Outcome({}))]))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(link.wait_failed(), 0.2)
+
+    run(tmp_path, scenario)
+
+
+def test_a_session_that_is_closed_while_it_comes_back_is_closed_once_it_has(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        await open_session(link, peer, "s")
+        link.fail("gone")
+        async with next_peer(link, tmp_path) as following:
+            restoring = await following.receive()
+            assert isinstance(restoring, RestoreSession)
+            link.tell(lambda op: CloseSession(op, "s"))
+            await following.send(batch({}, replies=[Reply(restoring.op)]))
+            closing = await following.receive()
+            assert isinstance(closing, CloseSession) and closing.session == "s"
+            await link.wait_ready()
+            assert link.histories.is_empty and link.histories.lost_total == 0
+
+    run(tmp_path, scenario)
+
+
+def test_an_operation_that_is_begun_as_its_engine_falls_is_told_so(tmp_path: Path) -> None:
+    async def scenario(link: EngineLink, peer: Peer) -> None:
+        await open_session(link, peer, "s")
+        link.fail("gone")
+        async with next_peer(link, tmp_path):
+            asked = link.histories.restore(link._ask)
+            link.fail("gone as well")
+            with pytest.raises(NotReady, match="as well"):
+                await asyncio.wait_for(asked, 2)
 
     run(tmp_path, scenario)

@@ -70,6 +70,8 @@ def _turn(message: object, field: str) -> list[Message]:
         return [Message(role=role, content=content)]
     if not isinstance(content, list):
         raise _fault(f"{field}.content", "must be a string or a list of blocks")
+    if role == "user" and not content:
+        raise _fault(f"{field}.content", "must have at least one block")
     blocks = [_block(block, _OF_ROLE[role], f"{field}.content.{index}") for index, block in enumerate(content)]
     return _said(blocks) if role == "assistant" else _asked(blocks)
 

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from sessile.contract.messages import Done
-from sessile.errors import NotReady, UserError
+from sessile.errors import UserError
 from sessile.server.openai_replies import Choice, call_errors
 from sessile.server.replies import Surface, error_content
 from sessile.server.stream import one_line
@@ -65,11 +65,10 @@ class MessageReply:
         while self._choice.done is None:
             try:
                 self._choice.add(await self._choice.call.next())
-                self._check_end()
             except UserError as error:
                 if not started:
                     raise
-                yield _event(error_content(Surface.ANTHROPIC, error))
+                yield fault_event(error)
                 return
             if not started:
                 started = True
@@ -86,14 +85,7 @@ class MessageReply:
     def _take(self) -> list[Event]:
         return self._choice.take_answer()[0]
 
-    def _check_end(self) -> None:
-        """An answer that was broken off is no answer: Anthropic has no reason for it to stop."""
-        done = self._choice.done
-        if done is not None and done.reason == "abort":
-            raise NotReady(f"the request was ended: {done.message}")
-
     def _ended(self) -> Done:
-        self._check_end()
         assert self._choice.done is not None
         return self._choice.done
 
@@ -116,6 +108,10 @@ class MessageReply:
             reason = "max_tokens" if reached else "model_context_window_exceeded"
         elif isinstance(done.matched, bytes):
             matched, reason = done.matched.decode(errors="replace"), "stop_sequence"
+        elif done.reason == "abort":
+            # A reason that Anthropic does not have: an error of any status that fits would have clients ask again for
+            # what they, or the operator, have just ended.
+            reason = "abort"
         elif self._choice.answer.calls:
             reason = "tool_use"
         end: dict[str, Any] = {"stop_reason": reason, "stop_sequence": matched}
@@ -188,6 +184,11 @@ def _grow(blocks: list[Block], kind: str, text: str, **more: str) -> None:
 
 def _call(name: str) -> Block:
     return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": name, "input": {}}
+
+
+def fault_event(error: UserError) -> bytes:
+    """An error on a stream, by the name without which clients pass it over."""
+    return _event(error_content(Surface.ANTHROPIC, error))
 
 
 def _event(content: dict[str, Any]) -> bytes:

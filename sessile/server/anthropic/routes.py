@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from sessile.server.anthropic.blocks import to_messages
 from sessile.server.anthropic.bodies import CountBody, MessagesBody, PromptBody
-from sessile.server.anthropic.replies import MessageReply
+from sessile.server.anthropic.replies import MessageReply, fault_event
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
         hides = body.thinking is not None and body.thinking.display == "omitted"
         reply = MessageReply(choice, service.model_name, max_tokens=body.max_tokens, hides_thinking=hides)
         if body.stream:
-            return EventStream([choice.call], reply.events(), end=b"")
+            return EventStream([choice.call], reply.events(), end=b"", fault=fault_event)
         async with attended(request.receive, choice.call):
             choice.add(await choice.call.next())
             return JsonReply(reply.whole())

@@ -1,9 +1,11 @@
 """The desk: takes responses in, runs them as turns of branching sessions, and keeps what clients want kept."""
 
 import asyncio
+import contextlib
 import logging
 import uuid
 
+from sessile.contract.messages import Sampling
 from sessile.errors import InvalidRequest, LimitReached, NotFound, UserError
 from sessile.server.calls import DISCONNECTED, Call, Order, Service
 from sessile.server.dialogues import Dialogue, Place
@@ -17,6 +19,7 @@ from sessile.server.sampling import to_sampling
 from sessile.text.template import Message
 
 log = logging.getLogger(__name__)
+
 
 class ConversationLocked(InvalidRequest):
     """A response of this conversation is in flight."""
@@ -105,27 +108,30 @@ class Desk:
         # Instructions are those of this response alone: with others, the prompt is another one from its beginning.
         instructions = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
         messages = [*instructions, *record.line.all()]
-        keep = body.store is not False
-        if conversation is not None and keep:
-            if conversation.is_busy:
-                raise ConversationLocked(
-                    f"conversation {conversation.id!r} has a response in flight: wait for it", param="conversation"
-                )
-            conversation.is_busy = True
-        try:
+        with contextlib.ExitStack() as undoing:
+            if conversation is not None and body.store is not False:
+                if conversation.is_busy:
+                    raise ConversationLocked(
+                        f"conversation {conversation.id!r} has a response in flight: wait for it", param="conversation"
+                    )
+                conversation.is_busy = True
+                undoing.callback(self._leave, conversation, record, None)
             record.dialogue = await self._dialogue(record, previous, conversation)
             place = await service.dialogues.place(record.dialogue, messages, at=previous.turn if previous else None)
-        except BaseException:
-            if conversation is not None and keep:
-                conversation.is_busy = False
-            if record.dialogue is not None:
-                service.dialogues.close_if_empty(record.dialogue)
-            raise
+            undoing.callback(service.dialogues.give_back, place)
+            choice = self._choice(record, place, sampling)
+            choice.call.at_end = lambda: self._end(record, place, choice, conversation)
+            undoing.pop_all()  # from here on it is the call's end that does this
+        return record, choice
+
+    def _choice(self, record: ResponseRecord, place: Place, sampling: Sampling) -> Choice:
+        """The answer at a place, not sent yet."""
+        service, body = self._service, record.body
         record.dialogue = place.dialogue
         order = Order(
             tokens=place.tokens,
             sampling=sampling,
-            tenant=caller.tenant,
+            tenant=record.tenant,
             priority=body.priority or 0,
             rid=record.id,
             rid_drawn=True,
@@ -133,23 +139,23 @@ class Desk:
             branch=place.branch,
             **body.wish,
         )
-        choice = Choice(
-            0, Call(service, order, whole=not body.stream), service.tokenizer, trim_stop=not body.no_stop_trim
-        )
-        choice.call.at_end = lambda: self._end(record, place, choice, conversation)
-        if keep:
+        call = Call(service, order, whole=not body.stream)
+        if body.store is not False:
             record.is_stored = True
             record.size_bytes = record.measured_bytes()
-            self.responses.put(record)
-        return record, choice
+            # Only then: the response that this one goes on from may have to leave the shelf for it.
+            call.at_start = lambda: self.responses.put(record)
+        return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim)
 
     def run_in_background(self, record: ResponseRecord, choice: Choice) -> None:
-        """Send a response to the engine and let it run, whoever waits for it."""
+        """Send a response to the engine and let it run, whoever waits for it. Raises UserError if it cannot be sent."""
+        running = contextlib.ExitStack()
+        running.enter_context(choice.call)
         record.is_known = True
 
         async def run() -> None:
             try:
-                with choice.call:
+                with running:
                     choice.add(await choice.call.next())
             except UserError as error:
                 record.note_failure(error)
@@ -202,7 +208,7 @@ class Desk:
         is_gone = done is None or done.message == DISCONNECTED
         record.note_end(done, choice.output.text)
         wanted = record.is_stored and not is_gone
-        turn = self._service.dialogues.end(place, choice.call.rid, done, choice.message, keep=wanted)
+        turn = self._service.dialogues.end(place, choice.call, choice.message, keep=wanted)
         line = Line(record.line, (choice.message,))
         if conversation is not None and record.body.store is not False:
             self._leave(conversation, record, line if wanted and record.can_be_gone_on_from else None)
