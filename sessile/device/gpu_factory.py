@@ -118,6 +118,8 @@ def _blank_plan(rows: int, tokens: int) -> StepPlan:
 
 
 def _check_model(config: ModelConfig, options: ModelOptions) -> None:
+    if options.quantize_activations == "int8":
+        raise StartupError("--quantize-activations int8 works on the CPU only; leave it out.")
     if options.quantize not in ("auto", "none"):
         raise StartupError(f"--quantize {options.quantize} works on the CPU only in this version; leave it out.")
     if config.head_dim > _HEAD_DIM_MAX:
