@@ -15,8 +15,9 @@ GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_m
 # Stamps of a finished set-up; the second call of any target installs nothing.
 RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
+CLIENTS := build/clients/.venv/.installed
 
-.PHONY: help chat serve doctor compile bench test check docs sim mutants soak grammars parity gpu-check gpu-bench clean
+.PHONY: help chat serve doctor compile bench test check docs sim mutants soak clients grammars parity gpu-check gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -66,6 +67,9 @@ mutants: $(RUNTIME) ## plant faults in the scheduler; the simulator must catch e
 soak: $(RUNTIME) ## torment a server over HTTP for half an hour: make soak ARGS="--minutes 5"
 	@$(PYTHON_VENV) scripts/soak.py $(ARGS)
 
+clients: $(DEVELOPMENT) $(CLIENTS) ## run other people's clients and load generators: make clients ARGS="openai_sdk"
+	@PYTHONPATH=. $(PYTHON_VENV) scripts/clients/run.py $(ARGS)
+
 grammars: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty schemas: make grammars ARGS="--rounds 1"
 	@$(PYTHON_VENV) scripts/grammar_check.py $(ARGS)
 
@@ -88,3 +92,11 @@ $(RUNTIME): pyproject.toml constraints.txt scripts/setup.sh
 
 $(DEVELOPMENT): pyproject.toml constraints.txt scripts/setup.sh
 	@bash scripts/setup.sh dev $(MAKECMDGOALS)
+
+# 2 GB of tools that want what ours does not, hence an environment of their own. torch first, as in scripts/setup.sh.
+$(CLIENTS): scripts/clients/requirements.txt constraints.txt | $(DEVELOPMENT)
+	@echo "Setting up build/clients/.venv; this takes a few minutes, once." >&2
+	@test -x build/clients/.venv/bin/pip || $(PYTHON_VENV) -m venv build/clients/.venv
+	@build/clients/.venv/bin/pip install -q --disable-pip-version-check "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
+	@build/clients/.venv/bin/pip install -q --disable-pip-version-check -r scripts/clients/requirements.txt
+	@touch $@

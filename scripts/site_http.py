@@ -93,14 +93,15 @@ class Route:
         return re.sub(r"\s*\n\s*", " ", said[:1].upper() + said[1:])
 
     def _answers(self) -> str:
-        """The bodies of answers, where the application declares them."""
-        rows = []
+        """What a success says; errors are the same on all routes of a surface, and described in the guide."""
+        told = []
         for status, answer in self._operation.get("responses", {}).items():
-            for content in answer.get("content", {}).values():
+            for kind, content in answer.get("content", {}).items() if status.startswith("2") else ():
                 schema = self._resolved(content.get("schema", {}))
-                if schema and schema.get("title") != "HTTPValidationError":  # FastAPI's own, which is not sent
-                    rows.append(f"| {status} | {self._type(schema)} | {cell(answer.get('description', ''))} |")
-        return "\n".join(["| status | answer | |", "|---|---|---|", *rows]) if rows else ""
+                names = [f"`{name}`" for name in schema.get("properties", {})]
+                says = f"an object with {', '.join(names)}" if names else self._type(schema)
+                told.append(f"Answer {status}, `{kind}`: {'events' if kind == 'text/event-stream' else says}.")
+        return "\n\n".join(told)
 
     def _fields(self, schema: Schema, path: str = "", above: tuple[str, ...] = ()) -> Iterator[Field]:
         """Every field of an object and of the objects in it."""

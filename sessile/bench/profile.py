@@ -38,6 +38,7 @@ class ProfileBenchOptions:
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     dtype: str = option("auto", "As of `sessile serve`.", choices=("auto", "float32", "bfloat16"))
     quantize: str = option("auto", "As of `sessile serve`.", choices=("auto", "none", "int8", "int4"))
+    quantize_activations: str = option("auto", "As of `sessile serve`.", choices=("auto", "none", "int8"))
     history: int = option(200, "Tokens before the one that is decoded.", unit="tokens", low=0, high=2000)
     steps: int = option(10, "Steps of each kind.", unit="steps", low=1)
 
@@ -48,7 +49,10 @@ class Steps:
     def __init__(self, options: ProfileBenchOptions) -> None:
         torch.set_num_threads(available_cores())
         config = read_config(resolve_model_path(options.model))
-        model = ModelOptions(options.model, dtype=options.dtype, quantize=options.quantize)
+        model = ModelOptions(
+            options.model, dtype=options.dtype, quantize=options.quantize,
+            quantize_activations=options.quantize_activations,
+        )  # fmt: skip
         self.form = choose_format(model, choose_native("native", config))
         self.decoder = load_model(model, self.form, lambda stage, share: None).decoder
         row_pages = ceil_div(max(CHUNK_TOKENS * CHUNKS, options.history + 1), PAGE_SIZE)
@@ -79,7 +83,8 @@ class Steps:
 def measure_profile(options: ProfileBenchOptions) -> int:
     """Run steps of each kind, print a table; the exit status. Raises StartupError."""
     steps = Steps(options)
-    table = Table("ms", "layers", "head", *PHASES, box=None, title=f"{steps.form.dtype}, {steps.form.quantize}")
+    title = f"{steps.form.dtype}, {steps.form.quantize}{', inputs in int8' if steps.form.int8_inputs else ''}"
+    table = Table("ms", "layers", "head", *PHASES, box=None, title=title)
     kinds = [(f"batch {batch}", options.history, [1] * batch) for batch in DECODING]
     kinds += [(f"{CHUNK_TOKENS} after {start}", start, [CHUNK_TOKENS])
               for start in range(0, CHUNK_TOKENS * CHUNKS, CHUNK_TOKENS)]  # fmt: skip

@@ -44,8 +44,9 @@ class QualityBenchOptions:
 
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     ways: str = option(
-        "bfloat16:auto,bfloat16:none,bfloat16:int8,bfloat16:int4",
-        "What is compared with float32:none, as DTYPE:QUANTIZE, with commas between.",
+        "bfloat16:auto,bfloat16:auto:none,bfloat16:none,bfloat16:int8,bfloat16:int4",
+        "What is compared with float32:none, as DTYPE:QUANTIZE or DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS, with commas "
+        "between.",
     )
     cpu_kernels: str = option("auto", "As of `sessile serve`.", choices=("auto", "native", "numba"))
     tokens: int = option(20_000, "Of text, in all.", unit="tokens", low=100)
@@ -88,9 +89,12 @@ class Distance:
 class Reader:
     """A model that reads windows of text in one way, a step at a time."""
 
-    def __init__(self, options: QualityBenchOptions, config: ModelConfig, dtype: str, quantize: str) -> None:
+    def __init__(
+        self, options: QualityBenchOptions, config: ModelConfig, dtype: str, quantize: str, activations: str = "none"
+    ) -> None:
         native = choose_native(options.cpu_kernels, config)
-        self.form = choose_format(ModelOptions(options.model, dtype=dtype, quantize=quantize), native)
+        model = ModelOptions(options.model, dtype=dtype, quantize=quantize, quantize_activations=activations)
+        self.form = choose_format(model, native)
         loaded = load_model(ModelOptions(options.model), self.form, lambda stage, share: None)
         pages = ceil_div(options.window, PAGE_SIZE)
         pool = KvPool(config, pages + 1, PAGE_SIZE, self.form.dtype, self.form.device)
@@ -117,14 +121,17 @@ def measure_quality(options: QualityBenchOptions) -> int:
     table = Table("way", "mean KL", "same top token", "passes", box=None, title=f"{options.tokens:,} tokens of prose")
     failed = False
     for way in options.ways.split(","):
-        dtype, _, quantize = way.partition(":")
-        if dtype not in ("float32", "bfloat16") or quantize not in ("auto", "none", "int8", "int4"):
+        dtype, quantize, activations = (*way.split(":", 2), "auto")[:3] if ":" in way else ("", "", "")
+        if (
+            dtype not in ("float32", "bfloat16") or quantize not in ("auto", "none", "int8", "int4")
+            or activations not in ("auto", "none", "int8")
+        ):  # fmt: skip
             raise StartupError(f"--ways: {way!r} is no DTYPE:QUANTIZE such as bfloat16:auto.")
-        reader = Reader(options, config, dtype, quantize)
+        reader = Reader(options, config, dtype, quantize, activations)
         with torch.inference_mode():
             distance = compare(exact, reader, windows)
         failed |= not distance.passes
-        name = f"{dtype}, {reader.form.quantize}"
+        name = f"{dtype}, {reader.form.quantize}" + (", inputs in int8" if reader.form.int8_inputs else "")
         table.add_row(name, f"{distance.mean_kl:.5f}", f"{distance.top_1:.2%}", "yes" if distance.passes else "no")
     Console().print(table)
     return int(failed)

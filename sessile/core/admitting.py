@@ -48,6 +48,8 @@ class Admitter:
         for request in books.waiting.first(books.limits.admissions_max + books.groups.requests):
             if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX or not left:
                 break
+            if request in self.ended:
+                continue  # An earlier look of this plan found all of its KV, which may have been reclaimed since.
             session = request.session
             if session is not None and session.parked is not None and session.parked.ready_step > books.settled_step:
                 continue  # The previous turn still drains; it will have settled before the next plan (H60).
@@ -166,10 +168,9 @@ class Admitter:
         count = min(min(known, request.goal_tokens - 1) - start, budget)
         if count <= 0:
             # Nothing to compute (max_new_tokens = 0 on what is there already): it ends without a row.
-            if request not in self.ended:
-                self.ended.append(request)
-                request.note_admission(start)
-                self._keep_found(request, match)
+            self.ended.append(request)
+            request.note_admission(start)
+            self._keep_found(request, match)
             return None
         alone = not planned.parts and not len(planned.decodes) and not books.rows.live.any()
         if not alone and not outlook.admits(request, shared):

@@ -144,11 +144,23 @@ def choose_native(cpu_kernels: str, config: ModelConfig) -> NativeKernels | None
 
 
 def choose_format(options: ModelOptions, native: NativeKernels | None) -> WeightFormat:
-    """How weights are kept: for "auto" as the file has them, where the C++ kernels compute with them so."""
+    """How weights are kept: for "auto" as the file has them, where the C++ kernels compute with them so.
+
+    Raises StartupError if inputs in int8 are demanded in vain.
+    """
     quantize = options.quantize
     if quantize == "auto":
         quantize = "none" if native is None else "stored"
-    return WeightFormat(choose_dtype(options.dtype), torch.device("cpu"), quantize, native)
+    dtype = choose_dtype(options.dtype)
+    can_be_int8 = dtype == torch.bfloat16 and native is not None and native.multiplies_int8
+    if options.quantize_activations == "int8" and not can_be_int8:
+        raise StartupError(
+            "--quantize-activations int8: only with --dtype bfloat16, on a processor with AVX-512 VNNI, by the C++ "
+            "kernels of `make compile`. Leave it out."
+        )
+    wanted = ("auto", "int8") if quantize == "stored" else ("int8",)
+    int8_inputs = can_be_int8 and options.quantize_activations in wanted
+    return WeightFormat(dtype, torch.device("cpu"), quantize, native, int8_inputs)
 
 
 def warm_up(runner: StepRunner, page_size: int) -> None:

@@ -11,9 +11,10 @@ from sessile.device.config import DeviceOptions
 from sessile.device.gpu_device import GpuDevice
 from sessile.device.gpu_runner import GpuRunner
 from sessile.device.kv_pool import KvPool, pool_pages
-from sessile.device.memory import available_bytes, parse_bytes, readable
+from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts
 from sessile.errors import StartupError
+from sessile.kernels.triton_launch import compiled_together
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
@@ -24,6 +25,8 @@ _COMPUTE_BYTES = 2 << 30
 """Left free for what steps compute in."""
 _HEAD_DIM_MAX = 256
 WARM_PROMPT_TOKENS = (64, 8192)
+WARM_ROWS = (8, 32, 64)
+"""Decoding steps of up to so many rows have kernels of their own."""
 
 
 def open_gpu(
@@ -95,19 +98,28 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
 
     No row is bound: all read and write the scratch page.
     """
-    for rows, tokens in ((1, 1), (rows_max, 1), *((1, tokens) for tokens in WARM_PROMPT_TOKENS)):
-        tokens = min(tokens, context_tokens)
-        none, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-        plan = StepPlan.empty(
-            0, rows=np.arange(rows, dtype=np.int32), starts=none, query_counts=ones * tokens, draft_counts=none,
-            flags=ones * SAMPLE, output_indices=none, logprob_tops=-ones, tokens=np.zeros(rows * tokens, np.int32),
-        )  # fmt: skip
-        runner.start(plan).wait()
+    decoding = sorted({min(rows, rows_max) for rows in (1, *WARM_ROWS, rows_max)})
+    shapes = [*((rows, 1) for rows in decoding), *((1, min(tokens, context_tokens)) for tokens in WARM_PROMPT_TOKENS)]
+    with compiled_together(available_cores()):
+        for rows, tokens in shapes:
+            runner.start(_blank_plan(rows, tokens)).wait()
+    for rows, tokens in shapes:
+        runner.start(_blank_plan(rows, tokens)).wait()
     for bucket in common_buckets(rows_max):
         runner.prepare(bucket)
 
 
+def _blank_plan(rows: int, tokens: int) -> StepPlan:
+    none, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
+    return StepPlan.empty(
+        0, rows=np.arange(rows, dtype=np.int32), starts=none, query_counts=ones * tokens, draft_counts=none,
+        flags=ones * SAMPLE, output_indices=none, logprob_tops=-ones, tokens=np.zeros(rows * tokens, np.int32),
+    )  # fmt: skip
+
+
 def _check_model(config: ModelConfig, options: ModelOptions) -> None:
+    if options.quantize_activations == "int8":
+        raise StartupError("--quantize-activations int8 works on the CPU only; leave it out.")
     if options.quantize not in ("auto", "none"):
         raise StartupError(f"--quantize {options.quantize} works on the CPU only in this version; leave it out.")
     if config.head_dim > _HEAD_DIM_MAX:

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from sessile.kernels import packing, reference
-from sessile.kernels.native import Linear, NativeKernels, Product, processor_flags
+from sessile.kernels.native import (
+    BFLOAT16_INPUTS,
+    FLOAT32_INPUTS,
+    INT8_INPUTS,
+    Linear,
+    NativeKernels,
+    Product,
+    processor_flags,
+)
 
 
 class LinearWeight(Protocol):
@@ -124,11 +132,12 @@ class Int4Weight:
 class PackedWeight:
     """Weights as the C++ kernels stream them: plain, or numbers with a scale for each 32 of a row.
 
-    Inputs are rounded to bfloat16 where the model is of that dtype and the build multiplies it; sums are float32.
+    inputs: what they are multiplied with. Where the model is of bfloat16 and the build multiplies it, inputs are
+    rounded to bfloat16; if so wished and the weights are quantised, to int8 with a scale for each 32. Sums are float32.
     """
 
     def __init__(
-        self, weight: Tensor | packing.Groups, dtype: torch.dtype, kernels: NativeKernels
+        self, weight: Tensor | packing.Groups, dtype: torch.dtype, kernels: NativeKernels, int8_inputs: bool = False
     ) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         if isinstance(weight, packing.Groups):
@@ -138,7 +147,10 @@ class PackedWeight:
             self.packed = packing.pack_plain(weight)
         self.bytes = self.packed.numel()
         self.kernels = kernels
-        self.inputs_are_bfloat16 = dtype == torch.bfloat16 and kernels.multiplies_bfloat16
+        self.inputs = FLOAT32_INPUTS
+        if dtype == torch.bfloat16 and kernels.multiplies_bfloat16:
+            is_int8 = int8_inputs and kernels.multiplies_int8 and self.kind in (packing.NIBBLES, packing.BYTES)
+            self.inputs = INT8_INPUTS if is_int8 else BFLOAT16_INPUTS
 
     @property
     def stored(self) -> Any:
@@ -157,14 +169,14 @@ class PackedWeight:
         out = torch.empty(tokens, self.shape[0], dtype=torch.float32)
         if tokens:
             self.kernels.product(Product(
-                linear=self.place(None), tokens=tokens, inputs_are_bfloat16=self.inputs_are_bfloat16,
+                linear=self.place(None), tokens=tokens, inputs=self.inputs,
                 x=inputs.data_ptr(), out=out.data_ptr(),
             ))  # fmt: skip
         return _finish(out, bias, x.dtype)
 
 
 def pack_linear(
-    weight: Tensor, dtype: torch.dtype, quantize: str, native: NativeKernels | None = None
+    weight: Tensor, dtype: torch.dtype, quantize: str, native: NativeKernels | None = None, int8_inputs: bool = False
 ) -> LinearWeight:
     """The form of weight [out, in] that `--quantize` asks for: "none", "int8" or "int4".
 
@@ -172,7 +184,8 @@ def pack_linear(
     """
     if native is not None:
         kind = {"int4": packing.NIBBLES, "int8": packing.BYTES}.get(quantize)
-        return PackedWeight(weight.to(dtype) if kind is None else packing.quantise(weight, kind), dtype, native)
+        stored = weight.to(dtype) if kind is None else packing.quantise(weight, kind)
+        return PackedWeight(stored, dtype, native, int8_inputs)
     if quantize == "int4" and weight.shape[1] % reference.INT4_GROUP == 0:
         return Int4Weight(weight)
     if quantize in ("int4", "int8"):

@@ -39,7 +39,9 @@ class Level:
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS = (
-    Level("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16"), _AVX512 | {"avx512_bf16"}),
+    Level(
+        "avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _AVX512 | {"avx512_bf16", "avx512_vnni"},
+    ),
     Level("avx512", ("-march=x86-64-v4",), _AVX512),
     Level("avx2", ("-march=x86-64-v3",), _AVX2),
     Level("plain", (), frozenset()),
@@ -55,6 +57,9 @@ class NativeBuild:
     found: str
     remedy: str = ""
 
+
+FLOAT32_INPUTS, BFLOAT16_INPUTS, INT8_INPUTS = range(3)
+"""What linear layers multiply weights with, as cpp/decoder.cpp numbers it."""
 
 PHASES = ("prepare", "qkv", "rotate", "chunks", "queries", "output", "gate and up", "down")
 """What a step's time is told of, as cpp/decoder.cpp numbers it; "prepare" is norms and rounding of inputs."""
@@ -88,7 +93,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("openmp", _OpenMp),
         *((name, ctypes.c_int64) for name in (
-            "layers", "tokens", "hidden", "heads", "kv_heads", "d", "inner", "inputs_are_bfloat16",
+            "layers", "tokens", "hidden", "heads", "kv_heads", "d", "inner", "inputs",
             "pool_is_bfloat16", "row_pages", "page_size",
         )),
         ("epsilon", ctypes.c_double),
@@ -107,7 +112,7 @@ class Product(ctypes.Structure):
         ("openmp", _OpenMp),
         ("linear", Linear),
         *((name, ctypes.c_int64) for name in (
-            "tokens", "inputs_are_bfloat16", "x", "out", "counts", "scratch", "scratch_bytes",
+            "tokens", "inputs", "x", "out", "counts", "scratch", "scratch_bytes",
         )),
     ]  # fmt: skip
 
@@ -118,7 +123,7 @@ class NativeKernels:
     def __init__(self, level: str) -> None:
         self.level = level
         self._library = ctypes.CDLL(str(FOLDER / _file_name(level)))
-        for name in ("sessile_has_bfloat16", "sessile_step_bytes", "sessile_product_bytes"):
+        for name in ("sessile_multiplies", "sessile_step_bytes", "sessile_product_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
         openmp = _openmp()
         self._run = openmp.GOMP_parallel
@@ -127,7 +132,9 @@ class NativeKernels:
         self._openmp = _OpenMp(_address(openmp.omp_get_thread_num), _address(openmp.omp_get_num_threads))
         self._step, self._product = _address(self._library.sessile_step), _address(self._library.sessile_product)
         self._own = threading.local()
-        self.multiplies_bfloat16 = bool(self._library.sessile_has_bfloat16())
+        self.multiplies_bfloat16, self.multiplies_int8 = (
+            bool(self._library.sessile_multiplies(ctypes.c_int64(inputs))) for inputs in (BFLOAT16_INPUTS, INT8_INPUTS)
+        )
 
     def step(self, step: Step) -> None:
         """Run all layers; the arrays that the addresses name must live until this returns."""

@@ -15,6 +15,8 @@ FLOAT32, BFLOAT16, NIBBLES, BYTES = range(4)
 
 GROUP = 32
 """Weights of one row that share a scale."""
+OCTET_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""In which BYTES and the int8 inputs of products lie, of every eight: that of NIBBLES once masked."""
 _SMALLEST_SCALE = 2.0**-24
 """Of float16."""
 
@@ -58,6 +60,14 @@ def widen(groups: Groups) -> Tensor:
     return (weights if groups.minima is None else weights + groups.minima.float()[..., None]).flatten(1)
 
 
+def round_inputs(x: Tensor) -> Tensor:
+    """Inputs [t, k] rounded as int8 with a scale for each 32, in float32: what INT8_INPUTS of the kernels means."""
+    groups = x.float().unflatten(1, (-1, GROUP))
+    most = groups.abs().amax(dim=2, keepdim=True)
+    numbers = (groups * torch.where(most > 0, 127 / most, 0)).round()
+    return (numbers * (most / 127)).flatten(1)
+
+
 def stack_groups(parts: Sequence[Groups]) -> Groups | None:
     """Rows of all parts one below the other; None if they are not of one kind."""
     if len({part.kind for part in parts}) != 1:
@@ -80,7 +90,9 @@ def pack_groups(groups: Groups) -> Tensor:
     """uint8[bytes] of quantised weights."""
     numbers = _in_blocks(groups.numbers)  # [blocks, 16, groups, 32]
     if groups.kind == BYTES:
-        body = numbers.unflatten(3, (16, 2)).permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).flatten(2)
+        # [blocks, 16, groups, octets, quads of an octet, 4]
+        quads = numbers.unflatten(3, (4, 8))[..., list(OCTET_ORDER)].unflatten(4, (2, 4))
+        body = quads.permute(0, 2, 3, 4, 1, 5).contiguous().view(torch.uint8).flatten(2)
     else:
         # [blocks, 16, groups, words of 4 pairs, byte of a word, pair of a byte, k of a pair]
         nibbles = numbers.unflatten(3, (4, 2, 2, 2))

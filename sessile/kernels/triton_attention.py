@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessile.kernels.triton_early import have_read, is_hopper_or_later, launch_options, next_begins, wait_for_inputs
+from sessile.kernels.triton_launch import launch
 from sessile.kernels.triton_plan import StepLayout
 from sessile.kernels.triton_work import AttentionWork, HeadShape, Tile
 
@@ -32,7 +34,7 @@ def wide_tile(shape: HeadShape, dtype: torch.dtype) -> Tile:
     queries = triton.next_power_of_2(shape.group)
     if dtype.itemsize == 4 or shape.head_dim > 128:
         return Tile(max(32, queries), 32, 4, 2, programs=2 * _multiprocessors(), part_tiles=4, is_wide=True)
-    keys = 128 if _has_large_memory() else 64
+    keys = 128 if is_hopper_or_later() else 64
     return Tile(max(WIDE_QUERIES, queries), keys, 8, 2, programs=_multiprocessors(), part_tiles=2, is_wide=True)
 
 
@@ -44,11 +46,6 @@ def narrow_row_tokens(shape: HeadShape) -> int:
 def _multiprocessors() -> int:
     """Multiprocessors of the GPU; few in the interpreter, which runs programs one after the other."""
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 2
-
-
-def _has_large_memory() -> bool:
-    """Whether a program may take as much shared memory as the largest tile wants: Hopper and later."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def paged_attention(
@@ -72,19 +69,23 @@ def paged_attention(
     sums = query.new_empty((work.split_pieces, kv_heads, 2, tile.queries), dtype=torch.float32)
     pieces = (work.total, work.rows, work.firsts, work.lows, work.sizes)
     lists = (*pieces, layout.rows, layout.starts, layout.counts, layout.offsets)
-    _attend[(work.pieces * kv_heads,)](
+    following = next_begins(query, query.shape[0])
+    launch(
+        _attend, (work.pieces * kv_heads,),
         query, keys, values, out, partials, sums, table, table.shape[1], *lists, head_dim**-0.5 * _LOG2_E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, PAGE=page_size,
         TOKENS=work.tokens, QUERIES=tile.queries, KEYS=tile.keys,
-        PRECISION="ieee" if query.dtype.itemsize == 4 else "tf32", IS_WIDE=tile.is_wide,
-        num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="ieee" if query.dtype.itemsize == 4 else "tf32", IS_WIDE=tile.is_wide, NEXT=following.value,
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(following),
     )  # fmt: skip
     block_queries = work.tokens * heads // kv_heads
     queries, parts, warps = merge_tile(work.merges.numel(), kv_heads, block_queries)
-    _merge[(work.merges.numel(), kv_heads, triton.cdiv(block_queries, queries))](
+    launch(
+        _merge, (work.merges.numel(), kv_heads, triton.cdiv(block_queries, queries)),
         partials, sums, out, work.merges, *lists,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TOKENS=work.tokens, QUERIES=tile.queries,
-        KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, num_warps=warps,
+        KEYS=tile.keys, QUERIES_AT_ONCE=queries, PARTS_AT_ONCE=parts, NEXT=following.value, num_warps=warps,
+        **launch_options(following),
     )  # fmt: skip
 
 
@@ -108,9 +109,10 @@ def _attend(  # type: ignore[no-untyped-def]
     piece_total, piece_rows, piece_firsts, piece_lows, piece_sizes, rows, starts, counts, offsets, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     TOKENS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    IS_WIDE: tl.constexpr,
+    IS_WIDE: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """One piece of one KV head."""
+    wait_for_inputs(NEXT)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     # Programs without a piece come last: between the others they would leave some multiprocessors without work.
     if IS_WIDE:
@@ -163,6 +165,7 @@ def _attend(  # type: ignore[no-untyped-def]
             q, key_head, value_head, pages, tile, visible, limit, scale, peak, total, mixed,
             KV_HEADS * HEAD_DIM, HEAD_DIM, DIM, PAGE, KEYS, PRECISION, True,
         )  # fmt: skip
+    have_read(NEXT)
     if size < visible:
         own = (piece * KV_HEADS + kv_head).to(tl.int64)
         tl.store(partials + (own * QUERIES + index)[:, None] * HEAD_DIM + lane[None, :], mixed, mask=is_stored)
@@ -220,8 +223,10 @@ def _merge(  # type: ignore[no-untyped-def]
     piece_total, piece_rows, piece_firsts, piece_lows, piece_sizes, rows, starts, counts, offsets,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERIES_AT_ONCE: tl.constexpr, PARTS_AT_ONCE: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of a few queries of one block and KV head."""
+    wait_for_inputs(NEXT)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     piece = tl.load(merges + tl.program_id(0))
     if piece < 0:
@@ -255,6 +260,7 @@ def _merge(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(totals * weights, 0)
         mixed = mixed * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
         peak = new_peak
+    have_read(NEXT)
     token = (tl.load(offsets + row) + first + index // GROUP).to(tl.int64)
     target = out + (token * HEADS + kv_head * GROUP + index % GROUP)[:, None] * HEAD_DIM + lane[None, :]
     merged = (mixed / total[:, None]).to(out.dtype.element_ty)

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessile.kernels.triton_early import have_read, launch_options, next_begins, wait_for_inputs
+from sessile.kernels.triton_launch import launch
+
 _ACTIVATION_BLOCK = 1024
 _HEADS_AT_ONCE = 8
 
@@ -12,19 +15,28 @@ _HEADS_AT_ONCE = 8
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm of x [t, hidden], computed in float32; a new tensor of x's dtype."""
     normed = torch.empty_like(x)
-    _add_rms_norm[(x.shape[0],)](
-        x, x, weight, normed, epsilon, x.shape[1], triton.next_power_of_2(x.shape[1]), False,
-        num_warps=_norm_warps(x.shape[1]),
+    following = next_begins(x, x.shape[0])
+    launch(
+        _add_rms_norm, (x.shape[0],),
+        x, x, weight, normed, epsilon, x.shape[1], 0, triton.next_power_of_2(x.shape[1]), 0, following.value,
+        num_warps=_norm_warps(x.shape[1]), **launch_options(following),
     )  # fmt: skip
     return normed
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Add x [t, hidden] to the residual in place, and return the norm of the sum as a new tensor."""
-    normed = torch.empty_like(x)
-    _add_rms_norm[(x.shape[0],)](
-        x, residual, weight, normed, epsilon, x.shape[1], triton.next_power_of_2(x.shape[1]), True,
-        num_warps=_norm_warps(x.shape[1]),
+    """Add x [t, hidden], or all its parts [parts, t, hidden], to the residual [t, hidden] in place.
+
+    Returns the norm of the sum as a new tensor.
+    """
+    tokens, size = residual.shape
+    normed = torch.empty_like(residual)
+    following = next_begins(x, tokens)
+    launch(
+        _add_rms_norm, (tokens,),
+        x, residual, weight, normed, epsilon, size, tokens * size, triton.next_power_of_2(size), parts_of(x),
+        following.value,
+        num_warps=_norm_warps(size), **launch_options(following),
     )  # fmt: skip
     return normed
 
@@ -33,7 +45,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [t, 2 × inner], gate first: [t, inner]."""
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, inner)
-    _silu_mul[(tokens, triton.cdiv(inner, _ACTIVATION_BLOCK))](gate_up, out, inner, _ACTIVATION_BLOCK)
+    launch(_silu_mul, (tokens, triton.cdiv(inner, _ACTIVATION_BLOCK)), gate_up, out, inner, _ACTIVATION_BLOCK)
     return out
 
 
@@ -47,22 +59,31 @@ def rotate_and_store(
 ) -> Tensor:
     """Rotate query and key, write key and value to the pool, and return the query [t, heads, head_dim].
 
-    qkv [t, (heads + 2 × kv_heads) × head_dim], heads of the query first, then of key and value. angles: cosine and
-    sine float32[t, head_dim / 2]. slots int32[t]: where each token's K and V go in keys, values
-    [slots, kv_heads, head_dim]. head_norms: weights of the norms of each head's query and key before the rotation,
-    and their epsilon.
+    qkv [t, (heads + 2 × kv_heads) × head_dim], or all its parts [parts, t, the same]: heads of the query first, then of
+    key and value. angles: cosine and sine float32[t, head_dim / 2]. slots int32[t]: where each token's K and V go in
+    keys, values [slots, kv_heads, head_dim]. head_norms: weights of the norms of each head's query and key before the
+    rotation, and their epsilon.
     """
     kv_heads, head_dim = keys.shape[1:]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    query = qkv.new_empty(qkv.shape[0], heads, head_dim)
+    tokens, size = qkv.shape[-2:]
+    heads = size // head_dim - 2 * kv_heads
+    query = keys.new_empty(tokens, heads, head_dim)
     q_norm, k_norm, epsilon = head_norms or (qkv, qkv, 0.0)
-    grid = (qkv.shape[0], triton.cdiv(heads + 2 * kv_heads, _HEADS_AT_ONCE))
-    _rotate_and_store[grid](
-        qkv, angles[0], angles[1], slots, query, keys, values, q_norm, k_norm, epsilon,
+    following = next_begins(qkv, tokens)
+    grid = (tokens, triton.cdiv(heads + 2 * kv_heads, _HEADS_AT_ONCE))
+    launch(
+        _rotate_and_store, grid,
+        qkv, tokens * size, angles[0], angles[1], slots, query, keys, values, q_norm, k_norm, epsilon,
         HEADS=heads, KV_HEADS=kv_heads, HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2),
-        AT_ONCE=_HEADS_AT_ONCE, HAS_NORMS=head_norms is not None, num_warps=2,
+        AT_ONCE=_HEADS_AT_ONCE, HAS_NORMS=head_norms is not None, PARTS=parts_of(qkv), NEXT=following.value,
+        num_warps=2, **launch_options(following),
     )  # fmt: skip
     return query
+
+
+def parts_of(x: Tensor) -> int:
+    """How many parts x [t, n] or [parts, t, n] has; more than one are summed by whoever reads them."""
+    return x.shape[0] if x.dim() == 3 else 1
 
 
 def _norm_warps(size: int) -> int:
@@ -71,18 +92,24 @@ def _norm_warps(size: int) -> int:
 
 @triton.jit
 def _add_rms_norm(  # type: ignore[no-untyped-def]
-    x, residual, weight, normed, epsilon, size, BLOCK: tl.constexpr, ADDS: tl.constexpr
-):
+    x, residual, weight, normed, epsilon, size, part_size, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    NEXT: tl.constexpr,
+):  # fmt: skip
+    """One token. PARTS: how many of x are added to the residual; 0: x is what is normed."""
     first = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(NEXT)
     element = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
-    if ADDS:
+    if PARTS > 0:
+        for part in tl.static_range(1, PARTS):
+            element += tl.load(x + part * part_size + first + column, mask=inside, other=0.0).to(tl.float32)
         element += tl.load(residual + first + column, mask=inside, other=0.0).to(tl.float32)
         rounded = element.to(residual.dtype.element_ty)
         tl.store(residual + first + column, rounded, mask=inside)
         element = rounded.to(tl.float32)
+    have_read(NEXT)
     scale = tl.rsqrt(tl.sum(element * element) / size + epsilon)
     tl.store(normed + first + column, (element * scale * gain).to(normed.dtype.element_ty), mask=inside)
 
@@ -100,11 +127,13 @@ def _silu_mul(gate_up, out, inner, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 @triton.jit
 def _rotate_and_store(  # type: ignore[no-untyped-def]
-    qkv, cosines, sines, slots, query, keys, values, q_norm, k_norm, epsilon,
+    qkv, part_size, cosines, sines, slots, query, keys, values, q_norm, k_norm, epsilon,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
-    AT_ONCE: tl.constexpr, HAS_NORMS: tl.constexpr,
+    AT_ONCE: tl.constexpr, HAS_NORMS: tl.constexpr, PARTS: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few heads of one token; heads count through query, key and value."""
+    wait_for_inputs(NEXT)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
     lane = tl.arange(0, PADDED_HALF)[None, :]
@@ -113,6 +142,9 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + lane
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        first += tl.load(source + part * part_size, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(source + part * part_size + HALF, mask=inside, other=0.0).to(tl.float32)
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
     if HAS_NORMS:
@@ -125,6 +157,7 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
         second = tl.where(is_value, second, second * scale * high.to(tl.float32))
     cosine = tl.load(cosines + token * HALF + lane, mask=is_lane, other=0.0)
     sine = tl.load(sines + token * HALF + lane, mask=is_lane, other=0.0)
+    have_read(NEXT)
     kind = keys.dtype.element_ty
     turned_first = tl.where(is_value, first, first * cosine - second * sine).to(kind)
     turned_second = tl.where(is_value, second, second * cosine + first * sine).to(kind)

@@ -11,6 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessile.kernels.triton_early import LINE_BYTES, ask_for, launch_options, next_begins, wait_for_inputs
+from sessile.kernels.triton_launch import launch
+
+_AHEAD_BYTES = 1024
+"""How much of each of its rows a program asks for before it waits for what it multiplies them with."""
+
 
 @dataclass(frozen=True)
 class LinearTile:
@@ -60,11 +66,14 @@ def _launch(
     assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
     outs, ins = out.shape[1], x.shape[1]
     tile = tile or linear_tile(weight.shape[0], ins)
-    _one_token[(triton.cdiv(outs, tile.outs),)](
+    following = next_begins(x, 1)
+    launch(
+        _one_token, (triton.cdiv(outs, tile.outs),),
         x, weight, bias if bias is not None else weight, norm.weight if norm else weight, out,
         outs, ins, norm.epsilon if norm else 0.0,
         HAS_BIAS=bias is not None, HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds,
-        IS_EVEN=outs % tile.outs == 0 and ins % tile.ins == 0, OUTS=tile.outs, INS=tile.ins, num_warps=tile.warps,
+        IS_EVEN=outs % tile.outs == 0 and ins % tile.ins == 0, OUTS=tile.outs, INS=tile.ins,
+        AHEAD=_AHEAD_BYTES // LINE_BYTES.value, NEXT=following.value, num_warps=tile.warps, **launch_options(following),
     )  # fmt: skip
     return out
 
@@ -73,7 +82,7 @@ def _launch(
 def _one_token(  # type: ignore[no-untyped-def]
     x, weight, bias, gain, out, outs, ins, epsilon,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr, ADDS: tl.constexpr,
-    IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, AHEAD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few elements of the output. The norm's scale is one factor, so it is applied to the sums."""
     column = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
@@ -83,6 +92,13 @@ def _one_token(  # type: ignore[no-untyped-def]
     second = tl.zeros((OUTS, INS), tl.float32)
     squares = tl.zeros((INS,), tl.float32)
     rows = weight + column[:, None].to(tl.int64) * ins + lane[None, :]
+    if NEXT > 0:
+        line = tl.arange(0, AHEAD) * (LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth)
+        ahead = tl.minimum(column, outs - 1)[:, None].to(tl.int64) * ins + tl.minimum(line, ins - 1)[None, :]
+        ask_for(weight + ahead)
+        if IS_GATED:
+            ask_for(weight + outs.to(tl.int64) * ins + ahead)
+    wait_for_inputs(NEXT)
     for first in range(0, ins, INS):
         inside = first + lane < ins
         if IS_EVEN:

@@ -56,6 +56,13 @@ class ModelOptions:
         "loading, for less memory and faster decoding at a little loss of quality.",
         choices=("auto", "none", "int8", "int4"),
     )
+    quantize_activations: str = option(
+        "auto",
+        "What quantised weights are multiplied with. int8: inputs of the layers rounded to int8 with a scale for each "
+        "32, by the C++ kernels with bfloat16 on a processor with AVX-512 VNNI. none: inputs in --dtype, slower. "
+        "auto: int8 for weights as the file has them.",
+        choices=("auto", "none", "int8"),
+    )
 
 
 @dataclass(frozen=True)

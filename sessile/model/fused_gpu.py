@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from sessile.kernels.linear import PlainWeight
 from sessile.kernels.triton_attention import narrow_row_tokens, narrow_tile, paged_attention, wide_tile
+from sessile.kernels.triton_few import FEW_TOKENS, few_gated_linear, few_linear, few_linear_whole, few_tile
 from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store, silu_mul
 from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear
 from sessile.kernels.triton_plan import StepLayout
@@ -86,7 +87,7 @@ class FusedDecoder:
         x = torch.zeros_like(residual)
         for layer in self._decoder.layers:
             x = self._layer(layer, x, residual, angles, layout)
-        return residual.add_(x)
+        return residual.add_(x if x.dim() == 2 else x.sum(0))
 
     def logits(self, residual: Tensor, tokens: Tensor) -> Tensor:
         """Raw logits [m, vocab] in the model's dtype, of the tokens int32[m] of what `forward` returned."""
@@ -94,16 +95,17 @@ class FusedDecoder:
         chosen = residual.index_select(0, tokens)
         if chosen.shape[0] == 1:
             return norm_linear(chosen, norm_of(norm), plain(head), head.bias)
-        return head(rms_norm(chosen, norm.weight, norm.epsilon))
+        return _whole(head, rms_norm(chosen, norm.weight, norm.epsilon))
 
     def _layer(self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
-        """Add the last layer's output x to the residual stream, and return this one's."""
+        """Add the last layer's output x, or its parts, to the residual stream, and return this one's."""
+        attention, mlp = layer.self_attn, layer.mlp
         norm = layer.input_layernorm
         x = add_rms_norm(x, residual, norm.weight, norm.epsilon)
-        attended = self._attend(layer.self_attn, layer.self_attn.qkv_proj(x), angles, layout)
+        attended = self._attend(attention, _product(attention.qkv_proj, x), angles, layout)
         norm = layer.post_attention_layernorm
-        x = add_rms_norm(layer.self_attn.o_proj(attended), residual, norm.weight, norm.epsilon)
-        return layer.mlp.down_proj(silu_mul(layer.mlp.gate_up_proj(x)))
+        x = add_rms_norm(_product(attention.o_proj, attended), residual, norm.weight, norm.epsilon)
+        return _product(mlp.down_proj, _gated(mlp.gate_up_proj, x))
 
     def _one_token_layer(self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout) -> None:
         """Run a layer on the residual stream in place, with norms, gating and sums inside the products."""
@@ -139,6 +141,28 @@ class FusedDecoder:
             if work.pieces:
                 attend(work, cache.page_size, out)
         return out.flatten(1)
+
+
+def _product(module: Linear, x: Tensor) -> Tensor:
+    """A linear layer of x [t, in]: [t, out], or of few tokens its parts [parts, t, out]."""
+    if x.shape[0] <= FEW_TOKENS:
+        return few_linear(x, plain(module), module.bias)
+    return module(x)
+
+
+def _whole(module: Linear, x: Tensor) -> Tensor:
+    """A linear layer of x [t, in]: [t, out]."""
+    weight = plain(module)
+    if x.shape[0] <= FEW_TOKENS and few_tile(weight.shape[0], weight.shape[1], x.shape[0]).splits == 1:
+        return few_linear_whole(x, weight, module.bias)
+    return module(x)
+
+
+def _gated(module: Linear, x: Tensor) -> Tensor:
+    """silu(gate) * up of a layer that computes both of x [t, in]: [t, inner]."""
+    if module.bias is None and x.shape[0] <= FEW_TOKENS:
+        return few_gated_linear(x, plain(module))
+    return silu_mul(module(x))
 
 
 def norm_of(module: RMSNorm) -> Norm:

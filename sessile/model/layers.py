@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -46,13 +46,15 @@ class WeightFormat:
     """How weights are kept: dtype of everything that is not quantised, device, and "none", "int8", "int4" or "stored".
 
     native: the C++ kernels that weights are packed for, if any. "stored" keeps the checkpoint's own numbers and scales,
-    where it has such; it needs native kernels.
+    where it has such; it needs native kernels. int8_inputs: whether quantised weights, but not the head's, are
+    multiplied with inputs in int8 where the kernels can.
     """
 
     dtype: torch.dtype
     device: torch.device
     quantize: str = "none"
     native: NativeKernels | None = None
+    int8_inputs: bool = False
 
 
 class Linear(nn.Module):
@@ -212,7 +214,11 @@ class Decoder(nn.Module, ABC):
         return held
 
     def _load_head(self, checkpoint: Checkpoint, form: WeightFormat) -> int:
-        """Load the head; a tied one that stays plain is the embedding itself, unless it is packed."""
+        """Load the head; a tied one that stays plain is the embedding itself, unless it is packed.
+
+        Its inputs stay in the model's dtype: of all layers it is the one that shows roundings most.
+        """
+        form = replace(form, int8_inputs=False)
         embedding_bytes = self.embedding.numel() * self.embedding.element_size()
         if not self.config.tied_embeddings:
             return embedding_bytes + self.head.load(checkpoint, "", form)
@@ -246,9 +252,9 @@ def load_linear(checkpoint: Checkpoint, parts: list[tuple[str, tuple[int, int]]]
         groups = [checkpoint.groups(name, shape) for name, shape in parts]
         whole = stack_groups([part for part in groups if part is not None])
         if whole is not None and all(part is not None for part in groups):
-            return PackedWeight(whole, form.dtype, form.native)
+            return PackedWeight(whole, form.dtype, form.native, form.int8_inputs)
     rows = [checkpoint.read(name, shape) for name, shape in parts]
-    return pack_linear(_stack(rows).to(form.device), form.dtype, form.quantize, form.native)
+    return pack_linear(_stack(rows).to(form.device), form.dtype, form.quantize, form.native, form.int8_inputs)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, PagedCache, StepRows
 from sessile.kernels.linear import PackedWeight
-from sessile.kernels.native import PHASES, Layer, NativeKernels, Step
+from sessile.kernels.native import BFLOAT16_INPUTS, PHASES, Layer, NativeKernels, Step
 from sessile.kernels.native import Linear as PlacedLinear
 from sessile.kernels.packing import GROUP
 from sessile.model.config import ModelConfig
@@ -43,6 +43,7 @@ class NativeCpuDecoder:
         self.nanoseconds: npt.NDArray[np.int64] = np.zeros(len(PHASES), np.int64)
         """Of the steps so far, by PHASES; kept only while `is_timed`."""
         self.is_timed = False
+        self._inputs = _common_inputs(decoder)
         self._layers = (Layer * decoder.config.layers)()
         for index, block in enumerate(decoder.layers):
             layer, attention = self._layers[index], block.self_attn
@@ -64,13 +65,11 @@ class NativeCpuDecoder:
         cosine, sine = (angle.contiguous() for angle in self._decoder.rope.angles(positions, torch.float32))
         slots = slots.contiguous()
         queries, items, chunks = work_tables(rows)
-        weight = self._decoder.head.weight
-        assert isinstance(weight, PackedWeight)
         tiles = -(-(chunks[:, 2] + chunks[:, 3]) // KEY_TILE)
         self._kernels.step(Step(
             layers=config.layers, tokens=tokens.numel(), hidden=config.hidden_size, heads=config.heads,
             kv_heads=config.kv_heads, d=config.head_dim, inner=config.intermediate_size,
-            inputs_are_bfloat16=weight.inputs_are_bfloat16, pool_is_bfloat16=cache.keys.dtype == torch.bfloat16,
+            inputs=self._inputs, pool_is_bfloat16=cache.keys.dtype == torch.bfloat16,
             row_pages=cache.table.shape[1], page_size=cache.page_size, epsilon=config.norm_epsilon,
             layer_table=ctypes.addressof(self._layers), residual=residual.data_ptr(), cosine=cosine.data_ptr(),
             sine=sine.data_ptr(), slots=slots.data_ptr(), table=cache.table.data_ptr(), queries=len(queries),
@@ -91,6 +90,17 @@ class NativeCpuDecoder:
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
         return tensor
+
+
+def _common_inputs(decoder: Decoder) -> int:
+    """What all linear layers of a step are multiplied with: int8 only if none of them wants more."""
+    weights = [
+        linear.weight
+        for block in decoder.layers
+        for linear in (block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj)
+    ]
+    kinds = {weight.inputs for weight in weights if isinstance(weight, PackedWeight)}
+    return kinds.pop() if len(kinds) == 1 else BFLOAT16_INPUTS
 
 
 def native_decoder(decoder: Decoder, cache: PagedCache) -> NativeCpuDecoder | None:

@@ -16,6 +16,7 @@ from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
 from sessile.server.corpora import routes as corpora_routes
 from sessile.server.corpora.store import CorpusStore
+from sessile.server.described import DescribedApp
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.server.listening import allowed_origins
@@ -45,7 +46,7 @@ def create_app(
     engine; None: nobody replaces it. tracing: None: nothing is traced. All four stay the caller's.
     """
     service = Service(link, tokenizer, options, settings or {}, key_ring, corpora, supervisor, tracing)
-    app = FastAPI(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
+    app = DescribedApp(title="Sessile", version=__version__, dependencies=[Depends(authenticate)])
     app.state.service = service
     app.add_middleware(Admission, service=service)
     app.add_middleware(BodyLimit, bytes_max=options.body_bytes_max, is_streamed=corpora_routes.is_upload)

@@ -218,7 +218,8 @@ async def _reply(request: Request, body: OpenAIBody, choices: list[Choice], enve
     if body.stream:
 
         def tell(index: int, arrival: Arrival) -> bytes:
-            return envelope.events(choices, choices[index], arrival, include_usage=body.include_usage)
+            flags = {"include_usage": body.include_usage, "counts_on": body.counts_on}
+            return envelope.events(choices, choices[index], arrival, **flags)
 
         return EventStream(calls, tell, fault=error_event)
     async with attended(request.receive, *calls):

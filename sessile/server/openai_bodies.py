@@ -63,8 +63,16 @@ class StreamOptions(Body):
     """stream_options of both routes."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """As in vLLM: every chunk has the usage of its answer so far. Needs include_usage."""
 
-    tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "continuous_usage_stats": (False,)}
+    tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING}
+
+    @model_validator(mode="after")
+    def _check_continuous(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise field_fault("continuous_usage_stats", "needs include_usage: true")
+        return self
 
 
 class OpenAIBody(SamplingFields, DraftFields, OpenAIGrammarFields):
@@ -104,6 +112,11 @@ class OpenAIBody(SamplingFields, DraftFields, OpenAIGrammarFields):
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def counts_on(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionBody(OpenAIBody):
@@ -152,6 +165,11 @@ class ChatBody(OpenAIBody, ToolFields):
     def _check_session(self) -> Self:
         if self.session_id is not None and self.answers > 1:
             raise field_fault("n", "a session's turn has one answer; leave session_id out, or ask for one at a time")
+        if self.session_id is not None and self.counts_on:
+            raise field_fault(
+                "stream_options.continuous_usage_stats",
+                "how long a session's history is, is told at the end; leave session_id out, or this",
+            )
         return self
 
     @model_validator(mode="after")

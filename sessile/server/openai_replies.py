@@ -80,23 +80,24 @@ class Choice:
             self._untold.append(each)
 
     def take(self) -> tuple[str, Logprobs]:
-        """Text and log-probabilities that were not taken yet."""
+        """Text and log-probabilities that were not taken yet; those of a token that ended the answer are among them."""
         text, self._unsent_text = self._unsent_text, ""
         if self.call.order.logprobs < 0:
             return text, NO_LOGPROBS
         fresh = self.output.generated.since(self._sent_logprobs)
         first = self._sent_logprobs == 0
         self._sent_logprobs += len(fresh.tokens)
-        if self.done is not None and isinstance(self.done.matched, int):
-            fresh = Logprobs(fresh.tokens[:-1], fresh.logprobs[:-1], fresh.tops[:-1])  # no part of the text
         if first and self._echoes:
             fresh = self.output.prompt_logprobs(self.call.order).followed_by(fresh)
         return text, fresh
 
     def take_answer(self) -> tuple[list[Event], Logprobs]:
-        """Parts of the answer and log-probabilities that were not taken yet."""
+        """Parts of the answer and log-probabilities that were not taken yet, without those of a token that ended it."""
         events, self._untold = self._untold, []
-        return events, self.take()[1]
+        fresh = self.take()[1]
+        if self.done is not None and isinstance(self.done.matched, int):
+            fresh = Logprobs(fresh.tokens[:-1], fresh.logprobs[:-1], fresh.tops[:-1])  # no part of the text
+        return events, fresh
 
     def call_id(self, index: int) -> str:
         """What a call is known by, to whoever is told of it and sends it back."""
@@ -300,12 +301,19 @@ class Envelope:
         written = [self.shape.whole(choice) for choice in choices]
         return {**self._common, "object": self.shape.whole_object, "choices": written, "usage": usage(choices)}
 
-    def events(self, choices: list[Choice], choice: Choice, arrival: Arrival, *, include_usage: bool) -> bytes:
-        """The chunks of a stream for what came for one of its choices. Raises UserError as `Choice.add` does."""
+    def events(
+        self, choices: list[Choice], choice: Choice, arrival: Arrival, *, include_usage: bool, counts_on: bool
+    ) -> bytes:
+        """The chunks of a stream for what came for one of its choices. Raises UserError as `Choice.add` does.
+
+        include_usage: the stream ends with its usage; counts_on: every chunk has its answer's so far.
+        """
         choice.add(arrival)
         if choice.done is not None:
             choice.call.tell_end()
-        closing = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        closing = b"]}\n\n"
+        if include_usage:
+            closing = b'],"usage":%b}\n\n' % (orjson.dumps(usage_so_far(choice)) if counts_on else b"null")
         told = [
             self._opening + one_line(orjson.dumps(content)) + closing for content in self.shape.chunks(choice)
         ]
@@ -326,6 +334,16 @@ def usage(choices: list[Choice]) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(done.cached_tokens for done in leaders)},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
+    }
+
+
+def usage_so_far(choice: Choice) -> dict[str, Any]:
+    """Tokens of one answer that is not a session's turn, whether it has ended or not; what was cached is told last."""
+    prompt_tokens, completion_tokens = len(choice.call.order.tokens), len(choice.output.tokens)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 
+from sessile.errors import InvalidRequest
 from tests.http.conftest import Running, ring_of, running_server
 from tests.http.fake_engine import MARKED, byte_tokenizer
 from tests.http.toy_engine import ToyEngine
@@ -195,12 +196,11 @@ def test_whatever_goes_wrong_before_a_turn_is_sent_gives_its_place_back(
     toy: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **named: Any) -> Any:
-        raise RuntimeError("a bug")
+        raise InvalidRequest("not this one")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("sessile.server.openai._choices", broken)
-        with pytest.raises(openai.InternalServerError):
-            Chat(client, "p").say()
+    monkeypatch.setattr("sessile.server.openai._choices", broken)
+    with pytest.raises(openai.BadRequestError):
+        Chat(client, "p").say()
     dialogue = toy.service.dialogues._dialogues["acme", "p"]
     assert (dialogue.places, dialogue.is_open) == (0, True)
 

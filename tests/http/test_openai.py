@@ -73,6 +73,18 @@ def test_echo_repeats_the_prompt_with_its_logprobs(client: openai.OpenAI) -> Non
     assert choice.logprobs.text_offset == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ended_a_completion_has_its_logprob_though_it_is_no_text(
+    client: openai.OpenAI, stream: bool
+) -> None:
+    """Clients that score prompts count on as many as were generated: lm-eval leaves the last out, whatever it is."""
+    reply = client.completions.create(model="default", prompt="abc", echo=True, logprobs=1, stream=stream)
+    choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    assert "".join(choice.text for choice in choices) == "abcabc"
+    assert tokens == ["a", "b", "c", "a", "b", "c", "<eos>"]
+
+
 def test_prompts_can_be_scored_without_generating(client: openai.OpenAI) -> None:
     reply = client.completions.create(model="default", prompt="abc", echo=True, logprobs=0, max_tokens=0)
     assert reply.choices[0].logprobs.token_logprobs == [None, -1.5, -1.5]
@@ -109,6 +121,32 @@ def test_usage_comes_last_in_a_stream_if_asked_for(client: openai.OpenAI) -> Non
         )
         assert (last.usage is not None and not last.choices) == expected
     assert last.usage is None
+
+
+def test_usage_so_far_comes_with_every_chunk_if_asked_for(server: Running, client: openai.OpenAI) -> None:
+    server.engine.token_interval_s = 0.005
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.chat.completions.create(model="default", messages=HI, stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == len(ANSWER) + 1
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {len(ANSWER)} == {last.usage.prompt_tokens}
+    assert all(chunk.usage.total_tokens == len(ANSWER) + count for chunk, count in zip(chunks, counts, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{}, {"include_usage": False}])
+def test_usage_so_far_is_no_use_without_usage(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    options = {**fields, "continuous_usage_stats": True}
+    with pytest.raises(openai.BadRequestError, match="needs include_usage") as refusal:
+        client.completions.create(model="default", prompt="a", stream=True, stream_options=options)
+    assert refusal.value.param == "stream_options.continuous_usage_stats"
+
+
+def test_the_usage_so_far_of_a_sessions_turn_is_not_known(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    with pytest.raises(openai.BadRequestError, match="told at the end"):
+        client.chat.completions.create(
+            model="default", messages=HI, stream=True, stream_options=options, extra_body={"session_id": "s"}
+        )
 
 
 def test_the_stop_that_matched_is_shown(client: openai.OpenAI) -> None:

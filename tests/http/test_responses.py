@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from sessile.core.limits import TenantPolicy
+from sessile.errors import InvalidRequest
 from tests.http.conftest import Running, ring_of, running_server
 from tests.http.fake_engine import MARKED, byte_tokenizer
 from tests.http.toy_engine import ToyEngine
@@ -381,12 +382,12 @@ def test_whatever_goes_wrong_before_a_response_is_sent_leaves_nothing(
     before = sessions(toy)
 
     def broken(*arguments: Any, **named: Any) -> Any:
-        raise RuntimeError("a bug")
+        raise InvalidRequest("not this one")
 
     with monkeypatch.context() as patch:
         patch.setattr("sessile.server.responses.desk.Choice", broken)
         for fields in ({}, {"conversation": conversation.id}):
-            with pytest.raises(openai.InternalServerError):
+            with pytest.raises(openai.BadRequestError):
                 client.responses.create(**SETTINGS, input="x", **fields)
     toy.wait_until(lambda: sessions(toy) == before)
     assert client.responses.create(**SETTINGS, input="x", conversation=conversation.id).status == "incomplete"

@@ -14,7 +14,13 @@ from sessile.gguf import GgufTensor
 from sessile.kernels import native, packing, reference
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
 from sessile.kernels.linear import PackedWeight, pack_linear
-from sessile.kernels.native import NativeKernels, native_kernels, runnable_levels
+from sessile.kernels.native import (
+    BFLOAT16_INPUTS,
+    INT8_INPUTS,
+    NativeKernels,
+    native_kernels,
+    runnable_levels,
+)
 from sessile.model.config import ModelOptions
 from sessile.model.dequantize import dequantize, stored_groups
 from sessile.model.layers import Decoder, StepInputs, WeightFormat
@@ -72,7 +78,7 @@ def test_products_equal_torchs(kernels: NativeKernels, tokens: int, dtype: torch
         packed = pack_linear(weight, dtype, kind, kernels)
         assert isinstance(packed, PackedWeight)
         twin = twin_of(weight, dtype, kind)
-        if packed.inputs_are_bfloat16:
+        if packed.inputs == BFLOAT16_INPUTS:
             # Sums stay float32; what many tokens round to bfloat16 is weights of about the size of 1 / √columns.
             torch.testing.assert_close(packed(x, None), x.bfloat16().float() @ twin.T, atol=2e-2, rtol=0)
             assert (packed(x, None) - x @ twin.T).square().mean().sqrt() < 4e-3
@@ -87,6 +93,40 @@ def test_in_float32_a_product_is_the_same_bit_by_bit_whoever_is_beside_it(kernel
     whole = packed(x, None)
     for tokens in (1, 2, 3, 5, 8, 12, 13, 29):
         assert torch.equal(packed(x[:tokens], None), whole[:tokens])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 6, 7, 12, 13, 40])
+def test_products_with_int8_inputs_equal_those_with_rounded_ones(
+    kernels: NativeKernels, tokens: int, kind: str
+) -> None:
+    for rows, columns in ((1, 32), (33, 64), (211, 160)):
+        weight, x = random(rows, columns, seed=rows) / columns**0.5, random(tokens, columns, seed=tokens)
+        x[0] *= 1e-3
+        x[-1, :32] = 0
+        packed = pack_linear(weight, torch.bfloat16, kind, kernels, int8_inputs=True)
+        assert isinstance(packed, PackedWeight)
+        assert (packed.inputs == INT8_INPUTS) == kernels.multiplies_int8
+        if packed.inputs == INT8_INPUTS:
+            twin = packing.round_inputs(x) @ twin_of(weight, torch.bfloat16, kind).T
+            torch.testing.assert_close(packed(x, None), twin, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_with_int8_inputs_a_product_is_the_same_bit_by_bit_whoever_is_beside_it(
+    kernels: NativeKernels, kind: str
+) -> None:
+    packed = pack_linear(random(96, 160), torch.bfloat16, kind, kernels, int8_inputs=kernels.multiplies_int8)
+    x = random(50, 160, seed=1)
+    whole = packed(x, None)
+    for tokens in (1, 2, 3, 5, 6, 7, 8, 12, 13, 29) if kernels.multiplies_int8 else (13, 29):
+        assert torch.equal(packed(x[:tokens], None), whole[:tokens])
+
+
+def test_plain_weights_and_float32_are_never_multiplied_with_int8(kernels: NativeKernels) -> None:
+    for dtype, kind in ((torch.bfloat16, "none"), (torch.float32, "int8")):
+        packed = pack_linear(random(32, 64), dtype, kind, kernels, int8_inputs=True)
+        assert isinstance(packed, PackedWeight) and packed.inputs != INT8_INPUTS
 
 
 def test_a_bias_is_added_and_the_dtype_of_the_input_kept(kernels: NativeKernels) -> None:
@@ -104,8 +144,10 @@ def test_weights_of_zeros_and_no_tokens_are_nothing_special(kernels: NativeKerne
         assert packed(torch.ones(0, 64), None).shape == (0, 32)
 
 
-def load(folder: Path, dtype: torch.dtype, quantize: str, kernels: NativeKernels) -> Decoder:
-    form = WeightFormat(dtype, torch.device("cpu"), quantize, kernels)
+def load(
+    folder: Path, dtype: torch.dtype, quantize: str, kernels: NativeKernels, int8_inputs: bool = False
+) -> Decoder:
+    form = WeightFormat(dtype, torch.device("cpu"), quantize, kernels, int8_inputs)
     return load_model(ModelOptions(str(folder)), form, lambda stage, done: None).decoder
 
 
@@ -151,6 +193,16 @@ def test_in_float32_the_one_call_equals_the_layers(tiny: Tiny, kernels: NativeKe
 def test_in_bfloat16_the_one_call_stays_as_near_as_rounding_allows(tiny: Tiny, kernels: NativeKernels) -> None:
     one, layers = both(load(tiny.folder, torch.bfloat16, "none", kernels), torch.bfloat16)
     exact, _ = both(load(tiny.folder, torch.float32, "none", kernels), torch.float32)
+    error, layers_error = ((logits - exact[0]).square().mean().sqrt() for logits in (one[0], layers[0]))
+    assert error < 1.2 * layers_error
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_with_int8_inputs_the_one_call_stays_as_near_as_rounding_allows(
+    tiny: Tiny, kernels: NativeKernels, quantize: str
+) -> None:
+    one, layers = both(load(tiny.folder, torch.bfloat16, quantize, kernels, int8_inputs=True), torch.bfloat16)
+    exact, _ = both(load(tiny.folder, torch.float32, quantize, kernels), torch.float32)
     error, layers_error = ((logits - exact[0]).square().mean().sqrt() for logits in (one[0], layers[0]))
     assert error < 1.2 * layers_error
 

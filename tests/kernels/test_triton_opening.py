@@ -41,6 +41,7 @@ def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"head_dim": 512}, "up to 256. Use --device cpu"),
         ({"options": {"quantize": "int8"}}, "--quantize int8 works on the CPU only"),
+        ({"options": {"quantize_activations": "int8"}}, "--quantize-activations int8 works on the CPU only"),
         ({"kv_memory": "1K"}, "--kv-memory of 1.0 KiB holds"),
     ],
 )

@@ -35,6 +35,12 @@ def test_no_seed_of_the_sample_finds_anything(reports: Sequence[Report]) -> None
     assert [f"seed {found.seed} step {found.step} ({found.checker}): {found.message}" for found in failures] == []
 
 
+@pytest.mark.parametrize(("seed", "steps"), [(28, 1900), (57, 200), (548, 1700)])
+def test_seeds_that_found_something_once_find_nothing_any_more(seed: int, steps: int) -> None:
+    """A branch whose parent was dropped; a turn that ended before its KV was reclaimed; one that ended and was run."""
+    assert Simulation(make_world(seed)).run(steps).failure is None
+
+
 def test_every_seed_runs_its_steps_or_all_that_its_clients_ask_for(reports: Sequence[Report]) -> None:
     assert all(report.steps > 0 for report in reports)
     assert sum(report.steps >= STEPS for report in reports) > len(reports) * 0.9

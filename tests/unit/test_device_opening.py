@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from sessile.device.factory import open_device
 from sessile.device.kv_pool import auto_kv_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.errors import StartupError
+from sessile.kernels.native import NativeKernels
 from sessile.model.config import ModelOptions
 from tests.parity.driver import Driver, Run
 from tests.unit.stage_device import CONFIG, VOCAB, small_device
@@ -124,6 +127,24 @@ def test_auto_dtype_is_one_that_the_processor_multiplies() -> None:
     expected = torch.bfloat16 if factory.cpu_multiplies_bfloat16() else torch.float32
     assert factory.choose_dtype("auto") == expected
     assert factory.choose_dtype("bfloat16") == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_inputs_are_refused_where_nothing_multiplies_them(dtype: str) -> None:
+    options = ModelOptions("default", dtype=dtype, quantize_activations="int8")
+    with pytest.raises(StartupError, match="--quantize-activations int8: only with --dtype bfloat16"):
+        factory.choose_format(options, None)
+
+
+def test_inputs_are_in_int8_by_default_only_for_weights_as_the_file_has_them() -> None:
+    native = cast(NativeKernels, SimpleNamespace(multiplies_int8=True))
+    for quantize, activations, expected in (
+        ("auto", "auto", True), ("auto", "none", False), ("int8", "auto", False), ("int8", "int8", True),
+    ):  # fmt: skip
+        options = ModelOptions("default", dtype="bfloat16", quantize=quantize, quantize_activations=activations)
+        assert factory.choose_format(options, native).int8_inputs == expected
+    exact = ModelOptions("default", dtype="float32")
+    assert not factory.choose_format(exact, native).int8_inputs
 
 
 @pytest.mark.parametrize(("kv_memory", "message"), [("1K", "--kv-memory of 1.0 KiB holds"), ("900T", "too little")])

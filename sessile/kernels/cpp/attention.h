@@ -10,6 +10,11 @@
 constexpr float LOWEST = -1e30f;  // below every score; not infinite, as infinities have no difference
 constexpr int KEY_TILE = 64;  // keys whose scores are taken together
 constexpr int QUERY_TILE = 16;  // positions of a chunk that are attended together
+#if defined(__AVX512F__)
+constexpr float SLACK = 8;  // by how many powers of two a weight may exceed 1 before all that was summed is shrunk
+#else
+constexpr float SLACK = 0;
+#endif
 
 template <class P>
 struct Pool {
@@ -261,6 +266,25 @@ INLINE void convert(uint16_t x, float& out) { out = widen(x); }
 INLINE void convert(uint16_t x, uint16_t& out) { out = x; }
 INLINE void convert(float x, uint16_t& out) { out = narrow(x); }
 
+#if defined(__AVX512F__)
+// `pack_tile` where all 64 keys are there, in bfloat16 as they are: keys by words, values two rows at once.
+static void pack_whole_tile(
+    const uint16_t* const* key, const uint16_t* const* value, int64_t d, uint16_t* keys, uint16_t* values) {
+    for (int block = 0; block < UNIT_BLOCKS; block++) {
+        uint16_t* out = keys + block * 16 * d;
+        for (int64_t pair = 0; pair < d / 2; pair++)
+            for (int lane = 0; lane < 16; lane++)
+                memcpy(out + (pair * 16 + lane) * 2, key[block * 16 + lane] + 2 * pair, 4);
+    }
+    for (int64_t j = 0; j < d; j += 16)
+        for (int pair = 0; pair < KEY_TILE / 2; pair++) {
+            const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value[2 * pair] + j)));
+            const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value[2 * pair + 1] + j)));
+            _mm512_storeu_si512(values + j * KEY_TILE + pair * 32, even | _mm512_slli_epi32(odd, 16));
+        }
+}
+#endif
+
 template <class P, class X>
 static void pack_tile(
     const Pool<P>& pool, int64_t row, int64_t kv_head, int64_t start, int64_t end, int64_t d_padded, X* keys,
@@ -274,6 +298,11 @@ static void pack_tile(
         value[i] = pool.values + place;
     }
     const X zero = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(P) == 2 && sizeof(X) == 2) {
+        if (count == KEY_TILE && pool.d % 16 == 0) return pack_whole_tile(key, value, pool.d, keys, values);
+    }
+#endif
     for (int block = 0; block < UNIT_BLOCKS; block++)
         for (int lane = 0; lane < 16; lane++) {
             const int i = block * 16 + lane;
@@ -298,17 +327,19 @@ static void pack_tile(
 template <class X>
 struct TileScratch {
     X* query;  // tiles of inputs, of d
-    float* mixed;  // [vectors, d_padded]
+    float* mixed;  // [d / 64, rounded up][vectors][64]
     float* totals;  // [vectors, 16], one for each lane, to be added up at the end
     float* tops;  // [vectors]
 
-    static int64_t bytes(int64_t vectors, int64_t d, int64_t d_padded) {
-        return vectors * (d * (int64_t)sizeof(X) + d_padded * 4 + 68) + 256;
+    static int64_t mixed_units(int64_t d) { return (d + UNIT_ROWS - 1) / UNIT_ROWS; }
+
+    static int64_t bytes(int64_t vectors, int64_t d) {
+        return vectors * (d * (int64_t)sizeof(X) + mixed_units(d) * UNIT_ROWS * 4 + 68) + 256;
     }
 
-    TileScratch(uint8_t* at, int64_t vectors, int64_t d_padded) {
+    TileScratch(uint8_t* at, int64_t vectors, int64_t d) {
         mixed = (float*)at;
-        totals = mixed + vectors * d_padded;
+        totals = mixed + mixed_units(d) * vectors * UNIT_ROWS;
         tops = totals + vectors * 16;
         query = (X*)(tops + vectors);
     }
@@ -317,21 +348,31 @@ struct TileScratch {
 INLINE void store_as(float* at, F16 x) { store(at, x); }
 INLINE void store_as(uint16_t* at, F16 x) { store_bfloat16(at, x); }
 
-// `weigh` for a whole tile of keys, of which the first `seen` are visible: scores float32[64] → weights [64].
+INLINE F16 weights_of(F16 x, float) { return power_of_two(x); }
+INLINE F16 weights_of(F16 x, uint16_t) { return roughly_power_of_two(x); }
+
+// `weigh` for a whole tile of keys, of which the first `seen` are visible: scores float32[64] → weights [64]. The top
+// is raised only when a score is above it by more than SLACK. Returns by how much what was summed before shrinks.
 template <class X>
 INLINE float weigh_tile(float* scores, int seen, float scale, float& top, float* totals, X* weights) {
     for (int i = seen; i < KEY_TILE; i++) scores[i] = LOWEST;
     F16 row[KEY_TILE / 16];
-    for (int i = 0; i < KEY_TILE / 16; i++) row[i] = load(scores + i * 16);
-    const float own_top = largest(maximum(maximum(row[0], row[1]), maximum(row[2], row[3]))) * scale;
-    const float new_top = own_top > top ? own_top : top;
-    const float shrink = new_top == top ? 1.0f : power_of_two(splat(top - new_top)).part[0][0];
+    for (int i = 0; i < KEY_TILE / 16; i++) row[i] = multiply_add(load(scores + i * 16), splat(scale), splat(-top));
+    F16 before = load(totals);
+    float shrink = 1;
+    if (__builtin_expect(any_above(maximum(maximum(row[0], row[1]), maximum(row[2], row[3])), SLACK), 0)) {
+        for (int i = 0; i < KEY_TILE / 16; i++) row[i] = load(scores + i * 16);
+        const float new_top = largest(maximum(maximum(row[0], row[1]), maximum(row[2], row[3]))) * scale;
+        for (int i = 0; i < KEY_TILE / 16; i++) row[i] = multiply_add(row[i], splat(scale), splat(-new_top));
+        shrink = power_of_two(splat(top - new_top)).part[0][0];
+        before = before * splat(shrink);
+        top = new_top;
+    }
     for (int i = 0; i < KEY_TILE / 16; i++) {
-        row[i] = power_of_two(multiply_add(row[i], splat(scale), splat(-new_top)));
+        row[i] = weights_of(row[i], X());
         store_as(weights + i * 16, row[i]);
     }
-    store(totals, multiply_add(load(totals), splat(shrink), (row[0] + row[1]) + (row[2] + row[3])));
-    top = new_top;
+    store(totals, before + ((row[0] + row[1]) + (row[2] + row[3])));
     return shrink;
 }
 
@@ -342,21 +383,27 @@ static void attend_tile(
     int64_t d, int64_t d_padded, int64_t position, const X* keys, const X* values, uint8_t* scratch_bytes) {
     const int64_t vectors = positions * group;
     const float scale = LOG2_E / __builtin_sqrtf((float)d);
-    TileScratch<X> scratch(scratch_bytes, vectors, d_padded);
+    TileScratch<X> scratch(scratch_bytes, vectors, d);
     for (int64_t v = 0; v < vectors; v++) {
         const int64_t first = v / TILE_TOKENS * TILE_TOKENS;
         const int64_t count = vectors - first < TILE_TOKENS ? vectors - first : TILE_TOKENS;
         const float* own = query + v / group * query_stride + v % group * d;
-        for (int64_t j = 0; j < d; j++)
-            convert(own[j], scratch.query[first * d + Inputs<X>::place(j, v - first, count)]);
-        for (int64_t j = 0; j < d_padded; j++) scratch.mixed[v * d_padded + j] = 0;
+        X* out_tile = scratch.query + first * d;
+        int64_t i = 0;
+        for (; i + 16 <= d; i += 16) {
+            alignas(64) X part[16];
+            store_as(part, load(own + i));
+            for (int j = 0; j < 16; j++) out_tile[Inputs<X>::place(i + j, v - first, count)] = part[j];
+        }
+        for (; i < d; i++) convert(own[i], out_tile[Inputs<X>::place(i, v - first, count)]);
         scratch.tops[v] = -3.0e38f;
         store(scratch.totals + v * 16, splat(0));
     }
-    alignas(64) float scores[TILE_TOKENS * KEY_TILE], product[TILE_TOKENS * UNIT_ROWS], shrinks[TILE_TOKENS];
+    const int64_t units = scratch.mixed_units(d), d_blocks = d_padded / 16;
+    memset(scratch.mixed, 0, units * vectors * UNIT_ROWS * 4);
+    alignas(64) float scores[TILE_TOKENS * KEY_TILE];
     alignas(64) X weights[TILE_TOKENS * KEY_TILE];
     constexpr int KIND = sizeof(X) == 2 ? BFLOAT16 : FLOAT32;
-    const int64_t d_blocks = d_padded / 16;
     for (int64_t start = 0; start < position + positions; start += KEY_TILE) {
         const uint8_t* key_blocks[UNIT_BLOCKS];
         for (int r = 0; r < UNIT_BLOCKS; r++) key_blocks[r] = (const uint8_t*)(keys + start * d + r * 16 * d);
@@ -367,29 +414,35 @@ static void attend_tile(
             for (int t = 0; t < count; t++) {
                 const int64_t visible = position + (first + t) / group + 1 - start;
                 const int seen = visible < 0 ? 0 : visible < KEY_TILE ? (int)visible : KEY_TILE;
-                shrinks[t] = weigh_tile(scores + t * KEY_TILE, seen, scale, scratch.tops[first + t],
-                                        scratch.totals + (first + t) * 16, weights + t * KEY_TILE);
+                const float shrink = weigh_tile(scores + t * KEY_TILE, seen, scale, scratch.tops[first + t],
+                                                scratch.totals + (first + t) * 16, weights + t * KEY_TILE);
+                if (shrink == 1.0f) continue;
+                for (int64_t unit = 0; unit < units; unit++)
+                    for (int r = 0; r < UNIT_BLOCKS; r++) {
+                        float* mixed = scratch.mixed + (unit * vectors + first + t) * UNIT_ROWS + r * 16;
+                        store(mixed, load(mixed) * splat(shrink));
+                    }
             }
-            for (int64_t block = 0; block < d_blocks; block += UNIT_BLOCKS) {
+            for (int64_t unit = 0; unit < units; unit++) {
                 const uint8_t* value_blocks[UNIT_BLOCKS];
                 for (int r = 0; r < UNIT_BLOCKS; r++) {
-                    const int64_t own = block + r < d_blocks ? block + r : block;
+                    const int64_t block = unit * UNIT_BLOCKS + r, own = block < d_blocks ? block : d_blocks - 1;
                     value_blocks[r] = (const uint8_t*)(values + start * d_padded + own * 16 * KEY_TILE);
                 }
-                const Inputs<X> in{weights, nullptr, KEY_TILE};
-                tile_of<KIND, UNIT_BLOCKS, true>(count, in, value_blocks, 0, product);
-                for (int t = 0; t < count; t++)
-                    for (int r = 0; r < UNIT_BLOCKS && block + r < d_blocks; r++) {
-                        float* mixed = scratch.mixed + (first + t) * d_padded + (block + r) * 16;
-                        const F16 added = load(product + t * UNIT_ROWS + r * 16);
-                        store(mixed, multiply_add(load(mixed), splat(shrinks[t]), added));
-                    }
+                tile_of<KIND, UNIT_BLOCKS, true>(count, Inputs<X>{weights, nullptr, KEY_TILE}, value_blocks, 0,
+                                                 scratch.mixed + (unit * vectors + first) * UNIT_ROWS);
             }
         }
     }
     for (int64_t v = 0; v < vectors; v++) {
         const float total = sum(load(scratch.totals + v * 16));
-        for (int64_t j = 0; j < d; j++)
-            out[v / group * out_stride + v % group * d + j] = scratch.mixed[v * d_padded + j] / total;
+        float* own = out + v / group * out_stride + v % group * d;
+        for (int64_t unit = 0; unit < units; unit++) {
+            const float* mixed = scratch.mixed + (unit * vectors + v) * UNIT_ROWS;
+            const int64_t start = unit * UNIT_ROWS, count = d - start < UNIT_ROWS ? d - start : UNIT_ROWS;
+            int64_t i = 0;
+            for (; i + 16 <= count; i += 16) store(own + start + i, load(mixed + i) / splat(total));
+            for (; i < count; i++) own[start + i] = mixed[i] / total;
+        }
     }
 }

@@ -10,6 +10,8 @@
 
 #include "attention.h"
 
+enum InputType { FLOAT32_INPUTS, BFLOAT16_INPUTS, INT8_INPUTS };
+
 struct Linear {
     int64_t kind, blocks, rows, k, bias;
 };
@@ -85,7 +87,7 @@ struct OpenMp {
 struct Step {
     OpenMp openmp;
     int64_t layers, tokens, hidden, heads, kv_heads, d, inner;
-    int64_t inputs_are_bfloat16, pool_is_bfloat16;
+    int64_t inputs, pool_is_bfloat16;  // InputType of all its linear layers
     int64_t row_pages, page_size;
     double epsilon;
     int64_t layer_table, residual, cosine, sine, slots, table;
@@ -125,11 +127,12 @@ class Stopwatch {
     }
 };
 
-// Where a step's intermediate values lie. bytes() and the constructor walk over the same fields.
-template <class X>
+// Where a step's intermediate values lie. X: what linear layers multiply, A: what chunks are attended in.
+template <class X, class A>
 struct Layout {
     float *qkv, *attended, *tops, *totals, *mixed;
-    X *normed, *gated, *keys, *values;
+    X *normed, *gated;
+    A *keys, *values;
     float *normed_sums, *gated_sums;
     uint8_t *units, *tiles;
     X* own_inputs;
@@ -153,9 +156,9 @@ struct Layout {
         place(qkv, s.tokens * (s.heads + 2 * s.kv_heads) * s.d);
         place(attended, s.tokens * s.heads * s.d);
         place(normed, s.tokens * wide);
-        place(normed_sums, s.tokens * wide / GROUP);
+        place(normed_sums, s.tokens * wide / GROUP * Inputs<X>::OF_GROUP);
         place(gated, s.tokens * s.inner);
-        place(gated_sums, s.tokens * s.inner / GROUP);
+        place(gated_sums, s.tokens * s.inner / GROUP * Inputs<X>::OF_GROUP);
         place(tops, s.items * s.heads);
         place(totals, s.items * s.heads);
         place(mixed, s.items * s.heads * s.d);
@@ -163,17 +166,42 @@ struct Layout {
         place(values, s.key_tiles * KEY_TILE * s.kv_heads * d_padded);
         const int64_t unit_bytes = UNIT_BLOCKS * wide * 64;
         const int64_t vectors = QUERY_TILE * (s.heads / s.kv_heads);
-        const int64_t tile_bytes = (TileScratch<X>::bytes(vectors, s.d, d_padded) + 63) / 64 * 64;
+        const int64_t own_sum_count = OWN_TOKENS * wide / GROUP * Inputs<X>::OF_GROUP + 16;
+        const int64_t tile_bytes = (TileScratch<A>::bytes(vectors, s.d) + 63) / 64 * 64;
         place(units, unit_bytes * threads);
         place(tiles, tile_bytes * threads);
         place(own_inputs, OWN_TOKENS * wide * threads);
-        place(own_sums, (OWN_TOKENS * wide / GROUP + 16) * threads);
+        place(own_sums, own_sum_count * threads);
         units += thread * unit_bytes;
         tiles += thread * tile_bytes;
         own_inputs += thread * OWN_TOKENS * wide;
-        own_sums += thread * (OWN_TOKENS * wide / GROUP + 16);
+        own_sums += thread * own_sum_count;
     }
 };
+
+#if defined(__AVX512VNNI__)
+// Order of bytes, of every eight, in which int8 inputs lie (see BYTES).
+alignas(16) static const int8_t OCTET_ORDER[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+
+// A group of 32 of token t as int8, scaled so that the largest becomes 127.
+INLINE void round_group(F16 low, F16 high, int64_t t, int64_t tokens, int8_t* out, float* of_group) {
+    const F16 zero = splat(0);
+    const float most = largest(maximum(maximum(low, zero - low), maximum(high, zero - high)));
+    const F16 factor = splat(most > 0 ? 127.0f / most : 0.0f);
+    const __m512i first = _mm512_cvtps_epi32((__m512)(low * factor).part[0]);
+    const __m512i second = _mm512_cvtps_epi32((__m512)(high * factor).part[0]);
+    const int32_t total = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second)), start = (int32_t)-BYTE_ZERO * total;
+    const __m128i order = _mm_load_si128((const __m128i*)OCTET_ORDER);
+    alignas(16) int8_t bytes[GROUP];
+    _mm_store_si128((__m128i*)bytes, _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(first), order));
+    _mm_store_si128((__m128i*)(bytes + 16), _mm_shuffle_epi8(_mm512_cvtsepi32_epi8(second), order));
+    for (int quad = 0; quad < GROUP / 4; quad++) memcpy(out + (quad * tokens + t) * 4, bytes + 4 * quad, 4);
+    const float scale = most / 127;
+    of_group[t] = scale;
+    of_group[tokens + t] = scale * (float)total;
+    memcpy(of_group + 2 * tokens + t, &start, 4);
+}
+#endif
 
 // Token t of a tile, float32[k], as a product takes it, times a factor, times weights if there are any; k a multiple of
 // 32. out, sums: of the tile.
@@ -184,9 +212,14 @@ static void prepare_token(const float* values, const float* weight, float factor
     for (int64_t i = 0; i < k; i += GROUP) {
         F16 low = load(values + i) * splat(factor), high = load(values + i + 16) * splat(factor);
         if (weight) low = low * load(weight + i), high = high * load(weight + i + 16);
-        store_as(group, low);
-        store_as(group + 16, high);
         X* at = out + i * tokens;
+        if constexpr (sizeof(X) == 1) {
+            round_group(low, high, t, tokens, at, sums + i / GROUP * 3 * tokens);
+            continue;
+        } else {
+            store_as(group, low);
+            store_as(group + 16, high);
+        }
         if constexpr (sizeof(X) == 2) {
             for (int pair = 0; pair < GROUP / 2; pair++) memcpy(at + (pair * tokens + t) * 2, group + 2 * pair, 4);
             sums[i / GROUP * tokens + t] = sum(load_bfloat16(group) + load_bfloat16(group + 16));
@@ -207,18 +240,18 @@ static float norm_factor(const float* x, int64_t k, float epsilon) {
 }
 
 // Inputs for a product from float32 [t, k], normed if there is a weight. By all, or by each thread for itself.
-template <class X>
-static Inputs<X> prepare(Team& team, Layout<X>& at, const float* x, const float* weight, float epsilon, int64_t tokens,
-                         int64_t k) {
-    const Tiles tiles(tokens);
-    const bool is_own = tokens <= Layout<X>::OWN_TOKENS;
+template <class X, class A>
+static Inputs<X> prepare(Team& team, Layout<X, A>& at, const float* x, const float* weight, float epsilon,
+                         int64_t tokens, int64_t k) {
+    const Tiles<X> tiles(tokens);
+    const bool is_own = tokens <= Layout<X, A>::OWN_TOKENS;
     const Inputs<X> out = is_own ? Inputs<X>{at.own_inputs, at.own_sums, k} : Inputs<X>{at.normed, at.normed_sums, k};
     auto one = [&](int64_t tile) {
         const int64_t first = tiles.first(tile), end = tiles.first(tile + 1);
+        const Inputs<X> own = out.from(first);
         for (int64_t t = first; t < end; t++) {
             const float factor = weight ? norm_factor(x + t * k, k, epsilon) : 1.0f;
-            prepare_token(x + t * k, weight, factor, k, t - first, end - first, (X*)out.x + first * k,
-                          (float*)out.sums + first * (k / GROUP));
+            prepare_token(x + t * k, weight, factor, k, t - first, end - first, (X*)own.x, (float*)own.sums);
         }
     };
     if (is_own) {
@@ -235,7 +268,7 @@ static void multiply(Team& team, const Inputs<X>& in, int64_t tokens, const Line
                      Finish finish) {
     const int64_t pieces = (linear.rows + 31) / 32, bytes = block_bytes((int)linear.kind, linear.k);
     const float* bias = (const float*)linear.bias;
-    const Tiles tiles(tokens);
+    const Tiles<X> tiles(tokens);
     team.share(pieces, [&](int64_t piece, int64_t end) {
         while (piece < end) {
             const int64_t wide = end - piece >= 2 ? 2 : 1, first = piece * 32;
@@ -272,13 +305,14 @@ INLINE F16 silu(F16 gate) {
     return gate * top / (one + decay);
 }
 
-// gated [t, inner] = silu(gate) × up, with the sums of its groups.
-template <class X>
-static void multiply_gated(Team& team, const Inputs<X>& in, int64_t tokens, const Linear& linear, Layout<X>& at) {
+// silu(gate) × up [t, inner], as inputs.
+template <class X, class A>
+static Inputs<X> multiply_gated(Team& team, const Inputs<X>& in, int64_t tokens, const Linear& linear,
+                                Layout<X, A>& at) {
     const int64_t inner = linear.rows / 2, pieces = inner / GROUP, bytes = block_bytes((int)linear.kind, linear.k);
     const uint8_t *gate = (const uint8_t*)linear.blocks, *up = gate + inner / 16 * bytes;
     const float* bias = (const float*)linear.bias;
-    const Tiles tiles(tokens);
+    const Tiles<X> tiles(tokens);
     auto multiply_piece = [&](int64_t piece) {
         const uint8_t* blocks[4] = {gate + piece * 2 * bytes, gate + (piece * 2 + 1) * bytes, up + piece * 2 * bytes,
                                     up + (piece * 2 + 1) * bytes};
@@ -290,13 +324,14 @@ static void multiply_gated(Team& team, const Inputs<X>& in, int64_t tokens, cons
             for (int i = 0; i < GROUP; i += 16) store(values + i, silu(load(out + i)) * load(out + GROUP + i));
             prepare_token(values, (const float*)nullptr, 1.0f, GROUP, t, count,
                           at.gated + tile_first * inner + first * count,
-                          at.gated_sums + tile_first * (inner / GROUP) + piece * count);
+                          at.gated_sums + (tile_first * (inner / GROUP) + piece * count) * Inputs<X>::OF_GROUP);
         };
         multiply_unit<4>(in, tiles, (int)linear.kind, blocks, 2 * bytes, at.units, finish);
     };
     team.share(pieces, [&](int64_t piece, int64_t end) {
         for (; piece < end; piece++) multiply_piece(piece);
     });
+    return {at.gated, at.gated_sums, inner};
 }
 
 static void rotate(float* head, const float* cosine, const float* sine, int64_t d) {
@@ -331,8 +366,8 @@ static void place_token(const Step& s, const Layer& layer, const Pool<P>& pool, 
 }
 
 // What the items of a query found for one head → out [d].
-template <class X>
-static void merge_items(const Layout<X>& at, const Step& s, int64_t first, int64_t last, int64_t head, float* out) {
+template <class X, class A>
+static void merge_items(const Layout<X, A>& at, const Step& s, int64_t first, int64_t last, int64_t head, float* out) {
     float top = LOWEST, total = 0;
     for (int64_t item = first; item < last; item++)
         top = at.tops[item * s.heads + head] > top ? at.tops[item * s.heads + head] : top;
@@ -349,8 +384,8 @@ static void merge_items(const Layout<X>& at, const Step& s, int64_t first, int64
 constexpr int64_t HEADS_AT_ONCE = 16;
 
 // Pieces of histories of single queries, then their merges.
-template <class X, class P>
-static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layout<X>& at) {
+template <class X, class A, class P>
+static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layout<X, A>& at) {
     const int64_t group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * s.d;
     const int32_t(*queries)[4] = (const int32_t(*)[4])s.query_table;
     const int32_t(*items)[3] = (const int32_t(*)[3])s.item_table;
@@ -379,8 +414,8 @@ static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layou
 }
 
 // Chunks of prompts: their histories packed once, then tiles of queries. The last tiles see most, so they go first.
-template <class X, class P>
-static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout<X>& at) {
+template <class X, class A, class P>
+static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout<X, A>& at) {
     const int64_t group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * s.d;
     const int32_t(*chunks)[5] = (const int32_t(*)[5])s.chunk_table;
     team.each(s.key_tiles * s.kv_heads, [&](int64_t job) {
@@ -404,15 +439,15 @@ static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout
         const int64_t tiles = (own[2] + own[3] + KEY_TILE - 1) / KEY_TILE;
         const int64_t base = (own[4] * s.kv_heads + kv_head * tiles) * KEY_TILE;
         const int64_t t = own[0] + first, head = kv_head * group;
-        attend_tile<X>(at.qkv + t * width + head * s.d, width, at.attended + (t * s.heads + head) * s.d,
+        attend_tile<A>(at.qkv + t * width + head * s.d, width, at.attended + (t * s.heads + head) * s.d,
                        s.heads * s.d, positions, group, s.d, at.d_padded, own[2] + first, at.keys + base * s.d,
                        at.values + base * at.d_padded, at.tiles);
     });
 }
 
-template <class X, class P>
+template <class X, class A, class P>
 static void run_layers(const Step& s, Team& team) {
-    Layout<X> at(s, team.thread, team.threads);
+    Layout<X, A> at(s, team.thread, team.threads);
     if (at.bytes > s.scratch_bytes) __builtin_trap();
     float* residual = (float*)s.residual;
     const float epsilon = (float)s.epsilon;
@@ -445,9 +480,9 @@ static void run_layers(const Step& s, Team& team) {
         watch.lap(OUTPUT);
         in = prepare(team, at, residual, (const float*)layer.post_norm, epsilon, s.tokens, s.hidden);
         watch.lap(PREPARE);
-        multiply_gated(team, in, s.tokens, layer.gate_up, at);
+        in = multiply_gated(team, in, s.tokens, layer.gate_up, at);
         watch.lap(GATE_UP);
-        multiply(team, Inputs<X>{at.gated, at.gated_sums, s.inner}, s.tokens, layer.down, at.units, add);
+        multiply(team, in, s.tokens, layer.down, at.units, add);
         watch.lap(DOWN);
     }
 }
@@ -455,7 +490,7 @@ static void run_layers(const Step& s, Team& team) {
 struct Product {
     OpenMp openmp;
     Linear linear;
-    int64_t tokens, inputs_are_bfloat16, x, out, counts, scratch, scratch_bytes;
+    int64_t tokens, inputs, x, out, counts, scratch, scratch_bytes;
 };
 
 // Where the inputs of one product lie, and each thread's unpacked weights.
@@ -467,7 +502,7 @@ struct ProductLayout {
 
     ProductLayout(const Product& p, int64_t thread, int64_t threads) {
         const int64_t k = p.linear.k, x_bytes = (p.tokens * k * (int64_t)sizeof(X) + 63) / 64 * 64;
-        const int64_t sums_bytes = (p.tokens * (k / GROUP) * 4 + 63) / 64 * 64;
+        const int64_t sums_bytes = (p.tokens * (k / GROUP) * Inputs<X>::OF_GROUP * 4 + 63) / 64 * 64;
         uint8_t* base = (uint8_t*)p.scratch;
         in = {(X*)base, (float*)(base + x_bytes), k};
         units = base + x_bytes + sums_bytes + thread * UNIT_BLOCKS * k * 64;
@@ -480,12 +515,13 @@ static void run_product(const Product& p, Team& team) {
     ProductLayout<X> at(p, team.thread, team.threads);
     if (at.bytes > p.scratch_bytes) __builtin_trap();
     const int64_t k = p.linear.k;
-    const Tiles tiles(p.tokens);
+    const Tiles<X> tiles(p.tokens);
     team.each(tiles.count, [&](int64_t tile) {
         const int64_t first = tiles.first(tile), end = tiles.first(tile + 1);
+        const Inputs<X> own = at.in.from(first);
         for (int64_t t = first; t < end; t++)
             prepare_token((const float*)p.x + t * k, (const float*)nullptr, 1.0f, k, t - first, end - first,
-                          (X*)at.in.x + first * k, (float*)at.in.sums + first * (k / GROUP));
+                          (X*)own.x, (float*)own.sums);
     });
     multiply(team, at.in, p.tokens, p.linear, at.units, [&](int64_t t, int64_t first, int64_t rows, const float* out) {
         copy_rows((float*)p.out + t * p.linear.rows + first, out, rows);
@@ -494,17 +530,21 @@ static void run_product(const Product& p, Team& team) {
 
 extern "C" {
 
-// Whether this build multiplies bfloat16 by bfloat16; others widen to float32.
-int64_t sessile_has_bfloat16() {
-#if defined(__AVX512BF16__)
-    return 1;
+// Whether this build multiplies inputs of an InputType; others widen to float32.
+int64_t sessile_multiplies(int64_t inputs) {
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    return inputs <= INT8_INPUTS;
 #else
-    return 0;
+    return inputs == FLOAT32_INPUTS;
 #endif
 }
 
 int64_t sessile_step_bytes(const Step* s, int64_t threads) {
-    return s->inputs_are_bfloat16 ? Layout<uint16_t>(*s, 0, threads).bytes : Layout<float>(*s, 0, threads).bytes;
+    switch (s->inputs) {
+        case INT8_INPUTS: return Layout<int8_t, uint16_t>(*s, 0, threads).bytes;
+        case BFLOAT16_INPUTS: return Layout<uint16_t, uint16_t>(*s, 0, threads).bytes;
+        default: return Layout<float, float>(*s, 0, threads).bytes;
+    }
 }
 
 int64_t sessile_product_bytes(const Product* p, int64_t threads) {
@@ -513,17 +553,19 @@ int64_t sessile_product_bytes(const Product* p, int64_t threads) {
 
 void sessile_step(const Step* s) {
     Team team = s->openmp.team((int64_t*)s->counts);
-#if defined(__AVX512BF16__)
-    if (s->inputs_are_bfloat16) return run_layers<uint16_t, uint16_t>(*s, team);
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    if (s->inputs == INT8_INPUTS) return run_layers<int8_t, uint16_t, uint16_t>(*s, team);
+    if (s->inputs == BFLOAT16_INPUTS) return run_layers<uint16_t, uint16_t, uint16_t>(*s, team);
 #endif
-    if (s->pool_is_bfloat16) return run_layers<float, uint16_t>(*s, team);
-    run_layers<float, float>(*s, team);
+    if (s->pool_is_bfloat16) return run_layers<float, float, uint16_t>(*s, team);
+    run_layers<float, float, float>(*s, team);
 }
 
 void sessile_product(const Product* p) {
     Team team = p->openmp.team((int64_t*)p->counts);
-#if defined(__AVX512BF16__)
-    if (p->inputs_are_bfloat16) return run_product<uint16_t>(*p, team);
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    if (p->inputs == INT8_INPUTS) return run_product<int8_t>(*p, team);
+    if (p->inputs == BFLOAT16_INPUTS) return run_product<uint16_t>(*p, team);
 #endif
     run_product<float>(*p, team);
 }

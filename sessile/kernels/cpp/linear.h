@@ -8,10 +8,12 @@
 //   BFLOAT16  a pair is [16][2] bfloat16
 //   NIBBLES   a group is 4 × 64 bytes, then 16 scales and 16 minima in float16. Word [16][2] of 16 bits number c holds
 //             pairs 4c … 4c + 3, lowest bits first: weight = scale × nibble + minimum
-//   BYTES     a group is 16 pairs of [16][2] int8, then 16 scales in float16
+//   BYTES     a group is 8 × 64 bytes, then 16 scales in float16. Of every eight k, [16][4] int8 holds k 0, 4, 1, 5 and
+//             the next one 2, 6, 3, 7: the order in which masked nibbles come
 //
 // With many tokens a unit of weights is unpacked once, to float32 or bfloat16 as the inputs are. To float32 that is
-// exact; bfloat16 rounds what fewer tokens, whose groups are summed before they are scaled, take as it is.
+// exact; bfloat16 rounds what fewer tokens, whose groups are summed before they are scaled, take as it is. Inputs in
+// int8 never need that: nibbles and bytes are multiplied as they lie, and sums of groups are exact integers.
 
 #pragma once
 
@@ -46,24 +48,29 @@ INLINE int64_t block_bytes(int kind, int64_t k) {
 }
 
 // How so many tokens are cut into tiles of about equal size: one of a single token costs as much as one of several.
+template <class X>
 struct Tiles {
     int64_t tokens, count;
 
     explicit Tiles(int64_t tokens)
-        : tokens(tokens), count(tokens <= FEW ? 1 : (tokens + TILE_TOKENS - 1) / TILE_TOKENS) {}
+        : tokens(tokens),
+          count(tokens <= (sizeof(X) == 1 ? TILE_TOKENS : FEW) ? 1 : (tokens + TILE_TOKENS - 1) / TILE_TOKENS) {}
 
     int64_t first(int64_t tile) const { return tokens * tile / count; }
 };
 
-// Inputs of a product, tile by tile, so that what a tile reads lies in one stretch: float32 [k][T], or bfloat16
-// [k / 2][T][2] with the sums float32 [k / 32][T] of its groups. T: tokens of the tile.
+// Inputs of a product, tile by tile, so that what a tile reads lies in one stretch: float32 [k][T]; or bfloat16
+// [k / 2][T][2] with the sums float32 [k / 32][T] of its groups; or int8 [k / 4][T][4], in the order of BYTES, with
+// [k / 32][3][T] of its groups: scale, sum times scale, and the int32 from which sums of products start. T: tokens of
+// the tile.
 template <class X>
 struct Inputs {
+    static constexpr int64_t OF_GROUP = sizeof(X) == 1 ? 3 : 1;
     const X* x;
     const float* sums;
     int64_t k;
 
-    Inputs from(int64_t token) const { return {x + token * k, sums + token * (k / GROUP), k}; }
+    Inputs from(int64_t token) const { return {x + token * k, sums + token * (k / GROUP) * OF_GROUP, k}; }
 
     // Where in a tile of `tokens` element i of token t lies.
     static constexpr int64_t place(int64_t i, int64_t t, int64_t tokens) {
@@ -114,25 +121,24 @@ INLINE void load_pair(const uint8_t* group, int quad, int i, const Scales& scale
         even = multiply_add(even, scales.scale, scales.minimum);
         odd = multiply_add(odd, scales.scale, scales.minimum);
     } else {
+        const W16 words = load_words(group + (quad * 2 + i % 2) * 64);
+        const int shift = 8 * (i / 2);
         EACH_PART {
-            Halfwords both;
-            memcpy(&both, group + pair * 32 + p * LANES * 2, sizeof both);
-            const Ints words = __builtin_convertvector(both, Ints);
-            even.part[p] = __builtin_convertvector(words << 24 >> 24, Floats);
-            odd.part[p] = __builtin_convertvector(words >> 8, Floats);
+            even.part[p] = __builtin_convertvector((Ints)(words.part[p] << (24 - shift)) >> 24, Floats);
+            odd.part[p] = __builtin_convertvector((Ints)(words.part[p] << (8 - shift)) >> 24, Floats);
         }
         even = even * scales.scale;
         odd = odd * scales.scale;
     }
 }
 
-// out [T][R × 16] = x [T, k] × R blocks of 16 rows.
+// out [T][R × 16] = x [T, k] × R blocks of 16 rows. ROWS: the inputs lie in rows [T][64] instead, and are added to out.
 template <int K, int T, int R, bool ROWS = false>
 static void tile(const Inputs<float>& in, const uint8_t* const* blocks, int64_t ahead, float* out, int64_t out_stride) {
     constexpr int ACROSS = ROWS ? UNIT_ROWS : 1, ALONG = ROWS ? 1 : T;
     F16 total[T][R];
     for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) total[t][r] = splat(0);
+        for (int r = 0; r < R; r++) total[t][r] = ROWS ? load(out + t * out_stride + r * 16) : splat(0);
     const uint8_t* group[R];
     for (int r = 0; r < R; r++) group[r] = blocks[r];
     for (int64_t start = 0; start < in.k; start += GROUP) {
@@ -172,24 +178,21 @@ alignas(64) static const uint16_t NIBBLE_TABLE[32] = {
 // Pair i of four as bfloat16 [16][2], not scaled.
 template <int K>
 INLINE W16 load_whole_pair(const uint8_t* group, int quad, int i) {
-    const int pair = quad * 4 + i;
     W16 out;
     if (K == NIBBLES) {
         const __m512i words = _mm512_loadu_si512(group + quad * 64), table = _mm512_load_si512(NIBBLE_TABLE);
         out.part[0] = (Words)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, i * 4), table);
     } else if (K == BYTES) {
-        const __m128i* bytes = (const __m128i*)(group + pair * 32);
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
-        out.part[0] = (Words)_mm512_cvtne2ps_pbh(high, low);
+        F16 even, odd;
+        load_pair<K>(group, quad, i, {splat(1), splat(0)}, even, odd);
+        out.part[0] = (Words)even.part[0] >> 16 | (Words)odd.part[0];  // both exact: nothing is to be rounded
     } else {
-        out = load_words(group + pair * 64);
+        out = load_words(group + (quad * 4 + i) * 64);
     }
     return out;
 }
 
 // The same with bfloat16 inputs. Groups are summed before they are scaled: small integers are exact in bfloat16.
-// ROWS: the inputs lie in rows [T][64] instead.
 template <int K, int T, int R, bool ROWS = false>
 static void tile(const Inputs<uint16_t>& in, const uint8_t* const* blocks, int64_t ahead, float* out,
                  int64_t out_stride) {
@@ -197,7 +200,7 @@ static void tile(const Inputs<uint16_t>& in, const uint8_t* const* blocks, int64
     F16 sums[T][R];
     for (int t = 0; t < T; t++)
         for (int r = 0; r < R; r++) {
-            sums[t][r] = splat(0);
+            sums[t][r] = ROWS ? load(out + t * out_stride + r * 16) : splat(0);
             if (GROUPED) store(out + t * out_stride + r * 16, splat(0));
         }
     const uint8_t* group[R];
@@ -238,10 +241,69 @@ static void tile(const Inputs<uint16_t>& in, const uint8_t* const* blocks, int64
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+constexpr int64_t BYTE_ZERO = 128;  // what is added to bytes of weights, as one side of a product has no sign
+
+// [16][4] weights of which `half` of a group's quad, without sign.
+template <int K>
+INLINE __m512i load_unsigned(const uint8_t* group, int quad, int half) {
+    if (K == NIBBLES) {
+        const __m512i words = _mm512_loadu_si512(group + quad * 64);
+        return (half ? _mm512_srli_epi16(words, 4) : words) & _mm512_set1_epi8(15);
+    }
+    return _mm512_loadu_si512(group + (quad * 2 + half) * 64) ^ _mm512_set1_epi8((char)BYTE_ZERO);
+}
+
+// The same with int8 inputs: groups are summed in int32, which is exact, and scaled by weights' and inputs' scales.
+template <int K, int T, int R, bool ROWS = false>
+static void tile(const Inputs<int8_t>& in, const uint8_t* const* blocks, int64_t ahead, float* out,
+                 int64_t out_stride) {
+    __m512 total[T][R];
+    const uint8_t* group[R];
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) total[t][r] = _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) group[r] = blocks[r];
+    const int8_t* x = in.x;
+    const float* of_group = in.sums;
+    for (int64_t start = 0; start < in.k; start += GROUP, x += GROUP * T, of_group += 3 * T) {
+        __m512i sums[T][R];
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++)
+                sums[t][r] = K == BYTES ? _mm512_set1_epi32(((const int32_t*)of_group)[2 * T + t])
+                                        : _mm512_setzero_si512();
+        for (int r = 0; r < R; r++) fetch<K>(group[r], ahead);
+#pragma GCC unroll 8
+        for (int i = 0; i < GROUP / 4; i++) {
+            __m512i weights[R];
+            for (int r = 0; r < R; r++) weights[r] = load_unsigned<K>(group[r], i / 2, i % 2);
+            for (int t = 0; t < T; t++) {
+                const __m512i input = (__m512i)splat_word(x + (i * T + t) * 4).part[0];
+                for (int r = 0; r < R; r++) sums[t][r] = _mm512_dpbusd_epi32(sums[t][r], weights[r], input);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            const Scales scales = load_scales<K>(group[r]);
+            for (int t = 0; t < T; t++) {
+                const __m512 scale = (__m512)scales.scale.part[0] * _mm512_set1_ps(of_group[t]);
+                total[t][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][r]), scale, total[t][r]);
+                if (K == NIBBLES)
+                    total[t][r] = _mm512_fmadd_ps((__m512)scales.minimum.part[0], _mm512_set1_ps(of_group[T + t]),
+                                                  total[t][r]);
+            }
+            group[r] += GROUP_BYTES<K>;
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) _mm512_storeu_ps(out + t * out_stride + r * 16, total[t][r]);
+}
+
+INLINE int expand(int kind, const uint8_t*, int64_t, uint8_t*, const Inputs<int8_t>&) { return kind; }
+#endif
+
 // One tile over the B blocks of a unit: out [T] at a stride of 64.
 template <int K, int B, int T, bool ROWS, class X>
 static void unit_tile(const Inputs<X>& in, const uint8_t* const* blocks, int64_t ahead, float* out) {
-    constexpr int R = tile_blocks(B, T);
+    constexpr int R = sizeof(X) == 1 && T > 3 ? 2 : tile_blocks(B, T);  // of int8, a sum takes two registers
     for (int r = 0; r < B; r += R) tile<K, T, R, ROWS>(in, blocks + r, ahead, out + r * 16, UNIT_ROWS);
 }
 
@@ -256,7 +318,7 @@ static void tile_of(int tokens, const Inputs<X>& in, const uint8_t* const* block
         case 5: return unit_tile<K, B, 5, ROWS>(in, blocks, ahead, out);
         case 6: return unit_tile<K, B, 6, ROWS>(in, blocks, ahead, out);
     }
-    if constexpr (!ROWS) {
+    if constexpr (!ROWS && sizeof(X) > 1) {
         switch (tokens) {
             case 7: return unit_tile<K, B, 7, ROWS>(in, blocks, ahead, out);
             case 8: return unit_tile<K, B, 8, ROWS>(in, blocks, ahead, out);
@@ -277,7 +339,9 @@ static void any_tile(int kind, int tokens, const Inputs<X>& in, const uint8_t* c
         case FLOAT32:
             if constexpr (sizeof(X) == 4) return tile_of<FLOAT32, B>(tokens, in, blocks, ahead, out);
             break;
-        case BFLOAT16: return tile_of<BFLOAT16, B>(tokens, in, blocks, ahead, out);
+        case BFLOAT16:
+            if constexpr (sizeof(X) > 1) return tile_of<BFLOAT16, B>(tokens, in, blocks, ahead, out);
+            break;
         case NIBBLES: return tile_of<NIBBLES, B>(tokens, in, blocks, ahead, out);
         case BYTES: return tile_of<BYTES, B>(tokens, in, blocks, ahead, out);
     }
@@ -349,14 +413,14 @@ INLINE int expand(int kind, const uint8_t* block, int64_t k, uint8_t* out, const
 
 template <class X>
 INLINE bool is_ready(int kind) {
-    return kind == FLOAT32 || (kind == BFLOAT16 && sizeof(X) == 2);
+    return kind == FLOAT32 || (kind == BFLOAT16 && sizeof(X) == 2) || sizeof(X) == 1;
 }
 
 // Of B blocks (two or four), call finish(first token of the tile, token in it, tokens of it, float32[16 × B]) for every
 // token. ahead: bytes from a block to the one at its place in the next unit. scratch: 4 × k × 64 bytes.
 template <int B, class X, class Finish>
 static void multiply_unit(
-    const Inputs<X>& in, const Tiles& tiles, int kind, const uint8_t* const* blocks, int64_t ahead, uint8_t* scratch,
+    const Inputs<X>& in, const Tiles<X>& tiles, int kind, const uint8_t* const* blocks, int64_t ahead, uint8_t* scratch,
     Finish finish) {
     alignas(64) float out[FEW * UNIT_ROWS];
     const uint8_t* ready[B];
@@ -372,7 +436,8 @@ static void multiply_unit(
     }
     for (int64_t tile = 0; tile < tiles.count; tile++) {
         const int64_t first = tiles.first(tile), tokens = tiles.first(tile + 1) - first;
-        any_tile<B, X>(kind, (int)tokens, in.from(first), ready, tiles.count == 1 ? ahead : 0, out);
+        const bool is_next_foreseen = tiles.count == 1 || (sizeof(X) == 1 && tile == tiles.count - 1);
+        any_tile<B, X>(kind, (int)tokens, in.from(first), ready, is_next_foreseen ? ahead : 0, out);
         for (int64_t t = 0; t < tokens; t++) finish(first, t, tokens, out + t * UNIT_ROWS);
     }
 }

@@ -25,7 +25,6 @@ constexpr int PARTS = 16 / LANES;
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Shorts __attribute__((vector_size(LANES * 2)));
-typedef int16_t Halfwords __attribute__((vector_size(LANES * 2)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 
 // 16 float32, and 16 words of 32 bits.
@@ -145,6 +144,30 @@ INLINE F16 power_of_two(F16 x) {
 #endif
     }
     return x;
+}
+
+// The same to 1e-4 of itself where that is faster, for what is rounded to bfloat16 next.
+INLINE F16 roughly_power_of_two(F16 x) {
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)x.part[0];
+    const Floats r = (Floats)_mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // a - floor(a)
+    Floats y = 7.790722e-2f * r + 2.2623353e-1f;
+    y = y * r + 6.9577674e-1f;
+    y = y * r + 9.9992789e-1f;
+    x.part[0] = (Floats)_mm512_scalef_ps((__m512)y, a);  // which takes the floor itself
+    return x;
+#else
+    return power_of_two(x);
+#endif
+}
+
+// Whether any of the sixteen is above a limit.
+INLINE bool any_above(F16 x, float limit) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x.part[0], _mm512_set1_ps(limit), _CMP_GT_OQ);
+#else
+    return largest(x) > limit;
+#endif
 }
 
 constexpr float LOG2_E = 1.44269504f;

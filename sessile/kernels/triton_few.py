@@ -1,0 +1,139 @@
+"""Linear layers of few tokens on the GPU: as fast as the weights are read, where cuBLAS is not yet.
+
+A product of at most some dozens of tokens is bound by the bytes of its weight, so every multiprocessor has to read some
+of it from the first moment to the last. Rows alone are too few programs in most layers; so the inputs are split as
+well, and each split leaves float32 sums of its own, its part. Whoever reads the product next adds the parts up: the
+norm behind it, or the rotation. Nothing has to be zeroed, waited for or read again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sessile.kernels.triton_early import LINE_BYTES, ask_for, have_read, launch_options, next_begins, wait_for_inputs
+from sessile.kernels.triton_launch import launch
+from sessile.units import ceil_div
+
+FEW_TOKENS = 32
+"""Most tokens of a product that is computed here; with more, what reads the parts loses what their making gains."""
+_TOKENS_MIN = 8
+"""What the matrix units multiply at once; fewer are padded."""
+_AHEAD_BYTES = 256
+"""How much of each of its rows a program asks for before it waits for what it multiplies them with."""
+_OUTS_AT_A_TIME = 7_600
+"""Rows times splits of all programs together that keep an H100's 132 multiprocessors reading."""
+
+
+@dataclass(frozen=True)
+class FewTile:
+    """How a weight is cut. outs, ins: what a program reads at a time, of `stages` such tiles on their way to it.
+
+    splits: programs that share the inputs of the same rows.
+    """
+
+    outs: int
+    ins: int
+    splits: int
+    stages: int
+    warps: int
+
+
+def few_tile(outs: int, ins: int, tokens: int) -> FewTile:
+    """The tile for a weight [outs, ins], by measurement on an H100."""
+    rows = 32 if tokens <= 16 and outs < 16_384 else 64
+    columns = 128 if ins >= 4096 or outs >= 65_536 else 64
+    blocks = ceil_div(ins, columns)
+    most = max(1, blocks // 2)
+    wanted = min(most, ceil_div(_OUTS_AT_A_TIME, outs))
+    splits = next((splits for splits in range(wanted, most + 1) if blocks % splits == 0), wanted)
+    return FewTile(rows, columns, splits, stages=3 if outs >= 65_536 else 4, warps=rows // 16)
+
+
+def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
+    """The linear layer of x [t, in], in parts float32[splits, t, out] that have to be summed. weight [out, in]."""
+    tile = tile or few_tile(weight.shape[0], weight.shape[1], x.shape[0])
+    parts = x.new_empty(tile.splits, x.shape[0], weight.shape[0], dtype=torch.float32)
+    return _launch(x, weight, bias, parts, tile, is_gated=False)
+
+
+def few_linear_whole(x: Tensor, weight: Tensor, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
+    """The same of a weight with so many rows that nothing has to be split: [t, out] in x's dtype."""
+    tile = tile or few_tile(weight.shape[0], weight.shape[1], x.shape[0])
+    assert tile.splits == 1, f"{weight.shape[0]} rows are split"
+    return _launch(x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, is_gated=False)
+
+
+def few_gated_linear(x: Tensor, weight: Tensor, tile: FewTile | None = None) -> Tensor:
+    """silu(gate) * up of x [t, in]: [t, inner] in x's dtype. weight [2 × inner, in], gate first."""
+    tile = tile or few_tile(weight.shape[0], weight.shape[1], x.shape[0])
+    gated = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    half = FewTile(tile.outs // 2, tile.ins, 1, tile.stages, max(1, tile.warps // 2))
+    return _launch(x, weight, None, gated, half, is_gated=True)
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: FewTile, *, is_gated: bool) -> Tensor:
+    assert x.is_contiguous() and weight.is_contiguous() and 1 <= x.shape[0] <= FEW_TOKENS
+    tokens, ins, outs = x.shape[0], x.shape[1], out.shape[-1]
+    split_ins = ceil_div(ceil_div(ins, tile.ins), tile.splits) * tile.ins
+    following = next_begins(x, tokens)
+    launch(
+        _few_tokens, (triton.cdiv(outs, tile.outs), tile.splits),
+        x, weight, bias if bias is not None else weight, out, tokens, outs, ins, split_ins,
+        HAS_BIAS=bias is not None, IS_GATED=is_gated, IS_EVEN=outs % tile.outs == 0 and split_ins * tile.splits == ins,
+        TOKENS=_TOKENS_MIN if tokens <= _TOKENS_MIN else FEW_TOKENS, OUTS=tile.outs, INS=tile.ins, STAGES=tile.stages,
+        AHEAD=_AHEAD_BYTES // LINE_BYTES.value, NEXT=following.value, num_warps=tile.warps, **launch_options(following),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _few_tokens(  # type: ignore[no-untyped-def]
+    x, weight, bias, out, tokens, outs, ins, split_ins,
+    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
+    TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    NEXT: tl.constexpr,
+):  # fmt: skip
+    """A few rows of the weight times all tokens, over one split of the inputs: the weight is the left operand."""
+    row = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    split = tl.program_id(1)
+    token = tl.arange(0, TOKENS)
+    lane = tl.arange(0, INS)
+    is_row, is_token = row < outs, token < tokens
+    first = split * split_ins
+    rows = weight + row[:, None].to(tl.int64) * ins + first + lane[None, :]
+    ups = rows + outs.to(tl.int64) * ins
+    columns = x + token[None, :] * ins + first + lane[:, None]
+    if NEXT > 0:
+        line = tl.arange(0, AHEAD) * (LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth)
+        ahead = tl.minimum(row, outs - 1)[:, None].to(tl.int64) * ins + tl.minimum(first + line, ins - 1)[None, :]
+        ask_for(weight + ahead)
+        if IS_GATED:
+            ask_for(weight + outs.to(tl.int64) * ins + ahead)
+    wait_for_inputs(NEXT)
+    product = tl.zeros((OUTS, TOKENS), tl.float32)
+    second = tl.zeros((OUTS, TOKENS), tl.float32)
+    for done in tl.range(0, split_ins, INS, num_stages=STAGES):
+        inside = first + done + lane < ins
+        if IS_EVEN:
+            w = tl.load(rows + done, eviction_policy="evict_first")
+        else:
+            w = tl.load(rows + done, mask=is_row[:, None] & inside[None, :], other=0.0)
+        a = tl.load(columns + done, mask=is_token[None, :] & inside[:, None], other=0.0)
+        product = tl.dot(w, a, product, input_precision="ieee")
+        if IS_GATED:
+            if IS_EVEN:
+                u = tl.load(ups + done, eviction_policy="evict_first")
+            else:
+                u = tl.load(ups + done, mask=is_row[:, None] & inside[None, :], other=0.0)
+            second = tl.dot(u, a, second, input_precision="ieee")
+    have_read(NEXT)
+    if HAS_BIAS:
+        if split == 0:
+            product += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    if IS_GATED:
+        product = product / (1.0 + tl.exp(-product)) * second
+    target = out + (split * tokens + token[None, :]).to(tl.int64) * outs + row[:, None]
+    tl.store(target, product.to(out.dtype.element_ty), mask=is_token[None, :] & is_row[:, None])
