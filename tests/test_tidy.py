@@ -26,8 +26,6 @@ PRAGMA = re.compile(r"\s+# (type: ignore|noqa|fmt: skip).*$")
 
 FORBIDDEN_WORDS = {"util", "utils", "manager", "helper", "helpers", "mixin"}
 FORBIDDEN_PREFIXES = ("handle_", "process_")
-GIVEN_NAMES = {"handle_async_request"}
-"""What httpx calls in a transport, whatever one is called by."""
 FORBIDDEN_NAMES = {"data", "info"}
 OTHERS_NAMES = {"handle_async_request"}
 """What a library calls us by."""
