@@ -53,8 +53,7 @@ def misses(answered: list[dict[str, Any]]) -> list[int]:
 
 def check_route(url: str, tokenizer: str, route: str, checks: Checks) -> None:
     """Every turn was answered at its length, and later turns computed what is new."""
-    report = RUNS / f"guidellm-{route.replace(', ', '-').replace(' ', '-')}.json"
-    measured = measure(url, tokenizer, ROUTES[route], report)
+    measured = measure(url, tokenizer, ROUTES[route], RUNS / f"guidellm-{route.replace(', ', '-')}.json")
     if measured is None:
         checks.that(False, f"{route}: guidellm runs")
         return

@@ -104,6 +104,13 @@ def test_a_stream_has_openais_typed_events_in_their_order(client: openai.OpenAI)
     assert deltas == final.output_text == client.responses.retrieve(final.id).output_text
 
 
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_obfuscation": False}, {}])
+def test_a_stream_may_be_asked_for_the_usage_that_it_has_in_any_case(client: openai.OpenAI, options: Any) -> None:
+    """Load generators ask for it here as they do in chat."""
+    *_, last = client.responses.create(**SETTINGS, input=HELLO, stream=True, extra_body={"stream_options": options})
+    assert last.response.usage.output_tokens == ANSWER_TOKENS
+
+
 def test_a_response_that_came_to_its_end_is_completed(client: openai.OpenAI) -> None:
     settings = {"model": "default", "temperature": 0, "extra_body": {"stop_token_ids": [ord(";"), 7, 77, 177]}}
     with client.responses.stream(**settings, input=HELLO) as stream:

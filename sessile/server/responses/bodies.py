@@ -19,6 +19,12 @@ class ConversationName(Body):
     id: str = Field(min_length=1, max_length=ID_CHARS_MAX)
 
 
+class ResponseStreamOptions(Body):
+    """stream_options of a response; its last event has its usage in any case, as clients of chat ask for it."""
+
+    tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "include_usage": (True,)}
+
+
 class ResponseBody(SamplingFields, DraftFields):
     """The body of POST /v1/responses."""
 
@@ -29,6 +35,7 @@ class ResponseBody(SamplingFields, DraftFields):
     max_output_tokens: int | None = Field(default=None, ge=1, le=(1 << 31) - 1)
     min_tokens: Count | None = None
     stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     """false: nothing of it is left when it has ended."""
     background: bool | None = None
@@ -46,7 +53,6 @@ class ResponseBody(SamplingFields, DraftFields):
         "prompt_cache_retention": ANYTHING,
         "parallel_tool_calls": ANYTHING,
         "max_tool_calls": ANYTHING,
-        "stream_options": ({"include_obfuscation": False}, {"include_obfuscation": True}, {}),
         "include": ([],),
         "reasoning": ({},),
         "text": ({"format": {"type": "text"}}, {}),
