@@ -252,7 +252,8 @@ def test_a_wrong_method_is_told_the_right_one(server: Running, method: str, path
 
 def test_h56_no_field_of_any_body_names_a_file_of_the_server_but_those_of_corpora() -> None:
     paths = create_app(NotImplemented, NotImplemented, ServerOptions()).openapi()["paths"]
-    named = {(path, word) for path, route in paths.items() for call in route.values() for word in _property_names(call)}
+    asked = [(path, call.get("requestBody")) for path, route in paths.items() for call in route.values()]
+    named = {(path, word) for path, body in asked for word in _property_names(body)}
     assert {("/generate", "input_ids"), ("/v1/sessions", "metadata")} <= named
     files = {(path, name) for path, name in named if {"path", "file", "url"} & set(name.split("_"))}
     assert files == {("/v1/corpora", "path"), ("/add_external_corpus", "file_path")}

@@ -170,7 +170,10 @@ def test_answers_that_are_given_up_because_another_one_failed_are_no_disconnects
 
 def test_answers_that_are_not_even_sent_because_one_cannot_be_are_no_disconnects(server: Running) -> None:
     before = dict(server.service.metrics.ended)
+    server.engine.pause()
     with server.in_background(rid="name-1", sampling_params={"max_new_tokens": 4, "ignore_eos": True}):
+        server.wait_until(lambda: server.service.link.in_flight == 1)
         refused = server.generate(rid="name", sampling_params={"n": 2})
         assert refused.status_code == 400
+        server.engine.resume()
     assert server.service.metrics.ended.get("disconnect", 0) == before.get("disconnect", 0)

@@ -172,7 +172,7 @@ def test_h53_a_client_that_reads_nothing_loses_its_connection_and_the_log_says_w
         with caplog.at_level(logging.INFO, "sessile.server.calls"):
             for _ in range(20):  # all on one connection, none of them read
                 posted(client, text="a", stream=True, return_logprob=True, top_logprobs_num=5, sampling_params=ENDLESS)
-            server.wait_until(lambda: bool(caplog.records))
+            told = "reads too slowly"  # the first answers may still have fitted into the buffers on the way
+            server.wait_until(lambda: any(told in vars(record).get("error", "") for record in caplog.records))
             server.wait_until(lambda: server.service.link.in_flight == 0 and not server.service.keys_by_rid)
         assert server.generate("hello").json()["text"]
-        assert "reads too slowly" in vars(caplog.records[0])["error"]

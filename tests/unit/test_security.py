@@ -33,8 +33,8 @@ FETCHES = {
     "fsspec", "smtplib",
 }  # fmt: skip
 CLIENTS = {
-    "sessile/client/async_client.py", "sessile/client/protocol.py", "sessile/client/sync_client.py",
-    "sessile/commands.py", "sessile/corpora/client.py",
+    "sessile/bench/lean_client.py", "sessile/client/async_client.py", "sessile/client/protocol.py",
+    "sessile/client/sync_client.py", "sessile/client/transport.py", "sessile/commands.py", "sessile/corpora/client.py",
 }  # fmt: skip
 """Programs that talk to a server whose address the person at the keyboard gives."""
 SERVING = ("server", "engine", "core", "device", "text", "model", "kernels", "contract")
