@@ -177,7 +177,12 @@ NEAR_TIE_TEXTS = 40
 NEAR_TIE_TOKENS = 40
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Weights in eight bits as well with --whole-grid: they say nothing else, and take as long."""
+    if "quantize" in metafunc.fixturenames:
+        metafunc.parametrize("quantize", ["none", "int8"] if metafunc.config.getoption("whole_grid") else ["none"])
+
+
 def test_h49_in_bfloat16_outputs_part_only_where_two_tokens_are_nearer_than_the_kernels_are(quantize: str) -> None:
     """A step that verifies multiplies other shapes than one that decodes. How far that moves two tokens apart is
     measured at all places before two outputs part; where they part, the two tokens are no farther apart than that."""
