@@ -43,7 +43,7 @@ class Admitter:
         outlook = _Outlook(books)
         blocked: Request | None = None
         looks, left = 0, books.limits.admissions_max
-        awaited: dict[int, bool] = {}
+        awaited: set[int] = set()
         # Who waits for its leader is passed over, and is nobody's reason not to be looked at.
         for request in books.waiting.first(books.limits.admissions_max + books.groups.requests):
             if budget <= 0 or not books.rows.free_rows or looks >= _LOOKS_MAX or not left:
@@ -59,7 +59,7 @@ class Admitter:
                     continue
                 source = books.groups.source_of(request, books.rows, planned.bound)
                 if source is None and self._waits_for_leader(request):
-                    awaited[request.group] = True
+                    awaited.add(request.group)
                     continue
             left -= 1
             match = self._match(request)
