@@ -67,8 +67,13 @@ def have_read(NEXT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ask_for(places):  # type: ignore[no-untyped-def]
-    """Have lines of memory brought to the second cache, without waiting for them. places: one pointer into each."""
+def ask_for(weight, row, first, outs, ins, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Have the first lines of some rows of a weight [outs, ins], from input `first` on, brought to the second cache.
+
+    Waits for nothing. What would lie behind the weight's end is asked for in its last row or column instead.
+    """
+    line = tl.arange(0, LINES) * (LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth)
+    places = weight + tl.minimum(row, outs - 1)[:, None].to(tl.int64) * ins + tl.minimum(first + line, ins - 1)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -107,11 +107,9 @@ def _few_tokens(  # type: ignore[no-untyped-def]
     ups = rows + outs.to(tl.int64) * ins
     columns = x + token[None, :] * ins + first + lane[:, None]
     if NEXT > 0:
-        line = tl.arange(0, AHEAD) * (LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth)
-        ahead = tl.minimum(row, outs - 1)[:, None].to(tl.int64) * ins + tl.minimum(first + line, ins - 1)[None, :]
-        ask_for(weight + ahead)
+        ask_for(weight, row, first, outs, ins, AHEAD)
         if IS_GATED:
-            ask_for(weight + outs.to(tl.int64) * ins + ahead)
+            ask_for(weight + outs.to(tl.int64) * ins, row, first, outs, ins, AHEAD)
     wait_for_inputs(NEXT)
     product = tl.zeros((OUTS, TOKENS), tl.float32)
     second = tl.zeros((OUTS, TOKENS), tl.float32)

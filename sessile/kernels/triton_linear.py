@@ -93,11 +93,9 @@ def _one_token(  # type: ignore[no-untyped-def]
     squares = tl.zeros((INS,), tl.float32)
     rows = weight + column[:, None].to(tl.int64) * ins + lane[None, :]
     if NEXT > 0:
-        line = tl.arange(0, AHEAD) * (LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth)
-        ahead = tl.minimum(column, outs - 1)[:, None].to(tl.int64) * ins + tl.minimum(line, ins - 1)[None, :]
-        ask_for(weight + ahead)
+        ask_for(weight, column, 0, outs, ins, AHEAD)
         if IS_GATED:
-            ask_for(weight + outs.to(tl.int64) * ins + ahead)
+            ask_for(weight + outs.to(tl.int64) * ins, column, 0, outs, ins, AHEAD)
     wait_for_inputs(NEXT)
     for first in range(0, ins, INS):
         inside = first + lane < ins
