@@ -9,8 +9,8 @@ from sessile.server.body import ANYTHING, Body, Tolerated, field_fault
 from sessile.server.drafts import DraftFields
 from sessile.server.grammars import schema_text
 from sessile.server.sampling import Count, Priority, SamplingFields, Stops
-from sessile.server.tools import NO_PARAMETERS, TOOLS_MAX, ToolName, ToolUse
-from sessile.text.tools import FunctionSpec, ToolSpec
+from sessile.server.tools import TOOLS_MAX, ToolName, ToolUse, tool_spec
+from sessile.text.tools import ToolSpec
 
 TOLERATED: Tolerated = {
     # Anthropic's own, about accounts, billing and places: nothing of that exists here
@@ -79,11 +79,7 @@ class MessagesTool(Body):
     @property
     def spec(self) -> ToolSpec:
         """The tool as templates know it."""
-        function = FunctionSpec(name=self.name)
-        if self.description is not None:
-            function["description"] = self.description
-        function["parameters"] = self.input_schema or NO_PARAMETERS
-        return ToolSpec(type="function", function=function)
+        return tool_spec(self.name, self.description, self.input_schema)
 
 
 class MessagesChoice(Body):
