@@ -55,8 +55,17 @@ class OutputItems:
             more = {"logprobs": []} if item["type"] == "message" else {}
             told.append(self._grown(item, "done", text=text, **more))
             told.append({"type": "response.content_part.done", **self._place(item), "part": part})
-            self.items.append(item)
+            self._keep(item)
         return [*told, {"type": "response.output_item.done", "output_index": self._index, "item": item}]
+
+    def _keep(self, item: Item) -> None:
+        """Words on both sides of what turned out to be no call are one message, though a stream has told of two."""
+        last = self.items[-1] if self.items else None
+        if last is not None and last["type"] == item["type"] == "message":
+            last["content"][0]["text"] += item["content"][0]["text"]
+            last["status"] = item["status"]
+        else:
+            self.items.append(item)
 
     def _tell(self, event: Event, choice: Choice) -> list[Told]:
         match event:
