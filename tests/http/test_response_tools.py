@@ -367,6 +367,7 @@ OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "x"}
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "time"}}, "tool_choice"),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "weather", "mode": "auto"}}, "tool_choice.mode"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"input": [OUTPUT]}, "input[0].call_id"),

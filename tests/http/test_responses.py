@@ -336,6 +336,8 @@ def test_responses_side_by_side_in_a_fresh_conversation_do_not_meet(client: open
         ({"input": "x", "background": True, "store": False}, "background"),
         ({"input": "x", "previous_response_id": "a", "conversation": "b"}, "previous_response_id"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "conversation": {"id": "a", "name": "b"}}, "conversation.name"),
+        ({"input": "x", "conversation": {"id": 5}}, "conversation"), ({"input": "x", "conversation": 5}, "conversation")
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_its_param_and_leaves_nothing(

@@ -193,6 +193,7 @@ def test_a_call_that_is_demanded_is_asked_of_the_engine_as_a_grammar(
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "time"}}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "weather", "x": 1}}}, "tool_choice.function.x"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ],

@@ -22,6 +22,9 @@ class ConversationName(Body):
     id: str = Field(min_length=1, max_length=ID_CHARS_MAX)
 
 
+Conversed = Annotated[str | ConversationName, says('must be the id of a conversation, or {"id": …}')]
+
+
 class ResponseStreamOptions(Body):
     """stream_options of a response; its last event has its usage in any case, as clients of chat ask for it."""
 
@@ -124,7 +127,7 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
     background: bool | None = None
     previous_response_id: str | None = Field(default=None, min_length=1, max_length=ID_CHARS_MAX)
     """The stored response to go on from."""
-    conversation: str | ConversationName | None = None
+    conversation: Conversed | None = None
     metadata: Metadata | None = None
     priority: Priority | None = None
 

@@ -52,8 +52,7 @@ class OutputItems:
         else:
             part = item["content"][0]
             part["text"] = text
-            more = {"logprobs": []} if item["type"] == "message" else {}
-            told.append(self._grown(item, "done", text=text, **more))
+            told.append(self._grown(item, "done", text=text))
             told.append({"type": "response.content_part.done", **self._place(item), "part": part})
             self._keep(item)
         return [*told, {"type": "response.output_item.done", "output_index": self._index, "item": item}]
@@ -109,11 +108,11 @@ class OutputItems:
     def _grow(self, text: str) -> Told:
         assert self._open is not None, "text of an item that has not begun"
         self._pieces.append(text)
-        more = {"logprobs": []} if self._open["type"] == "message" else {}
-        return self._grown(self._open, "delta", delta=text, **more)
+        return self._grown(self._open, "delta", delta=text)
 
     def _grown(self, item: Item, what: str, **content: Any) -> Told:
-        return {"type": f"{_DELTAS[item['type']]}.{what}", **self._place(item), **content}
+        told = {"type": f"{_DELTAS[item['type']]}.{what}", **self._place(item), **content}
+        return told | {"logprobs": []} if item["type"] == "message" else told
 
     def _place(self, item: Item) -> dict[str, Any]:
         place = {"item_id": item["id"], "output_index": self._index}
