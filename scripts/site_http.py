@@ -166,7 +166,7 @@ class Route:
                 return f"list of {items}{counted(schema, 'Items', 'of them')}"
             case "object":
                 values = schema.get("additionalProperties")
-                if isinstance(values, Mapping) and values:
+                if isinstance(values, Mapping) and values and values.get("type") != "null":
                     return f"object of {grouped(self._type(values))}"
                 return "object"
             case None:

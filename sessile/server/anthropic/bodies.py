@@ -1,13 +1,14 @@
 """Bodies of /v1/messages and /v1/messages/count_tokens."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from sessile.contract.messages import Grammar
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault
 from sessile.server.drafts import DraftFields
 from sessile.server.grammars import schema_text
+from sessile.server.message_schemas import BLOCK_MESSAGES, SYSTEM
 from sessile.server.sampling import Count, Priority, SamplingFields, Stops
 from sessile.server.tools import TOOLS_MAX, ToolName, ToolUse, tool_spec
 from sessile.text.tools import ToolSpec
@@ -94,8 +95,8 @@ class PromptBody(Body):
     """What makes the prompt. Messages and system are checked by blocks.py."""
 
     model: str
-    messages: Any
-    system: Any = None
+    messages: Annotated[Any, WithJsonSchema(BLOCK_MESSAGES)]
+    system: Annotated[Any, WithJsonSchema(SYSTEM)] = None
     tools: list[MessagesTool] | None = Field(default=None, max_length=TOOLS_MAX)
     tool_choice: MessagesChoice | None = None
     thinking: ThinkingBody | None = None

@@ -3,10 +3,11 @@
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
+from sessile.server.message_schemas import INPUT, ITEMS
 from sessile.server.names import ID_CHARS_MAX, Metadata
 from sessile.server.sampling import Count, Priority, SamplingFields
 from sessile.server.tools import TOOLS_MAX, ToolName, ToolUse, check_choice, tool_spec
@@ -114,7 +115,7 @@ class ResponseToolFields(Body):
 class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
     """The body of POST /v1/responses."""
 
-    input: Any = None
+    input: Annotated[Any, WithJsonSchema(INPUT)]
     """A text, or items; checked by items.py."""
     model: str | None = None
     instructions: str | None = None
@@ -162,10 +163,14 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
         return self.conversation.id if isinstance(self.conversation, ConversationName) else self.conversation
 
 
+Items = list[Annotated[Any, WithJsonSchema(ITEMS["items"])]]
+"""Checked by items.py."""
+
+
 class ConversationBody(Body):
     """The body of POST /v1/conversations."""
 
-    items: list[Any] | None = Field(default=None, max_length=ITEMS_MAX)
+    items: Items | None = Field(default=None, max_length=ITEMS_MAX)
     metadata: Metadata | None = None
 
 
@@ -178,4 +183,4 @@ class ConversationUpdateBody(Body):
 class ItemsBody(Body):
     """The body of POST /v1/conversations/{id}/items."""
 
-    items: list[Any] = Field(min_length=1, max_length=ITEMS_MAX)
+    items: Items = Field(min_length=1, max_length=ITEMS_MAX)

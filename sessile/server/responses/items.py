@@ -98,14 +98,18 @@ def _named(item: Mapping[str, Any], name: str, field: str) -> str:
 
 def _thoughts(item: Mapping[str, Any], field: str) -> str:
     """The text of an item of reasoning; a summary is for people to read."""
-    texts = []
-    parts = item.get("content") or []
-    for index, part in enumerate(parts if isinstance(parts, list) else [parts]):
-        if not isinstance(part, dict) or part.get("type") != "reasoning_text" or not isinstance(part.get("text"), str):
-            place = f"{field}.content[{index}]"
-            raise InvalidRequest(f'{place} must be {{"type": "reasoning_text", "text": …}}', param=place)
-        texts.append(part["text"])
-    return "".join(texts)
+    parts = item.get("content")
+    if parts is not None and not isinstance(parts, list):
+        raise InvalidRequest(f"{field}.content must be a list", param=f"{field}.content")
+    return "".join([_thought(part, f"{field}.content[{index}]") for index, part in enumerate(parts or ())])
+
+
+def _thought(part: object, field: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "reasoning_text" or not isinstance(part.get("text"), str):
+        raise InvalidRequest(f'{field} must be {{"type": "reasoning_text", "text": …}}', param=field)
+    if unknown := sorted(part.keys() - {"type", "text"}):
+        raise InvalidRequest(f"{field}.{unknown[0][:60]} is not supported", param=f"{field}.{unknown[0][:60]}")
+    return str(part["text"])
 
 
 def _text(content: object, field: str) -> str:
