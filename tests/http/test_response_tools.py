@@ -118,17 +118,18 @@ def test_a_stream_tells_of_calls_with_openais_typed_events(
     assert client.responses.retrieve(final.id).output == final.output
 
 
-def test_the_clients_helper_adds_a_stream_up_to_the_same(server: Running, client: openai.OpenAI) -> None:
+def test_the_clients_helpers_parse_arguments_and_add_streams_up(server: Running, client: openai.OpenAI) -> None:
     class Weather(BaseModel):
         city: str
 
     says(server, f"Let me see.\n{CALL}", token_s=0.002)
-    tool = openai.pydantic_function_tool(Weather, name="weather")["function"]
-    with client.responses.stream(model="default", input=ASK, tools=[{**tool, "type": "function"}]) as stream:
+    tools: Any = [openai.pydantic_function_tool(Weather, name="weather")]
+    assert client.responses.parse(model="default", input=ASK, tools=tools).output[1].parsed_arguments.city == "Oslo"
+    with client.responses.stream(model="default", input=ASK, tools=tools) as stream:
         deltas = [event for event in stream if event.type == "response.function_call_arguments.delta"]
         final = stream.get_final_response()
     assert len(deltas) > 3 and deltas[-1].snapshot == final.output[1].arguments
-    assert json.loads(final.output[1].arguments) == {"city": "Oslo"}
+    assert final.output[1].parsed_arguments == Weather(city="Oslo")
     says(server, "Rain.")
     ask(client, [{"role": "user", "content": ASK}, *final.output, output_of(final.output[1], "rain")])
     assert f"assistant:Let me see.\n{CALL}\n" in prompt_of(server)
