@@ -160,6 +160,22 @@ def test_a_stream_that_had_begun_a_broken_call_takes_it_back(server: Running, cl
     assert [event.arguments for event in whole] == ['{"city": "Oslo"}']
 
 
+@pytest.mark.parametrize("token_s", [0.0, 0.002])
+def test_words_on_both_sides_of_a_broken_call_are_streamed_as_two_messages_and_kept_as_one(
+    server: Running, client: openai.OpenAI, token_s: float
+) -> None:
+    says(server, f"So: {BROKEN}", token_s=token_s)
+    events = list(ask(client, stream=True))
+    told = ""
+    for done in [event for event in events if event.type == "response.output_text.done"]:
+        own = [event for event in events if getattr(event, "output_index", None) == done.output_index]
+        deltas = "".join(event.delta for event in own if event.type == "response.output_text.delta")
+        assert deltas == done.text == own[-2].part.text == own[-1].item.content[0].text
+        told += deltas
+    assert kinds(events[-1].response) == ["message"]
+    assert events[-1].response.output_text == told == f"So:{BROKEN}"
+
+
 def test_a_call_cut_off_by_the_limit_is_text_and_flagged(server: Running, client: openai.OpenAI) -> None:
     says(server, CALL)
     response = ask(client, max_output_tokens=50)

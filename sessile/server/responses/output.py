@@ -61,8 +61,10 @@ class OutputItems:
         """Words on both sides of what turned out to be no call are one message, though a stream has told of two."""
         last = self.items[-1] if self.items else None
         if last is not None and last["type"] == item["type"] == "message":
-            last["content"][0]["text"] += item["content"][0]["text"]
-            last["status"] = item["status"]
+            # A new one: the stream may not have written the other yet.
+            part = last["content"][0]
+            whole = {**part, "text": part["text"] + item["content"][0]["text"]}
+            self.items[-1] = {**last, "status": item["status"], "content": [whole]}
         else:
             self.items.append(item)
 
