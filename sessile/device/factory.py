@@ -158,9 +158,7 @@ def choose_format(options: ModelOptions, native: NativeKernels | None) -> Weight
             "--quantize-activations int8: only with --dtype bfloat16, on a processor with AVX-512 VNNI, by the C++ "
             "kernels of `make compile`. Leave it out."
         )
-    wanted = ("auto", "int8") if quantize == "stored" else ("int8",)
-    int8_inputs = can_be_int8 and options.quantize_activations in wanted
-    return WeightFormat(dtype, torch.device("cpu"), quantize, native, int8_inputs)
+    return WeightFormat(dtype, torch.device("cpu"), quantize, native, options.quantize_activations == "int8")
 
 
 def warm_up(runner: StepRunner, page_size: int) -> None:
