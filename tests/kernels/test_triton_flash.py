@@ -4,7 +4,6 @@ Whichever there is, it equals the plain twin, beside our own kernels for the row
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,8 +154,8 @@ def test_rows_of_few_queries_are_not_listed() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     small = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, initializer_range=0.3,
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "small", lambda: LlamaForCausalLM(small))
@@ -169,11 +168,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         yield make_tiny("small", tmp_path_factory.mktemp("small"))
 
 
-@pytest.mark.parametrize("tokens_min", [1, 20, 1 << 20])
-def test_a_device_gives_the_tokens_of_transformers_whoever_attends(
-    tiny: Tiny, tokens_min: int, monkeypatch: pytest.MonkeyPatch
+def test_a_device_gives_the_tokens_of_transformers_with_the_operator_in_its_larger_steps(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flash = fake_flash_attention3("sglang-kernel", tokens_min)
+    flash = fake_flash_attention3("sglang-kernel", tokens_min=12)
     monkeypatch.setattr(gpu_factory, "choose_flash_attention3", lambda *_: flash)
     sizes: list[int] = []
     attend = flash.attend
@@ -182,11 +180,10 @@ def test_a_device_gives_the_tokens_of_transformers_whoever_attends(
         ModelOptions(model=str(tiny.folder), dtype="float32"), DeviceOptions(kv_memory="2M"), page_size=16,
         context_tokens=128, rows_max=4, drafts_max=0, progress=lambda stage, done: None, device=DEVICE,
     )  # fmt: skip
-    prompts = [[5], [17, 9, 33, 8, 120, 64], [*range(30, 64)]]
-    runs = [Run(prompt, 3) for prompt in prompts]
-    Driver(device, chunk_tokens=24).run_all(runs)
+    prompts = [[5], [17, 9, 33, 8, 50], [*range(30, 54)]]
+    runs = [Run(prompt, 2) for prompt in prompts]
+    Driver(device, chunk_tokens=16).run_all(runs)
     device.close()
     assert device.facts.attention == "triton, prompts by FlashAttention-3 of sglang-kernel"
-    assert [run.output for run in runs] == [tiny.greedy(prompt, 3) for prompt in prompts]
-    assert bool(sizes) == (tokens_min < 24)
-    assert all(size >= tokens_min for size in sizes)
+    assert [run.output for run in runs] == [tiny.greedy(prompt, 2) for prompt in prompts]
+    assert sizes and min(sizes) >= 12
