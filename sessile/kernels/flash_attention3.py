@@ -60,8 +60,9 @@ class ListedRows:
     @classmethod
     def empty(cls, rows: int, tokens: int, device: torch.device) -> "ListedRows":
         """Room for so many rows, none of which has more query tokens than that."""
-        lists = torch.zeros(5 * rows + 1, dtype=torch.int32, device=device)
-        return cls(*lists.split([rows, rows, rows, rows + 1, rows]), tokens=tokens)
+        together = torch.zeros(5 * rows + 1, dtype=torch.int32, device=device)
+        listed, counts, lengths, pads, firsts = together.split([rows] * 4 + [rows + 1])
+        return cls(listed, counts, lengths, firsts, pads, tokens)
 
     @property
     def pieces(self) -> int:
