@@ -59,7 +59,7 @@ class ListedRows:
 
     @classmethod
     def empty(cls, rows: int, tokens: int, device: torch.device) -> "ListedRows":
-        """Room for so many rows, none of which has more query tokens than that."""
+        """Room for so many rows, none of which has more query tokens than that. Until lists are written, for none."""
         together = torch.zeros(5 * rows + 1, dtype=torch.int32, device=device)
         listed, counts, lengths, pads, firsts = together.split([rows] * 4 + [rows + 1])
         return cls(listed, counts, lengths, firsts, pads, tokens)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessile.kernels.flash_attention3 import ListedRows
+from sessile.kernels.triton_launch import launch
 
 _CHUNK = tl.constexpr(256)
 _PARTIAL_BYTES_MAX = 64 << 20
@@ -112,7 +113,8 @@ def share_out(starts: Tensor, counts: Tensor, work: AttentionWork, row_tokens: t
     if not work.pieces:
         return
     rows, tile = counts.numel(), work.tile
-    _share_out[(max(rows, work.merges.numel()),)](
+    launch(
+        _share_out, (max(rows, work.merges.numel()),),
         starts, counts, work.total, work.rows, work.firsts, work.lows, work.sizes, work.merges,
         rows, work.merges.numel(), work.split_pieces, wanted_pieces(kv_heads, tile), *row_tokens,
         TOKENS=work.tokens, KEYS=tile.keys, PART_TILES=tile.part_tiles, num_warps=4,
@@ -202,7 +204,8 @@ def list_rows(
     """
     if not listed.pieces:
         return
-    _list_rows[(max(rows.numel(), listed.pieces),)](
+    launch(
+        _list_rows, (max(rows.numel(), listed.pieces),),
         rows, starts, counts, offsets, listed.rows, listed.counts, listed.lengths, listed.firsts,
         rows.numel(), listed.pieces, *row_tokens, num_warps=2,
     )  # fmt: skip
