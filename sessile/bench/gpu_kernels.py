@@ -37,6 +37,10 @@ class Case:
         """Whether some rows have so many query tokens that FlashAttention-3 may attend with them."""
         return self.queries > narrow_row_tokens(self.shape)
 
+    def splits(self, flash: FlashAttention3) -> int | None:
+        """ListedRows.splits of a step of this size; None: our own kernels attend."""
+        return flash.splits(sum(self.counts), len(self.counts), self.shape.heads, self.shape.kv_heads)
+
 
 CASES = (
     Case("8B decode 1 × 1090", SHAPE_8B, 1, 1089, 1),
@@ -61,12 +65,18 @@ CASES = (
 
 
 def measure_backends(case: Case) -> list[str]:
-    """Time the case by our own attention and, if it has prompts, by FlashAttention-3 where that is there."""
-    lines = [measure_attention(case)]
+    """Time the case by our own attention and, if it has prompts, by FlashAttention-3 where that is there.
+
+    What a step of this size runs is marked as chosen.
+    """
+    flash = None
     if case.has_prompts and not unsuited(case.shape.head_dim, torch.bfloat16, torch.cuda.get_device_capability()):
         flash = available_flash_attention3().kernels
-        lines += [measure_attention(case, flash=flash)] if flash else []
-    return lines
+    ours = f"{measure_attention(case)} ours"
+    if flash is None:
+        return [ours]
+    theirs = f"{measure_attention(case, flash=flash)} FlashAttention-3"
+    return [ours, f"{theirs}, chosen"] if case.splits(flash) is not None else [f"{ours}, chosen", theirs]
 
 
 def measure_attention(
@@ -82,7 +92,7 @@ def measure_attention(
     """
     dtype, shape = torch.bfloat16, case.shape
     tiles = narrow or narrow_tile(shape, dtype), wide or wide_tile(shape, dtype)
-    layout = laid_out(case, *tiles, listed=flash is not None)
+    layout = laid_out(case, *tiles, flash)
     counts = np.array(case.counts)
     length = case.history + case.queries
     width = triton.cdiv(length, page_size)
@@ -106,11 +116,11 @@ def measure_attention(
     visible = (counts * case.history + counts * (counts + 1) / 2).sum()
     flops = visible * shape.heads * shape.head_dim * 4
     rates = f"{ms * 1e3:8.1f} µs, {kv_bytes / ms / 1e6:6.0f} GB/s, {flops / ms / 1e9:6.1f} TFLOP/s"
-    return f"{case.name:40s} {rates} {'FlashAttention-3' if flash else 'ours'}"
+    return f"{case.name:40s} {rates}"
 
 
-def laid_out(case: Case, narrow: Tile, wide: Tile, *, listed: bool = False) -> StepLayout:
-    """The layout of a case's step; listed: with rows of prompts as FlashAttention-3 takes them."""
+def laid_out(case: Case, narrow: Tile, wide: Tile, flash: FlashAttention3 | None = None) -> StepLayout:
+    """The layout of a case's step."""
     counts = torch.tensor(case.counts, dtype=torch.int32, device=_GPU)
     few = narrow_row_tokens(case.shape)
     blocks = [0, 0]
@@ -118,11 +128,13 @@ def laid_out(case: Case, narrow: Tile, wide: Tile, *, listed: bool = False) -> S
         tile = narrow if count <= few else wide
         blocks[count > few] += triton.cdiv(count, case.shape.block_tokens(tile.queries))
     tokens = int(counts.sum())
+    prompts: AttentionWork | ListedRows
+    if flash:
+        prompts = ListedRows.empty(case.rows, tokens, _GPU, case.splits(flash) or 0)
+    else:
+        prompts = AttentionWork.empty(blocks[1], case.shape, wide, _GPU)
     layout = StepLayout.empty(
-        tokens, counts.numel(), counts.numel(),
-        AttentionWork.empty(blocks[0], case.shape, narrow, _GPU),
-        ListedRows.empty(case.rows, tokens, _GPU) if listed else AttentionWork.empty(blocks[1], case.shape, wide, _GPU),
-        few,
+        tokens, counts.numel(), counts.numel(), AttentionWork.empty(blocks[0], case.shape, narrow, _GPU), prompts, few
     )  # fmt: skip
     layout.rows.copy_(torch.arange(counts.numel(), dtype=torch.int32, device=_GPU))
     layout.starts.fill_(case.history)

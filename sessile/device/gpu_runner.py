@@ -42,7 +42,7 @@ class Forward:
 class GpuRunner:
     """The state of one GPU and how a plan changes it. `start` queues a step and returns what its result will be.
 
-    flash: attends with the prompts of steps with many tokens; None: our own kernels do.
+    flash: attends with prompts in steps of sizes that it is faster at; None: our own kernels do.
     """
 
     def __init__(

@@ -15,13 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessile.units import ceil_div
+
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Sizes of heads that the packages compile. Others they would pad."""
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY_MAJOR = 9
 """Hopper's. The kernels are written for its matrix units; later GPUs have others."""
-TOKENS_MIN = 512
-"""Steps of fewer tokens keep our own attention for all their rows."""
+FILLED_SHARE = 0.8
+"""With tiles for this share of the multiprocessors it splits no history."""
+TILE_QUERIES = 128
+"""Tokens × query heads of a KV head that one tile holds."""
+FEW_ROWS, FEW_ROWS_TOKENS_MIN = 8, 128
+"""Steps with fewer tiles are faster by it if they have at most so many rows and at least so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class ListedRows:
     """The rows of a step with many query tokens, side by side; the device writes the lists, zeros behind the last row.
 
     rows, counts, lengths int32[n], firsts int32[n + 1]: batch row, query tokens, KV tokens with this step's own, and
-    index of the first query in the step's tokens. pads int32[n]: zeros. tokens: no row has more query tokens.
+    index of the first query in the step's tokens. pads int32[n]: zeros. tokens: no row has more query tokens. splits:
+    parts that a history may be cut into; 0: as many as the operator finds best for the sizes that it is given.
     """
 
     rows: Tensor
@@ -56,13 +63,14 @@ class ListedRows:
     firsts: Tensor
     pads: Tensor
     tokens: int
+    splits: int = 0
 
     @classmethod
-    def empty(cls, rows: int, tokens: int, device: torch.device) -> "ListedRows":
+    def empty(cls, rows: int, tokens: int, device: torch.device, splits: int = 0) -> "ListedRows":
         """Room for so many rows, none of which has more query tokens than that. Until lists are written, for none."""
         together = torch.zeros(5 * rows + 1, dtype=torch.int32, device=device)
         listed, counts, lengths, pads, firsts = together.split([rows] * 4 + [rows + 1])
-        return cls(listed, counts, lengths, firsts, pads, tokens)
+        return cls(listed, counts, lengths, firsts, pads, tokens, splits)
 
     @property
     def pieces(self) -> int:
@@ -76,9 +84,8 @@ class FlashAttention3:
     Raises ValueError if the operator has arguments that we know no value for.
     """
 
-    def __init__(self, name: str, operator: Any, tokens_min: int = TOKENS_MIN) -> None:
+    def __init__(self, name: str, operator: Any) -> None:
         self.name = name
-        self.tokens_min = tokens_min
         self._operator = operator
         arguments = operator._schema.arguments
         unknown = [argument.name for argument in arguments if not _has_value(argument)]
@@ -86,6 +93,19 @@ class FlashAttention3:
         if unknown or missing:
             raise ValueError(f"it is of another version (arguments {', '.join([*unknown, *sorted(missing)])})")
         self._defaults = [(argument.name, _constant(argument)) for argument in arguments]
+
+    def splits(self, tokens: int, rows: int, heads: int, kv_heads: int) -> int | None:
+        """ListedRows.splits for the prompts in steps of this size; None: our own kernels are faster.
+
+        tokens, rows: of the bucket. By measurement on an H100 (docs/BENCHMARKS.md). Where prompts make tiles for the
+        whole GPU they need no splitting. Where they do not, histories must be split, and merging them costs the
+        operator something for each row that a step might have.
+        """
+        # Most rows beside a prompt decode one token. Those that the bucket has room for make no tiles.
+        tiles = kv_heads * ceil_div(max(tokens - rows, 0) * heads // kv_heads, TILE_QUERIES)
+        if tiles >= FILLED_SHARE * torch.cuda.get_device_properties().multi_processor_count:
+            return 1
+        return 0 if rows <= FEW_ROWS and tokens >= FEW_ROWS_TOKENS_MIN else None
 
     def attend(
         self,
@@ -120,6 +140,7 @@ class FlashAttention3:
             # nothing times that is no number. With padding on the left, be it none, only the row's tokens are read.
             "leftpad_k": listed.pads,
             "softmax_scale": query.shape[-1] ** -0.5,
+            "num_splits": listed.splits,
         }
         self._operator(*[given.get(name, default) for name, default in self._defaults])
 
@@ -131,13 +152,12 @@ _CONSTANTS: dict[str, Any] = {
     "attention_chunk": 0,
     "softcap": 0.0,
     "is_rotary_interleaved": False,
-    "num_splits": 0,  # as many as it finds best
     "sm_margin": 0,
     "only_qv": False,
     "cp_world_size": 1,
     "cp_rank": 0,
 }
-_GIVEN = frozenset({"q", "k", "v", "softmax_scale"})
+_GIVEN = frozenset({"q", "k", "v", "softmax_scale", "num_splits"})
 
 
 def _has_value(argument: Any) -> bool:

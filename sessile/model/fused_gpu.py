@@ -53,7 +53,7 @@ class BlockKinds:
 class FusedDecoder:
     """Runs a decoder's weights on steps that are laid out on the device. Owns nothing.
 
-    flash: attends with the prompts of steps with many tokens; None: our own kernels do.
+    flash: attends with prompts in steps of sizes that it is faster at; None: our own kernels do.
     """
 
     def __init__(self, decoder: Decoder, cache: GpuCache, flash: FlashAttention3 | None = None) -> None:
@@ -86,8 +86,9 @@ class FusedDecoder:
     def _wide_work(self, tokens: int, rows: int) -> AttentionWork | ListedRows:
         """Room for the wide rows of a step of this size: for the kernels that attend with them."""
         device = self._frequencies.device
-        if self._flash and tokens >= self._flash.tokens_min:
-            return ListedRows.empty(min(rows, tokens // (self.narrow_row_tokens + 1)), tokens, device)
+        splits = self._flash.splits(tokens, rows, self.shape.heads, self.shape.kv_heads) if self._flash else None
+        if splits is not None:
+            return ListedRows.empty(min(rows, tokens // (self.narrow_row_tokens + 1)), tokens, device, splits)
         blocks = min(rows + tokens // self.shape.block_tokens(self._wide.queries), tokens)
         return AttentionWork.empty(blocks if rows else 0, self.shape, self._wide, device)
 
@@ -149,11 +150,13 @@ class FusedDecoder:
         wide, narrow = layout.wide, layout.narrow
         if self._beside and wide.pieces and narrow.pieces:
             # Prompts wait for arithmetic and decoding rows for memory: side by side they take less than in turn.
+            # FlashAttention-3 keeps the multiprocessors that it has got to its end, so decoding rows go first.
+            first, second = (narrow, wide) if isinstance(wide, ListedRows) else (wide, narrow)
             here = torch.cuda.current_stream()
             self._beside.wait_stream(here)
-            attend(wide)
+            attend(first)
             with torch.cuda.stream(self._beside):
-                attend(narrow)
+                attend(second)
             here.wait_stream(self._beside)
             return out.flatten(1)
         for work in (wide, narrow):

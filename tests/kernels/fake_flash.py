@@ -53,9 +53,9 @@ def schema(package: str) -> str:
     return f"fwd(Tensor q, Tensor k, Tensor v, {', '.join(middle)}, {_TAILS[package]}"
 
 
-def fake_flash_attention3(package: str, tokens_min: int = 1) -> FlashAttention3:
+def fake_flash_attention3(package: str) -> FlashAttention3:
     """Our binding of an operator that is declared as that package's."""
-    return FlashAttention3(package, declared(f"sessile_{package.replace('-', '_')}", schema(package)), tokens_min)
+    return FlashAttention3(package, declared(f"sessile_{package.replace('-', '_')}", schema(package)))
 
 
 @cache

@@ -171,7 +171,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 def test_a_device_gives_the_tokens_of_transformers_with_the_operator_in_its_larger_steps(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flash = fake_flash_attention3("sglang-kernel", tokens_min=12)
+    flash = fake_flash_attention3("sglang-kernel")
+    monkeypatch.setattr(flash, "splits", lambda tokens, *_: 1 if tokens >= 12 else None)
     monkeypatch.setattr(gpu_factory, "choose_flash_attention3", lambda *_: flash)
     sizes: list[int] = []
     attend = flash.attend

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,26 @@ def test_what_it_cannot_attend_with_is_refused_with_a_remedy(
     fault = unsuited(head_dim, dtype, capability)
     assert remedy in fault
     assert bool(fault) == bool(remedy)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "heads", "kv_heads", "splits"),
+    [
+        (8192, 1, 32, 8, 1),
+        (8192, 64, 32, 8, 1),
+        (512, 64, 32, 8, 1),  # chunks make 8 × 14 tiles
+        (512, 64, 12, 2, None),  # and 2 × 21 here
+        (1152, 1024, 32, 8, None),  # nearly all of it may be decoding rows
+        (128, 8, 12, 2, 0),
+        (64, 8, 12, 2, None),
+    ],
+)
+def test_it_attends_where_prompts_fill_the_gpu_or_few_rows_may_be_split(
+    tokens: int, rows: int, heads: int, kv_heads: int, splits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: h100)
+    assert fake_flash_attention3("vllm").splits(tokens, rows, heads, kv_heads) == splits
 
 
 def test_an_argument_that_only_a_newer_version_has_keeps_its_own_default() -> None:
