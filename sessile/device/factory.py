@@ -61,6 +61,8 @@ def open_device(
             model_options, device_options, page_size=page_size, context_tokens=context_tokens, rows_max=rows_max,
             drafts_max=drafts_max, progress=progress, device=torch.device("cuda"),
         )  # fmt: skip
+    if device_options.attention != "auto":
+        raise StartupError(f"--attention {device_options.attention} is for a GPU; leave it out on a CPU.")
     threads = device_options.threads or available_cores()
     torch.set_num_threads(threads)
     config = read_config(resolve_model_path(model_options.model))

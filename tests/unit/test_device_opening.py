@@ -54,6 +54,16 @@ def test_kernels_that_are_demanded_but_do_not_suit_are_refused(tmp_path: Path) -
         pass  # widths of 48 are no multiples of 32
 
 
+@pytest.mark.parametrize("attention", ["triton", "fa3"])
+def test_attention_of_a_gpu_is_refused_on_a_cpu(attention: str) -> None:
+    options = DeviceOptions(device="cpu", attention=attention)
+    with pytest.raises(StartupError, match=f"--attention {attention} is for a GPU; leave it out"):
+        open_device(
+            ModelOptions("default"), options, page_size=16, context_tokens=None, rows_max=1,
+            progress=lambda stage, done: None,
+        )  # fmt: skip
+
+
 def test_by_default_what_does_not_suit_runs_on_numbas_kernels(tmp_path: Path) -> None:
     with small_device(tmp_path) as device:
         assert device.facts.attention == "numba"
