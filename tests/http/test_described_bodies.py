@@ -108,9 +108,7 @@ def test_every_field_that_is_described_is_known(server: Running, path: str, sche
 
 
 @pytest.mark.parametrize(("path", "schema"), BODIES, ids=[path for path, _ in BODIES])
-def test_where_other_fields_may_be_null_they_are_taken_for_absent(
-    server: Running, path: str, schema: Schema
-) -> None:
+def test_where_other_fields_may_be_null_they_are_taken_for_absent(server: Running, path: str, schema: Schema) -> None:
     for place, wrap, inner in objects(schema):
         if place.get("additionalProperties") == NULL:
             told = refusal(server, path, wrap({**least(place), "unheard_of": None}))
