@@ -33,7 +33,7 @@ def opened(folder: Path, *, kv_memory: str = "1M", options: dict[str, Any] | Non
 
 @pytest.fixture(autouse=True)
 def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_factory, "warm_up", lambda runner, rows_max, context_tokens: None)
+    monkeypatch.setattr(gpu_factory, "warm_up", lambda *_: None)
 
 
 @pytest.mark.parametrize(

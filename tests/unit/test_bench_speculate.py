@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from sessile.bench.intervals import median_interval
 from sessile.bench.speculate import (
     LOOP_TOKENS,
     SpeculateBenchOptions,
     distinct_share,
     loop_end,
     measure_speculation,
-    median_interval,
 )
 from sessile.bench.speculate_loads import LOADS, PROMPTS, Texts
 from sessile.errors import StartupError

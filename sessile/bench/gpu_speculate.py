@@ -1,0 +1,149 @@
+"""Speculation on a GPU: the texts of `sessile bench speculate` as recorded, on a shape with seeded random weights."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from sessile.bench.gpu_replay import Counts, Expected, ReplayingDrafter
+from sessile.bench.gpu_shapes import ShapeEngine
+from sessile.bench.intervals import shown
+from sessile.bench.speculate_record import RECORDED, Recording
+from sessile.contract.messages import Sampling
+from sessile.core.limits import SchedulerOptions
+from sessile.draft.shelf import Shelf
+from sessile.engine.config import EngineOptions
+from sessile.engine.drafting import StepFacts, lookup_drafter, step_times
+
+SPECULATION_BATCHES = (1, 8, 32)
+PAIRS, PAIRS_OF_CHAT = 5, 10
+
+
+@dataclass
+class Pairs:
+    """A workload at one batch size: what rounds without and with speculation came to, in turn."""
+
+    rates: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+    """Output tokens a second, without and with."""
+    counts: list[Counts] = field(default_factory=list)
+    tokens: int = 0
+    """Of all rounds with speculation."""
+    requests: int = 0
+    parted: int = 0
+    """Requests whose output with speculation was another than without."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """With against without, in each round."""
+        return [on / off for off, on in zip(self.rates[False], self.rates[True], strict=True)]
+
+    def line(self) -> str:
+        """The figures."""
+        offered, accepted, asked, with_drafts, as_recorded = (
+            sum(getattr(counts, name) for counts in self.counts)
+            for name in ("offered", "accepted", "asked", "with_drafts", "as_recorded")
+        )
+        off, on = (np.median(self.rates[speculates]) for speculates in (False, True))
+        drafted = (
+            f"drafts in {with_drafts / asked:.0%} of a request's steps, {accepted:,} of {offered:,} accepted, "
+            f"{as_recorded / with_drafts:.1%} of these steps as recorded"
+            if with_drafts
+            else "the pace let nothing be drafted"
+        )
+        parted = f"; {self.parted} of {self.requests} outputs part" if self.parted else ""
+        return (
+            f"ratio {shown(self.ratios)} of {len(self.ratios)}, {off:.0f} → {on:.0f} output tokens/s, "
+            f"{self.tokens / (self.tokens - accepted):.2f} tokens a step; {drafted}{parted}"
+        )
+
+
+class SpeculationBench:
+    """Runs recorded workloads on a shape, with and without speculation. Owns the engine until `close`."""
+
+    def __init__(
+        self, shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, recording: Recording,
+        *, traced: bool = False,
+    ) -> None:  # fmt: skip
+        self._recording = recording
+        made: list[ReplayingDrafter] = []
+
+        def make_drafter(shelf: Shelf, facts: StepFacts) -> ReplayingDrafter:
+            made.append(ReplayingDrafter(lookup_drafter(shelf, facts), step_times(facts)))
+            return made[0]
+
+        options = replace(options, speculate="on", drafts_max=recording.drafts_max)
+        self.engine = ShapeEngine(shape, folder, scheduler, options, traced=traced, make_drafter=make_drafter)
+        self._drafter = made[0]
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.engine.close()
+
+    def step_lines(self) -> list[str]:
+        """What the device found out about its steps at the start."""
+        facts = self.engine.engine.device.facts
+        tables = {"that verify": facts.step_ms, "without drafts": facts.decode_ms}
+        lines = [
+            f"steps {kind}, ms by tokens: {', '.join(f'{tokens}: {ms:.2f}' for tokens, ms in table) or 'not measured'}"
+            for kind, table in tables.items()
+        ]
+        return [*lines, f"a step with drafts begins later by {self._drafter.times.late_ns / 1e6:.2f} ms"]
+
+    def measure(self, name: str, batch: int, pairs: int) -> Pairs:
+        """Rounds of `batch` requests of a workload each, as many as `pairs`, without and with speculation in turn.
+
+        Before a round its prompts are answered once without, which says what the model says and leaves the prompts in
+        the prefix cache, and once with speculation, so that nothing happens for the first time in the round.
+        """
+        answers = self._recording.workloads[name]
+        prompts = [self.engine.prompt(answer.prompt_tokens) for answer in answers]
+        self._drafter.expected = {str(number): Expected(answer) for number, answer in enumerate(answers)}
+        result = Pairs()
+        for number in range(pairs):
+            chosen = [(number * batch + place) % len(answers) for place in range(batch)]
+            for speculates in (False, True):
+                self._learn(chosen, self._run(prompts, chosen, speculates=speculates)[0])
+            self._drafter.take_counts()
+            outputs = {}
+            for speculates in (False, True) if number % 2 == 0 else (True, False):
+                outputs[speculates], rate = self._run(prompts, chosen, speculates=speculates)
+                result.rates[speculates].append(rate)
+            result.counts.append(self._drafter.take_counts())
+            result.tokens += sum(map(len, outputs[True]))
+            result.requests += batch
+            result.parted += sum(one != other for one, other in zip(outputs[False], outputs[True], strict=True))
+        return result
+
+    def _learn(self, chosen: list[int], outputs: list[list[int]]) -> None:
+        """What the model said last is what it is expected to say: in another shape of a step a near tie may part."""
+        for number, output in zip(chosen, outputs, strict=True):
+            self._drafter.expected[str(number)].tokens = output
+
+    def _run(self, prompts: list[np.ndarray], chosen: list[int], *, speculates: bool) -> tuple[list[list[int]], float]:
+        """(outputs, output tokens a second) of these prompts, sent at once."""
+        keys = []
+        for number in chosen:
+            length = self._drafter.expected[str(number)].recorded.tokens
+            sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=length, ignore_eos=True)
+            keys.append(self.engine.send(prompts[number], sampling, corpora=(str(number),) if speculates else None))
+        turns = self.engine.run(len(keys))
+        outputs = turns.outputs()
+        wall_s = (turns.ends_ns[-1] - turns.begun_ns) / 1e9
+        return [outputs[key] for key in keys], sum(map(len, outputs.values())) / wall_s
+
+
+def print_speculation(
+    shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, *, traced: bool = False
+) -> None:
+    """Every workload that was recorded at every batch size, a line each."""
+    recording = Recording.read(RECORDED)
+    bench = SpeculationBench(shape, folder, scheduler, options, recording, traced=traced)
+    print(f"{shape} speculation, drafts as recorded of {recording.model}; ready in {bench.engine.start_s:.1f} s")
+    print(*bench.step_lines(), sep="\n")
+    for name in recording.workloads:
+        for batch in SPECULATION_BATCHES:
+            pairs = PAIRS_OF_CHAT if name == "chat" else PAIRS
+            print(f"{shape} speculation, {name}, batch {batch:2d}: {bench.measure(name, batch, pairs).line()}")
+            if bench.engine.trace:
+                print(*bench.engine.trace.report(), sep="\n  ")
+    bench.close()
