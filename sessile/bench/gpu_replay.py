@@ -29,6 +29,10 @@ class Expected:
     recorded: RecordedAnswer
     tokens: list[int] = field(default_factory=list)
 
+    def learn(self, said: list[int]) -> None:
+        """The model has said this last, so it is expected to say it again: in steps of another shape near ties part."""
+        self.tokens = said
+
 
 @dataclass
 class Counts:

@@ -73,7 +73,7 @@ class SpeculationBench:
 
         options = replace(options, speculate="on", drafts_max=recording.drafts_max)
         self.engine = ShapeEngine(shape, folder, scheduler, options, traced=traced, make_drafter=make_drafter)
-        self._drafter = made[0]
+        self.drafter = made[0]
 
     def close(self) -> None:
         """Give the device back."""
@@ -87,7 +87,7 @@ class SpeculationBench:
             f"steps {kind}, ms by tokens: {', '.join(f'{tokens}: {ms:.2f}' for tokens, ms in table) or 'not measured'}"
             for kind, table in tables.items()
         ]
-        return [*lines, f"a step with drafts begins later by {self._drafter.times.late_ns / 1e6:.2f} ms"]
+        return [*lines, f"a step with drafts begins later by {self.drafter.times.late_ns / 1e6:.2f} ms"]
 
     def measure(self, name: str, batch: int, pairs: int) -> Pairs:
         """Rounds of `batch` requests of a workload each, as many as `pairs`, without and with speculation in turn.
@@ -97,33 +97,30 @@ class SpeculationBench:
         """
         answers = self._recording.workloads[name]
         prompts = [self.engine.prompt(answer.prompt_tokens) for answer in answers]
-        self._drafter.expected = {str(number): Expected(answer) for number, answer in enumerate(answers)}
+        self.drafter.expected = {str(number): Expected(answer) for number, answer in enumerate(answers)}
         result = Pairs()
         for number in range(pairs):
             chosen = [(number * batch + place) % len(answers) for place in range(batch)]
             for speculates in (False, True):
-                self._learn(chosen, self._run(prompts, chosen, speculates=speculates)[0])
-            self._drafter.take_counts()
+                said = self._run(prompts, chosen, speculates=speculates)[0]
+                for answer, output in zip(chosen, said, strict=True):
+                    self.drafter.expected[str(answer)].learn(output)
+            self.drafter.take_counts()
             outputs = {}
             for speculates in (False, True) if number % 2 == 0 else (True, False):
                 outputs[speculates], rate = self._run(prompts, chosen, speculates=speculates)
                 result.rates[speculates].append(rate)
-            result.counts.append(self._drafter.take_counts())
+            result.counts.append(self.drafter.take_counts())
             result.tokens += sum(map(len, outputs[True]))
             result.requests += batch
             result.parted += sum(one != other for one, other in zip(outputs[False], outputs[True], strict=True))
         return result
 
-    def _learn(self, chosen: list[int], outputs: list[list[int]]) -> None:
-        """What the model said last is what it is expected to say: in another shape of a step a near tie may part."""
-        for number, output in zip(chosen, outputs, strict=True):
-            self._drafter.expected[str(number)].tokens = output
-
     def _run(self, prompts: list[np.ndarray], chosen: list[int], *, speculates: bool) -> tuple[list[list[int]], float]:
         """(outputs, output tokens a second) of these prompts, sent at once."""
         keys = []
         for number in chosen:
-            length = self._drafter.expected[str(number)].recorded.tokens
+            length = self.drafter.expected[str(number)].recorded.tokens
             sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=length, ignore_eos=True)
             keys.append(self.engine.send(prompts[number], sampling, corpora=(str(number),) if speculates else None))
         turns = self.engine.run(len(keys))
