@@ -14,8 +14,8 @@ import numpy as np
 
 from sessile.bench.speculate_record import RecordedAnswer
 from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, SourceUse
+from sessile.draft.drafter import LookupDrafter
 from sessile.draft.pace import Acceptance, StepTimes, affordable
-from sessile.engine.drafting import OwnedDrafter
 from sessile.errors import NotFound
 from sessile.units import TokenId
 
@@ -106,7 +106,7 @@ class ReplayingDrafter:
     lookup: asked for its time alone; owned. expected: the answers by name.
     """
 
-    def __init__(self, lookup: OwnedDrafter, times: StepTimes) -> None:
+    def __init__(self, lookup: LookupDrafter, times: StepTimes) -> None:
         self.expected: dict[str, Expected] = {}
         self.times = times
         self._lookup = lookup
@@ -136,7 +136,7 @@ class ReplayingDrafter:
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         """Most drafts worth verifying, by what was recorded and by the pace."""
         ours = [_ours(line) for line in lines]
-        self._lookup.limits([line.looked_up for line in ours], tokens)
+        self._lookup.matches([line.looked_up for line in ours])
         self._counts.asked += len(ours)
         matches = np.array([line.match for line in ours], np.int32)
         allowed = np.array([line.drafts_max for line in ours], np.int32)

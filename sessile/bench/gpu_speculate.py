@@ -11,9 +11,10 @@ from sessile.bench.intervals import shown
 from sessile.bench.speculate_record import RECORDED, Recording
 from sessile.contract.messages import Sampling
 from sessile.core.limits import SchedulerOptions
+from sessile.draft.drafter import LookupDrafter
 from sessile.draft.shelf import Shelf
 from sessile.engine.config import EngineOptions
-from sessile.engine.drafting import StepFacts, lookup_drafter, step_times
+from sessile.engine.drafting import StepFacts, step_times
 
 SPECULATION_BATCHES = (1, 8, 32)
 PAIRS, PAIRS_OF_CHAT = 5, 10
@@ -68,7 +69,10 @@ class SpeculationBench:
         made: list[ReplayingDrafter] = []
 
         def make_drafter(shelf: Shelf, facts: StepFacts) -> ReplayingDrafter:
-            made.append(ReplayingDrafter(lookup_drafter(shelf, facts), step_times(facts)))
+            times = step_times(facts)
+            lookup = LookupDrafter(shelf, times)
+            lookup.prepare()
+            made.append(ReplayingDrafter(lookup, times))
             return made[0]
 
         options = replace(options, speculate="on", drafts_max=recording.drafts_max)
