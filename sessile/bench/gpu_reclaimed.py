@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sessile.bench.gpu_shapes import ShapeEngine, Turns
+from sessile.bench.gpu_shapes import NOISE_TEMPERATURE, ShapeEngine, Turns
 from sessile.bench.intervals import shown
 from sessile.contract.messages import Sampling
 
@@ -20,8 +20,6 @@ OPEN_PAIRS = 5
 OPEN_SHARE_MIN = 0.95
 SPARE_TOKENS = 8
 """The tokens at so many places at the end of an output stop it, so that one that numerics change does not run on."""
-TEMPERATURE = 1000.0
-"""So hot that all tokens are about equally likely: no token comes twice soon, whatever the model."""
 
 
 def print_cold(engine: ShapeEngine, shape: str, history_tokens: int, turns: int = COLD_TURNS) -> None:
@@ -109,7 +107,7 @@ def _run_open(
     engine.flush()
     keys = []
     for number, (prompt, limit, stop) in enumerate(zip(prompts, limits, stops, strict=True)):
-        sampling = Sampling(seed=number, temperature=TEMPERATURE, max_new_tokens=limit, stop_token_ids=stop)
+        sampling = Sampling(seed=number, temperature=NOISE_TEMPERATURE, max_new_tokens=limit, stop_token_ids=stop)
         keys.append(engine.send(prompt, sampling))
     turns = engine.run(len(keys))
     outputs = turns.outputs()

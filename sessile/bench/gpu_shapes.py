@@ -54,6 +54,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """config.json of the shapes that docs/BENCHMARKS.md names: Llama-3.1-8B and Qwen2.5-1.5B (with a longer context)."""
 
+NOISE_TEMPERATURE = 10_000.0
+"""So hot that a request's seed decides what it says, whatever the model: hardly ever a near tie that steps of another
+shape decide otherwise, and no token twice soon."""
+
 
 @dataclass
 class Turns:

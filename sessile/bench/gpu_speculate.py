@@ -1,4 +1,8 @@
-"""Speculation on a GPU: the texts of `sessile bench speculate` as recorded, on a shape with seeded random weights."""
+"""Speculation on a GPU: the texts of `sessile bench speculate` as recorded, on a shape with seeded random weights.
+
+Requests are sampled, so hot that their seeds decide. Greedy, random weights in bfloat16 would choose otherwise at many
+a near tie when drafts change the shape of a step, and drafts that are to be right would be wrong from there on.
+"""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -6,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sessile.bench.gpu_replay import Counts, Expected, ReplayingDrafter
-from sessile.bench.gpu_shapes import ShapeEngine
+from sessile.bench.gpu_shapes import NOISE_TEMPERATURE, ShapeEngine
 from sessile.bench.intervals import shown
 from sessile.bench.speculate_record import RECORDED, Recording
 from sessile.contract.messages import Sampling
@@ -125,7 +129,7 @@ class SpeculationBench:
         keys = []
         for number in chosen:
             length = self.drafter.expected[str(number)].recorded.tokens
-            sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=length, ignore_eos=True)
+            sampling = Sampling(seed=number, temperature=NOISE_TEMPERATURE, max_new_tokens=length, ignore_eos=True)
             keys.append(self.engine.send(prompts[number], sampling, corpora=(str(number),) if speculates else None))
         turns = self.engine.run(len(keys))
         outputs = turns.outputs()
