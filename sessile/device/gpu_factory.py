@@ -97,7 +97,7 @@ def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: int) -> None:
-    """Run one step of each kind, so that kernels are compiled (or read from Triton's cache), then capture common sizes.
+    """Compile all kernels (or read them from Triton's cache), run one step of each kind, then capture common sizes.
 
     No row is bound: all read and write the scratch page.
     """
@@ -106,12 +106,13 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: i
     plans += [blank_plan(1, min(tokens, context_tokens)) for tokens in WARM_PROMPT_TOKENS]
     if drafts_max:
         plans += verifying_plans(rows_max, drafts_max).values()
+    common = [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)] if runner.captures else []
     with compiled_together(available_cores()):
-        for plan in plans:
-            runner.start(plan).wait()
+        for bucket in dict.fromkeys([*map(runner.bucket_of, plans), *common]):
+            runner.ask_for(bucket)
     for plan in plans:
         runner.start(plan).wait()
-    for bucket in [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)]:
+    for bucket in common:
         runner.prepare(bucket)
 
 

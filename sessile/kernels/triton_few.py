@@ -17,10 +17,10 @@ from sessile.kernels.triton_early import LINE_BYTES, ask_for, have_read, launch_
 from sessile.kernels.triton_launch import launch
 from sessile.units import ceil_div
 
-FEW_TOKENS = 32
+FEW_TOKENS = 64
 """Most tokens of a product that is computed here; with more, what reads the parts loses what their making gains."""
-_TOKENS_MIN = 8
-"""What the matrix units multiply at once; fewer are padded."""
+_TOKEN_TILES = (8, 32, FEW_TOKENS)
+"""Tokens that a program multiplies, padding included; 8 is what the matrix units take at once."""
 _AHEAD_BYTES = 256
 """How much of each of its rows a program asks for before it waits for what it multiplies them with."""
 _OUTS_AT_A_TIME = 7_600
@@ -44,6 +44,8 @@ class FewTile:
 def few_tile(outs: int, ins: int, tokens: int) -> FewTile:
     """The tile for a weight [outs, ins], by measurement on an H100."""
     rows = 32 if tokens <= 16 and outs < 16_384 else 64
+    if tokens > 32 and 16_384 <= outs < 65_536:
+        rows = 128
     columns = 128 if ins >= 4096 or outs >= 65_536 else 64
     blocks = ceil_div(ins, columns)
     most = max(1, blocks // 2)
@@ -83,7 +85,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: F
         _few_tokens, (triton.cdiv(outs, tile.outs), tile.splits),
         x, weight, bias if bias is not None else weight, out, tokens, outs, ins, split_ins,
         HAS_BIAS=bias is not None, IS_GATED=is_gated, IS_EVEN=outs % tile.outs == 0 and split_ins * tile.splits == ins,
-        TOKENS=_TOKENS_MIN if tokens <= _TOKENS_MIN else FEW_TOKENS, OUTS=tile.outs, INS=tile.ins, STAGES=tile.stages,
+        TOKENS=next(tile for tile in _TOKEN_TILES if tokens <= tile), OUTS=tile.outs, INS=tile.ins, STAGES=tile.stages,
         AHEAD=_AHEAD_BYTES // LINE_BYTES.value, NEXT=following.value, num_warps=tile.warps, **launch_options(following),
     )  # fmt: skip
     return out

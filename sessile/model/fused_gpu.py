@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from sessile.kernels.linear import PlainWeight
 from sessile.kernels.triton_attention import narrow_row_tokens, narrow_tile, paged_attention, wide_tile
 from sessile.kernels.triton_few import FEW_TOKENS, few_gated_linear, few_linear, few_linear_whole, few_tile
 from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store, silu_mul
-from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear
+from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear, split_linear
 from sessile.kernels.triton_plan import StepLayout
 from sessile.kernels.triton_work import AttentionWork, HeadShape
 from sessile.model.config import ModelConfig
@@ -22,6 +23,9 @@ from sessile.model.layers import Attention, Block, Decoder, Linear, RMSNorm
 from sessile.units import ceil_div
 
 Angles = tuple[Tensor, Tensor]
+
+SPLIT_TOKENS = 256
+"""Up to so many tokens cuBLAS leaves multiprocessors idle in a product of many inputs and few outputs."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,20 @@ class FusedDecoder:
             self.narrow_row_tokens,
         )  # fmt: skip
 
-    def forward(self, layout: StepLayout) -> Tensor:
-        """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then."""
+    def forward(self, layout: StepLayout, layers: int | None = None) -> Tensor:
+        """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then.
+
+        layers: run only the first so many.
+        """
         residual = functional.embedding(layout.tokens, self._decoder.embedding)
         turns = layout.positions[:, None] * self._frequencies
         angles = turns.cos(), turns.sin()
         if residual.shape[0] == 1 and not self.config.mlp_bias:
-            for layer in self._decoder.layers:
+            for layer in islice(self._decoder.layers, layers):
                 self._one_token_layer(layer, residual, angles, layout)
             return residual
         x = torch.zeros_like(residual)
-        for layer in self._decoder.layers:
+        for layer in islice(self._decoder.layers, layers):
             x = self._layer(layer, x, residual, angles, layout)
         return residual.add_(x if x.dim() == 2 else x.sum(0))
 
@@ -144,9 +151,15 @@ class FusedDecoder:
 
 
 def _product(module: Linear, x: Tensor) -> Tensor:
-    """A linear layer of x [t, in]: [t, out], or of few tokens its parts [parts, t, out]."""
-    if x.shape[0] <= FEW_TOKENS:
+    """A linear layer of x [t, in]: [t, out], or its parts [parts, t, out] where that is faster."""
+    tokens = x.shape[0]
+    if tokens <= FEW_TOKENS:
         return few_linear(x, plain(module), module.bias)
+    if tokens <= SPLIT_TOKENS and module.bias is None and x.is_cuda:
+        outs, ins = plain(module).shape
+        splits = 4 if outs <= 2048 else 2
+        if ins >= 2 * outs and ins % splits == 0:
+            return split_linear(x, plain(module), splits)
     return module(x)
 
 
