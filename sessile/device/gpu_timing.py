@@ -14,7 +14,7 @@ VERIFYING_TOKENS = (16, 32, 64, 128, 256, 512)
 """Sizes that are timed; those between them lie on a line."""
 STEPPED_TOKENS_MAX = 64
 """Up to here a step takes as long as the largest of its bucket, and one token more as long as the next bucket's."""
-STEPS_IN_A_ROW, ROUNDS = 8, 3
+STEPS_IN_A_ROW, ROUNDS = 8, 2
 """Of each size; the fastest row counts."""
 
 
@@ -37,13 +37,12 @@ def blank_plan(rows: int, tokens: int, drafts: int = 0) -> StepPlan:
 
 
 def verifying_plans(rows_max: int, drafts_max: int) -> dict[int, StepPlan]:
-    """By the size they run at: steps in which each row verifies as many drafts as it may."""
+    """By the size they run at, the smallest first: steps in which each row verifies as many drafts as it may."""
     plans = {}
     for tokens in VERIFYING_TOKENS:
         width = min(1 + drafts_max, tokens)
-        rows = tokens // width
-        if rows <= rows_max:
-            plans[round_up(rows * width, TOKEN_SIZES)] = blank_plan(rows, width, width - 1)
+        rows = min(tokens // width, rows_max)
+        plans[round_up(rows * width, TOKEN_SIZES)] = blank_plan(rows, width, width - 1)
     return plans
 
 
