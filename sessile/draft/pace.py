@@ -35,14 +35,16 @@ GAIN_MIN = 1.02
 class StepTimes:
     """The time of a step by the number of its tokens. tokens: ascending, from 1 or more; times_ns: of each, > 0.
 
-    late_ns: what a step with a late part takes longer: it does not overlap with the one before it, and drafts are
-    looked up. plain_tokens, plain_times_ns: of steps without drafts, on a device that runs them otherwise (a GPU has
-    kernels and graphs of their own for them); empty: as of all others.
+    late_ns: what a step with a late part takes longer, as it does not overlap with the one before it; late_line_ns: and
+    for each line whose drafts are looked up and judged meanwhile. plain_tokens, plain_times_ns: of steps without
+    drafts, on a device that runs them otherwise (a GPU has kernels and graphs of their own for them); empty: as of all
+    others.
     """
 
     tokens: tuple[int, ...]
     times_ns: tuple[int, ...]
     late_ns: int = 0
+    late_line_ns: int = 0
     plain_tokens: tuple[int, ...] = ()
     plain_times_ns: tuple[int, ...] = ()
 
@@ -51,7 +53,8 @@ class StepTimes:
         assert len(self.plain_tokens) == len(self.plain_times_ns), "a point has tokens and a time"
         for tokens in (self.tokens, self.plain_tokens):
             assert all(low < high for low, high in pairwise(tokens)), "tokens must ascend"
-        assert min(*self.times_ns, *self.plain_times_ns) > 0 <= self.late_ns, "a step takes time"
+        assert min(*self.times_ns, *self.plain_times_ns) > 0, "a step takes time"
+        assert min(self.late_ns, self.late_line_ns) >= 0, "a late part makes no step shorter"
 
     def plain_ns(self, tokens: int) -> float:
         """Of a step of so many tokens without drafts. Beyond the last that was measured it holds prompts too, and runs
@@ -129,7 +132,8 @@ def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np
         return limits
     steps = times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
     without = lines / times.plain_ns(tokens)
-    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + times.late_ns)
+    late = times.late_ns + times.late_line_ns * np.cumsum(order % drafts == 0)
+    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + late)
     if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)
