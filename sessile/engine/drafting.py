@@ -20,8 +20,8 @@ StepTable = Sequence[tuple[int, float]]
 ASSUMED_STEP_MS: StepTable = ((1, 5.0), (64, 6.0), (256, 10.0))
 """For a device that measured none: one on which few tokens cost what the weights cost to read."""
 LATE_NS, LATE_LINE_NS = 300_000, 15_000
-"""What a step with drafts takes longer beside its tokens: the scheduler's share of it, which overlaps otherwise, and what
-looking up and judging a request's drafts takes. What the device needs to begin comes on top."""
+"""What a step with drafts takes longer beside its tokens: the scheduler's share of it, which overlaps otherwise, and
+what looking up and judging a request's drafts takes. What the device needs to begin comes on top."""
 
 PAYS_BELOW = 0.5
 """Verifying a draft may cost at most so much of a step of one token, or drafts that are half right gain nothing."""
