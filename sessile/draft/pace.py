@@ -36,7 +36,7 @@ class StepTimes:
     """The time of a step by the number of its tokens. tokens: ascending, from 1 or more; times_ns: of each, > 0.
 
     late_ns: what a step with a late part takes longer, as it does not overlap with the one before it; late_line_ns: and
-    for each line whose drafts are looked up and judged meanwhile. plain_tokens, plain_times_ns: of steps without
+    for each line that is settled, looked up for and judged meanwhile. plain_tokens, plain_times_ns: of steps without
     drafts, on a device that runs them otherwise (a GPU has kernels and graphs of their own for them); empty: as of all
     others.
     """
@@ -132,8 +132,7 @@ def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np
         return limits
     steps = times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
     without = lines / times.plain_ns(tokens)
-    late = times.late_ns + times.late_line_ns * np.cumsum(order % drafts == 0)
-    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + late)
+    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + times.late_ns + times.late_line_ns * lines)
     if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)

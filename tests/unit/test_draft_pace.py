@@ -43,10 +43,10 @@ def test_h50_what_a_late_part_costs_must_be_gained_first() -> None:
     assert limits([[0.9, 0.8]], late) == [0]
 
 
-def test_h50_each_line_must_gain_what_its_own_drafts_cost_to_look_up() -> None:
-    chances = [[0.9, 0.8], [0.3, 0.2], [0.9, 0.8]]
-    assert limits(chances, FREE) == [2, 2, 2]
-    assert limits(chances, StepTimes((1, 1000), (1_000_000, 1_000_001), late_line_ns=250_000)) == [2, 0, 2]
+def test_h50_what_a_late_part_costs_grows_with_the_lines_that_wait_for_it() -> None:
+    late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_line_ns=100_000)
+    assert limits([[0.9, 0.8]], late) == [2]
+    assert limits([[0.9, 0.8], *[[0.0, 0.0]] * 9], late) == [0] * 10
 
 
 def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
