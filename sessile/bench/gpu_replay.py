@@ -66,6 +66,11 @@ class ReplayedLine:
         """The longest match that was recorded where the answer is now."""
         return self._expected.recorded.matches[self._place]
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether some are in flight."""
+        return self._made > 0
+
     def uses(self) -> Sequence[SourceUse]:
         """What was offered and accepted."""
         return [SourceUse(SOURCE, self._offered, self._accepted)]
@@ -140,7 +145,9 @@ class ReplayingDrafter:
         self._counts.asked += len(ours)
         matches = np.array([line.match for line in ours], np.int32)
         allowed = np.array([line.drafts_max for line in ours], np.int32)
-        limits = affordable([line.acceptance for line in ours], matches, allowed, tokens, self.times)
+        begins = not any(line.has_drafts for line in ours)
+        learned = [line.acceptance for line in ours]
+        limits = affordable(learned, matches, allowed, tokens, self.times, begins=begins)
         return [int(limit) for limit in limits]
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:

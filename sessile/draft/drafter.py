@@ -88,6 +88,11 @@ class LookupLine:
         """That of the request's sequence."""
         return self._index
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether some are in flight."""
+        return bool(self._last)
+
     def uses(self) -> Sequence[SourceUse]:
         """By source, in the order of sources; corpora of one name count together."""
         totals: dict[str, tuple[int, int]] = {}
@@ -202,7 +207,9 @@ class LookupDrafter:
         if not allowed.any():
             return [0] * len(ours)
         matches = self._matches(ours, allowed > 0)
-        limits = affordable([line.acceptance for line in ours], matches, allowed, tokens, self._step_times)
+        begins = not any(line.has_drafts for line in ours)
+        learned = [line.acceptance for line in ours]
+        limits = affordable(learned, matches, allowed, tokens, self._step_times, begins=begins)
         return [int(limit) for limit in limits]
 
     def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:

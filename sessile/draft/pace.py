@@ -118,10 +118,14 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
     return chances
 
 
-def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np.int32]:
+def worthwhile(
+    chances: Floats, tokens: int, times: StepTimes, *, begins: bool = False
+) -> npt.NDArray[np.int32]:  # fmt: skip
     """int32[lines]: how many drafts of each line a step that runs `tokens` tokens without them should verify.
 
-    chances: of `path_chances`, not rising along a line; 0 where a line allows no more.
+    chances: of `path_chances`, not rising along a line; 0 where a line allows no more. begins: the step in flight has
+    no drafts. The step behind drafts has to wait for them in any case; so of steps with drafts in a row each pays for
+    one late part, and the first pays for that of the step behind the last one as well.
     """
     lines, drafts = chances.shape
     # Stable: of equal chances the lower line's, and of a line's the nearer, so that what is taken is the first of each.
@@ -132,7 +136,8 @@ def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np
         return limits
     steps = times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
     without = lines / times.plain_ns(tokens)
-    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + times.late_ns + times.late_line_ns * lines)
+    late = (1 + begins) * (times.late_ns + times.late_line_ns * lines)
+    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + late)
     if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)
@@ -141,15 +146,16 @@ def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np
 
 def affordable(
     lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], allowed: npt.NDArray[np.int32], tokens: int,
-    times: StepTimes,
+    times: StepTimes, *, begins: bool,
 ) -> npt.NDArray[np.int32]:  # fmt: skip
     """int32[lines]: most drafts worth verifying of each line, and no more than it allows; 0 is a step's rest for it.
 
     matches, allowed int32[lines], of which some line allows one. tokens: of the step without drafts.
+    begins: as in `worthwhile`.
     """
     chances = path_chances(lines, matches, int(allowed.max()))
     chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
-    limits = worthwhile(chances, tokens, times)
+    limits = worthwhile(chances, tokens, times, begins=begins)
     for line in (line for line, limit in zip(lines, limits, strict=True) if limit == 0):
         line.rest()
     return limits

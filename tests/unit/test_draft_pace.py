@@ -49,6 +49,14 @@ def test_h50_what_a_late_part_costs_grows_with_the_lines_that_wait_for_it() -> N
     assert limits([[0.9, 0.8], *[[0.0, 0.0]] * 9], late) == [0] * 10
 
 
+def test_h50_who_begins_to_draft_pays_for_the_step_behind_the_drafts_too() -> None:
+    """It cannot be planned further than to the drafts, so it is late as well."""
+    late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_ns=800_000)
+    chances = np.array([[0.9, 0.4]])
+    assert worthwhile(chances, 1, late).tolist() == [2]
+    assert worthwhile(chances, 1, late, begins=True).tolist() == [0]
+
+
 def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
     times = StepTimes((1, 8, 64, 128), (1_000, 1_000, 2_000, 4_000))
     assert limits([[0.5, 0.3]], times) == [2]
@@ -150,5 +158,5 @@ def test_a_line_is_offered_no_more_than_it_allows_and_rests_where_it_is_offered_
     for line in lines:
         line.judge(9, is_accepted=True)
     matches, allowed = np.array([9, 9, 0], np.int32), np.array([2, 5, 5], np.int32)
-    assert affordable(lines, matches, allowed, 3, FREE).tolist() == [2, 5, 0]
+    assert affordable(lines, matches, allowed, 3, FREE, begins=True).tolist() == [2, 5, 0]
     assert [float(line.judged.sum()) == 1.0 for line in lines] == [True, True, False]
