@@ -95,7 +95,9 @@ class SpeculationBench:
             f"steps {kind}, ms by tokens: {', '.join(f'{tokens}: {ms:.2f}' for tokens, ms in table) or 'not measured'}"
             for kind, table in tables.items()
         ]
-        return [*lines, f"a step with drafts begins later by {self.drafter.times.late_ns / 1e6:.2f} ms"]
+        times = self.drafter.times
+        late = f"{times.late_ns / 1e6:.2f} ms, and {times.late_line_ns / 1e3:.0f} µs for each request"
+        return [*lines, f"a step with drafts is taken to begin later by {late}"]
 
     def measure(self, name: str, batch: int, pairs: int) -> Pairs:
         """Rounds of `batch` requests of a workload each, as many as `pairs`, without and with speculation in turn.
