@@ -97,7 +97,7 @@ def test_h50_a_line_whose_drafts_always_fail_is_left_alone() -> None:
 
 def test_h50_to_begin_to_draft_takes_more_than_to_go_on() -> None:
     """The step behind drafts is late in any case."""
-    drafter = LookupDrafter(shelf_of(), StepTimes((1, 1000), (1_000, 1_001), late_ns=2_000))
+    drafter = LookupDrafter(shelf_of(), StepTimes((1, 1000), (1_000, 1_001), late_ns=4_000))
     line = line_of(drafter, [*range(12)] * 4)
     assert drafter.limits([line], 1) == [0]
     assert drafts(drafter, line, 2) == [0, 1]
