@@ -232,7 +232,8 @@ class Host:
     def _say_ready(self, ready: EngineReady) -> None:
         name = self._options.served_name or ready.model_name
         where = shown_address(self._listeners[0], self._options)
-        log.info(f"serving {name} ({ready.dtype} on {ready.device}) at {where}")
+        attention = f", attention: {ready.attention}" if ready.attention else ""
+        log.info(f"serving {name} ({ready.dtype} on {ready.device}{attention}) at {where}")
 
     async def _drain(self, service: "Service", supervising: "asyncio.Task[str]") -> None:
         """Refuse new requests, let those in flight end, then end the engine."""

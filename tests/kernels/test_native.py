@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from scripts import compile_native
+from sessile import LLM
+from sessile.completion import Completion
 from sessile.gguf import GgufTensor
 from sessile.kernels import native, packing, reference
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
@@ -284,3 +286,12 @@ def test_models_whose_widths_are_no_multiples_of_32_do_not_suit(tiny: Tiny) -> N
     assert suits_native(config)
     object.__setattr__(config, "intermediate_size", 48)
     assert not suits_native(config)
+
+
+def test_by_default_they_answer_the_first_question_of_the_readme() -> None:
+    llm = LLM(context_tokens=256, kv_memory="32M", threads=1)
+    try:
+        answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
+        assert isinstance(answer, Completion) and "Paris" in answer.text
+    finally:
+        llm.close()
