@@ -40,10 +40,11 @@ bench: compile ## measure the scheduler: host time of a step, and of a turn on a
 	@$(PYTHON_VENV) -m sessile bench step $(ARGS)
 	@$(PYTHON_VENV) -m sessile bench history
 
-# What measures time runs first and by itself, the rest in two processes; with ARGS, just what they say.
+# What measures time runs first and by itself. The rest waits for servers a quarter of its time, so it takes three
+# processes to keep two cores at work; the longest files come first. With ARGS, just what they say.
 test: $(DEVELOPMENT) ## run the tests
 	@$(PYTHON_VENV) -m pytest $(or $(ARGS),-q tests/perf)
-	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=2 --dist=loadfile \
+	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=3 --dist=loadfile \
 		--no-loadscope-reorder)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules

@@ -248,4 +248,5 @@ def test_a_client_that_closes_its_stream_ends_the_request(server: Running, clien
     next(iter(stream))
     stream.close()
     server.wait_until(lambda: server.engine.running == 0)
-    assert len(server.engine.cancels()) == 1
+    messages = [cancel.message for cancel in server.engine.cancels()]
+    assert messages.count("the client disconnected") == 1  # one of the test before may come late
