@@ -57,11 +57,12 @@ class ShapeEngine:
     """An engine in process on seeded random weights of a shape; prompts are random token ids, all different."""
 
     def __init__(
-        self, shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, *, traced: bool = False
-    ) -> None:
+        self, shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, *, traced: bool = False,
+        quantize: str = "none",
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
-        model = ModelOptions(model=str(folder), load_format="dummy")
+        model = ModelOptions(model=str(folder), load_format="dummy", quantize=quantize)
         started_ns = time.monotonic_ns()
         self.engine = self._open(model, DeviceOptions(), scheduler, options)
         self.start_s = (time.monotonic_ns() - started_ns) / 1e9

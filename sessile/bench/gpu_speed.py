@@ -26,14 +26,14 @@ def machine_line() -> str:
 
 def measure_shape(
     shape: str, groups: set[str], batches: tuple[int, ...], scheduler: SchedulerOptions, options: EngineOptions,
-    *, traced: bool = False,
+    *, traced: bool = False, quantize: str = "none",
 ) -> None:  # fmt: skip
     """Print the figures of one shape: any of the groups "steps", "throughput", "stalls" and "turns"."""
     with TemporaryDirectory() as folder:
-        engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced)
+        engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced, quantize=quantize)
         facts = engine.engine.device.facts
         print(
-            f"{shape}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
+            f"{shape}, {facts.quantize}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
             f"KV {facts.kv_bytes / 1e9:.1f} GB"
         )
         if "steps" in groups:

@@ -15,6 +15,7 @@ from sessile.device.memory import available_bytes, available_cores, parse_bytes,
 from sessile.device.worker import DeviceFacts
 from sessile.errors import StartupError
 from sessile.kernels.triton_launch import compiled_together
+from sessile.kernels.triton_weight import GROUP
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
 from sessile.model.layers import WeightFormat
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
@@ -24,8 +25,11 @@ _AUTO_SHARE = 0.9
 _COMPUTE_BYTES = 2 << 30
 """Left free for what steps compute in."""
 _HEAD_DIM_MAX = 256
+_QUANTISED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}
+"""Of a weight; int4 has a scale and a minimum for each 32."""
+_FP8_CAPABILITY = (8, 9)
 WARM_PROMPT_TOKENS = (64, 8192)
-WARM_ROWS = (8, 32, 64)
+WARM_ROWS = (8, 32, 64, 128)
 """Decoding steps of up to so many rows have kernels of their own."""
 
 
@@ -45,9 +49,10 @@ def open_gpu(
     Arguments as those of `open_device`. device: a CUDA GPU; tests give the CPU and Triton's interpreter.
     """
     config = read_config(resolve_model_path(model_options.model))
-    _check_model(config, model_options)
+    _check_model(config, model_options, device)
     context = config.serving_context_tokens(context_tokens)
-    form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device)
+    quantize = "none" if model_options.quantize == "auto" else model_options.quantize
+    form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device, quantize)
     _check_memory(config, form)
     try:
         loaded = load_model(model_options, form, progress)
@@ -86,11 +91,11 @@ def open_gpu(
 
 
 def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that "auto", "float32" or "bfloat16" means on this GPU."""
+    """The dtype that "auto", "float32", "bfloat16" or "float16" means on this GPU."""
     if dtype == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
 def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
@@ -117,11 +122,22 @@ def _blank_plan(rows: int, tokens: int) -> StepPlan:
     )  # fmt: skip
 
 
-def _check_model(config: ModelConfig, options: ModelOptions) -> None:
+def _check_model(config: ModelConfig, options: ModelOptions, device: torch.device) -> None:
     if options.quantize_activations == "int8":
         raise StartupError("--quantize-activations int8 works on the CPU only; leave it out.")
-    if options.quantize not in ("auto", "none"):
-        raise StartupError(f"--quantize {options.quantize} works on the CPU only in this version; leave it out.")
+    if options.quantize == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            raise StartupError(
+                "--quantize fp8 needs a GPU of compute capability 8.9 (Ada, Hopper or later); this one has "
+                f"{'.'.join(map(str, capability))}. Use --quantize int8."
+            )
+    widths = (config.hidden_size, config.heads * config.head_dim, config.intermediate_size)
+    if options.quantize == "int4" and any(width % GROUP for width in widths):
+        raise StartupError(
+            f"--quantize int4 on a GPU needs layers with multiples of {GROUP} inputs; this model's have "
+            f"{', '.join(map(str, widths))}. Use --quantize int8."
+        )
     if config.head_dim > _HEAD_DIM_MAX:
         raise StartupError(
             f"heads of {config.head_dim} dimensions are not supported on a GPU, only up to {_HEAD_DIM_MAX}. "
@@ -131,11 +147,16 @@ def _check_model(config: ModelConfig, options: ModelOptions) -> None:
 
 def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
     """Refuse early what would fail half-way: weights alone must fit."""
-    needed, free = weight_bytes_estimate(config, form.dtype.itemsize), _free_bytes(form.device)
+    plain_bytes, free = form.dtype.itemsize, _free_bytes(form.device)
+    quantised_bytes = _QUANTISED_BYTES.get(form.quantize)
+    if quantised_bytes is None:
+        needed = weight_bytes_estimate(config, plain_bytes)
+    else:
+        needed = weight_bytes_estimate(config, quantised_bytes, plain_bytes)
     if needed > free:
         raise StartupError(
             f"too little memory on the GPU: the weights need about {readable(needed)} but only {readable(free)} is "
-            "free. Use a smaller model or --dtype bfloat16, or free memory."
+            "free. Use a smaller model, --dtype bfloat16 or --quantize int4, or free memory."
         )
 
 

@@ -14,13 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sessile.kernels.triton_early import LINE_BYTES, ask_for, have_read, launch_options, next_begins, wait_for_inputs
+from sessile.kernels.triton_int4 import few_tokens_int4
 from sessile.kernels.triton_launch import launch
+from sessile.kernels.triton_widen import fast_for, widen_rows
+from sessile.kernels.triton_weight import Quantised, Weight
 from sessile.units import ceil_div
 
 FEW_TOKENS = 32
 """Most tokens of a product that is computed here; with more, what reads the parts loses what their making gains."""
-_TOKENS_MIN = 8
-"""What the matrix units multiply at once; fewer are padded."""
+QUANTISED_FEW_TOKENS = 128
+"""Of a quantised weight, which would have to be widened into memory to be multiplied elsewhere."""
+_TOKEN_SIZES = (8, 32, 64, 128)
+"""Tokens that one program computes; fewer are padded. The matrix units multiply 8 at once."""
 _AHEAD_BYTES = 256
 """How much of each of its rows a program asks for before it waits for what it multiplies them with."""
 _OUTS_AT_A_TIME = 7_600
@@ -52,48 +57,80 @@ def few_tile(outs: int, ins: int, tokens: int) -> FewTile:
     return FewTile(rows, columns, splits, stages=3 if outs >= 65_536 else 4, warps=rows // 16)
 
 
-def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
+def few_tokens_max(weight: Weight) -> int:
+    """Most tokens of a product with this weight that is computed here."""
+    return QUANTISED_FEW_TOKENS if isinstance(weight, Quantised) else FEW_TOKENS
+
+
+def tile_of(weight: Weight, tokens: int) -> FewTile:
+    """The tile for a product of so many tokens with this weight."""
+    outs, ins = weight.shape
+    if isinstance(weight, Quantised):
+        return quantised_tile(outs, ins, tokens, is_int4=weight.is_int4)
+    return few_tile(outs, ins, tokens)
+
+
+def quantised_tile(outs: int, ins: int, tokens: int, *, is_int4: bool) -> FewTile:
+    """The tile for a quantised weight [outs, ins]."""
+    rows = 32 if tokens <= 8 and outs < 16_384 else 64
+    columns = 256 if tokens <= 32 and ins >= 2048 else 128
+    blocks = ceil_div(ins, columns)
+    most = max(1, blocks // 2)
+    wanted = min(most, ceil_div(_OUTS_AT_A_TIME, outs))
+    splits = next((splits for splits in range(wanted, most + 1) if blocks % splits == 0), wanted)
+    return FewTile(rows, columns, splits, stages=3 if tokens > 8 else 4, warps=rows // 16)
+
+
+def few_linear(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
     """The linear layer of x [t, in], in parts float32[splits, t, out] that have to be summed. weight [out, in]."""
-    tile = tile or few_tile(weight.shape[0], weight.shape[1], x.shape[0])
+    tile = tile or tile_of(weight, x.shape[0])
     parts = x.new_empty(tile.splits, x.shape[0], weight.shape[0], dtype=torch.float32)
     return _launch(x, weight, bias, parts, tile, is_gated=False)
 
 
-def few_linear_whole(x: Tensor, weight: Tensor, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
+def few_linear_whole(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
     """The same of a weight with so many rows that nothing has to be split: [t, out] in x's dtype."""
-    tile = tile or few_tile(weight.shape[0], weight.shape[1], x.shape[0])
+    tile = tile or tile_of(weight, x.shape[0])
     assert tile.splits == 1, f"{weight.shape[0]} rows are split"
     return _launch(x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, is_gated=False)
 
 
-def few_gated_linear(x: Tensor, weight: Tensor, tile: FewTile | None = None) -> Tensor:
+def few_gated_linear(x: Tensor, weight: Weight, tile: FewTile | None = None) -> Tensor:
     """silu(gate) * up of x [t, in]: [t, inner] in x's dtype. weight [2 × inner, in], gate first."""
-    tile = tile or few_tile(weight.shape[0], weight.shape[1], x.shape[0])
+    tile = tile or tile_of(weight, x.shape[0])
     gated = x.new_empty(x.shape[0], weight.shape[0] // 2)
     half = FewTile(tile.outs // 2, tile.ins, 1, tile.stages, max(1, tile.warps // 2))
     return _launch(x, weight, None, gated, half, is_gated=True)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: FewTile, *, is_gated: bool) -> Tensor:
-    assert x.is_contiguous() and weight.is_contiguous() and 1 <= x.shape[0] <= FEW_TOKENS
+def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: FewTile, *, is_gated: bool) -> Tensor:
+    assert x.is_contiguous() and 1 <= x.shape[0] <= few_tokens_max(weight)
     tokens, ins, outs = x.shape[0], x.shape[1], out.shape[-1]
     split_ins = ceil_div(ceil_div(ins, tile.ins), tile.splits) * tile.ins
     following = next_begins(x, tokens)
-    launch(
-        _few_tokens, (triton.cdiv(outs, tile.outs), tile.splits),
-        x, weight, bias if bias is not None else weight, out, tokens, outs, ins, split_ins,
-        HAS_BIAS=bias is not None, IS_GATED=is_gated, IS_EVEN=outs % tile.outs == 0 and split_ins * tile.splits == ins,
-        TOKENS=_TOKENS_MIN if tokens <= _TOKENS_MIN else FEW_TOKENS, OUTS=tile.outs, INS=tile.ins, STAGES=tile.stages,
-        AHEAD=_AHEAD_BYTES // LINE_BYTES.value, NEXT=following.value, num_warps=tile.warps, **launch_options(following),
-    )  # fmt: skip
+    numbers, scales = (weight.numbers, weight.scales) if isinstance(weight, Quantised) else (weight, weight)
+    assert numbers.is_contiguous()
+    common = {
+        "HAS_BIAS": bias is not None, "IS_GATED": is_gated,
+        "IS_EVEN": outs % tile.outs == 0 and split_ins * tile.splits == ins,
+        "TOKENS": next(size for size in _TOKEN_SIZES if tokens <= size), "OUTS": tile.outs, "INS": tile.ins,
+        "STAGES": tile.stages, "AHEAD": _AHEAD_BYTES // LINE_BYTES.value, "NEXT": following.value,
+        "IS_FAST": isinstance(weight, Quantised) and fast_for(x), "num_warps": tile.warps, **launch_options(following),
+    }  # fmt: skip
+    grid = triton.cdiv(outs, tile.outs), tile.splits
+    given = x, numbers, scales, bias if bias is not None else x, out, tokens, outs, ins, split_ins
+    if isinstance(weight, Quantised) and weight.is_int4:
+        launch(few_tokens_int4, grid, *given, **common)
+    else:
+        launch(_few_tokens, grid, *given, HAS_SCALES=isinstance(weight, Quantised), **common)
     return out
 
 
 @triton.jit
 def _few_tokens(  # type: ignore[no-untyped-def]
-    x, weight, bias, out, tokens, outs, ins, split_ins,
-    HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
-    TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    x, weight, scales, bias, out, tokens, outs, ins, split_ins,
+    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
+    IS_FAST: tl.constexpr, TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few rows of the weight times all tokens, over one split of the inputs: the weight is the left operand."""
@@ -102,6 +139,7 @@ def _few_tokens(  # type: ignore[no-untyped-def]
     token = tl.arange(0, TOKENS)
     lane = tl.arange(0, INS)
     is_row, is_token = row < outs, token < tokens
+    kind: tl.constexpr = x.dtype.element_ty
     first = split * split_ins
     rows = weight + row[:, None].to(tl.int64) * ins + first + lane[None, :]
     ups = rows + outs.to(tl.int64) * ins
@@ -120,14 +158,18 @@ def _few_tokens(  # type: ignore[no-untyped-def]
         else:
             w = tl.load(rows + done, mask=is_row[:, None] & inside[None, :], other=0.0)
         a = tl.load(columns + done, mask=is_token[None, :] & inside[:, None], other=0.0)
-        product = tl.dot(w, a, product, input_precision="ieee")
+        product = tl.dot(widen_rows(w, kind, IS_FAST), a, product, input_precision="ieee")
         if IS_GATED:
             if IS_EVEN:
                 u = tl.load(ups + done, eviction_policy="evict_first")
             else:
                 u = tl.load(ups + done, mask=is_row[:, None] & inside[None, :], other=0.0)
-            second = tl.dot(u, a, second, input_precision="ieee")
+            second = tl.dot(widen_rows(u, kind, IS_FAST), a, second, input_precision="ieee")
     have_read(NEXT)
+    if HAS_SCALES:  # of a row each, so that they may be applied to the sums
+        product *= tl.load(scales + row, mask=is_row, other=0.0)[:, None]
+        if IS_GATED:
+            second *= tl.load(scales + outs + row, mask=is_row, other=0.0)[:, None]
     if HAS_BIAS:
         if split == 0:
             product += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]

@@ -1,0 +1,87 @@
+"""A decoder's linear layers on a GPU, plain or quantised: which kernel multiplies, and where weights are widened."""
+
+import torch
+from torch import Tensor
+
+from sessile.kernels.linear import Fp8Weight, Int4Weight, Int8Weight, LinearWeight, PlainWeight
+from sessile.kernels.triton_few import few_gated_linear, few_linear, few_linear_whole, few_tokens_max, tile_of
+from sessile.kernels.triton_layers import silu_mul
+from sessile.kernels.triton_weight import Quantised, Weight
+from sessile.kernels.triton_widen import widen
+from sessile.model.layers import Decoder, Linear
+
+_SCRATCH_ELEMENTS = 8 << 20
+"""Weights that are widened before they are multiplied: so many stay in the cache of an H100 on their way."""
+
+
+class GpuLinears:
+    """Multiplies a decoder's linear layers. Owns the scratch in which quantised weights are widened for many tokens.
+
+    The scratch is one for all layers and stays where it is, so that it may be part of a CUDA graph.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        modules = [part for part in decoder.modules() if isinstance(part, Linear)]
+        self._weights: dict[Linear, Weight] = {module: as_kernels_see_it(module.weight) for module in modules}
+        quantised = [weight for weight in self._weights.values() if isinstance(weight, Quantised)]
+        elements = max((_rows_at_once(weight) * weight.shape[1] for weight in quantised), default=0)
+        self._scratch = decoder.norm.weight.new_empty(elements)
+
+    def weight(self, module: Linear) -> Weight:
+        """The weight [out, in] as the kernels for one token read it."""
+        return self._weights[module]
+
+    def product(self, module: Linear, x: Tensor) -> Tensor:
+        """The layer of x [t, in]: [t, out], or of few tokens its parts [parts, t, out]."""
+        weight = self._weights[module]
+        if x.shape[0] <= few_tokens_max(weight):
+            return few_linear(x, weight, module.bias)
+        return self._of_many_tokens(module, x)
+
+    def whole(self, module: Linear, x: Tensor) -> Tensor:
+        """The layer of x [t, in]: [t, out]."""
+        weight = self._weights[module]
+        if x.shape[0] <= few_tokens_max(weight) and tile_of(weight, x.shape[0]).splits == 1:
+            return few_linear_whole(x, weight, module.bias)
+        return self._of_many_tokens(module, x)
+
+    def gated(self, module: Linear, x: Tensor) -> Tensor:
+        """silu(gate) * up of a layer that computes both of x [t, in]: [t, inner]."""
+        weight = self._weights[module]
+        if module.bias is None and x.shape[0] <= few_tokens_max(weight):
+            return few_gated_linear(x, weight)
+        return silu_mul(self._of_many_tokens(module, x))
+
+    def _of_many_tokens(self, module: Linear, x: Tensor) -> Tensor:
+        """Some rows of a quantised weight after the other: widened, then multiplied by cuBLAS as a plain one."""
+        weight = self._weights[module]
+        if not isinstance(weight, Quantised):
+            return module(x)
+        outs, ins = weight.shape
+        out, at_once = x.new_empty(x.shape[0], outs), _rows_at_once(weight)
+        for first in range(0, outs, at_once):
+            rows = min(at_once, outs - first)
+            plain = widen(weight, first, self._scratch[: rows * ins].view(rows, ins)).t()
+            target = out[:, first : first + rows]
+            if module.bias is None:
+                torch.mm(x, plain, out=target)
+            else:
+                torch.addmm(module.bias[first : first + rows], x, plain, out=target)
+        return out
+
+
+def _rows_at_once(weight: Quantised) -> int:
+    rows, columns = weight.shape
+    return min(rows, max(1, _SCRATCH_ELEMENTS // columns))
+
+
+def as_kernels_see_it(weight: LinearWeight) -> Weight:
+    """The weight for the kernels of a GPU, in the same memory."""
+    match weight:
+        case PlainWeight():
+            return weight.weight
+        case Int8Weight() | Fp8Weight():
+            return Quantised(weight.quantised, weight.scales)
+        case Int4Weight():
+            return Quantised(weight.packed, weight.scales.flatten(1).view(torch.int32))
+    raise AssertionError(f"{type(weight).__name__} does not run on a GPU")
