@@ -74,11 +74,10 @@ def quantised_tile(outs: int, ins: int, tokens: int, *, is_int4: bool) -> FewTil
     """The tile for a quantised weight [outs, ins]."""
     rows = 32 if tokens <= 8 and outs < 16_384 else 64
     columns = 256 if tokens <= 32 and ins >= 2048 else 128
-    blocks = ceil_div(ins, columns)
-    most = max(1, blocks // 2)
-    wanted = min(most, ceil_div(_OUTS_AT_A_TIME, outs))
-    splits = next((splits for splits in range(wanted, most + 1) if blocks % splits == 0), wanted)
-    return FewTile(rows, columns, splits, stages=3 if tokens > 8 else 4, warps=rows // 16)
+    blocks, wanted = ceil_div(ins, columns), ceil_div(_OUTS_AT_A_TIME, outs)
+    splits = [splits for splits in range(1, max(1, blocks // 2) + 1) if blocks % splits == 0]
+    enough = next((count for count in splits if count >= wanted), splits[-1])
+    return FewTile(rows, columns, enough, stages=3 if tokens > 8 else 4, warps=rows // 16)
 
 
 def few_linear(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
@@ -126,7 +125,7 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: F
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _few_tokens(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, tokens, outs, ins, split_ins,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
