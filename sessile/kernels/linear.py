@@ -24,7 +24,6 @@ from sessile.kernels.native import (
     processor_flags,
 )
 
-
 _ROWS_AT_ONCE = 16_384
 """Rows that are rounded at once, so that a large layer does not need several times its size."""
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from sessile.kernels.triton_early import LINE_BYTES, ask_for, have_read, launch_options, next_begins, wait_for_inputs
 from sessile.kernels.triton_int4 import few_tokens_int4
 from sessile.kernels.triton_launch import launch
-from sessile.kernels.triton_widen import fast_for, widen_rows
 from sessile.kernels.triton_weight import Quantised, Weight
+from sessile.kernels.triton_widen import fast_for, widen_rows
 from sessile.units import ceil_div
 
 FEW_TOKENS = 32
@@ -129,8 +129,8 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: F
 def _few_tokens(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, out, tokens, outs, ins, split_ins,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
-    IS_FAST: tl.constexpr, TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    NEXT: tl.constexpr,
+    IS_FAST: tl.constexpr, TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few rows of the weight times all tokens, over one split of the inputs: the weight is the left operand."""
     row = tl.program_id(0) * OUTS + tl.arange(0, OUTS)

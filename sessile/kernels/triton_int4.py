@@ -11,6 +11,7 @@ import triton.language as tl
 from sessile.kernels.triton_early import ask_for, have_read, wait_for_inputs
 from sessile.kernels.triton_widen import HALF, widen_groups
 
+
 @triton.jit(do_not_specialize=["tokens"])
 def few_tokens_int4(  # type: ignore[no-untyped-def]
     x, weight, words, bias, out, tokens, outs, ins, split_ins,

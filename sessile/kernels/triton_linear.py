@@ -92,8 +92,9 @@ def _launch(
 @triton.jit
 def _one_token(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, gain, out, outs, ins, epsilon,
-    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr, ADDS: tl.constexpr,
-    IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, AHEAD: tl.constexpr, NEXT: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr,
+    ADDS: tl.constexpr, IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, AHEAD: tl.constexpr,
+    NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few elements of the output. The norm's scale is one factor, so it is applied to the sums."""
     column = tl.program_id(0) * OUTS + tl.arange(0, OUTS)

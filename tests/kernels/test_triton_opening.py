@@ -43,7 +43,7 @@ def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "message"),
     [
         ({"head_dim": 512}, "up to 256. Use --device cpu"),
-        ({"options": {"quantize": "int4"}, "intermediate_size": 48}, "multiples of 32 inputs; .* 48. Use --quantize int8"),
+        ({"options": {"quantize": "int4"}, "intermediate_size": 48}, "of 32 inputs; .* 32, 48. Use --quantize int8"),
         ({"options": {"quantize_activations": "int8"}}, "--quantize-activations int8 works on the CPU only"),
         ({"kv_memory": "1K"}, "--kv-memory of 1.0 KiB holds"),
     ],
