@@ -33,7 +33,7 @@ def measure_shape(
         engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced, quantize=quantize)
         facts = engine.engine.device.facts
         print(
-            f"{shape}, {facts.quantize}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
+            f"{shape}, {quantize}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
             f"KV {facts.kv_bytes / 1e9:.1f} GB"
         )
         if "steps" in groups:
