@@ -29,7 +29,7 @@ _QUANTISED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}
 """Of a weight; int4 has a scale and a minimum for each 32."""
 _FP8_CAPABILITY = (8, 9)
 WARM_PROMPT_TOKENS = (64, 8192)
-WARM_ROWS = (8, 32, 64, 128)
+WARM_ROWS = (8, 32, 64)
 """Decoding steps of up to so many rows have kernels of their own."""
 
 
