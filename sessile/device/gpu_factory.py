@@ -99,18 +99,20 @@ def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
-    """Run one step of each kind, so that kernels are compiled (or read from Triton's cache), then capture common sizes.
+    """Compile all kernels (or read them from Triton's cache), run one step of each kind, then capture common sizes.
 
     No row is bound: all read and write the scratch page.
     """
     decoding = sorted({min(rows, rows_max) for rows in (1, *WARM_ROWS, rows_max)})
     shapes = [*((rows, 1) for rows in decoding), *((1, min(tokens, context_tokens)) for tokens in WARM_PROMPT_TOKENS)]
+    plans = [_blank_plan(rows, tokens) for rows, tokens in shapes]
+    common = common_buckets(rows_max) if runner.captures else []
     with compiled_together(available_cores()):
-        for rows, tokens in shapes:
-            runner.start(_blank_plan(rows, tokens)).wait()
-    for rows, tokens in shapes:
-        runner.start(_blank_plan(rows, tokens)).wait()
-    for bucket in common_buckets(rows_max):
+        for bucket in dict.fromkeys([*map(runner.bucket_of, plans), *common]):
+            runner.ask_for(bucket)
+    for plan in plans:
+        runner.start(plan).wait()
+    for bucket in common:
         runner.prepare(bucket)
 
 

@@ -25,6 +25,8 @@ from sessile.model.fused_gpu import BlockKinds, FusedDecoder, GpuCache
 from sessile.model.layers import Decoder
 
 _UPLOAD_WORDS = 1 << 20
+_LAYERS_ASKED = 2
+"""Layers that show all kernels of a step: the first one, which gets no other's output, and one behind it."""
 _SCORES_AT_ONCE = 64
 
 
@@ -49,9 +51,9 @@ class GpuRunner:
         self._rows_max = rows_max
         self._row_pages = row_pages
         self._vocab_size = decoder.config.vocab_size
-        self._captures = captures and device.type == "cuda"
+        self.captures = captures and device.type == "cuda"
         self._seen_buckets: dict[Bucket, bool] = {}
-        self._graph_pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._state = RowState.empty(rows_max, row_pages, device)
         cache = GpuCache(pool.keys, pool.values, self._state.table, pool.page_size)
         self._decoder = FusedDecoder(decoder, cache)
@@ -71,13 +73,13 @@ class GpuRunner:
         if not plan.rows.size:
             apply_state(self._upload.target, self._state)
             return PendingStep(plan, None, Moment(self._device), self._rows_max)
-        bucket = bucket_of(plan, self._decoder.narrow_row_tokens)
+        bucket = self.bucket_of(plan)
         scores: list[PendingLogprobs] = []
         logprobs = None
         has_extras = plan.score_queries.size or plan.mask_queries.size or (plan.logprob_tops >= 0).any()
         if has_extras or self._parameters.adjusted[plan.rows].any():
             scores, logprobs = self._run_with_extras(plan, bucket)
-        elif not bucket.is_captured or not self._captures:
+        elif not bucket.is_captured or not self.captures:
             self._run(bucket)
         else:
             self._run_captured(bucket)
@@ -113,10 +115,23 @@ class GpuRunner:
             graph = self._capture(bucket)
         graph.replay()
 
+    def bucket_of(self, plan: StepPlan) -> Bucket:
+        """The size at which a step with this plan runs."""
+        return bucket_of(plan, self._decoder.narrow_row_tokens)
+
+    @torch.inference_mode()
+    def ask_for(self, bucket: Bucket) -> None:
+        """Within `compiled_together`: have compiled what a step of this size launches without extras."""
+        layout = self._layout(bucket)
+        # Only our own kernels do not run now; these two are indices for others.
+        layout.tokens.zero_()
+        layout.place_tokens.zero_()
+        self._choose(self._forward(layout, _LAYERS_ASKED), bucket)
+
     @torch.inference_mode()
     def prepare(self, bucket: Bucket) -> None:
         """Keep a graph of this size before a step needs it. Steps of its kind have run, so kernels are compiled."""
-        if self._captures and bucket not in self.graphs:
+        if self.captures and bucket not in self.graphs:
             self._capture(bucket)
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
@@ -128,24 +143,29 @@ class GpuRunner:
 
     def _run(self, bucket: Bucket) -> None:
         """A whole step, as far as most steps go: what a graph holds."""
-        forward = self._forward(bucket)
+        self._choose(self._forward(self._layout(bucket)), bucket)
+
+    def _choose(self, forward: Forward, bucket: Bucket) -> None:
         if not bucket.places:
             self._settle(self._nothing_chosen(), forward.layout)
             return
         logits = self._decoder.logits(forward.residual, forward.layout.place_tokens)
         self._settle(choose_tokens(logits, self._state, forward.layout), forward.layout)
 
-    def _forward(self, bucket: Bucket) -> Forward:
-        """Apply the plan in the upload's target, lay it out, and run the layers."""
+    def _layout(self, bucket: Bucket) -> StepLayout:
+        """Memory for the layout of a step."""
         kinds = BlockKinds(bucket.has_narrow, bucket.has_wide)
-        layout = self._decoder.layout(bucket.tokens, bucket.rows, bucket.places, kinds)
+        return self._decoder.layout(bucket.tokens, bucket.rows, bucket.places, kinds)
+
+    def _forward(self, layout: StepLayout, layers: int | None = None) -> Forward:
+        """Apply the plan in the upload's target, lay it out, and run all layers, or the first few."""
         apply_state(self._upload.target, self._state)
         lay_out(self._upload.target, self._state, layout, self._pool.page_size, self._decoder.shape.kv_heads)
-        return Forward(layout, self._decoder.forward(layout))
+        return Forward(layout, self._decoder.forward(layout, layers))
 
     def _run_with_extras(self, plan: StepPlan, bucket: Bucket) -> tuple[list[PendingLogprobs], PendingLogprobs | None]:
         """A step with prompt scores, log-probabilities, masks, or rows whose logits are adjusted, without a graph."""
-        forward = self._forward(bucket)
+        forward = self._forward(self._layout(bucket))
         scores = self._score(plan, forward)
         places = sample_positions(plan)
         if not places.flat.size:

@@ -20,7 +20,7 @@ from sessile.kernels.triton_weight import Quantised, Weight
 from sessile.kernels.triton_widen import fast_for, widen_rows
 from sessile.units import ceil_div
 
-FEW_TOKENS = 32
+FEW_TOKENS = 64
 """Most tokens of a product that is computed here; with more, what reads the parts loses what their making gains."""
 QUANTISED_FEW_TOKENS = 128
 """Of a quantised weight, which would have to be widened into memory to be multiplied elsewhere."""
@@ -49,6 +49,8 @@ class FewTile:
 def few_tile(outs: int, ins: int, tokens: int) -> FewTile:
     """The tile for a weight [outs, ins], by measurement on an H100."""
     rows = 32 if tokens <= 16 and outs < 16_384 else 64
+    if tokens > 32 and 16_384 <= outs < 65_536:
+        rows = 128
     columns = 128 if ins >= 4096 or outs >= 65_536 else 64
     blocks = ceil_div(ins, columns)
     most = max(1, blocks // 2)

@@ -2,11 +2,12 @@
 
 One token's product is as fast as its weights are read, and everything else is launches. So the norm before a product,
 the gating after it and the sum with the residual stream happen in the kernel that reads the weights, which needs no
-matrix units. More tokens are multiplied by cuBLAS.
+matrix units. A few dozens of tokens have kernels of their own (`triton_few`); more are multiplied by cuBLAS.
 """
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,6 +60,18 @@ def add_linear(
 ) -> None:
     """Add the linear layer of x [1, in] to the residual stream [1, out] in place."""
     _launch(x, weight, residual, bias=bias, adds=True, tile=tile)
+
+
+def split_linear(x: Tensor, weight: Tensor, splits: int) -> Tensor:
+    """The linear layer of x [t, in], in parts float32[splits, t, out] that have to be summed, multiplied by cuBLAS.
+
+    weight [out, in], with inputs that can be split evenly.
+    """
+    tokens, (outs, ins) = x.shape[0], weight.shape
+    assert ins % splits == 0, f"{ins} inputs are not {splits} times the same"
+    here = x.view(tokens, splits, ins // splits).transpose(0, 1)
+    there = weight.view(outs, splits, ins // splits).permute(1, 2, 0)
+    return torch.bmm(here, there) if x.dtype == torch.float32 else torch.bmm(here, there, out_dtype=torch.float32)
 
 
 def _launch(

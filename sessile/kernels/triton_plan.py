@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sessile.contract.plan import BIND_FLOATS, BIND_INTS, FROM_DEVICE, PLAN_ARRAYS, PLAN_HEADER_WORDS, SAMPLE
+from sessile.kernels.triton_launch import launch
 from sessile.kernels.triton_work import AttentionWork, share_out
 
 _HEADER = tl.constexpr(PLAN_HEADER_WORDS)
@@ -115,14 +116,16 @@ class StepLayout:
 def apply_state(plan: Tensor, state: RowState) -> None:
     """Bind rows and write page-table runs, as StepPlan documents. plan int32: a packed plan, on the device."""
     width = state.table.shape[1]
-    _bind[(STATE_PROGRAMS,)](plan, state.table, width, state.last_tokens, state.ints, state.floats.view(torch.int32))
-    _write_runs[(STATE_PROGRAMS,)](plan, state.table, width)
+    grid = (STATE_PROGRAMS,)
+    launch(_bind, grid, plan, state.table, width, state.last_tokens, state.ints, state.floats.view(torch.int32))
+    launch(_write_runs, grid, plan, state.table, width)
 
 
 def lay_out(plan: Tensor, state: RowState, layout: StepLayout, page_size: int, kv_heads: int) -> None:
     """Fill the layout from the packed plan, the page table and the last tokens. The plan must fit the bucket."""
     tokens, rows, places = layout.tokens.numel(), layout.rows.numel(), layout.place_rows.numel()
-    _lay_out[(max(tokens, rows, places),)](
+    launch(
+        _lay_out, (max(tokens, rows, places),),
         plan, state.table, state.table.shape[1], state.last_tokens,
         layout.tokens, layout.positions, layout.slots,
         layout.rows, layout.starts, layout.counts, layout.offsets, layout.drafts, layout.flags, layout.indices,

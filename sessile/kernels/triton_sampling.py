@@ -22,6 +22,7 @@ from sessile.contract.plan import (
     BIND_TOP_P,
     SAMPLE,
 )
+from sessile.kernels.triton_launch import launch
 from sessile.kernels.triton_plan import RowState, StepLayout
 
 _BLOCK = tl.constexpr(4096)
@@ -52,8 +53,9 @@ def choose_tokens(logits: Tensor, state: RowState, layout: StepLayout) -> Chosen
     ids, faults = (logits.new_empty((places, parts), dtype=torch.int32) for _ in range(2))
     chosen = Chosen(*(logits.new_empty(places, dtype=torch.int32) for _ in range(2)))
     rows = (layout.place_rows, layout.place_depths, layout.rows, layout.indices, state.ints, state.floats)
-    _best_of_part[(places, parts)](logits, vocab, *rows, best, ids, faults, parts, num_warps=8)
-    _best_of_place[(places,)](
+    launch(_best_of_part, (places, parts), logits, vocab, *rows, best, ids, faults, parts, num_warps=8)
+    launch(
+        _best_of_place, (places,),
         logits, vocab, *rows, best, ids, faults, chosen.tokens, chosen.faults, parts, num_warps=16
     )
     return chosen
@@ -65,7 +67,8 @@ def settle_rows(chosen: Chosen, state: RowState, layout: StepLayout, results: Te
     results int32[3 × rows_max + places]: query counts, tokens emitted and faults by plan row, then the token of each
     place.
     """
-    _settle[(max(layout.rows.numel(), chosen.tokens.numel()),)](
+    launch(
+        _settle, (max(layout.rows.numel(), chosen.tokens.numel()),),
         chosen.tokens, chosen.faults, layout.tokens, layout.rows, layout.counts, layout.flags, layout.drafts,
         layout.places_before, layout.place_tokens, state.last_tokens, results, rows_max,
         layout.rows.numel(), chosen.tokens.numel(), num_warps=1,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessile.kernels.triton_launch import launch
+
 _CHUNK = tl.constexpr(256)
 _PARTIAL_BYTES_MAX = 64 << 20
 """Most memory for what pieces of a split history leave for each other."""
@@ -110,7 +112,8 @@ def share_out(starts: Tensor, counts: Tensor, work: AttentionWork, row_tokens: t
     if not work.pieces:
         return
     rows, tile = counts.numel(), work.tile
-    _share_out[(max(rows, work.merges.numel()),)](
+    launch(
+        _share_out, (max(rows, work.merges.numel()),),
         starts, counts, work.total, work.rows, work.firsts, work.lows, work.sizes, work.merges,
         rows, work.merges.numel(), work.split_pieces, wanted_pieces(kv_heads, tile), *row_tokens,
         TOKENS=work.tokens, KEYS=tile.keys, PART_TILES=tile.part_tiles, num_warps=4,

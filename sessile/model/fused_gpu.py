@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -75,17 +76,20 @@ class FusedDecoder:
             self.narrow_row_tokens,
         )  # fmt: skip
 
-    def forward(self, layout: StepLayout) -> Tensor:
-        """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then."""
+    def forward(self, layout: StepLayout, layers: int | None = None) -> Tensor:
+        """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then.
+
+        layers: run only the first so many.
+        """
         residual = functional.embedding(layout.tokens, self._decoder.embedding)
         turns = layout.positions[:, None] * self._frequencies
         angles = turns.cos(), turns.sin()
         if residual.shape[0] == 1 and not self.config.mlp_bias:
-            for layer in self._decoder.layers:
+            for layer in islice(self._decoder.layers, layers):
                 self._one_token_layer(layer, residual, angles, layout)
             return residual
         x = torch.zeros_like(residual)
-        for layer in self._decoder.layers:
+        for layer in islice(self._decoder.layers, layers):
             x = self._layer(layer, x, residual, angles, layout)
         return residual.add_(x if x.dim() == 2 else x.sum(0))
 

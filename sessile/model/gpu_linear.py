@@ -6,10 +6,13 @@ from torch import Tensor
 from sessile.kernels.linear import Fp8Weight, Int4Weight, Int8Weight, LinearWeight, PlainWeight
 from sessile.kernels.triton_few import few_gated_linear, few_linear, few_linear_whole, few_tokens_max, tile_of
 from sessile.kernels.triton_layers import silu_mul
+from sessile.kernels.triton_linear import split_linear
 from sessile.kernels.triton_weight import Quantised, Weight
 from sessile.kernels.triton_widen import widen
 from sessile.model.layers import Decoder, Linear
 
+SPLIT_TOKENS = 256
+"""Up to so many tokens cuBLAS leaves multiprocessors idle in a product of many inputs and few outputs."""
 _SCRATCH_ELEMENTS = 8 << 20
 """Weights that are widened before they are multiplied: so many stay in the cache of an H100 on their way."""
 
@@ -32,10 +35,15 @@ class GpuLinears:
         return self._weights[module]
 
     def product(self, module: Linear, x: Tensor) -> Tensor:
-        """The layer of x [t, in]: [t, out], or of few tokens its parts [parts, t, out]."""
-        weight = self._weights[module]
-        if x.shape[0] <= few_tokens_max(weight):
+        """The layer of x [t, in]: [t, out], or its parts [parts, t, out] where that is faster."""
+        weight, tokens = self._weights[module], x.shape[0]
+        if tokens <= few_tokens_max(weight):
             return few_linear(x, weight, module.bias)
+        if tokens <= SPLIT_TOKENS and module.bias is None and x.is_cuda and not isinstance(weight, Quantised):
+            outs, ins = weight.shape
+            splits = 4 if outs <= 2048 else 2
+            if ins >= 2 * outs and ins % splits == 0:
+                return split_linear(x, weight, splits)
         return self._of_many_tokens(module, x)
 
     def whole(self, module: Linear, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tests.kernels.layouts import DEVICE
 
 SPLIT = FewTile(32, 32, 3, 3, 2)
 WHOLE = FewTile(32, 32, 1, 3, 2)
-every_count = pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, FEW_TOKENS])
+every_count = pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 32, 33, FEW_TOKENS])
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_a_rotation_reads_all_parts() -> None:
 
 @pytest.mark.parametrize(("outs", "ins"), [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (151936, 1536)])
 @pytest.mark.parametrize(("wide_outs", "wide_ins"), [(6144, 4096), (28672, 4096), (4096, 14336)])
-@pytest.mark.parametrize("tokens", [2, 16, 32])
+@pytest.mark.parametrize("tokens", [2, 16, 32, 64])
 def test_common_weights_are_cut_without_a_rest(
     outs: int, ins: int, wide_outs: int, wide_ins: int, tokens: int
 ) -> None:

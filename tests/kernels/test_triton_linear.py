@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sessile.kernels.triton_linear import LinearTile, Norm, add_linear, norm_gated_linear, norm_linear
+from sessile.kernels.triton_linear import (
+    LinearTile,
+    Norm,
+    add_linear,
+    norm_gated_linear,
+    norm_linear,
+    split_linear,
+)
 from tests.kernels.layouts import DEVICE
 
 TILE = LinearTile(4, 32, 4)
@@ -38,3 +45,12 @@ def test_a_product_is_added_to_the_residual_stream(has_bias: bool) -> None:
     expected = residual + functional.linear(x, weight, bias)
     add_linear(x, weight, bias, residual, TILE)
     torch.testing.assert_close(residual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32])
+@pytest.mark.parametrize("splits", [2, 4])
+def test_a_product_in_parts_adds_up_to_it_without_rounding_between(dtype: torch.dtype, splits: int) -> None:
+    x, weight = random(70, 64).to(dtype), random(24, 64).to(dtype)
+    parts = split_linear(x, weight, splits)
+    assert parts.shape == (splits, 70, 24) and parts.dtype == torch.float32
+    torch.testing.assert_close(parts.sum(0), functional.linear(x.float(), weight.float()), atol=1e-3, rtol=1e-3)
