@@ -22,7 +22,7 @@ from sessile.units import ceil_div
 
 FEW_TOKENS = 64
 """Most tokens of a product that is computed here; with more, what reads the parts loses what their making gains."""
-QUANTISED_FEW_TOKENS = 128
+QUANTISED_FEW_TOKENS = 256
 """Of a quantised weight, which would have to be widened into memory to be multiplied elsewhere."""
 _TOKEN_SIZES = (8, 32, 64, 128)
 """Tokens that one program computes; fewer are padded. The matrix units multiply 8 at once."""
@@ -108,18 +108,20 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: F
     assert x.is_contiguous() and 1 <= x.shape[0] <= few_tokens_max(weight)
     tokens, ins, outs = x.shape[0], x.shape[1], out.shape[-1]
     split_ins = ceil_div(ceil_div(ins, tile.ins), tile.splits) * tile.ins
+    block = next((size for size in _TOKEN_SIZES if tokens <= size), _TOKEN_SIZES[-1])
     following = next_begins(x, tokens)
     numbers, scales = (weight.numbers, weight.scales) if isinstance(weight, Quantised) else (weight, weight)
     assert numbers.is_contiguous()
     common = {
         "HAS_BIAS": bias is not None, "IS_GATED": is_gated,
         "IS_EVEN": outs % tile.outs == 0 and split_ins * tile.splits == ins,
-        "TOKENS": next(size for size in _TOKEN_SIZES if tokens <= size), "OUTS": tile.outs, "INS": tile.ins,
+        "TOKENS": block, "OUTS": tile.outs, "INS": tile.ins,
         "STAGES": tile.stages, "AHEAD": _AHEAD_BYTES // LINE_BYTES.value, "NEXT": following.value,
         "IS_FAST": isinstance(weight, Quantised) and fast_for(x), "num_warps": tile.warps, **launch_options(following),
     }  # fmt: skip
-    grid = triton.cdiv(outs, tile.outs), tile.splits
-    given = x, numbers, scales, bias if bias is not None else x, out, tokens, outs, ins, split_ins
+    token_blocks = ceil_div(tokens, block)
+    grid = triton.cdiv(outs, tile.outs) * token_blocks, tile.splits
+    given = x, numbers, scales, bias if bias is not None else x, out, tokens, outs, ins, split_ins, token_blocks
     if isinstance(weight, Quantised) and weight.is_int4:
         launch(few_tokens_int4, grid, *given, **common)
     else:
@@ -129,15 +131,16 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: F
 
 @triton.jit(do_not_specialize=["tokens"])
 def _few_tokens(  # type: ignore[no-untyped-def]
-    x, weight, scales, bias, out, tokens, outs, ins, split_ins,
+    x, weight, scales, bias, out, tokens, outs, ins, split_ins, token_blocks,
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr,
     IS_FAST: tl.constexpr, TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few rows of the weight times all tokens, over one split of the inputs: the weight is the left operand."""
-    row = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    # Programs side by side read the same rows of the weight, once from memory, for all tokens.
+    row = tl.program_id(0) // token_blocks * OUTS + tl.arange(0, OUTS)
     split = tl.program_id(1)
-    token = tl.arange(0, TOKENS)
+    token = tl.program_id(0) % token_blocks * TOKENS + tl.arange(0, TOKENS)
     lane = tl.arange(0, INS)
     is_row, is_token = row < outs, token < tokens
     kind: tl.constexpr = x.dtype.element_ty

@@ -14,15 +14,16 @@ from sessile.kernels.triton_widen import HALF, widen_groups
 
 @triton.jit(do_not_specialize=["tokens"])
 def few_tokens_int4(  # type: ignore[no-untyped-def]
-    x, weight, words, bias, out, tokens, outs, ins, split_ins,
+    x, weight, words, bias, out, tokens, outs, ins, split_ins, token_blocks,
     HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, IS_EVEN: tl.constexpr, IS_FAST: tl.constexpr,
     TOKENS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     NEXT: tl.constexpr,
 ):  # fmt: skip
     """As `_few_tokens` of `triton_few`, of bytes [out, in / 2] and words [out, in / 32]."""
-    row = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    # Programs side by side read the same rows of the weight, once from memory, for all tokens.
+    row = tl.program_id(0) // token_blocks * OUTS + tl.arange(0, OUTS)
     split = tl.program_id(1)
-    token = tl.arange(0, TOKENS)
+    token = tl.program_id(0) % token_blocks * TOKENS + tl.arange(0, TOKENS)
     byte, group = tl.arange(0, INS // 2), tl.arange(0, INS // 32)
     lane = byte // HALF * 32 + byte % HALF
     is_row, is_token = row < outs, token < tokens
