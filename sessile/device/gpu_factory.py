@@ -17,6 +17,7 @@ from sessile.errors import StartupError
 from sessile.kernels.triton_launch import compiled_together
 from sessile.kernels.triton_weight import GROUP
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.gpu_linear import scratch_bytes
 from sessile.model.layers import WeightFormat
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
@@ -57,7 +58,7 @@ def open_gpu(
     try:
         loaded = load_model(model_options, form, progress)
         token_bytes = config.kv_token_bytes(form.dtype.itemsize)
-        available = _free_bytes(device)
+        available = max(_free_bytes(device) - scratch_bytes(loaded.decoder), 0)
         kv_bytes = _kv_bytes(device_options, available, token_bytes, page_size, context, rows_max)
         pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)
         pool = KvPool(config, pages, page_size, form.dtype, device)

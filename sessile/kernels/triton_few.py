@@ -6,7 +6,8 @@ well, and each split leaves float32 sums of its own, its part. Whoever reads the
 norm behind it, or the rotation. Nothing has to be zeroed, waited for or read again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import log
 
 import torch
 import triton
@@ -22,8 +23,8 @@ from sessile.units import ceil_div
 
 FEW_TOKENS = 64
 """Most tokens of a product that is computed here; with more, what reads the parts loses what their making gains."""
-QUANTISED_FEW_TOKENS = 256
-"""Of a quantised weight, which would have to be widened into memory to be multiplied elsewhere."""
+FEW_TOKENS_EIGHT_BITS, FEW_TOKENS_FOUR_BITS = 256, 128
+"""Of quantised weights, which anywhere else would have to be widened into memory before they are multiplied."""
 _TOKEN_SIZES = (8, 32, 64, 128)
 """Tokens that one program computes; fewer are padded. The matrix units multiply 8 at once."""
 _AHEAD_BYTES = 256
@@ -61,25 +62,48 @@ def few_tile(outs: int, ins: int, tokens: int) -> FewTile:
 
 def few_tokens_max(weight: Weight) -> int:
     """Most tokens of a product with this weight that is computed here."""
-    return QUANTISED_FEW_TOKENS if isinstance(weight, Quantised) else FEW_TOKENS
+    if not isinstance(weight, Quantised):
+        return FEW_TOKENS
+    return FEW_TOKENS_FOUR_BITS if weight.is_int4 else FEW_TOKENS_EIGHT_BITS
 
 
-def tile_of(weight: Weight, tokens: int) -> FewTile:
-    """The tile for a product of so many tokens with this weight."""
+def tile_of(weight: Weight, tokens: int, *, is_gated: bool = False, is_whole: bool = False) -> FewTile:
+    """The tile for a product of so many tokens with this weight; a gated one's rows are halved between the two.
+
+    is_whole: with one split only.
+    """
     outs, ins = weight.shape
-    if isinstance(weight, Quantised):
-        return quantised_tile(outs, ins, tokens, is_int4=weight.is_int4)
-    return few_tile(outs, ins, tokens)
+    if not isinstance(weight, Quantised):
+        tile = few_tile(outs, ins, tokens)
+        return replace(tile, splits=1) if is_whole else tile
+    size = _token_size(tokens)
+    programs, *shape = _FOUR_BIT_TILES[size, is_gated] if weight.is_int4 else _EIGHT_BIT_TILES[size, is_gated]
+    tile = FewTile(shape[0], shape[1], 1, shape[2], shape[3])
+    if size == 8 and ins < 4096 and not is_gated and outs < 16_384:
+        programs, tile = 300, FewTile(32, 128, 1, 4, 2)
+    blocks, rows = ceil_div(ins, tile.ins), ceil_div(outs, tile.outs)
+    if is_gated or is_whole:
+        return tile
+    even = [splits for splits in range(1, max(1, blocks // 2) + 1) if blocks % splits == 0]
+    return replace(tile, splits=min(even, key=lambda splits: abs(log(rows * splits / programs))))
 
 
-def quantised_tile(outs: int, ins: int, tokens: int, *, is_int4: bool) -> FewTile:
-    """The tile for a quantised weight [outs, ins]."""
-    rows = 32 if tokens <= 8 and outs < 16_384 else 64
-    columns = 256 if tokens <= 32 and ins >= 2048 else 128
-    blocks, wanted = ceil_div(ins, columns), ceil_div(_OUTS_AT_A_TIME, outs)
-    splits = [splits for splits in range(1, max(1, blocks // 2) + 1) if blocks % splits == 0]
-    enough = next((count for count in splits if count >= wanted), splits[-1])
-    return FewTile(rows, columns, enough, stages=3 if tokens > 8 else 4, warps=rows // 16)
+_EIGHT_BIT_TILES = {
+    (8, False): (300, 32, 256, 3, 2), (8, True): (0, 64, 256, 3, 4),
+    (32, False): (400, 64, 128, 3, 2), (32, True): (0, 64, 128, 4, 4),
+    (64, False): (256, 64, 128, 3, 4), (64, True): (0, 128, 128, 3, 8),
+    (128, False): (256, 64, 128, 3, 4), (128, True): (0, 128, 128, 3, 8),
+}  # fmt: skip
+"""By tokens and whether a product is gated: programs wanted, rows, inputs, stages, warps; by measurement on an H100.
+
+Two warps multiply with instructions whose operands lie so that a thread's bytes are read together; from 64 rows and
+four warps on, Triton takes those of a whole group of warps, which read bytes in pairs, but overlap with it. Two such
+groups in a program (eight warps) once gave a wrong sum (int8, 128 × 64, 128 tokens), so there is one.
+"""
+_FOUR_BIT_TILES = _EIGHT_BIT_TILES | {
+    (8, False): (300, 64, 256, 3, 4), (32, True): (0, 128, 128, 3, 4), (64, False): (256, 128, 64, 4, 4),
+    (128, False): (256, 128, 64, 4, 4),
+}  # fmt: skip
 
 
 def few_linear(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
@@ -90,25 +114,25 @@ def few_linear(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | N
 
 
 def few_linear_whole(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
-    """The same of a weight with so many rows that nothing has to be split: [t, out] in x's dtype."""
-    tile = tile or tile_of(weight, x.shape[0])
+    """The same without splits, for a weight of many rows: [t, out] in x's dtype."""
+    tile = tile or tile_of(weight, x.shape[0], is_whole=True)
     assert tile.splits == 1, f"{weight.shape[0]} rows are split"
     return _launch(x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, is_gated=False)
 
 
 def few_gated_linear(x: Tensor, weight: Weight, tile: FewTile | None = None) -> Tensor:
     """silu(gate) * up of x [t, in]: [t, inner] in x's dtype. weight [2 × inner, in], gate first."""
-    tile = tile or tile_of(weight, x.shape[0])
+    tile = tile or tile_of(weight, x.shape[0], is_gated=True)
     gated = x.new_empty(x.shape[0], weight.shape[0] // 2)
     half = FewTile(tile.outs // 2, tile.ins, 1, tile.stages, max(1, tile.warps // 2))
     return _launch(x, weight, None, gated, half, is_gated=True)
 
 
 def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: FewTile, *, is_gated: bool) -> Tensor:
-    assert x.is_contiguous() and 1 <= x.shape[0] <= few_tokens_max(weight)
+    assert x.is_contiguous() and x.shape[0] >= 1
     tokens, ins, outs = x.shape[0], x.shape[1], out.shape[-1]
     split_ins = ceil_div(ceil_div(ins, tile.ins), tile.splits) * tile.ins
-    block = next((size for size in _TOKEN_SIZES if tokens <= size), _TOKEN_SIZES[-1])
+    block = _token_size(tokens)
     following = next_begins(x, tokens)
     numbers, scales = (weight.numbers, weight.scales) if isinstance(weight, Quantised) else (weight, weight)
     assert numbers.is_contiguous()
@@ -127,6 +151,10 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, tile: F
     else:
         launch(_few_tokens, grid, *given, HAS_SCALES=isinstance(weight, Quantised), **common)
     return out
+
+
+def _token_size(tokens: int) -> int:
+    return next((size for size in _TOKEN_SIZES if tokens <= size), _TOKEN_SIZES[-1])
 
 
 @triton.jit(do_not_specialize=["tokens"])

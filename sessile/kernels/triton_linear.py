@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sessile.kernels.triton_early import LINE_BYTES, ask_for, launch_options, next_begins, wait_for_inputs
-from sessile.kernels.triton_int4 import one_token_int4
 from sessile.kernels.triton_launch import launch
 from sessile.kernels.triton_weight import Quantised, Weight
+from sessile.kernels.triton_widen import as_float
 
 _AHEAD_BYTES = 1024
 """How much of each of its rows a program asks for before it waits for what it multiplies them with."""
@@ -43,6 +43,15 @@ def linear_tile(outs: int, ins: int) -> LinearTile:
     if outs <= 2048 and ins >= 4096:
         return LinearTile(2, 1024, 4)  # few and long rows: more programs
     return LinearTile(8 if outs >= 16384 and ins < 4096 else 4, 512, 4)
+
+
+def _tile_of(weight: Weight, ins: int) -> LinearTile:
+    outs = weight.shape[0]
+    if not isinstance(weight, Quantised):
+        return linear_tile(outs, ins)
+    if outs < 2048:
+        return LinearTile(2, 2048, 4)
+    return LinearTile(8, 1024 if 2048 < outs <= 4096 else 512, 4)
 
 
 def norm_linear(x: Tensor, norm: Norm, weight: Weight, bias: Tensor | None, tile: LinearTile | None = None) -> Tensor:
@@ -79,8 +88,9 @@ def _launch(
     is_gated: bool = False, adds: bool = False, tile: LinearTile | None = None,
 ) -> Tensor:  # fmt: skip
     assert x.shape[0] == 1 and x.is_contiguous()
+    assert not isinstance(weight, Quantised) or not weight.is_int4, "int4 is for the matrix units alone"
     outs, ins = out.shape[1], x.shape[1]
-    tile = tile or linear_tile(weight.shape[0], ins)
+    tile = tile or _tile_of(weight, ins)
     following = next_begins(x, 1)
     numbers, scales = (weight.numbers, weight.scales) if isinstance(weight, Quantised) else (weight, weight)
     assert numbers.is_contiguous()
@@ -95,19 +105,16 @@ def _launch(
         norm.epsilon if norm else 0.0,
     )  # fmt: skip
     grid = (triton.cdiv(outs, tile.outs),)
-    if isinstance(weight, Quantised) and weight.is_int4:
-        launch(one_token_int4, grid, *given, **common)
-    else:
-        launch(_one_token, grid, *given, HAS_SCALES=isinstance(weight, Quantised), **common)
+    launch(_one_token, grid, *given, HAS_SCALES=isinstance(weight, Quantised), IS_FAST=x.is_cuda, **common)
     return out
 
 
 @triton.jit
 def _one_token(  # type: ignore[no-untyped-def]
     x, weight, scales, bias, gain, out, outs, ins, epsilon,
-    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr,
-    ADDS: tl.constexpr, IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, AHEAD: tl.constexpr,
-    NEXT: tl.constexpr,
+    HAS_SCALES: tl.constexpr, IS_FAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    IS_GATED: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    AHEAD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few elements of the output. The norm's scale is one factor, so it is applied to the sums."""
     column = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
@@ -138,9 +145,9 @@ def _one_token(  # type: ignore[no-untyped-def]
         if HAS_NORM:
             squares += a * a
             a *= tl.load(gain + first + lane, mask=inside, other=0.0).to(tl.float32)
-        product += w.to(tl.float32) * a[None, :]
+        product += as_float(w, IS_FAST) * a[None, :]
         if IS_GATED:
-            second += u.to(tl.float32) * a[None, :]
+            second += as_float(u, IS_FAST) * a[None, :]
     total = tl.sum(product, 1)
     up = tl.sum(second, 1)
     if HAS_SCALES:

@@ -161,3 +161,31 @@ def widen_rows(numbers, kind: tl.constexpr, IS_FAST: tl.constexpr):  # type: ign
         """,
         "=r,=r,r", [numbers], dtype=tl.bfloat16, is_pure=True, pack=4,
     )  # fmt: skip
+
+
+@triton.jit
+def as_float(numbers, IS_FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of any kind, exactly in float32; IS_FAST: int8 without conversions, which the interpreter needs."""
+    if not IS_FAST or numbers.dtype != tl.int8:
+        return numbers.to(tl.float32)
+    # A byte in the last bits of 2^23 is 2^23 + byte.
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, n0, n1, n2, n3, high;
+        .reg .f32 off;
+        mov.b32 high, 0x4b000000;
+        mov.b32 off, 0x4b000080;
+        xor.b32 t, $4, 0x80808080;
+        prmt.b32 n0, t, high, 0x7650;
+        prmt.b32 n1, t, high, 0x7651;
+        prmt.b32 n2, t, high, 0x7652;
+        prmt.b32 n3, t, high, 0x7653;
+        sub.f32 $0, n0, off;
+        sub.f32 $1, n1, off;
+        sub.f32 $2, n2, off;
+        sub.f32 $3, n3, off;
+        }
+        """,
+        "=f,=f,=f,=f,r", [numbers], dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip

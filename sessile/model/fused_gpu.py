@@ -53,6 +53,7 @@ class FusedDecoder:
         self.shape = HeadShape(decoder.config.heads, decoder.config.kv_heads, decoder.config.head_dim)
         self._decoder = decoder
         self._linears = GpuLinears(decoder)
+        self._fuses_one_token = not decoder.config.mlp_bias and not self._linears.has_int4()
         self._cache = cache
         self._narrow = narrow_tile(self.shape, cache.keys.dtype)
         self._wide = wide_tile(self.shape, cache.keys.dtype)
@@ -84,7 +85,7 @@ class FusedDecoder:
         residual = functional.embedding(layout.tokens, self._decoder.embedding)
         turns = layout.positions[:, None] * self._frequencies
         angles = turns.cos(), turns.sin()
-        if residual.shape[0] == 1 and not self.config.mlp_bias:
+        if residual.shape[0] == 1 and self._fuses_one_token:
             for layer in islice(self._decoder.layers, layers):
                 self._one_token_layer(layer, residual, angles, layout)
             return residual
@@ -97,7 +98,7 @@ class FusedDecoder:
         """Raw logits [m, vocab] in the model's dtype, of the tokens int32[m] of what `forward` returned."""
         norm, head = self._decoder.norm, self._decoder.head
         chosen = residual.index_select(0, tokens)
-        if chosen.shape[0] == 1:
+        if chosen.shape[0] == 1 and isinstance(self._linears.weight(head), Tensor):
             return norm_linear(chosen, norm_of(norm), self._linears.weight(head), head.bias)
         return self._linears.whole(head, rms_norm(chosen, norm.weight, norm.epsilon))
 

@@ -1,5 +1,7 @@
 """A decoder's linear layers on a GPU, plain or quantised: which kernel multiplies, and where weights are widened."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ from sessile.model.layers import Decoder, Linear
 
 SPLIT_TOKENS = 256
 """Up to so many tokens cuBLAS leaves multiprocessors idle in a product of many inputs and few outputs."""
-_SCRATCH_ELEMENTS = 8 << 20
-"""Weights that are widened before they are multiplied: so many stay in the cache of an H100 on their way."""
+GATED_TOKENS = 64
+"""With more tokens, sums of gate and up together take more registers than there are."""
+_SCRATCH_ELEMENTS = 128 << 20
+"""Most weights that are widened before they are multiplied. Few enough to stay in an H100's second cache, 16 and 32
+MiB, took longer: cuBLAS leaves multiprocessors idle then."""
 
 
 class GpuLinears:
@@ -26,13 +31,15 @@ class GpuLinears:
     def __init__(self, decoder: Decoder) -> None:
         modules = [part for part in decoder.modules() if isinstance(part, Linear)]
         self._weights: dict[Linear, Weight] = {module: as_kernels_see_it(module.weight) for module in modules}
-        quantised = [weight for weight in self._weights.values() if isinstance(weight, Quantised)]
-        elements = max((_rows_at_once(weight) * weight.shape[1] for weight in quantised), default=0)
-        self._scratch = decoder.norm.weight.new_empty(elements)
+        self._scratch = decoder.norm.weight.new_empty(_scratch_elements(self._weights.values()))
 
     def weight(self, module: Linear) -> Weight:
         """The weight [out, in] as the kernels for one token read it."""
         return self._weights[module]
+
+    def has_int4(self) -> bool:
+        """Whether some layer is in int4, of which one token is multiplied by matrix units as well."""
+        return any(isinstance(weight, Quantised) and weight.is_int4 for weight in self._weights.values())
 
     def product(self, module: Linear, x: Tensor) -> Tensor:
         """The layer of x [t, in]: [t, out], or its parts [parts, t, out] where that is faster."""
@@ -48,17 +55,17 @@ class GpuLinears:
 
     def whole(self, module: Linear, x: Tensor) -> Tensor:
         """The layer of x [t, in]: [t, out]."""
-        weight = self._weights[module]
-        if x.shape[0] <= few_tokens_max(weight) and tile_of(weight, x.shape[0]).splits == 1:
+        weight, tokens = self._weights[module], x.shape[0]
+        is_better = isinstance(weight, Quantised) or tile_of(weight, tokens).splits == 1
+        if tokens <= few_tokens_max(weight) and is_better:
             return few_linear_whole(x, weight, module.bias)
         return self._of_many_tokens(module, x)
 
     def gated(self, module: Linear, x: Tensor) -> Tensor:
         """silu(gate) * up of a layer that computes both of x [t, in]: [t, inner]."""
-        weight = self._weights[module]
-        if module.bias is None and x.shape[0] <= few_tokens_max(weight):
-            return few_gated_linear(x, weight)
-        return silu_mul(self._of_many_tokens(module, x))
+        if module.bias is None and x.shape[0] <= GATED_TOKENS:
+            return few_gated_linear(x, self._weights[module])
+        return silu_mul(self.whole(module, x))
 
     def _of_many_tokens(self, module: Linear, x: Tensor) -> Tensor:
         """Some rows of a quantised weight after the other: widened, then multiplied by cuBLAS as a plain one."""
@@ -76,6 +83,17 @@ class GpuLinears:
             else:
                 torch.addmm(module.bias[first : first + rows], x, plain, out=target)
         return out
+
+
+def scratch_bytes(decoder: Decoder) -> int:
+    """What `GpuLinears` will hold beside the weights."""
+    weights = [as_kernels_see_it(part.weight) for part in decoder.modules() if isinstance(part, Linear)]
+    return _scratch_elements(weights) * decoder.norm.weight.element_size()
+
+
+def _scratch_elements(weights: Iterable[Weight]) -> int:
+    quantised = [weight for weight in weights if isinstance(weight, Quantised)]
+    return max((_rows_at_once(weight) * weight.shape[1] for weight in quantised), default=0)
 
 
 def _rows_at_once(weight: Quantised) -> int:
