@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from sessile.device import gpu_factory
 from sessile.device.config import DeviceOptions
 from sessile.device.gpu_factory import open_gpu
-from sessile.kernels import triton_plan, triton_sampling
+from sessile.kernels import triton_few, triton_plan, triton_sampling
 from sessile.kernels.linear import Fp8Weight, Int4Weight, Int8Weight
 from sessile.kernels.triton_weight import Quantised
 from sessile.model import gpu_linear
@@ -70,6 +70,7 @@ def small_things() -> Iterator[None]:
     """The interpreter runs programs one after the other; and a small scratch takes several rounds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_linear, "_SCRATCH_ELEMENTS", 64 * 50)
+        patch.setattr(triton_few, "FEW_TOKENS_EIGHT_BITS", 128)
         if DEVICE.type == "cpu":
             patch.setattr(triton_sampling, "PROGRAMS_WANTED", 4)
             patch.setattr(triton_plan, "STATE_PROGRAMS", 2)
