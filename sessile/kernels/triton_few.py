@@ -92,7 +92,7 @@ _EIGHT_BIT_TILES = {
     (8, False): (300, 32, 256, 3, 2), (8, True): (0, 64, 256, 3, 4),
     (32, False): (400, 64, 128, 3, 2), (32, True): (0, 64, 128, 4, 4),
     (64, False): (256, 64, 128, 3, 4), (64, True): (0, 128, 128, 3, 8),
-    (128, False): (256, 64, 128, 3, 4), (128, True): (0, 128, 128, 3, 8),
+    (128, False): (256, 64, 128, 3, 4),
 }  # fmt: skip
 """By tokens and whether a product is gated: programs wanted, rows, inputs, stages, warps; by measurement on an H100.
 
