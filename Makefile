@@ -43,7 +43,8 @@ bench: compile ## measure the scheduler: host time of a step, and of a turn on a
 # What measures time runs first and by itself, the rest in two processes; with ARGS, just what they say.
 test: $(DEVELOPMENT) ## run the tests
 	@$(PYTHON_VENV) -m pytest $(or $(ARGS),-q tests/perf)
-	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=2 --dist=loadfile)
+	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=2 --dist=loadfile \
+		--no-loadscope-reorder)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	@failed=; \
@@ -74,7 +75,7 @@ grammars: $(DEVELOPMENT) ## have a library judge a thousand outputs under forty 
 	@$(PYTHON_VENV) scripts/grammar_check.py $(ARGS)
 
 parity: $(DEVELOPMENT) ## compare with transformers over the whole grid (up to 40 minutes)
-	@$(PYTHON_VENV) -m pytest tests/parity --whole-grid --timeout=2400 --numprocesses=2 --dist=worksteal $(ARGS)
+	@$(PYTHON_VENV) -m pytest tests/parity tests/kernels/test_native.py --whole-grid --timeout=2400 --numprocesses=2 --dist=worksteal $(ARGS)
 
 # On a machine with a GPU and no network, name a Python that has torch and Triton: make gpu-check GPU_PYTHON=python3
 gpu-check: $(if $(GPU_PYTHON),,$(DEVELOPMENT)) ## test kernels, models and sessions on this machine's GPU; TEST=… runs one file

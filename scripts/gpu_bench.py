@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from sessile.bench.gpu_kernels import CASES, measure_attention
+from sessile.bench.gpu_kernels import CASES, measure_backends
 from sessile.bench.gpu_speed import BATCHES, machine_line, measure_shape
 from sessile.core.limits import SchedulerOptions
 from sessile.engine.config import EngineOptions
@@ -28,7 +28,7 @@ def main() -> None:
     print(machine_line())
     if "kernels" in asked.groups:
         for case in CASES:
-            print(measure_attention(case))
+            print(*measure_backends(case), sep="\n")
     groups = set(asked.groups) - {"kernels"}
     for shape in asked.shapes if groups else []:
         scheduler = SchedulerOptions(mixed_chunk_tokens=asked.mixed_chunk_tokens)

@@ -138,12 +138,19 @@ def examine_torch() -> Finding:
 
 
 def examine_accelerator() -> Finding:
-    """GPUs that torch can see."""
+    """GPUs that torch can see, and what attends with prompts on the first."""
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         return Finding("accelerator", Level.OK, "none; the CPU serves")
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("accelerator", Level.OK, ", ".join(names))
+    from sessile.kernels.flash_attention3 import CAPABILITY_MAJOR, available_flash_attention3
+
+    found = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    if torch.cuda.get_device_capability(0)[0] != CAPABILITY_MAJOR:
+        return Finding("accelerator", Level.OK, f"{found}; attention: triton")
+    flash = available_flash_attention3()
+    if flash.kernels is None:
+        return Finding("accelerator", Level.WARNING, f"{found}; attention: triton; {flash.found}", flash.remedy)
+    return Finding("accelerator", Level.OK, f"{found}; attention: triton, prompts by {flash.found}")
 
 
 def examine_numba() -> Finding:

@@ -47,8 +47,9 @@ class CpuBenchOptions:
 
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     arms: str = option(
-        "native:auto:auto,numba:auto:none",
-        "Ways of ours, as KERNELS:DTYPE:QUANTIZE with commas between; the others are compared with the first.",
+        "native:auto:auto:none,native:auto:auto:int8,numba:auto:none",
+        "Ways of ours, as KERNELS:DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS with commas between, what is left out as of "
+        "`sessile serve`; the others are compared with the first.",
     )
     peers: str = option("", "Other engines, as NAME=COMMAND with semicolons between; see the bench's own words.")
     batches: str = option("1,8,32", "Requests at once, with commas between.")
@@ -71,8 +72,9 @@ class OwnArm:
     """Our engine in this process. Owns its device until `close`."""
 
     def __init__(self, way: str, options: CpuBenchOptions, batches: Sequence[int]) -> None:
-        kernels, dtype, quantize = ([*way.split(":"), "auto", "auto"])[:3]
-        model = ModelOptions(options.model, dtype=dtype, quantize=quantize)
+        given = way.split(":")
+        kernels, dtype, quantize, activations = given + ["auto", "auto", "auto", "none"][len(given) :]
+        model = ModelOptions(options.model, dtype=dtype, quantize=quantize, quantize_activations=activations)
         device = DeviceOptions(device="cpu", cpu_kernels=kernels)
         clock = MonotonicClock()
 

@@ -38,7 +38,7 @@ class ProfileBenchOptions:
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     dtype: str = option("auto", "As of `sessile serve`.", choices=("auto", "float32", "bfloat16"))
     quantize: str = option("auto", "As of `sessile serve`.", choices=("auto", "none", "int8", "int4"))
-    quantize_activations: str = option("auto", "As of `sessile serve`.", choices=("auto", "none", "int8"))
+    quantize_activations: str = option("none", "As of `sessile serve`.", choices=("none", "int8"))
     history: int = option(200, "Tokens before the one that is decoded.", unit="tokens", low=0, high=2000)
     steps: int = option(10, "Steps of each kind.", unit="steps", low=1)
 

@@ -44,7 +44,7 @@ class QualityBenchOptions:
 
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     ways: str = option(
-        "bfloat16:auto,bfloat16:auto:none,bfloat16:none,bfloat16:int8,bfloat16:int4",
+        "bfloat16:auto,bfloat16:auto:int8,bfloat16:none,bfloat16:int8,bfloat16:int4",
         "What is compared with float32:none, as DTYPE:QUANTIZE or DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS, with commas "
         "between.",
     )

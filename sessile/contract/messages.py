@@ -563,6 +563,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     architecture: str
     dtype: str
     device: str
+    attention: str = ""
+    """Which kernels attend; empty: it is not said."""
     vocab_size: int
     context_tokens: int
     page_size: int

@@ -26,6 +26,13 @@ class DeviceOptions:
         "start. auto: native where they are built and suit the model.",
         choices=("auto", "native", "numba"),
     )
+    attention: str = option(
+        "auto",
+        "What attends with prompts on a GPU. triton: our own kernels. fa3: FlashAttention-3 in steps of many tokens, "
+        "and no start without it. auto: FlashAttention-3 where a package brings it and it suits model and GPU. All "
+        "other attention is our own.",
+        choices=("auto", "triton", "fa3"),
+    )
     threads: int | None = option(
         None, "Threads that compute; default: the cores this process may use.", unit="threads", low=1, high=1024
     )

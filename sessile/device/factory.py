@@ -61,6 +61,8 @@ def open_device(
             model_options, device_options, page_size=page_size, context_tokens=context_tokens, rows_max=rows_max,
             drafts_max=drafts_max, progress=progress, device=torch.device("cuda"),
         )  # fmt: skip
+    if device_options.attention != "auto":
+        raise StartupError(f"--attention {device_options.attention} is for a GPU; leave it out on a CPU.")
     threads = device_options.threads or available_cores()
     torch.set_num_threads(threads)
     config = read_config(resolve_model_path(model_options.model))
@@ -162,9 +164,7 @@ def choose_format(options: ModelOptions, native: NativeKernels | None) -> Weight
             "--quantize-activations int8: only with --dtype bfloat16, on a processor with AVX-512 VNNI, by the C++ "
             "kernels of `make compile`. Leave it out."
         )
-    wanted = ("auto", "int8") if quantize == "stored" else ("int8",)
-    int8_inputs = can_be_int8 and options.quantize_activations in wanted
-    return WeightFormat(dtype, torch.device("cpu"), quantize, native, int8_inputs)
+    return WeightFormat(dtype, torch.device("cpu"), quantize, native, options.quantize_activations == "int8")
 
 
 def warm_up(runner: StepRunner, page_size: int) -> None:

@@ -14,6 +14,7 @@ from sessile.device.kv_pool import KvPool, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts
 from sessile.errors import StartupError
+from sessile.kernels.flash_attention3 import FlashAttention3, available_flash_attention3, unsuited
 from sessile.kernels.triton_launch import compiled_together
 from sessile.kernels.triton_weight import GROUP
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
@@ -54,6 +55,7 @@ def open_gpu(
     context = config.serving_context_tokens(context_tokens)
     quantize = "none" if model_options.quantize == "auto" else model_options.quantize
     form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device, quantize)
+    flash = choose_flash_attention3(device_options.attention, config.head_dim, form.dtype, device)
     _check_memory(config, form)
     try:
         loaded = load_model(model_options, form, progress)
@@ -63,7 +65,8 @@ def open_gpu(
         pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)
         pool = KvPool(config, pages, page_size, form.dtype, device)
         # A step in flight may write one token beyond the sequence's end, and its drafts.
-        runner = GpuRunner(loaded.decoder, pool, rows_max, ceil_div(context + drafts_max + 1, page_size))
+        row_pages = ceil_div(context + drafts_max + 1, page_size)
+        runner = GpuRunner(loaded.decoder, pool, rows_max, row_pages, flash=flash)
         progress("compiling kernels", 0.0)
         warm_up(runner, rows_max, context)
         progress("compiling kernels", 1.0)
@@ -78,7 +81,7 @@ def open_gpu(
         dtype=str(form.dtype).removeprefix("torch."),
         quantize=form.quantize,
         device=device.type,
-        attention="triton",
+        attention=f"triton, prompts by FlashAttention-3 of {flash.name}" if flash else "triton",
         threads=1,
         vocab_size=config.vocab_size,
         context_tokens=context,
@@ -97,6 +100,27 @@ def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def choose_flash_attention3(
+    asked: str, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> FlashAttention3 | None:
+    """What `--attention` means for this model on this GPU; None: our kernels alone.
+
+    Raises StartupError if FlashAttention-3 is demanded in vain.
+    """
+    if asked == "triton":
+        return None
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    fault = unsuited(head_dim, dtype, capability)
+    if not fault:
+        available = available_flash_attention3()
+        if available.kernels:
+            return available.kernels
+        fault = f"{available.found}. {available.remedy}"
+    if asked == "fa3":
+        raise StartupError(f"--attention fa3: {fault}")
+    return None
 
 
 def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:

@@ -19,6 +19,7 @@ from sessile.device.pending import PendingLogprobs, PendingStep
 from sessile.device.row_parameters import RowParameters
 from sessile.device.sampler import Sampler
 from sessile.device.staging import Moment, UploadRing, to_device, to_host
+from sessile.kernels.flash_attention3 import FlashAttention3
 from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out
 from sessile.kernels.triton_sampling import Chosen, choose_tokens, settle_rows
 from sessile.model.fused_gpu import BlockKinds, FusedDecoder, GpuCache
@@ -39,10 +40,20 @@ class Forward:
 
 
 class GpuRunner:
-    """The state of one GPU and how a plan changes it. `start` queues a step and returns what its result will be."""
+    """The state of one GPU and how a plan changes it. `start` queues a step and returns what its result will be.
+
+    flash: attends with prompts in steps of sizes that it is faster at; None: our own kernels do.
+    """
 
     def __init__(
-        self, decoder: Decoder, pool: KvPool, rows_max: int, row_pages: int, *, captures: bool = True
+        self,
+        decoder: Decoder,
+        pool: KvPool,
+        rows_max: int,
+        row_pages: int,
+        *,
+        captures: bool = True,
+        flash: FlashAttention3 | None = None,
     ) -> None:
         device = pool.keys.device
         self.graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
@@ -56,7 +67,7 @@ class GpuRunner:
         self._graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._state = RowState.empty(rows_max, row_pages, device)
         cache = GpuCache(pool.keys, pool.values, self._state.table, pool.page_size)
-        self._decoder = FusedDecoder(decoder, cache)
+        self._decoder = FusedDecoder(decoder, cache, flash)
         self._parameters = RowParameters(rows_max, self._vocab_size, device)
         self._sampler = Sampler(self._parameters)
         self._upload = UploadRing(_UPLOAD_WORDS, device)

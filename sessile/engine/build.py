@@ -46,6 +46,11 @@ class DeviceFacts(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def attention(self) -> str:
+        """Which kernels attend."""
+        ...
+
+    @property
     def vocab_size(self) -> int: ...
     @property
     def context_tokens(self) -> int: ...
@@ -172,6 +177,7 @@ def open_engine(
         architecture=facts.architecture,
         dtype=facts.dtype,
         device=facts.device,
+        attention=facts.attention,
         vocab_size=facts.vocab_size,
         context_tokens=limits.context_tokens,
         page_size=limits.page_size,

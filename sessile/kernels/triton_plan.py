@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sessile.contract.plan import BIND_FLOATS, BIND_INTS, FROM_DEVICE, PLAN_ARRAYS, PLAN_HEADER_WORDS, SAMPLE
+from sessile.kernels.flash_attention3 import ListedRows
 from sessile.kernels.triton_launch import launch
-from sessile.kernels.triton_work import AttentionWork, share_out
+from sessile.kernels.triton_work import AttentionWork, list_rows, share_out
 
 _HEADER = tl.constexpr(PLAN_HEADER_WORDS)
 _SAMPLE, _FROM_DEVICE = tl.constexpr(SAMPLE), tl.constexpr(FROM_DEVICE)
@@ -75,7 +76,8 @@ class StepLayout:
     row's first sampling place; padding has count 0 and row -1.
     place_tokens, place_rows, place_depths int32[m], where the step samples: index into tokens, plan row (-1: padding),
     and drafts before it.
-    narrow: attention of the rows with up to narrow_row_tokens query tokens; wide: of the others.
+    narrow: attention of the rows with up to narrow_row_tokens query tokens; wide: of the others, in pieces for our own
+    kernels or row by row for FlashAttention-3.
     """
 
     tokens: Tensor
@@ -93,12 +95,18 @@ class StepLayout:
     place_rows: Tensor
     place_depths: Tensor
     narrow: AttentionWork
-    wide: AttentionWork
+    wide: AttentionWork | ListedRows
     narrow_row_tokens: int
 
     @classmethod
     def empty(
-        cls, tokens: int, rows: int, places: int, narrow: AttentionWork, wide: AttentionWork, narrow_row_tokens: int
+        cls,
+        tokens: int,
+        rows: int,
+        places: int,
+        narrow: AttentionWork,
+        wide: AttentionWork | ListedRows,
+        narrow_row_tokens: int,
     ) -> "StepLayout":
         """Memory for a step of a bucket's size."""
         lengths = dict.fromkeys(("tokens", "positions", "slots"), tokens)
@@ -132,8 +140,16 @@ def lay_out(plan: Tensor, state: RowState, layout: StepLayout, page_size: int, k
         layout.places_before, layout.place_tokens, layout.place_rows, layout.place_depths,
         tokens, rows, places, PAGE=page_size, num_warps=2,
     )  # fmt: skip
-    share_out(layout.starts, layout.counts, layout.narrow, (1, layout.narrow_row_tokens), kv_heads)
-    share_out(layout.starts, layout.counts, layout.wide, (layout.narrow_row_tokens + 1, tokens), kv_heads)
+    fill_work(layout, layout.narrow, (1, layout.narrow_row_tokens), kv_heads)
+    fill_work(layout, layout.wide, (layout.narrow_row_tokens + 1, tokens), kv_heads)
+
+
+def fill_work(layout: StepLayout, work: AttentionWork | ListedRows, row_tokens: tuple[int, int], kv_heads: int) -> None:
+    """List what attention has to do for the rows with query tokens from row_tokens[0] to row_tokens[1]."""
+    if isinstance(work, ListedRows):
+        list_rows(layout.rows, layout.starts, layout.counts, layout.offsets, work, row_tokens)
+    else:
+        share_out(layout.starts, layout.counts, work, row_tokens, kv_heads)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sessile.kernels.flash_attention3 import ListedRows
 from sessile.kernels.triton_launch import launch
 
 _CHUNK = tl.constexpr(256)
@@ -192,3 +193,47 @@ def _share_out(  # type: ignore[no-untyped-def]
         tl.store(total, pieces_total)
     if (i >= merges_total) & (i < merges_max):
         tl.store(merges + i, -1)
+
+
+def list_rows(
+    rows: Tensor, starts: Tensor, counts: Tensor, offsets: Tensor, listed: ListedRows, row_tokens: tuple[int, int]
+) -> None:
+    """List the rows whose query tokens are from row_tokens[0] to row_tokens[1], in the plan's order.
+
+    rows, starts, counts, offsets int32[r]: of each plan row, as in StepLayout.
+    """
+    if not listed.pieces:
+        return
+    launch(
+        _list_rows, (max(rows.numel(), listed.pieces),),
+        rows, starts, counts, offsets, listed.rows, listed.counts, listed.lengths, listed.firsts,
+        rows.numel(), listed.pieces, *row_tokens, num_warps=2,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows_total", "listed_max", "count_min", "count_max"])
+def _list_rows(  # type: ignore[no-untyped-def]
+    rows, starts, counts, offsets, listed_rows, listed_counts, lengths, firsts,
+    rows_total, listed_max, count_min, count_max,
+):  # fmt: skip
+    """Program i lists plan row i, and clears place i if there are fewer."""
+    i = tl.program_id(0)
+    total, place = 0, 0
+    for first in range(0, rows_total, _CHUNK):
+        j = first + tl.arange(0, _CHUNK)
+        count = tl.load(counts + j, mask=j < rows_total, other=0)
+        is_listed = ((count >= count_min) & (count <= count_max)).to(tl.int32)
+        total += tl.sum(is_listed)
+        place += tl.sum(tl.where(j < i, is_listed, 0))
+    if i < rows_total:
+        count = tl.load(counts + i)
+        if (count >= count_min) & (count <= count_max):
+            tl.store(listed_rows + place, tl.load(rows + i))
+            tl.store(listed_counts + place, count)
+            tl.store(lengths + place, tl.load(starts + i) + count)
+            tl.store(firsts + place, tl.load(offsets + i))
+    if (i >= total) & (i < listed_max):
+        tl.store(listed_rows + i, 0)
+        tl.store(listed_counts + i, 0)
+        tl.store(lengths + i, 0)
+        tl.store(firsts + i, 0)

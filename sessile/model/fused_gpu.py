@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sessile.kernels.flash_attention3 import FlashAttention3, ListedRows
 from sessile.kernels.triton_attention import narrow_row_tokens, narrow_tile, paged_attention, wide_tile
 from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store
 from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear
@@ -46,15 +47,19 @@ class BlockKinds:
 
 
 class FusedDecoder:
-    """Runs a decoder's weights on steps that are laid out on the device. Owns nothing."""
+    """Runs a decoder's weights on steps that are laid out on the device. Owns nothing.
 
-    def __init__(self, decoder: Decoder, cache: GpuCache) -> None:
+    flash: attends with prompts in steps of sizes that it is faster at; None: our own kernels do.
+    """
+
+    def __init__(self, decoder: Decoder, cache: GpuCache, flash: FlashAttention3 | None = None) -> None:
         self.config: ModelConfig = decoder.config
         self.shape = HeadShape(decoder.config.heads, decoder.config.kv_heads, decoder.config.head_dim)
         self._decoder = decoder
         self._linears = GpuLinears(decoder)
         self._fuses_one_token = not decoder.config.mlp_bias and not self._linears.has_int4()
         self._cache = cache
+        self._flash = flash
         self._narrow = narrow_tile(self.shape, cache.keys.dtype)
         self._wide = wide_tile(self.shape, cache.keys.dtype)
         self._beside = torch.cuda.Stream() if cache.keys.device.type == "cuda" else None
@@ -69,13 +74,21 @@ class FusedDecoder:
         """Memory for the layout of a step of this size."""
         device, narrow_tokens = self._frequencies.device, self.shape.block_tokens(self._narrow.queries)
         narrows = rows if tokens == rows else min(ceil_div(self.narrow_row_tokens, narrow_tokens) * rows, tokens)
-        wides = min(rows + tokens // self.shape.block_tokens(self._wide.queries), tokens)
         return StepLayout.empty(
             tokens, rows, places,
             AttentionWork.empty(narrows if kinds.narrow else 0, self.shape, self._narrow, device),
-            AttentionWork.empty(wides if kinds.wide else 0, self.shape, self._wide, device),
+            self._wide_work(tokens, rows if kinds.wide else 0),
             self.narrow_row_tokens,
         )  # fmt: skip
+
+    def _wide_work(self, tokens: int, rows: int) -> AttentionWork | ListedRows:
+        """Room for the wide rows of a step of this size: for the kernels that attend with them."""
+        device = self._frequencies.device
+        splits = self._flash.splits(tokens, rows, self.shape.heads, self.shape.kv_heads) if self._flash else None
+        if splits is not None:
+            return ListedRows.empty(min(rows, tokens // (self.narrow_row_tokens + 1)), tokens, device, splits)
+        blocks = min(rows + tokens // self.shape.block_tokens(self._wide.queries), tokens)
+        return AttentionWork.empty(blocks if rows else 0, self.shape, self._wide, device)
 
     def forward(self, layout: StepLayout, layers: int | None = None) -> Tensor:
         """The residual stream after the last layer, [t, hidden]; K and V of all tokens are in the pool then.
@@ -131,21 +144,35 @@ class FusedDecoder:
         query = rotate_and_store(qkv, angles, layout.slots, keys, values, norms)
         # Nothing writes the rows of padding tokens, and no other token reads them.
         out = torch.empty_like(query)
-        attend = partial(paged_attention, query, keys, values, cache.table, layout)
+        attend = partial(self._attend_with, query, keys, values, layout, out)
         wide, narrow = layout.wide, layout.narrow
         if self._beside and wide.pieces and narrow.pieces:
             # Prompts wait for arithmetic and decoding rows for memory: side by side they take less than in turn.
+            # FlashAttention-3 keeps the multiprocessors that it has got to its end, so decoding rows go first.
+            first, second = (narrow, wide) if isinstance(wide, ListedRows) else (wide, narrow)
             here = torch.cuda.current_stream()
             self._beside.wait_stream(here)
-            attend(wide, cache.page_size, out)
+            attend(first)
             with torch.cuda.stream(self._beside):
-                attend(narrow, cache.page_size, out)
+                attend(second)
             here.wait_stream(self._beside)
             return out.flatten(1)
         for work in (wide, narrow):
             if work.pieces:
-                attend(work, cache.page_size, out)
+                attend(work)
         return out.flatten(1)
+
+    def _attend_with(
+        self, query: Tensor, keys: Tensor, values: Tensor, layout: StepLayout, out: Tensor,
+        work: AttentionWork | ListedRows,
+    ) -> None:  # fmt: skip
+        """Attend with the rows that the work lists, by the kernels that it is listed for."""
+        table, page_size = self._cache.table, self._cache.page_size
+        if isinstance(work, ListedRows):
+            assert self._flash, "rows are listed for FlashAttention-3 only where it is there"
+            self._flash.attend(query, keys, values, table, work, page_size, out)
+        else:
+            paged_attention(query, keys, values, table, layout, work, page_size, out)
 
 
 def norm_of(module: RMSNorm) -> Norm:

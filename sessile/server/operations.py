@@ -137,6 +137,7 @@ def _add_figures(router: APIRouter, service: Service) -> None:
                 "architecture": ready.architecture,
                 "dtype": ready.dtype,
                 "device": ready.device,
+                "attention": ready.attention,
                 "vocab_size": ready.vocab_size,
                 "context_length": ready.context_tokens,
                 "bos_token_id": service.tokenizer.bos_id,

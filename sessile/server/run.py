@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -25,8 +25,6 @@ from sessile import __version__
 from sessile.contract.messages import EngineReady
 from sessile.errors import NotReady, StartupError
 from sessile.server.allocator import return_freed_memory
-from sessile.server.app import create_app
-from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
 from sessile.server.connections import bounded_http
 from sessile.server.corpora.opening import open_corpora, open_folder
@@ -41,6 +39,9 @@ from sessile.server.request_log import RequestLog
 from sessile.server.supervision import Supervisor
 from sessile.server.tracing import Tracing
 from sessile.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sessile.server.calls import Service
 
 KEEP_ALIVE_S = 65
 """Longer than the 60 s for which most clients and proxies keep an idle connection, so that they are first to close."""
@@ -158,6 +159,8 @@ class Host:
         key_ring: KeyRing | None,
     ) -> int:
         """Serve until told to stop or the engine is gone for good; the exit status."""
+        from sessile.server.app import create_app  # takes long, so while the engine starts
+
         self._listen_to_signals()
         options = self._options
         link = EngineLink(
@@ -229,9 +232,10 @@ class Host:
     def _say_ready(self, ready: EngineReady) -> None:
         name = self._options.served_name or ready.model_name
         where = shown_address(self._listeners[0], self._options)
-        log.info(f"serving {name} ({ready.dtype} on {ready.device}) at {where}")
+        attention = f", attention: {ready.attention}" if ready.attention else ""
+        log.info(f"serving {name} ({ready.dtype} on {ready.device}{attention}) at {where}")
 
-    async def _drain(self, service: Service, supervising: "asyncio.Task[str]") -> None:
+    async def _drain(self, service: "Service", supervising: "asyncio.Task[str]") -> None:
         """Refuse new requests, let those in flight end, then end the engine."""
         service.leaving = True
         with contextlib.suppress(TimeoutError):

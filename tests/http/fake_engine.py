@@ -55,7 +55,7 @@ CONTEXT_TOKENS = 512
 
 READY = EngineReady(
     model_name="echo", model_path="/models/echo", architecture="llama", dtype="float32", device="cpu",
-    vocab_size=VOCAB_SIZE, context_tokens=CONTEXT_TOKENS, page_size=16, pages_total=64, rows_max=8,
+    attention="numba", vocab_size=VOCAB_SIZE, context_tokens=CONTEXT_TOKENS, page_size=16, pages_total=64, rows_max=8,
     chunk_tokens=64, kv_bytes=1, weight_bytes=1, start_s=0.0,
 )  # fmt: skip
 

@@ -106,6 +106,7 @@ def test_the_pool_names_requests_by_their_rid(server: Running) -> None:
 def test_model_and_server_say_what_they_are(server: Running) -> None:
     model = server.client.get("/get_model_info").json()
     assert (model["model_path"], model["context_length"], model["is_generation"]) == ("/models/echo", 512, True)
+    assert (model["device"], model["attention"]) == ("cpu", "numba")
     content = server.client.get("/get_server_info").json()
     assert content["settings"]["server"]["port"] == 30000
     assert content["engine"]["page_size"] == 16

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from scripts import compile_native
+from sessile import LLM
+from sessile.completion import Completion
 from sessile.gguf import GgufTensor
 from sessile.kernels import native, packing, reference
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
@@ -17,6 +19,7 @@ from sessile.kernels.linear import PackedWeight, pack_linear
 from sessile.kernels.native import (
     BFLOAT16_INPUTS,
     INT8_INPUTS,
+    LEVELS,
     NativeKernels,
     native_kernels,
     runnable_levels,
@@ -29,24 +32,34 @@ from sessile.model.weights import load_model
 from tests.parity.tiny_models import MODELS, VOCAB, Tiny, make_tiny
 
 KINDS = ("none", "int8", "int4")
+ENDS = (runnable_levels()[0], LEVELS[-1])
 PAGE_SIZE = 4
 # Decode rows of several lengths, one that spans several work items, rows with drafts, chunks without and with history.
 ROWS, STARTS, COUNTS = [2, 0, 3, 1, 5, 4], [0, 5, 700, 63, 0, 130], [1, 3, 2, 5, 40, 97]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def built(tmp_path_factory: pytest.TempPathFactory, whole_grid: bool) -> Iterator[None]:
     """Built for these tests alone: the others run as on a machine where nobody has compiled anything."""
     folder = tmp_path_factory.mktemp("native")
-    assert compile_native.main(folder) == 0
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(compile_native, "LEVELS", LEVELS if whole_grid else ENDS)
+        assert compile_native.main(folder) == 0
         monkeypatch.setattr(native, "FOLDER", folder)
         native_kernels.cache_clear()
         yield
     native_kernels.cache_clear()
 
 
-@pytest.fixture(params=[level.name for level in runnable_levels()])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The fastest build and the plainest; with --whole-grid all that run here, which take half a minute to compile."""
+    if "kernels" in metafunc.fixturenames:
+        levels = runnable_levels()
+        some = levels if metafunc.config.getoption("whole_grid") else [level for level in levels if level in ENDS]
+        metafunc.parametrize("kernels", [level.name for level in some], indirect=True)
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
     kernels = native_kernels(request.param)
     assert kernels is not None
@@ -273,3 +286,12 @@ def test_models_whose_widths_are_no_multiples_of_32_do_not_suit(tiny: Tiny) -> N
     assert suits_native(config)
     object.__setattr__(config, "intermediate_size", 48)
     assert not suits_native(config)
+
+
+def test_by_default_they_answer_the_first_question_of_the_readme() -> None:
+    llm = LLM(context_tokens=256, kv_memory="32M", threads=1)
+    try:
+        answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
+        assert isinstance(answer, Completion) and "Paris" in answer.text
+    finally:
+        llm.close()

@@ -15,7 +15,9 @@ from sessile.device import gpu_factory
 from sessile.device.config import DeviceOptions
 from sessile.device.gpu_factory import open_gpu
 from sessile.errors import NotReady, PlanError, StartupError
+from sessile.kernels.flash_attention3 import Availability
 from sessile.model.config import ModelOptions
+from tests.kernels.fake_flash import fake_flash_attention3
 from tests.kernels.layouts import DEVICE
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
@@ -52,6 +54,31 @@ def test_what_cannot_be_served_is_refused_in_one_line(asked: dict[str, Any], mes
     with pytest.raises(StartupError, match=message) as refusal:
         opened(tmp_path, **asked)
     assert "\n" not in str(refusal.value)
+
+
+HOPPER, NOWHERE = (9, 0), Availability(None, "It is not installed", "Install it.")
+CUDA = torch.device("cuda")
+
+
+def chosen(asked: str, available: Availability, monkeypatch: pytest.MonkeyPatch, head_dim: int = 128) -> Any:
+    """What `--attention` means on a Hopper GPU with this package, or none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
+    monkeypatch.setattr(gpu_factory, "available_flash_attention3", lambda: available)
+    return gpu_factory.choose_flash_attention3(asked, head_dim, torch.bfloat16, CUDA)
+
+
+def test_flash_attention_3_is_taken_where_it_is_there_unless_it_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Availability(fake_flash_attention3("vllm"), "It is installed")
+    assert [chosen(asked, there, monkeypatch) for asked in ("auto", "fa3", "triton")] == [there.kernels] * 2 + [None]
+    assert chosen("auto", NOWHERE, monkeypatch) is None
+    assert chosen("auto", there, monkeypatch, head_dim=80) is None
+
+
+def test_flash_attention_3_that_is_demanded_in_vain_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError, match="--attention fa3: It is not installed. Install it."):
+        chosen("fa3", NOWHERE, monkeypatch)
+    with pytest.raises(StartupError, match="--attention fa3: it has no kernels for heads of 80"):
+        chosen("fa3", NOWHERE, monkeypatch, head_dim=80)
 
 
 def test_fp8_on_a_gpu_without_it_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

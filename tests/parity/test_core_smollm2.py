@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.gguf import default_gguf_path
 from sessile.model.config import ModelOptions
 from sessile.text.load import load_tokenizer
 from tests.parity.core_driver import Core, Twin, check_prompts, check_sessions
+from tests.parity.smollm2 import load_twin
 
 NEW_TOKENS, TOP = 64, 4
 TURN_TOKENS = (20, 1, 43)
@@ -86,8 +85,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def twin() -> Twin:
-    path = default_gguf_path()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = load_twin()
 
     @torch.inference_mode()
     def logits(tokens: list[int]) -> torch.Tensor:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.gguf import default_gguf_path
 from sessile.model.config import ModelOptions
 from tests.parity.driver import Driver, Run
+from tests.parity.smollm2 import load_twin
 
 NEW_TOKENS = 24
 # Token ids of SmolLM2's ChatML turns and of plain text, written out so that this test needs no tokenizer.
@@ -22,8 +22,7 @@ PROMPTS = [CHAT, [504, 3575, 282, 4649, 314], list(range(300, 420)), [28, 260, 1
 
 @pytest.fixture(scope="module")
 def twin() -> PreTrainedModel:
-    path = default_gguf_path()
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return load_twin()
 
 
 @pytest.fixture(scope="module", params=[1, 16, 256])

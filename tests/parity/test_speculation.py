@@ -173,22 +173,25 @@ def test_h49_smollm2_says_the_same_with_and_without_drafts() -> None:
 
 
 TOP_IDS = 8
-NEAR_TIE_TEXTS = 40
+NEAR_TIE_TEXTS, NEAR_TIE_TEXTS_WHOLE = 15, 40
 NEAR_TIE_TOKENS = 40
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Weights in eight bits as well with --whole-grid: they say nothing else, and take as long."""
+    """Weights in eight bits as well with --whole-grid: they say nothing else."""
     if "quantize" in metafunc.fixturenames:
         metafunc.parametrize("quantize", ["none", "int8"] if metafunc.config.getoption("whole_grid") else ["none"])
 
 
-def test_h49_in_bfloat16_outputs_part_only_where_two_tokens_are_nearer_than_the_kernels_are(quantize: str) -> None:
+def test_h49_in_bfloat16_outputs_part_only_where_two_tokens_are_nearer_than_the_kernels_are(
+    quantize: str, whole_grid: bool
+) -> None:
     """A step that verifies multiplies other shapes than one that decodes. How far that moves two tokens apart is
     measured at all places before two outputs part; where they part, the two tokens are no farther apart than that."""
     tokenizer = load_tokenizer("default")
     dice = np.random.default_rng(8)
-    prompts = [dice.integers(3, 40_000, dice.integers(2, 30)).tolist() for _ in range(NEAR_TIE_TEXTS)]
+    texts = NEAR_TIE_TEXTS_WHOLE if whole_grid else NEAR_TIE_TEXTS
+    prompts = [dice.integers(3, 40_000, dice.integers(2, 30)).tolist() for _ in range(texts)]
     submits = [
         Submit(
             key=key, tokens=pack_tokens(prompt), logprobs=TOP_IDS,

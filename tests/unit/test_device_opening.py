@@ -1,6 +1,7 @@
 """Opening a device: facts are true, formats work, memory is counted, and what cannot be is refused with a remedy."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -51,6 +52,16 @@ def test_every_format_stays_near_the_full_one(tmp_path: Path, dtype: str, quanti
 def test_kernels_that_are_demanded_but_do_not_suit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="--cpu-kernels native: .*"), small_device(tmp_path, kernels="native"):
         pass  # widths of 48 are no multiples of 32
+
+
+@pytest.mark.parametrize("attention", ["triton", "fa3"])
+def test_attention_of_a_gpu_is_refused_on_a_cpu(attention: str) -> None:
+    options = DeviceOptions(device="cpu", attention=attention)
+    with pytest.raises(StartupError, match=f"--attention {attention} is for a GPU; leave it out"):
+        open_device(
+            ModelOptions("default"), options, page_size=16, context_tokens=None, rows_max=1,
+            progress=lambda stage, done: None,
+        )  # fmt: skip
 
 
 def test_by_default_what_does_not_suit_runs_on_numbas_kernels(tmp_path: Path) -> None:
@@ -145,15 +156,12 @@ def test_what_only_a_gpu_has_is_refused_in_one_line(options: dict[str, str], mes
         factory.choose_format(ModelOptions("default", **options), None)
 
 
-def test_inputs_are_in_int8_by_default_only_for_weights_as_the_file_has_them() -> None:
+def test_inputs_are_in_int8_only_if_that_was_asked_for() -> None:
     native = cast(NativeKernels, SimpleNamespace(multiplies_int8=True))
-    for quantize, activations, expected in (
-        ("auto", "auto", True), ("auto", "none", False), ("int8", "auto", False), ("int8", "int8", True),
-    ):  # fmt: skip
-        options = ModelOptions("default", dtype="bfloat16", quantize=quantize, quantize_activations=activations)
-        assert factory.choose_format(options, native).int8_inputs == expected
-    exact = ModelOptions("default", dtype="float32")
-    assert not factory.choose_format(exact, native).int8_inputs
+    for quantize in ("auto", "int8"):
+        options = ModelOptions("default", dtype="bfloat16", quantize=quantize)
+        assert not factory.choose_format(options, native).int8_inputs
+        assert factory.choose_format(replace(options, quantize_activations="int8"), native).int8_inputs
 
 
 @pytest.mark.parametrize(("kv_memory", "message"), [("1K", "--kv-memory of 1.0 KiB holds"), ("900T", "too little")])

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sessile import doctor
 from sessile.config import Config
-from sessile.doctor import Finding, Level, examine, main, render
+from sessile.doctor import Finding, Level, examine, examine_accelerator, main, render
+from sessile.kernels import flash_attention3
+from sessile.kernels.flash_attention3 import Availability
 from sessile.model.config import ModelOptions
 from sessile.server.config import ServerOptions
+from tests.kernels.fake_flash import fake_flash_attention3
 
 ANY_PORT = ServerOptions(port=0)
 SOUND = Config(server=ANY_PORT)
@@ -70,6 +74,28 @@ def test_a_torch_that_breaks_while_it_is_imported_is_a_finding(monkeypatch: pyte
 def test_a_missing_numba_is_slow_but_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "numba")
     assert finding(examine(SOUND), "numba").level is Level.WARNING
+
+
+@pytest.mark.parametrize(
+    ("capability", "available", "level", "found"),
+    [
+        ((9, 0), Availability(fake_flash_attention3("vllm"), "FlashAttention-3 of vllm"), Level.OK,
+         "H100; attention: triton, prompts by FlashAttention-3 of vllm"),
+        ((9, 0), Availability(None, "FlashAttention-3 is not installed", "Install one."), Level.WARNING,
+         "H100; attention: triton; FlashAttention-3 is not installed"),
+        ((8, 0), Availability(None, "", ""), Level.OK, "H100; attention: triton"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_told_with_what_attends_on_it(
+    capability: tuple[int, int], available: Availability, level: Level, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(flash_attention3, "available_flash_attention3", lambda: available)
+    accelerator = examine_accelerator()
+    assert (accelerator.level, accelerator.found, accelerator.remedy) == (level, found, available.remedy)
 
 
 def test_a_damaged_model_is_a_problem(tmp_path: Path) -> None:

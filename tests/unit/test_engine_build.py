@@ -24,6 +24,7 @@ class ToyFacts:
     model_path: str = "/models/Toy-1B.gguf"
     architecture: str = "toy"
     dtype: str = "none"
+    attention: str = "none at all"
     vocab_size: int = VOCAB_SIZE
     context_tokens: int = CONTEXT_TOKENS
     pages_total: int = PAGES_TOTAL
@@ -87,6 +88,10 @@ def test_what_the_settings_say_wins_over_what_suits() -> None:
 def test_the_device_is_opened_for_the_rows_that_the_scheduler_will_use() -> None:
     device = opened(SchedulerOptions(rows_max=5), on_cpu=True).device
     assert isinstance(device, OpenedToy) and device.request.rows_max == 5
+
+
+def test_what_attends_is_told_with_the_model() -> None:
+    assert opened(on_cpu=True).ready.attention == "none at all"
 
 
 def test_the_model_is_named_after_its_file() -> None:
