@@ -60,6 +60,26 @@ def few_tile(outs: int, ins: int, tokens: int) -> FewTile:
     return FewTile(rows, columns, splits, stages=3 if outs >= 65_536 else 4, warps=rows // 16)
 
 
+_EIGHT_BIT_TILES = {
+    8: (300, FewTile(32, 256, 1, 3, 2)), 32: (400, FewTile(64, 128, 1, 3, 2)),
+    64: (256, FewTile(64, 128, 1, 3, 4)), 128: (256, FewTile(64, 128, 1, 3, 4)),
+}  # fmt: skip
+"""By tokens: programs that keep an H100 reading, and the tile that was fastest there, before inputs are split.
+
+Two warps multiply by instructions for which a thread's bytes lie together; from 64 rows and four warps on, Triton takes
+those of a whole group of warps, which gather bytes in pairs, but overlap with it. Two such groups in a program (eight
+warps) once gave a wrong sum (int8, 128 × 64, 128 tokens), so there is never more than one.
+"""
+_FOUR_BIT_TILES = _EIGHT_BIT_TILES | {
+    8: (300, FewTile(64, 256, 1, 3, 4)), 64: (256, FewTile(128, 64, 1, 4, 4)), 128: (256, FewTile(128, 64, 1, 4, 4)),
+}  # fmt: skip
+_SMALL_TILE = (300, FewTile(32, 128, 1, 4, 2))
+"""Of at most 8 tokens with a weight of few rows and inputs."""
+_GATED_TILES = {8: FewTile(64, 256, 1, 3, 4), 32: FewTile(64, 128, 1, 4, 4), 64: FewTile(128, 128, 1, 3, 8)}
+_FOUR_BIT_GATED_TILES = _GATED_TILES | {32: FewTile(128, 128, 1, 3, 4)}
+"""Rows and warps are halved between gate and up."""
+
+
 def few_tokens_max(weight: Weight) -> int:
     """Most tokens of a product with this weight that is computed here."""
     if not isinstance(weight, Quantised):
@@ -67,43 +87,25 @@ def few_tokens_max(weight: Weight) -> int:
     return FEW_TOKENS_FOUR_BITS if weight.is_int4 else FEW_TOKENS_EIGHT_BITS
 
 
-def tile_of(weight: Weight, tokens: int, *, is_gated: bool = False, is_whole: bool = False) -> FewTile:
-    """The tile for a product of so many tokens with this weight; a gated one's rows are halved between the two.
-
-    is_whole: with one split only.
-    """
+def tile_of(weight: Weight, tokens: int) -> FewTile:
+    """The tile for a product of so many tokens with this weight."""
     outs, ins = weight.shape
     if not isinstance(weight, Quantised):
-        tile = few_tile(outs, ins, tokens)
-        return replace(tile, splits=1) if is_whole else tile
+        return few_tile(outs, ins, tokens)
     size = _token_size(tokens)
-    programs, *shape = _FOUR_BIT_TILES[size, is_gated] if weight.is_int4 else _EIGHT_BIT_TILES[size, is_gated]
-    tile = FewTile(shape[0], shape[1], 1, shape[2], shape[3])
-    if size == 8 and ins < 4096 and not is_gated and outs < 16_384:
-        programs, tile = 300, FewTile(32, 128, 1, 4, 2)
+    programs, tile = _FOUR_BIT_TILES[size] if weight.is_int4 else _EIGHT_BIT_TILES[size]
+    if size == 8 and ins < 4096 and outs < 16_384:
+        programs, tile = _SMALL_TILE
     blocks, rows = ceil_div(ins, tile.ins), ceil_div(outs, tile.outs)
-    if is_gated or is_whole:
-        return tile
     even = [splits for splits in range(1, max(1, blocks // 2) + 1) if blocks % splits == 0]
     return replace(tile, splits=min(even, key=lambda splits: abs(log(rows * splits / programs))))
 
 
-_EIGHT_BIT_TILES = {
-    (8, False): (300, 32, 256, 3, 2), (8, True): (0, 64, 256, 3, 4),
-    (32, False): (400, 64, 128, 3, 2), (32, True): (0, 64, 128, 4, 4),
-    (64, False): (256, 64, 128, 3, 4), (64, True): (0, 128, 128, 3, 8),
-    (128, False): (256, 64, 128, 3, 4),
-}  # fmt: skip
-"""By tokens and whether a product is gated: programs wanted, rows, inputs, stages, warps; by measurement on an H100.
-
-Two warps multiply with instructions whose operands lie so that a thread's bytes are read together; from 64 rows and
-four warps on, Triton takes those of a whole group of warps, which read bytes in pairs, but overlap with it. Two such
-groups in a program (eight warps) once gave a wrong sum (int8, 128 × 64, 128 tokens), so there is one.
-"""
-_FOUR_BIT_TILES = _EIGHT_BIT_TILES | {
-    (8, False): (300, 64, 256, 3, 4), (32, True): (0, 128, 128, 3, 4), (64, False): (256, 128, 64, 4, 4),
-    (128, False): (256, 128, 64, 4, 4),
-}  # fmt: skip
+def gated_tile_of(weight: Weight, tokens: int) -> FewTile:
+    """The tile of gate and up together, whose rows and warps are halved between the two."""
+    if not isinstance(weight, Quantised):
+        return few_tile(weight.shape[0], weight.shape[1], tokens)
+    return (_FOUR_BIT_GATED_TILES if weight.is_int4 else _GATED_TILES)[_token_size(tokens)]
 
 
 def few_linear(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
@@ -115,14 +117,14 @@ def few_linear(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | N
 
 def few_linear_whole(x: Tensor, weight: Weight, bias: Tensor | None, tile: FewTile | None = None) -> Tensor:
     """The same without splits, for a weight of many rows: [t, out] in x's dtype."""
-    tile = tile or tile_of(weight, x.shape[0], is_whole=True)
+    tile = tile or replace(tile_of(weight, x.shape[0]), splits=1)
     assert tile.splits == 1, f"{weight.shape[0]} rows are split"
     return _launch(x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), tile, is_gated=False)
 
 
 def few_gated_linear(x: Tensor, weight: Weight, tile: FewTile | None = None) -> Tensor:
     """silu(gate) * up of x [t, in]: [t, inner] in x's dtype. weight [2 × inner, in], gate first."""
-    tile = tile or tile_of(weight, x.shape[0], is_gated=True)
+    tile = tile or gated_tile_of(weight, x.shape[0])
     gated = x.new_empty(x.shape[0], weight.shape[0] // 2)
     half = FewTile(tile.outs // 2, tile.ins, 1, tile.stages, max(1, tile.warps // 2))
     return _launch(x, weight, None, gated, half, is_gated=True)

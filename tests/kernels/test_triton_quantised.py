@@ -11,6 +11,7 @@ from sessile.kernels.triton_few import (
     few_gated_linear,
     few_linear,
     few_linear_whole,
+    gated_tile_of,
     tile_of,
 )
 from sessile.kernels.triton_linear import LinearTile, Norm, add_linear, norm_gated_linear, norm_linear
@@ -143,6 +144,6 @@ def test_common_weights_are_cut_without_a_rest(name: str, outs: int, ins: int, t
     tile = tile_of(weight, tokens)
     assert outs % tile.outs == 0 and ins % (tile.ins * tile.splits) == 0
     assert outs // tile.outs * tile.splits >= 132, "not every multiprocessor has a program"
-    whole = tile_of(weight, tokens, is_whole=True)
-    for tile in (whole, tile_of(weight, tokens, is_gated=True) if tokens <= GATED_TOKENS else whole):
-        assert outs % tile.outs == 0 and ins % tile.ins == 0 and tile.splits == 1
+    if tokens <= GATED_TOKENS:
+        gated = gated_tile_of(weight, tokens)
+        assert outs % gated.outs == 0 and ins % gated.ins == 0 and gated.splits == 1
