@@ -5,18 +5,18 @@ import argparse
 import torch
 
 from sessile.bench.gpu_kernels import CASES, measure_backends
-from sessile.bench.gpu_speed import BATCHES, machine_line, measure_shape
+from sessile.bench.gpu_speed import BATCHES, GROUPS, machine_line, measure_shape
 from sessile.core.limits import SchedulerOptions
 from sessile.engine.config import EngineOptions
 
-GROUPS = ("kernels", "steps", "throughput", "stalls", "turns")
+ALL_GROUPS = ("kernels", *GROUPS)
 
 
 def main() -> None:
     """Measure what the command line asks for, one line a figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=("8B", "1.5B"), default=["1.5B", "8B"])
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--groups", nargs="+", choices=ALL_GROUPS, default=list(ALL_GROUPS))
     parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--quantize", nargs="+", choices=("none", "int8", "int4", "fp8"), default=["none"])
     parser.add_argument("--mixed-chunk-tokens", type=int, help="as for `sessile serve`")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sessile.server.app import create_app
-from sessile.server.body import ANYTHING, Body
+from sessile.server.body import NO_EFFECT
 from sessile.server.config import ServerOptions
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs" / "HTTP.md"
@@ -83,7 +83,7 @@ class Route:
             fields = list(self._fields(schema))
             parts.append(f"Body, `{kind}`:" if fields else f"Body, `{kind}`: {self._type(schema)}.")
             parts.append(self._table("field", fields) if fields else "")
-            parts += [tolerated(title, path) for title, path in self._titles(schema)]
+            parts += [tolerated(each, path) for each, path in self._bodies(schema)]
         parts.append(self._answers())
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -107,20 +107,22 @@ class Route:
         """Every field of an object and of the objects in it."""
         required = schema.get("required", [])
         for name, field in schema.get("properties", {}).items():
+            if NO_EFFECT in field:
+                continue
             yield f"`{path}{name}`", field, name in required
             for inner, suffix in self._objects(field):
                 title = inner.get("title", "")
                 if title not in above:
                     yield from self._fields(inner, f"{path}{name}{suffix}.", (*above, title))
 
-    def _titles(self, schema: Schema, path: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-        """The names of a body's class and of those of the objects in it, each with where it is."""
+    def _bodies(self, schema: Schema, path: str = "", above: tuple[str, ...] = ()) -> Iterator[tuple[Schema, str]]:
+        """The schema of a body and those of the objects in it, each with where it is."""
         title = schema.get("title", "")
-        yield title, path
+        yield schema, path
         for name, field in schema.get("properties", {}).items():
             for inner, suffix in self._objects(field):
                 if inner.get("title", "") not in (*above, title):
-                    yield from self._titles(inner, f"{path}{name}{suffix}.", (*above, title))
+                    yield from self._bodies(inner, f"{path}{name}{suffix}.", (*above, title))
 
     def _objects(self, schema: Schema, suffix: str = "") -> Iterator[tuple[Schema, str]]:
         """The objects with fields of their own that a value may be or hold; [] for each list that they are in."""
@@ -164,7 +166,7 @@ class Route:
                 return f"list of {items}{counted(schema, 'Items', 'of them')}"
             case "object":
                 values = schema.get("additionalProperties")
-                if isinstance(values, Mapping) and values:
+                if isinstance(values, Mapping) and values and values.get("type") != "null":
                     return f"object of {grouped(self._type(values))}"
                 return "object"
             case None:
@@ -221,12 +223,11 @@ def guide() -> dict[str, str]:
     return dict(re.findall(r"^\| `([A-Z]+ /[^`]*)` \| (.*) \|$", GUIDE.read_text("utf-8"), re.MULTILINE))
 
 
-def tolerated(title: str, path: str) -> str:
-    """The fields that a body of this name accepts without effect. path: what stands before each field's name."""
-    kinds = [kind for kind in kinds_of(Body) if kind.__name__ == title and kind.tolerated]
-    fields = kinds[0].tolerated if kinds else {}
-    always = [f"`{path}{name}`" for name, values in fields.items() if values is ANYTHING]
-    off = [shown_off(f"{path}{name}", values) for name, values in fields.items() if values is not ANYTHING]
+def tolerated(schema: Schema, path: str) -> str:
+    """The fields that a body accepts without effect. path: what stands before each field's name."""
+    fields = {name: field for name, field in schema.get("properties", {}).items() if NO_EFFECT in field}
+    always = [f"`{path}{name}`" for name, field in fields.items() if "enum" not in field]
+    off = [shown_off(f"{path}{name}", field["enum"]) for name, field in fields.items() if "enum" in field]
     parts = []
     if always:
         parts.append(f"Accepted without effect: {', '.join(always)}.")
@@ -235,13 +236,7 @@ def tolerated(title: str, path: str) -> str:
     return " ".join(parts)
 
 
-def shown_off(name: str, values: tuple[Any, ...]) -> str:
-    """A field and the values at which it has no effect."""
-    return f"`{name}`" + (f" ({', '.join(f'`{json.dumps(value)}`' for value in values)})" if values else "")
-
-
-def kinds_of(kind: type[Body]) -> Iterator[type[Body]]:
-    """All classes below one."""
-    for each in kind.__subclasses__():
-        yield each
-        yield from kinds_of(each)
+def shown_off(name: str, values: list[Any]) -> str:
+    """A field and the values at which it has no effect, beside null."""
+    told = [f"`{json.dumps(value)}`" for value in values if value is not None]
+    return f"`{name}`" + (f" ({', '.join(told)})" if told else "")

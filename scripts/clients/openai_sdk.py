@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import time
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ ASK: list[Any] = [{"role": "user", "content": "Name a river in Europe."}]
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 RESPONSE: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 24}
 CONCURRENT = 8
+BACKGROUND_S_MAX = 60
 
 
 class Forecast(BaseModel):
@@ -148,10 +150,10 @@ def check_responses(client: openai.OpenAI, checks: Checks) -> None:
     items = list(client.responses.input_items.list(left.id))
     checks.that(kept.output_text == left.output_text and bool(items), "it can be retrieved, with what it was asked")
     later = client.responses.create(**RESPONSE, input="Hello!", background=True)
-    for _ in range(200):
+    deadline_s = time.monotonic() + BACKGROUND_S_MAX
+    while later.status in ("queued", "in_progress") and time.monotonic() < deadline_s:
+        time.sleep(0.02)
         later = client.responses.retrieve(later.id)
-        if later.status not in ("queued", "in_progress"):
-            break
     checks.that(later.status in ("completed", "incomplete"), "one in the background comes to its end", later.status)
     unkept = client.responses.create(**RESPONSE, input="Hello!", store=False)
     for response in (root, left, right, further, again, final, later):
@@ -162,6 +164,54 @@ def check_responses(client: openai.OpenAI, checks: Checks) -> None:
             checks.that(False, claim)
         except openai.NotFoundError:
             checks.that(True, claim)
+
+
+def check_response_tools(client: openai.OpenAI, checks: Checks) -> None:
+    """Functions in responses: a call whole and streamed, its output by what is kept, and by what is sent again."""
+    tool: dict[str, Any] = {
+        "type": "function", "name": "forecast", "description": "Tell the weather", "strict": True,
+        "parameters": {**Forecast.model_json_schema(), "additionalProperties": False},
+    }  # fmt: skip
+    asked: dict[str, Any] = {**RESPONSE, "max_output_tokens": 200, "tools": [tool], "parallel_tool_calls": False}
+    demanded: dict[str, Any] = {**asked, "input": "How is the weather?", "tool_choice": "required"}
+    first = client.responses.create(**demanded)
+    call: Any = first.output[-1]
+    arguments = json.loads(call.arguments)
+    checks.that(call.type == "function_call" and set(arguments) == {"city", "days"}, "a response calls", arguments)
+    with client.responses.stream(**demanded) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        streamed: Any = stream.get_final_response().output[-1]
+    checks.that("".join(deltas) == streamed.arguments == call.arguments and len(deltas) > 1, "streamed it is the same",
+                f"{len(deltas)} deltas")  # fmt: skip
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    told: dict[str, Any] = {**RESPONSE, "tools": [tool]}
+    after = client.responses.create(**told, input=[output], previous_response_id=first.id)
+    beside = client.responses.create(**told, input=[{**output, "output": "sun"}], previous_response_id=first.id)
+    for claim, response in (("its output finds", after), ("another output, side by side, finds", beside)):
+        checks.that(cached(response) == history(first) - 1, f"{claim} all but the last token",
+                    cached(response), response.usage.input_tokens if response.usage else 0)  # fmt: skip
+    items: list[Any] = [{"role": "user", "content": "How is the weather?"}, call, output]
+    resent = client.responses.create(**told, input=items, store=False)
+    checks.that(bool(resent.output), "with store: false all is sent again, and answered", resent.output[-1].type)
+    conversation = client.conversations.create()
+    made = client.responses.create(**demanded, conversation=conversation.id)
+    own: Any = made.output[-1]
+    result = {**output, "call_id": own.call_id}
+    done = client.responses.create(**told, input=[result], conversation=conversation.id)
+    checks.that(cached(done) == history(made) - 1, "in a conversation, too", cached(done))
+    listed = [item.type for item in client.conversations.items.list(conversation.id, order="asc")]
+    checks.that(listed[:3] == ["message", "function_call", "function_call_output"], "which lists call and output")
+    client.conversations.delete(conversation.id)
+    refused: dict[str, dict[str, Any]] = {
+        "input[0].call_id": {"input": [{**output, "call_id": "none"}]},
+        "tools.0.type": {"input": "x", "tools": [{"type": "web_search"}]},
+    }
+    for param, wrong in refused.items():
+        try:
+            client.responses.create(**RESPONSE, **wrong)
+            checks.that(False, f"{param} is refused")
+        except openai.BadRequestError as error:
+            checks.that(error.param == param, "what nobody called, and another's tool, is refused by name", param)
 
 
 def check_conversations(client: openai.OpenAI, checks: Checks) -> None:
@@ -210,7 +260,8 @@ def main() -> int:
     url = url_given() + "/v1"
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         for check in (
-            check_models_and_errors, check_completions, check_chat, check_tools, check_responses, check_conversations,
+            check_models_and_errors, check_completions, check_chat, check_tools, check_responses, check_response_tools,
+            check_conversations,
         ):  # fmt: skip
             check(client, checks)
     asyncio.run(check_concurrent(url, checks))

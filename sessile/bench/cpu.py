@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sessile.bench.speculate import median_interval
+from sessile.bench.intervals import median_interval
 from sessile.contract.messages import Batch, Sampling, Submit, pack_tokens, unpack_tokens
 from sessile.core.limits import SchedulerOptions
 from sessile.device.config import DeviceOptions

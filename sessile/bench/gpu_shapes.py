@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from sessile.bench.gpu_trace import TracedDevice
-from sessile.contract.messages import CloseSession, Done, OpenSession, Sampling, Submit, pack_tokens
+from sessile.contract.messages import (
+    Batch,
+    CloseSession,
+    Done,
+    Flush,
+    OpenSession,
+    Reply,
+    Sampling,
+    Submit,
+    pack_tokens,
+    unpack_tokens,
+)
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import SchedulerOptions
 from sessile.device.config import DeviceOptions
@@ -21,6 +32,7 @@ from sessile.device.gpu_device import GpuDevice
 from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.config import EngineOptions
+from sessile.engine.drafting import MakeDrafter, lookup_drafter
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.model.config import ModelOptions
@@ -42,15 +54,33 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """config.json of the shapes that docs/BENCHMARKS.md names: Llama-3.1-8B and Qwen2.5-1.5B (with a longer context)."""
 
+NOISE_TEMPERATURE = 10_000.0
+"""So hot that a request's seed decides what it says, whatever the model: hardly ever a near tie that steps of another
+shape decide otherwise, and no token twice soon."""
+
 
 @dataclass
 class Turns:
-    """What a run of the loop did: when each turn ended (ns), its new tokens, and when each request began to answer."""
+    """What a run of the loop did: when it began and each turn ended (ns), its new tokens, and when each request began
+    to answer."""
 
+    begun_ns: int = 0
     ends_ns: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     first_ns: dict[int, int] = field(default_factory=dict)
     done: dict[int, Done] = field(default_factory=dict)
+    batches: list[Batch] = field(default_factory=list)
+
+    def outputs(self) -> dict[int, list[int]]:
+        """The tokens of each request, collected after the run: while it runs, nobody waits for this."""
+        outputs: dict[int, list[int]] = {}
+        for batch in self.batches:
+            ends = np.cumsum(unpack_tokens(batch.delta_counts)).tolist()
+            tokens = unpack_tokens(batch.delta_tokens).tolist()
+            keys = memoryview(batch.delta_keys).cast("q").tolist()
+            for key, begin, end in zip(keys, [0, *ends], ends, strict=False):
+                outputs.setdefault(key, []).extend(tokens[begin:end])
+        return outputs
 
 
 class ShapeEngine:
@@ -58,13 +88,13 @@ class ShapeEngine:
 
     def __init__(
         self, shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, *, traced: bool = False,
-        quantize: str = "none",
+        make_drafter: MakeDrafter = lookup_drafter, quantize: str = "none",
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
         model = ModelOptions(model=str(folder), load_format="dummy", quantize=quantize)
         started_ns = time.monotonic_ns()
-        self.engine = self._open(model, DeviceOptions(), scheduler, options)
+        self.engine = self._open(model, scheduler, options, make_drafter)
         self.start_s = (time.monotonic_ns() - started_ns) / 1e9
         self.trace: TracedDevice | None = None
         if traced:
@@ -82,9 +112,21 @@ class ShapeEngine:
 
     def submit(self, prompt: np.ndarray, new_tokens: int, session: str | None = None) -> int:
         """Hand a greedy request to the engine; its key."""
-        key = next(self._numbers)
         sampling = Sampling(seed=0, temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
-        self._inbox.put(Submit(key=key, tokens=pack_tokens(prompt), sampling=sampling, session=session))
+        return self.send(prompt, sampling, session=session)
+
+    def send(
+        self, prompt: np.ndarray, sampling: Sampling, *, session: str | None = None,
+        corpora: tuple[str, ...] | None = None,
+    ) -> int:  # fmt: skip
+        """Hand a request to the engine, which may draft for it only if corpora are named; its key."""
+        key = next(self._numbers)
+        self._inbox.put(
+            Submit(
+                key=key, tokens=pack_tokens(prompt), sampling=sampling, session=session, corpora=corpora,
+                speculate=corpora is not None,
+            )
+        )  # fmt: skip
         return key
 
     def open_session(self, session: str) -> None:
@@ -95,12 +137,22 @@ class ShapeEngine:
         """Close it."""
         self._inbox.put(CloseSession(next(self._numbers), session))
 
+    def flush(self) -> None:
+        """Drop all KV, of prefixes and of sessions, which keep their tokens; nothing is running."""
+        op = next(self._numbers)
+        self._inbox.put(Flush(op))
+        replies: list[Reply] = []
+        while not any(reply.op == op for reply in replies):
+            self._loop.turn()
+            replies += [reply for batch in self._outbox.take() for reply in batch.replies]
+        assert all(reply.error is None for reply in replies), f"the engine did not flush: {replies}"
+
     def run(
         self, requests: int, on_done: Callable[[int], None] = lambda key: None,
         at_turn: Mapping[int, Callable[[], None]] = MappingProxyType({}),
     ) -> Turns:  # fmt: skip
         """Turn the loop until so many requests have ended. on_done, and at_turn before that turn, may submit more."""
-        turns = Turns()
+        turns = Turns(begun_ns=time.perf_counter_ns())
         while len(turns.done) < requests:
             if (act := at_turn.get(len(turns.ends_ns))) is not None:
                 act()
@@ -109,10 +161,12 @@ class ShapeEngine:
             count = 0
             for batch in self._outbox.take():
                 count += len(batch.delta_tokens) // 4
+                turns.batches.append(batch)
                 for key in memoryview(batch.delta_keys).cast("q"):
                     turns.first_ns.setdefault(key, now_ns)
                 for done in batch.done:
-                    assert done.reason == "length", f"request {done.key} ended with {done.reason}: {done.message}"
+                    ended = f"request {done.key} ended with {done.reason}: {done.message}"
+                    assert done.reason in ("length", "stop"), ended
                     turns.done[done.key] = done
                     on_done(done.key)
             turns.ends_ns.append(now_ns)
@@ -124,17 +178,20 @@ class ShapeEngine:
         self.engine.close()
 
     def _open(
-        self, model: ModelOptions, device: DeviceOptions, scheduler: SchedulerOptions, options: EngineOptions
+        self, model: ModelOptions, scheduler: SchedulerOptions, options: EngineOptions, make_drafter: MakeDrafter
     ) -> Engine:
+        device = DeviceOptions()
+
         def open_for(request: DeviceRequest) -> Device:
             return open_device(
                 model, device, page_size=request.page_size, context_tokens=request.context_tokens,
-                rows_max=request.rows_max, progress=lambda stage, share: None,
+                rows_max=request.rows_max, drafts_max=request.drafts_max, progress=lambda stage, share: None,
             )  # fmt: skip
 
         def describe(*, vocab_size: int, context_tokens: int) -> ModelFacts:
             return ModelFacts(vocab_size=vocab_size, context_tokens=context_tokens, eos_ids=())
 
         return open_engine(
-            scheduler, options, open_for, describe, on_cpu=chosen_kind(device) == "cpu", clock=MonotonicClock()
-        )
+            scheduler, options, open_for, describe, on_cpu=chosen_kind(device) == "cpu", clock=MonotonicClock(),
+            make_drafter=make_drafter,
+        )  # fmt: skip

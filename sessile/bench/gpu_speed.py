@@ -7,10 +7,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from sessile.bench.gpu_reclaimed import HISTORIES_TOKENS, print_cold, print_open_ended
 from sessile.bench.gpu_shapes import ShapeEngine
+from sessile.bench.gpu_speculate import print_speculation
 from sessile.core.limits import SchedulerOptions
 from sessile.engine.config import EngineOptions
 
+GROUPS = ("steps", "throughput", "stalls", "turns", "speculation", "cold", "open")
+"""What is measured of a shape."""
 BATCHES = (1, 8, 64, 256)
 PROMPT_TOKENS, STEP_TOKENS = 1024, 132
 STEP_TARGETS_MS = {"8B": (5.9, 6.3, 9.3, 20.0), "1.5B": (1.6, 1.7, 2.4, 4.9)}
@@ -28,7 +32,12 @@ def measure_shape(
     shape: str, groups: set[str], batches: tuple[int, ...], scheduler: SchedulerOptions, options: EngineOptions,
     *, traced: bool = False, quantize: str = "none",
 ) -> None:  # fmt: skip
-    """Print the figures of one shape: any of the groups "steps", "throughput", "stalls" and "turns"."""
+    """Print the figures of one shape: any of GROUPS."""
+    if "speculation" in groups:
+        with TemporaryDirectory() as folder:
+            print_speculation(shape, Path(folder), scheduler, options, traced=traced)
+    if groups == {"speculation"}:
+        return
     with TemporaryDirectory() as folder:
         engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced, quantize=quantize)
         facts = engine.engine.device.facts
@@ -50,6 +59,13 @@ def measure_shape(
             for turns in TURNS:
                 print_turns(engine, shape, *turns)
                 print_trace(engine)
+        if "cold" in groups:
+            for history_tokens in HISTORIES_TOKENS:
+                print_cold(engine, shape, history_tokens)
+                print_trace(engine)
+        if "open" in groups:
+            print_open_ended(engine, shape)
+            print_trace(engine)
         engine.close()
 
 
@@ -68,6 +84,9 @@ def print_steps(engine: ShapeEngine, shape: str, batch: int) -> None:
     steps_ms = np.diff(turns.ends_ns)[full] / 1e6
     # The first steps of a size run without a graph, then capture it.
     steady = steps_ms[8:-2]
+    if not steady.size:
+        print(f"{shape} decode step, batch {batch:3d}: the first rows ended before the last prompts were read")
+        return
     target = STEP_TARGETS_MS[shape][BATCHES.index(batch)]
     print(
         f"{shape} decode step, batch {batch:3d}: median {np.median(steady):6.3f} ms, p99 "

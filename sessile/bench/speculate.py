@@ -11,13 +11,16 @@ beyond: neither tokens nor time behind it count.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sessile.bench.intervals import median_interval
 from sessile.bench.speculate_engine import Arm, Run, SpeculatingEngine
 from sessile.bench.speculate_loads import DISTRACTORS, LOADS, PROMPTS, Load, Texts
+from sessile.bench.speculate_record import DRAFTS_MAX, RecordedAnswer, Recording, recorded
 from sessile.errors import StartupError
 from sessile.model.config import ModelOptions
 from sessile.options import option
@@ -28,9 +31,6 @@ GRAM_TOKENS = 4
 LENGTH_MIN = 8
 """A shorter answer says nothing about a rate; its prompt is left out."""
 PAIRS, PAIRS_OF_CHAT = 5, 15
-RESAMPLES = 10_000
-TAILS = (2.5, 97.5)
-"""Percentiles: the ends of an interval of 95 %."""
 RATIO_MIN = {"edit": 2.0, "documents": 1.5, "json": 1.5}
 """Least median ratio of output tokens a second at batch 1, corpora allowed."""
 LOSS_MAX_RATIO = 0.98
@@ -76,15 +76,19 @@ class SpeculateBenchOptions:
         choices=("cut", "keep"),
     )
     drafts_max: int = option(7, "Most drafts of a request in a step.", unit="drafts", low=1, high=255)
+    record: str | None = option(
+        None,
+        "Measure nothing: write to this file what drafts come to at each place of the answers, for `make gpu-bench`.",
+    )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A workload ready to be run: its prompts with the length that counts of each answer, and its arms."""
+    """A workload ready to be run: its prompts, what counts of the answer to each, and its arms."""
 
     name: str
     prompts: list[list[int]]
-    lengths: list[int]
+    answers: list[list[int]]
     arms: list[Arm]
 
 
@@ -137,14 +141,6 @@ def distinct_share(outputs: Sequence[Sequence[int]]) -> float:
     return sum(len(set(each)) for each in grams) / max(sum(map(len, grams)), 1)
 
 
-def median_interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Of the median, 95 %: that of RESAMPLES draws with replacement, always the same draws."""
-    dice = np.random.default_rng(0)
-    draws = dice.choice(np.array(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), TAILS)
-    return float(low), float(high)
-
-
 class Bench:
     """Runs workloads on one engine and prints a table of each."""
 
@@ -184,6 +180,18 @@ class Bench:
         self._console.print("drafts accepted/offered", *sources, sep="\n", highlight=False)
         return is_met
 
+    def record(self, name: str) -> tuple[RecordedAnswer, ...]:
+        """Let the model answer all prompts of a workload and look up drafts, with its corpus, at each place."""
+        case = self._prepared(name, self._loads.get(name, self._loads["chat"]), PROMPTS)
+        corpora = case.arms[-1].corpora
+        answers = tuple(
+            recorded(self.engine.shelf, corpora, prompt, answer, self._options.drafts_max)
+            for prompt, answer in zip(case.prompts, case.answers, strict=True)
+        )
+        offered, accepted = sum(sum(each.offered) for each in answers), sum(sum(each.accepted) for each in answers)
+        self._console.print(f"{len(answers)} answers recorded, {accepted:,} of {offered:,} drafts right.")
+        return answers
+
     def _prepared(self, name: str, load: Load, count: int) -> Case:
         """Let the model answer without speculation, cut its answers, and put the corpora of the workload there."""
         prompts = load.prompts[:count]
@@ -199,7 +207,7 @@ class Bench:
         if not kept:
             raise StartupError(f"no answer of {name!r} has {LENGTH_MIN} tokens before it loops: give another model")
         arms = self._arms(name, load, cut)
-        return Case(name, [prompts[i] for i in kept], [len(cut[i]) for i in kept], arms)
+        return Case(name, [prompts[i] for i in kept], [cut[i] for i in kept], arms)
 
     def _arms(self, name: str, load: Load, answers: Sequence[Sequence[int]]) -> list[Arm]:
         """The ways to run a workload, with its corpora put on the shelf."""
@@ -221,7 +229,7 @@ class Bench:
         for number in range(pairs):
             chosen_prompts = [(number * batch + i) % len(case.prompts) for i in range(batch)]
             prompts = [case.prompts[i] for i in chosen_prompts]
-            lengths = [case.lengths[i] for i in chosen_prompts]
+            lengths = [len(case.answers[i]) for i in chosen_prompts]
             order = list(range(len(case.arms)))[:: 1 if number % 2 == 0 else -1]
             runs = {arm: self.engine.run(case.arms[arm], prompts, lengths) for arm in order}
             for arm, of_arm in enumerate(figures):
@@ -304,6 +312,8 @@ def sizes(text: str) -> list[int]:
 def measure_speculation(options: SpeculateBenchOptions) -> int:
     """Measure and print; 0 if all targets are met, else 1. Raises StartupError."""
     console = Console(width=COLUMNS)
+    if options.record is not None and options.drafts_max > DRAFTS_MAX:
+        raise StartupError(f"--record: at most {DRAFTS_MAX} drafts a place are recorded; lower --drafts-max")
     bench = Bench(options, console)
     try:
         ready = bench.engine.ready
@@ -312,6 +322,10 @@ def measure_speculation(options: SpeculateBenchOptions) -> int:
             f"{ready.model_name}, {ready.dtype} on {ready.device}; at most {options.drafts_max} drafts a step. "
             f"Step times by tokens, ms: {table or 'not measured'}."
         )
+        if options.record is not None:
+            answers = {name: bench.record(name) for name in bench.names}
+            Recording(f"{ready.model_name}, {ready.dtype}", options.drafts_max, answers).write(Path(options.record))
+            return 0
         met = [bench.measure(name) for name in bench.names]
     finally:
         bench.engine.close()

@@ -21,7 +21,7 @@ from sessile.draft.shelf import OPERATOR, Shelf
 from sessile.engine.build import Device, DeviceRequest, open_engine
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.config import EngineOptions
-from sessile.engine.drafting import OwnedDrafter, StepTable, lookup_drafter
+from sessile.engine.drafting import OwnedDrafter, StepFacts, StepTable, lookup_drafter
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.model.config import ModelOptions
@@ -73,7 +73,7 @@ class SpeculatingEngine:
     ) -> None:
         """Raises StartupError for a model that cannot be served."""
         self.step_ms: StepTable = ()
-        self._shelf = Shelf()
+        self.shelf = Shelf()
         clock, device = MonotonicClock(), DeviceOptions()
 
         def open_for(request: DeviceRequest) -> Device:
@@ -82,9 +82,9 @@ class SpeculatingEngine:
                 rows_max=request.rows_max, drafts_max=request.drafts_max, progress=lambda stage, share: None,
             )  # fmt: skip
 
-        def make_drafter(shelf: Shelf, table: StepTable) -> OwnedDrafter:
-            self._shelf, self.step_ms = shelf, table
-            return lookup_drafter(shelf, table)
+        def make_drafter(shelf: Shelf, facts: StepFacts) -> OwnedDrafter:
+            self.shelf, self.step_ms = shelf, facts.step_ms
+            return lookup_drafter(shelf, facts)
 
         self._engine = open_engine(
             SchedulerOptions(context_tokens=context_tokens, rows_max=rows_max),
@@ -103,7 +103,7 @@ class SpeculatingEngine:
 
     def put(self, corpus_id: str, documents: Sequence[Ints]) -> None:
         """Let a corpus stand on the shelf, in place of one of the same name if there is one."""
-        self._shelf.put(OPERATOR, corpus_id, CorpusIndex.build(documents))
+        self.shelf.put(OPERATOR, corpus_id, CorpusIndex.build(documents))
 
     def run(
         self, arm: Arm, prompts: Sequence[Sequence[int]], lengths: Sequence[int], stop: tuple[bytes, ...] = ()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from sessile.contract.plan import SAMPLE, StepPlan
 
+VERIFYING_TOKENS_MAX = 512
+"""Steps that verify drafts are captured at the start up to here; larger ones seldom pay."""
 CAPTURED_TOKENS_MAX = 2048
 """Steps with more tokens keep the device busy for longer than their launches take (about 12 ms for 28 layers), so they
 are run without a graph."""
@@ -59,6 +61,16 @@ def common_buckets(rows_max: int) -> list[Bucket]:
         if rows <= mixed_max and tokens > rows // 4
     ]
     return decodes + mixed
+
+
+def verifying_buckets(rows_max: int, drafts_max: int) -> list[Bucket]:
+    """Sizes beside the common ones of steps in which every row samples behind each of its drafts too."""
+    return [
+        Bucket(tokens, rows, tokens, True, True, True)
+        for rows in ROW_SIZES
+        for tokens in TOKEN_SIZES
+        if rows <= round_up(rows_max, ROW_SIZES) and rows < tokens <= min(rows * (1 + drafts_max), VERIFYING_TOKENS_MAX)
+    ]
 
 
 def round_up(count: int, sizes: list[int]) -> int:

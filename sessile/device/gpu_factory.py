@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from sessile.contract.plan import SAMPLE, StepPlan
-from sessile.device.buckets import common_buckets
+from sessile.device.buckets import common_buckets, verifying_buckets
 from sessile.device.config import DeviceOptions
 from sessile.device.gpu_device import GpuDevice
 from sessile.device.gpu_runner import GpuRunner
+from sessile.device.gpu_timing import GpuStepTimes, blank_plan, time_gpu_steps, verifying_plans
 from sessile.device.kv_pool import KvPool, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts
@@ -68,8 +67,9 @@ def open_gpu(
         row_pages = ceil_div(context + drafts_max + 1, page_size)
         runner = GpuRunner(loaded.decoder, pool, rows_max, row_pages, flash=flash)
         progress("compiling kernels", 0.0)
-        warm_up(runner, rows_max, context)
+        warm_up(runner, rows_max, context, drafts_max)
         progress("compiling kernels", 1.0)
+        times = time_gpu_steps(runner, rows_max, drafts_max) if drafts_max else GpuStepTimes()
     except torch.OutOfMemoryError as error:
         raise StartupError(
             "too little memory on the GPU: it ran out while starting. Free some, or lower --kv-memory or "
@@ -90,6 +90,9 @@ def open_gpu(
         rows_max=rows_max,
         kv_bytes=pool.bytes,
         weight_bytes=loaded.weight_bytes,
+        step_ms=times.step_ms,
+        decode_ms=times.decode_ms,
+        late_ms=times.late_ms,
     )
     return GpuDevice(runner, facts)
 
@@ -123,30 +126,25 @@ def choose_flash_attention3(
     return None
 
 
-def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int) -> None:
+def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: int) -> None:
     """Compile all kernels (or read them from Triton's cache), run one step of each kind, then capture common sizes.
 
     No row is bound: all read and write the scratch page.
     """
     decoding = sorted({min(rows, rows_max) for rows in (1, *WARM_ROWS, rows_max)})
-    shapes = [*((rows, 1) for rows in decoding), *((1, min(tokens, context_tokens)) for tokens in WARM_PROMPT_TOKENS)]
-    plans = [_blank_plan(rows, tokens) for rows, tokens in shapes]
-    common = common_buckets(rows_max) if runner.captures else []
+    plans = [blank_plan(rows, 1) for rows in decoding]
+    plans += [blank_plan(1, min(tokens, context_tokens)) for tokens in WARM_PROMPT_TOKENS]
+    if drafts_max:
+        plans += verifying_plans(rows_max, drafts_max).values()
+    common = [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)] if runner.captures else []
     with compiled_together(available_cores()):
-        for bucket in dict.fromkeys([*map(runner.bucket_of, plans), *common]):
+        # The last plans first: what attends with long prompts takes longest to compile.
+        for bucket in dict.fromkeys([*map(runner.bucket_of, reversed(plans)), *common]):
             runner.ask_for(bucket)
     for plan in plans:
         runner.start(plan).wait()
     for bucket in common:
         runner.prepare(bucket)
-
-
-def _blank_plan(rows: int, tokens: int) -> StepPlan:
-    none, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-    return StepPlan.empty(
-        0, rows=np.arange(rows, dtype=np.int32), starts=none, query_counts=ones * tokens, draft_counts=none,
-        flags=ones * SAMPLE, output_indices=none, logprob_tops=-ones, tokens=np.zeros(rows * tokens, np.int32),
-    )  # fmt: skip
 
 
 def _check_model(config: ModelConfig, options: ModelOptions, device: torch.device) -> None:

@@ -28,7 +28,9 @@ class DeviceFacts:
 
     context_tokens: longest sequence that is served. pages_total counts the scratch page. kv_bytes is the size of the
     pool, weight_bytes what the weights hold. attention: which kernels attend. step_ms: (tokens, milliseconds) of steps
-    that verify drafts, fewest tokens first; empty if they were not measured.
+    that verify drafts, fewest tokens first; empty if they were not measured. decode_ms: the same of steps without
+    drafts, where the device runs those otherwise, else empty. late_ms: what a step takes longer that is launched only
+    when the one before it is done.
     """
 
     model_path: str
@@ -46,6 +48,8 @@ class DeviceFacts:
     kv_bytes: int
     weight_bytes: int
     step_ms: tuple[tuple[int, float], ...] = ()
+    decode_ms: tuple[tuple[int, float], ...] = ()
+    late_ms: float = 0.0
 
 
 class Ticket:

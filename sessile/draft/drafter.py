@@ -10,7 +10,7 @@ from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, Sourc
 from sessile.draft.history import History
 from sessile.draft.lookup import NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE
 from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
-from sessile.draft.pace import Acceptance, StepTimes, path_chances, worthwhile
+from sessile.draft.pace import Acceptance, StepTimes, affordable
 from sessile.draft.session_index import SessionIndex
 from sessile.draft.shelf import Shelf, Snapshot
 from sessile.errors import NotFound
@@ -87,6 +87,11 @@ class LookupLine:
     def index(self) -> SequenceIndex:
         """That of the request's sequence."""
         return self._index
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether some are in flight."""
+        return bool(self._last)
 
     def uses(self) -> Sequence[SourceUse]:
         """By source, in the order of sources; corpora of one name count together."""
@@ -202,11 +207,9 @@ class LookupDrafter:
         if not allowed.any():
             return [0] * len(ours)
         matches = self._matches(ours, allowed > 0)
-        chances = path_chances([line.acceptance for line in ours], matches, int(allowed.max()))
-        chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
-        limits = worthwhile(chances, tokens, self._step_times)
-        for line in (line for line, limit in zip(ours, limits, strict=True) if limit == 0):
-            line.acceptance.rest()
+        begins = not any(line.has_drafts for line in ours)
+        learned = [line.acceptance for line in ours]
+        limits = affordable(learned, matches, allowed, tokens, self._step_times, begins=begins)
         return [int(limit) for limit in limits]
 
     def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:

@@ -35,18 +35,34 @@ GAIN_MIN = 1.02
 class StepTimes:
     """The time of a step by the number of its tokens. tokens: ascending, from 1 or more; times_ns: of each, > 0.
 
-    late_ns: what a step with a late part takes longer: it does not overlap with the one before it, and drafts are
-    looked up.
+    late_ns: what a step with a late part takes longer, as it does not overlap with the one before it; late_line_ns: and
+    for each line that is settled, looked up for and judged meanwhile. plain_tokens, plain_times_ns: of steps without
+    drafts, on a device that runs them otherwise (a GPU has kernels and graphs of their own for them); empty: as of all
+    others.
     """
 
     tokens: tuple[int, ...]
     times_ns: tuple[int, ...]
     late_ns: int = 0
+    late_line_ns: int = 0
+    plain_tokens: tuple[int, ...] = ()
+    plain_times_ns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.times_ns) >= 2, "a table of step times has two points or more"
-        assert all(low < high for low, high in pairwise(self.tokens)), "tokens must ascend"
-        assert min(self.times_ns) > 0 <= self.late_ns, "a step takes time"
+        assert len(self.plain_tokens) == len(self.plain_times_ns), "a point has tokens and a time"
+        for tokens in (self.tokens, self.plain_tokens):
+            assert all(low < high for low, high in pairwise(tokens)), "tokens must ascend"
+        assert min(*self.times_ns, *self.plain_times_ns) > 0, "a step takes time"
+        assert min(self.late_ns, self.late_line_ns) >= 0, "a late part makes no step shorter"
+
+    def plain_ns(self, tokens: int) -> float:
+        """Of a step of so many tokens without drafts. Beyond the last that was measured it holds prompts too, and runs
+        like one that verifies."""
+        if not self.plain_tokens or tokens > self.plain_tokens[-1]:
+            return float(self.time_ns(np.array([tokens], np.int64))[0])
+        times = np.maximum.accumulate(np.array(self.plain_times_ns, np.float64))
+        return float(np.interp(tokens, np.array(self.plain_tokens, np.float64), times))
 
     def time_ns(self, tokens: npt.NDArray[np.int64]) -> Floats:
         """Of steps of so many tokens: between two points along a line, beyond the last one along the last line.
@@ -102,10 +118,14 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
     return chances
 
 
-def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np.int32]:
+def worthwhile(
+    chances: Floats, tokens: int, times: StepTimes, *, begins: bool = False
+) -> npt.NDArray[np.int32]:  # fmt: skip
     """int32[lines]: how many drafts of each line a step that runs `tokens` tokens without them should verify.
 
-    chances: of `path_chances`, not rising along a line; 0 where a line allows no more.
+    chances: of `path_chances`, not rising along a line; 0 where a line allows no more. begins: the step in flight has
+    no drafts. The step behind drafts has to wait for them in any case; so of steps with drafts in a row each pays for
+    one late part, and the first pays for that of the step behind the last one as well.
     """
     lines, drafts = chances.shape
     # Stable: of equal chances the lower line's, and of a line's the nearer, so that what is taken is the first of each.
@@ -114,10 +134,28 @@ def worthwhile(chances: Floats, tokens: int, times: StepTimes) -> npt.NDArray[np
     limits = np.zeros(lines, np.int32)
     if not len(order):
         return limits
-    steps = times.time_ns(tokens + np.arange(1 + len(order), dtype=np.int64))
-    without = lines / steps[0]
-    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps[1:] + times.late_ns)
+    steps = times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
+    without = lines / times.plain_ns(tokens)
+    late = (1 + begins) * (times.late_ns + times.late_line_ns * lines)
+    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + late)
     if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)
+    return limits
+
+
+def affordable(
+    lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], allowed: npt.NDArray[np.int32], tokens: int,
+    times: StepTimes, *, begins: bool,
+) -> npt.NDArray[np.int32]:  # fmt: skip
+    """int32[lines]: most drafts worth verifying of each line, and no more than it allows; 0 is a step's rest for it.
+
+    matches, allowed int32[lines], of which some line allows one. tokens: of the step without drafts.
+    begins: as in `worthwhile`.
+    """
+    chances = path_chances(lines, matches, int(allowed.max()))
+    chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
+    limits = worthwhile(chances, tokens, times, begins=begins)
+    for line in (line for line, limit in zip(lines, limits, strict=True) if limit == 0):
+        line.rest()
     return limits

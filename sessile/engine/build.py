@@ -13,7 +13,7 @@ from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
 from sessile.engine.corpora import CorpusDesk
-from sessile.engine.drafting import MakeDrafter, StepTable, TimedDrafter, can_pay, lookup_drafter
+from sessile.engine.drafting import MakeDrafter, StepFacts, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.grammars import GrammarDesk
@@ -31,7 +31,7 @@ CPU_CHUNK_TOKENS_MIN, GPU_CHUNK_TOKENS_MIN = 16, 512
 """Chunks that the pace never goes below: a GPU runs 512 tokens in about the time that it needs for one."""
 
 
-class DeviceFacts(Protocol):
+class DeviceFacts(StepFacts, Protocol):
     """What an opened device says of itself and of the model on it."""
 
     @property
@@ -62,11 +62,6 @@ class DeviceFacts(Protocol):
     def kv_bytes(self) -> int: ...
     @property
     def weight_bytes(self) -> int: ...
-
-    @property
-    def step_ms(self) -> StepTable:
-        """How long steps of few tokens take; empty if nobody drafts, or if the kind of device is not measured."""
-        ...
 
 
 class Device(Executor, Protocol):
@@ -161,7 +156,7 @@ def open_engine(
     facts = device.facts
     shelf, drafter = Shelf(), None
     if options.speculate == "on" or (drafts_max and can_pay(facts.step_ms, drafts_max)):
-        drafter = TimedDrafter(make_drafter(shelf, facts.step_ms), clock)
+        drafter = TimedDrafter(make_drafter(shelf, facts), clock)
     limits = limits_for(
         scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants, drafts_max=drafts_max if drafter else 0
     )

@@ -26,8 +26,8 @@ class EngineOptions:
         "off",
         "Look up what may come next in the conversation, in corpora and in requests that may be remembered, and let the"
         " model verify it: the same output in fewer steps, where text repeats. A request may say no, or how much. auto:"
-        " on where the step times measured at the start say that it can pay; never on a GPU, where none are measured"
-        " yet. Off by default, because what it gains depends on the texts.",
+        " on where the step times measured at the start say that it can pay. Off by default, because what it gains"
+        " depends on the texts.",
         choices=("on", "off", "auto"),
     )
     drafts_max: int = option(

@@ -4,26 +4,52 @@ The core knows no clock and the drafter no device, so both questions are answere
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
 from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.units import TokenId
 
+if TYPE_CHECKING:
+    from sessile.draft.pace import StepTimes
+
 StepTable = Sequence[tuple[int, float]]
 """(tokens of a step, its milliseconds), fewest tokens first, as the device measured them at its start."""
 
-MakeDrafter = Callable[[Shelf, StepTable], "OwnedDrafter"]
-"""A drafter for a device with these step times, which finds its corpora on that shelf."""
-
 ASSUMED_STEP_MS: StepTable = ((1, 5.0), (64, 6.0), (256, 10.0))
-"""For a device that measures none: a GPU, on which few tokens cost what the weights cost to read."""
-LATE_NS = 300_000
-"""What a step with drafts takes longer beside its tokens: the scheduler's share of it, which overlaps otherwise."""
+"""For a device that measured none: one on which few tokens cost what the weights cost to read."""
+LATE_NS, LATE_LINE_NS = 300_000, 20_000
+"""What a step with drafts takes longer beside its tokens: the scheduler's share of it, which overlaps otherwise, in all
+and for each request; what the device needs to begin comes on top. The rates of the group "speculation" of
+`make gpu-bench` say 0.75 ms with that and 35 µs, on an H100, the core in pure Python. It is less because who begins to
+draft is charged twice and mostly goes on."""
 
 PAYS_BELOW = 0.5
 """Verifying a draft may cost at most so much of a step of one token, or drafts that are half right gain nothing."""
+
+
+class StepFacts(Protocol):
+    """What a device found out at its start about how long its steps take."""
+
+    @property
+    def step_ms(self) -> StepTable:
+        """Of steps of few tokens that verify drafts; empty if nobody drafts, or if they were not measured."""
+        ...
+
+    @property
+    def decode_ms(self) -> StepTable:
+        """Of steps in which each row runs one token, where they are run otherwise than those above; else empty."""
+        ...
+
+    @property
+    def late_ms(self) -> float:
+        """What a step takes longer that is launched only when the one before it is done."""
+        ...
+
+
+MakeDrafter = Callable[[Shelf, StepFacts], "OwnedDrafter"]
+"""A drafter for a device with these step times, which finds its corpora on that shelf."""
 
 
 def can_pay(table: StepTable, drafts_max: int) -> bool:
@@ -35,18 +61,29 @@ def can_pay(table: StepTable, drafts_max: int) -> bool:
     return bool(costs) and min(costs) <= PAYS_BELOW * alone_ms
 
 
-def lookup_drafter(shelf: Shelf, table: StepTable) -> "OwnedDrafter":
+def lookup_drafter(shelf: Shelf, facts: StepFacts) -> "OwnedDrafter":
     """The drafter of sessile/draft, ready to be asked; it remembers what it may within the default bounds."""
     # Here, because an engine that drafts nothing has no use for what is compiled there.
     from sessile.draft.drafter import LookupDrafter
     from sessile.draft.history import History, HistoryLimits
-    from sessile.draft.pace import StepTimes
 
-    known = table if len(table) > 1 else ASSUMED_STEP_MS
-    times = StepTimes(tuple(tokens for tokens, _ in known), tuple(round(ms * 1e6) for _, ms in known), LATE_NS)
-    drafter = LookupDrafter(shelf, times, history=History(HistoryLimits()))
+    drafter = LookupDrafter(shelf, step_times(facts), history=History(HistoryLimits()))
     drafter.prepare()
     return drafter
+
+
+def step_times(facts: StepFacts) -> "StepTimes":
+    """What a device measured, or what is assumed where it did not, as a drafter weighs its drafts against."""
+    from sessile.draft.pace import StepTimes
+
+    verifying = facts.step_ms if len(facts.step_ms) > 1 else ASSUMED_STEP_MS
+    tokens, times_ns = _points(verifying)
+    late_ns = LATE_NS + round(facts.late_ms * 1e6)
+    return StepTimes(tokens, times_ns, late_ns, LATE_LINE_NS, *_points(facts.decode_ms))
+
+
+def _points(table: StepTable) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(tokens for tokens, _ in table), tuple(round(ms * 1e6) for _, ms in table)
 
 
 class OwnedDrafter(Drafter, Protocol):

@@ -105,7 +105,8 @@ def _launch(
         norm.epsilon if norm else 0.0,
     )  # fmt: skip
     grid = (triton.cdiv(outs, tile.outs),)
-    launch(_one_token, grid, *given, HAS_SCALES=isinstance(weight, Quantised), IS_FAST=x.is_cuda, **common)
+    is_fast = x.is_cuda and numbers.dtype == torch.int8
+    launch(_one_token, grid, *given, HAS_SCALES=isinstance(weight, Quantised), IS_FAST=is_fast, **common)
     return out
 
 

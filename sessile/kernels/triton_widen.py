@@ -120,10 +120,10 @@ def widen_groups(packed, words, kind: tl.constexpr, IS_FAST: tl.constexpr):  # t
 def widen_rows(numbers, kind: tl.constexpr, IS_FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Numbers in int8 or e4m3, or in `kind` already, exactly in the type `kind`; IS_FAST as above."""
     if not IS_FAST:
-        return numbers.to(kind)
-    if numbers.dtype == tl.int8:
+        wide = numbers.to(kind)
+    elif numbers.dtype == tl.int8:
         # The lower seven bits in those of 128 are 128 + bits; the sign in the exponent's last makes 256 of 128.
-        return tl.inline_asm_elementwise(
+        wide = tl.inline_asm_elementwise(
             """
             {
             .reg .b32 t0, t1, n0, n1, one;
@@ -140,52 +140,56 @@ def widen_rows(numbers, kind: tl.constexpr, IS_FAST: tl.constexpr):  # type: ign
             """,
             "=r,=r,r", [numbers], dtype=tl.bfloat16, is_pure=True, pack=4,
         )  # fmt: skip
-    # Exponent and mantissa in the places of bfloat16's are the number times 2^(7 - 127), subnormal ones too.
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t0, t1, s0, s1, back, zero;
-        mov.b32 back, 0x7b807b80;
-        mov.b32 zero, 0x80008000;
-        prmt.b32 t0, $2, 0, 0x1404;
-        prmt.b32 t1, $2, 0, 0x3424;
-        and.b32 s0, t0, 0x80008000;
-        and.b32 s1, t1, 0x80008000;
-        shr.b32 t0, t0, 4;
-        shr.b32 t1, t1, 4;
-        lop3.b32 t0, t0, 0x07f007f0, s0, 0xea;
-        lop3.b32 t1, t1, 0x07f007f0, s1, 0xea;
-        fma.rn.bf16x2 $0, t0, back, zero;
-        fma.rn.bf16x2 $1, t1, back, zero;
-        }
-        """,
-        "=r,=r,r", [numbers], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
+    else:
+        # Exponent and mantissa in the places of bfloat16's are the number times 2^(7 - 127), subnormal ones too.
+        wide = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t0, t1, s0, s1, back, zero;
+            mov.b32 back, 0x7b807b80;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 t0, $2, 0, 0x1404;
+            prmt.b32 t1, $2, 0, 0x3424;
+            and.b32 s0, t0, 0x80008000;
+            and.b32 s1, t1, 0x80008000;
+            shr.b32 t0, t0, 4;
+            shr.b32 t1, t1, 4;
+            lop3.b32 t0, t0, 0x07f007f0, s0, 0xea;
+            lop3.b32 t1, t1, 0x07f007f0, s1, 0xea;
+            fma.rn.bf16x2 $0, t0, back, zero;
+            fma.rn.bf16x2 $1, t1, back, zero;
+            }
+            """,
+            "=r,=r,r", [numbers], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return wide
 
 
 @triton.jit
 def as_float(numbers, IS_FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Numbers of any kind, exactly in float32; IS_FAST: int8 without conversions, which the interpreter needs."""
-    if not IS_FAST or numbers.dtype != tl.int8:
-        return numbers.to(tl.float32)
-    # A byte in the last bits of 2^23 is 2^23 + byte.
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t, n0, n1, n2, n3, high;
-        .reg .f32 off;
-        mov.b32 high, 0x4b000000;
-        mov.b32 off, 0x4b000080;
-        xor.b32 t, $4, 0x80808080;
-        prmt.b32 n0, t, high, 0x7650;
-        prmt.b32 n1, t, high, 0x7651;
-        prmt.b32 n2, t, high, 0x7652;
-        prmt.b32 n3, t, high, 0x7653;
-        sub.f32 $0, n0, off;
-        sub.f32 $1, n1, off;
-        sub.f32 $2, n2, off;
-        sub.f32 $3, n3, off;
-        }
-        """,
-        "=f,=f,=f,=f,r", [numbers], dtype=tl.float32, is_pure=True, pack=4,
-    )  # fmt: skip
+    """Numbers of any kind, exactly in float32; IS_FAST: they are int8, and are not converted one by one."""
+    if IS_FAST:
+        # A byte in the last bits of 2^23 is 2^23 + byte.
+        wide = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, n0, n1, n2, n3, high;
+            .reg .f32 off;
+            mov.b32 high, 0x4b000000;
+            mov.b32 off, 0x4b000080;
+            xor.b32 t, $4, 0x80808080;
+            prmt.b32 n0, t, high, 0x7650;
+            prmt.b32 n1, t, high, 0x7651;
+            prmt.b32 n2, t, high, 0x7652;
+            prmt.b32 n3, t, high, 0x7653;
+            sub.f32 $0, n0, off;
+            sub.f32 $1, n1, off;
+            sub.f32 $2, n2, off;
+            sub.f32 $3, n3, off;
+            }
+            """,
+            "=f,=f,=f,=f,r", [numbers], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        wide = numbers.to(tl.float32)
+    return wide

@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,6 +41,8 @@ ANYTHING = None
 
 Tolerated = Mapping[str, tuple[Any, ...] | None]
 """Field → values at which it has no effect, or ANYTHING."""
+NO_EFFECT = "x-no-effect"
+"""What marks such a field in the OpenAPI."""
 
 
 class BodyTooLarge(TooLong):
@@ -104,6 +109,26 @@ class Body(BaseModel):
             raise field_fault(name, "not supported by this server")
         return self
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The same for whoever reads the description: every field that is accepted, and no other."""
+        described = handler(core_schema)
+        schema = handler.resolve_ref_schema(described)
+        fields = schema.setdefault("properties", {})
+        for field in cls.model_fields.values():
+            names = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+            fields |= {name: fields[names[0]] for name in names[1:]}
+        for name, values in cls.tolerated.items():
+            fields.setdefault(name, _without_effect(values))
+        schema["additionalProperties"] = False
+        return described
+
+
+def _without_effect(values: tuple[Any, ...] | None) -> dict[str, Any]:
+    """A field that is accepted without effect, in the OpenAPI."""
+    accepted: dict[str, Any] = {} if values is ANYTHING else {"enum": [*values, None]}
+    return {**accepted, "description": "Accepted without effect.", NO_EFFECT: True}
+
 
 def shortened(text: str) -> str:
     """What is repeated of a text that a client chose."""
@@ -119,12 +144,19 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def says(message: str) -> WrapValidator:
-    """Annotation: report any fault of the value with this one message, where pydantic would list a union's branches."""
+    """Annotation: report any fault of the value with this one message, where pydantic would list a union's branches.
+
+    But for a field of an object in it that is at fault by itself, such as an unknown one: that is named.
+    """
 
     def validate(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         try:
             return check(value)
-        except ValidationError:
+        except ValidationError as error:
+            for fault in error.errors(include_url=False):
+                if fault["type"] == "field":
+                    inner = [str(part) for part in fault["loc"][1:]]  # the first names the branch
+                    raise field_fault(".".join([*inner, fault["ctx"]["field"]]), fault["ctx"]["message"]) from None
             raise PydanticCustomError("value", "{message}", {"message": message}) from None
 
     return WrapValidator(validate)

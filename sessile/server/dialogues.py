@@ -8,6 +8,7 @@ much is computed.
 
 import asyncio
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -289,7 +290,7 @@ def _forget_turn(dialogue: Dialogue, turn: Turn) -> None:
 
 def digests_of(messages: Sequence[Message], beside: object = None) -> list[bytes]:
     """Digests of the first message, the first two, and so on."""
-    digest = hashlib.blake2b(orjson.dumps(beside, option=orjson.OPT_SORT_KEYS), digest_size=16).digest()
+    digest = hashlib.blake2b(_written(beside), digest_size=16).digest()
     digests = []
     for message in messages:
         digest = _chained(digest, message)
@@ -300,8 +301,15 @@ def digests_of(messages: Sequence[Message], beside: object = None) -> list[bytes
 def _chained(before: bytes, message: Message) -> bytes:
     # Clients need not send reasoning back, and whether they do changes nothing of what was said.
     told = {name: value for name, value in message.items() if name != "reasoning_content"}
-    said = orjson.dumps(told, option=orjson.OPT_SORT_KEYS)
-    return hashlib.blake2b(before + said, digest_size=16).digest()
+    return hashlib.blake2b(before + _written(told), digest_size=16).digest()
+
+
+def _written(content: object) -> bytes:
+    """The same bytes for the same content. Beyond what orjson writes, arguments may be deep, or numbers long."""
+    try:
+        return orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return json.dumps(content, sort_keys=True).encode()
 
 
 async def _rendered(render: Render, messages: Sequence[Message], agreed: int) -> tuple[str, str]:

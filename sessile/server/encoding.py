@@ -14,6 +14,30 @@ RENDER_TIMEOUT_S = 20.0
 """How long a chat template may take; the steps that it may take are bounded too, so that its thread comes to an end."""
 
 
+class Rendering:
+    """Writes messages as `Dialogues.place` asks for it, and keeps the prompt: how an answer is read depends on it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[ToolSpec] | None = None,
+    ) -> None:
+        self.prompt = ""
+        """What was written last to be answered."""
+        self._tokenizer = tokenizer
+        self._variables = variables
+        self._tools = tools
+
+    def __call__(self, messages: Sequence[Message], asks: bool) -> str:
+        text = self._tokenizer.render_chat(
+            messages, add_generation_prompt=asks, variables=self._variables, tools=self._tools
+        )
+        self.prompt = text if asks else self.prompt
+        return text
+
+
 async def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of text; a long one is encoded in a thread (the encoder releases the interpreter lock)."""
     if len(text) > THREAD_BYTES:

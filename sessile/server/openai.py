@@ -1,7 +1,6 @@
 """/v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients expect them (docs/HTTP.md)."""
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
@@ -14,7 +13,7 @@ from sessile.errors import NotFound
 from sessile.server.auth import Asking
 from sessile.server.body import read_body, takes
 from sessile.server.calls import Call, Order, Service, attended
-from sessile.server.encoding import encode_text, render_messages
+from sessile.server.encoding import Rendering, encode_text, render_messages
 from sessile.server.keys import Caller
 from sessile.server.link import Arrival
 from sessile.server.openai_bodies import COMPLETION_TOKENS_DEFAULT, ChatBody, CompletionBody, OpenAIBody
@@ -23,7 +22,7 @@ from sessile.server.replies import JsonReply
 from sessile.server.sampling import check_vocabulary, to_sampling
 from sessile.server.stream import EventStream
 from sessile.server.tools import AnswerReading, reading_of
-from sessile.text.template import Message, check_messages
+from sessile.text.template import check_messages
 
 
 class ModelNotFound(NotFound):
@@ -184,21 +183,14 @@ async def _turn_choice(service: Service, caller: Caller, body: ChatBody, order: 
     """The answer to messages of which a session's turns have some: what they lack is its next turn."""
     assert body.session_id is not None
     messages, variables, tools = check_messages(body.messages), body.chat_template_kwargs, body.tool_use.tools
-    prompt = ""
-    _reading(service, body, prompt)  # what it refuses is refused before a place is taken
-
-    def render(some: Sequence[Message], asks: bool) -> str:
-        nonlocal prompt
-        text = service.tokenizer.render_chat(some, add_generation_prompt=asks, variables=variables, tools=tools)
-        prompt = text if asks else prompt
-        return text
-
+    rendering = Rendering(service.tokenizer, variables=variables, tools=tools)
+    _reading(service, body, "")  # what it refuses is refused before a place is taken
     dialogues = service.dialogues
     dialogue = await dialogues.named(caller.tenant, body.session_id) if dialogues.keeps_kv else None
-    place = await dialogues.place(dialogue, messages, render, beside=[variables, tools] if tools else variables)
+    place = await dialogues.place(dialogue, messages, rendering, beside=[variables, tools] if tools else variables)
     session = place.dialogue.session if place.dialogue else None
     try:
-        reading = _reading(service, body, prompt)
+        reading = _reading(service, body, rendering.prompt)
         order = replace(order, tokens=place.tokens, session=session, branch=place.branch)
         (choice,) = _choices(service, body, reading.of(order), reading=reading)
     except BaseException:

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from sessile.server.body import ANYTHING, Body, TokenIds, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
 from sessile.server.grammars import OpenAIGrammarFields
+from sessile.server.message_schemas import CHAT_MESSAGES
 from sessile.server.names import SessionId
 from sessile.server.sampling import ANSWERS_MAX, LOGPROBS_MAX, Answers, Count, Priority, SamplingFields
 from sessile.server.tools import ToolFields
@@ -151,7 +152,7 @@ class ChatBody(OpenAIBody, ToolFields):
 
     tolerated: ClassVar[Tolerated] = TOLERATED
 
-    messages: Any
+    messages: Annotated[Any, WithJsonSchema(CHAT_MESSAGES)]
     session_id: SessionId | None = None
     """The dialogue to go on with: of the messages, only those that its turns do not have are computed."""
     max_completion_tokens: Count | None = None

@@ -118,6 +118,8 @@ class Choice:
         """The answer as the client was sent it, and as it will send it back."""
         content = self.answer.content if self._reader else self.output.text
         message = Message(role="assistant", content=content)
+        if self.answer.reasoning:
+            message["reasoning_content"] = self.answer.reasoning
         if self.answer.calls:
             message["tool_calls"] = [
                 CallMessage(

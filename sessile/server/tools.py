@@ -42,12 +42,8 @@ class ToolBody(Body):
 
     @property
     def spec(self) -> ToolSpec:
-        """The tool as templates know it, the same whatever the order of the client's fields."""
-        function = FunctionSpec(name=self.function.name)
-        if self.function.description is not None:
-            function["description"] = self.function.description
-        function["parameters"] = self.function.parameters or NO_PARAMETERS
-        return ToolSpec(type="function", function=function)
+        """The tool as templates know it."""
+        return tool_spec(self.function.name, self.function.description, self.function.parameters)
 
 
 class NamedFunction(Body):
@@ -79,25 +75,42 @@ class ToolFields(Body):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise field_fault("tools", f"two are called {twice!r}")
-        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            raise field_fault("tool_choice", f"{self.tool_choice.function.name!r} is none of tools")
-        if self.tool_choice == "required" and not names:
-            raise field_fault("tool_choice", "needs tools")
+        check_choice(names, named=self._named, needs_tools=self.tool_choice == "required")
         return self
 
     @property
     def tool_use(self) -> "ToolUse":
         """The same as any surface may say it."""
-        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
         return ToolUse(
             tools=tuple(tool.spec for tool in self.tools or () if self.tool_choice != "none"),
-            must_call=self.tool_choice == "required" or named is not None,
-            only=named,
+            must_call=self.tool_choice == "required" or self._named is not None,
+            only=self._named,
             is_parallel=self.parallel_tool_calls is not False,
         )
+
+    @property
+    def _named(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
+
+
+def tool_spec(name: str, description: str | None, parameters: dict[str, Any] | None) -> ToolSpec:
+    """A function as templates know it, the same whatever the order of the client's fields."""
+    function = FunctionSpec(name=name)
+    if description is not None:
+        function["description"] = description
+    function["parameters"] = parameters or NO_PARAMETERS
+    return ToolSpec(type="function", function=function)
+
+
+def check_choice(names: Sequence[str], *, named: str | None, needs_tools: bool) -> None:
+    """For a body's validator: raise a fault of its tools or tool_choice. named: the function that must be called."""
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise field_fault("tools", f"two are called {twice!r}")
+    if named is not None and named not in names:
+        raise field_fault("tool_choice", f"{named!r} is none of tools")
+    if needs_tools and not names:
+        raise field_fault("tool_choice", "needs tools")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,15 @@
 """Tools in a prompt: calls and results in the messages, and the words for a template that knows nothing of either."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from sessile.errors import InvalidRequest
 
 CALLS_MAX = 1024
 """Most calls of one message."""
+DEPTH_MAX = 128
+"""Objects and lists within each other in a call's arguments; more is taken from no model's answer either."""
 
 
 class CalledFunction(TypedDict):
@@ -74,7 +76,20 @@ def check_arguments(arguments: object, field: str) -> dict[str, Any]:
             arguments = None
     if not isinstance(arguments, dict):
         raise InvalidRequest(f"{field} must be the text of a JSON object", param=field)
+    if _is_deeper(arguments, DEPTH_MAX):
+        raise InvalidRequest(f"{field} has objects and lists more than {DEPTH_MAX} within each other", param=field)
     return arguments
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth + 1):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in _parts(each)]
+    return bool(level)
+
+
+def _parts(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _refuse_others(given: Mapping[str, Any], known: set[str], field: str) -> None:

@@ -59,7 +59,28 @@ COUNT = {
     "output_config": {"effort": "low"},
 }
 MESSAGES = {**COUNT, "max_tokens": 40, "stop_sequences": ["zz"], "stream": False, "metadata": {"user_id": "u"}}
-BODIES = {"/v1/chat/completions": CHAT, "/v1/messages": MESSAGES, "/v1/messages/count_tokens": COUNT}
+RESPONSE = {
+    "model": "default",
+    "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "so"}]},
+        {"role": "assistant", "content": "a", "status": "completed"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
+    ],
+    "tools": [{"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}],
+    "tool_choice": {"type": "function", "name": "f"},
+    "parallel_tool_calls": True,
+    "max_output_tokens": 40,
+    "store": False,
+}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/messages": MESSAGES,
+    "/v1/messages/count_tokens": COUNT,
+    "/v1/responses": RESPONSE,
+    "/v1/conversations": {"items": RESPONSE["input"], "metadata": {"topic": "weather"}},
+}
 
 
 @pytest.fixture(scope="module")

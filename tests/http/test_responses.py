@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -310,17 +311,33 @@ def test_a_second_response_of_a_conversation_waits_for_the_first(toy: Running, c
     assert len(list(client.conversations.items.list(conversation.id))) == 2
 
 
+def test_responses_side_by_side_in_a_fresh_conversation_do_not_meet(client: openai.OpenAI) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            conversation = client.conversations.create()
+            ask = partial(client.responses.create, **SETTINGS, conversation=conversation.id)
+            passing = [pool.submit(ask, input=HELLO, store=False) for _ in range(2)]
+            kept = ask(input=HELLO)
+            assert [each.result().usage.output_tokens for each in passing] == [ANSWER_TOKENS] * 2
+            assert cached(ask(input="And now?")) == history_tokens(kept) - 1
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"input": ""}, None), ({}, "input"), ({"input": []}, "input"), ({"input": [{"role": "cat"}]}, "input[0].role"),
-        ({"input": [{"type": "function_call"}]}, "input[0].type"), ({"input": "x", "inputs": 1}, "inputs"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"), ({"input": "x", "inputs": 1}, "inputs"),
+        ({"input": [{"role": "user", "content": "x", "name": "Ann"}]}, "input[0].name"),
+        ({"input": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "input[0].tool_call_id"),
+        ({"input": [{"role": "assistant", "content": "x", "tool_calls": []}]}, "input[0].tool_calls"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
-        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"), ({"input": "x", "include": ["a"]}, "include"),
+        ({"input": "x", "include": ["a"]}, "include"),
         ({"input": "x", "background": True, "stream": True}, "background"),
         ({"input": "x", "background": True, "store": False}, "background"),
         ({"input": "x", "previous_response_id": "a", "conversation": "b"}, "previous_response_id"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "conversation": {"id": "a", "name": "b"}}, "conversation.name"),
+        ({"input": "x", "conversation": {"id": 5}}, "conversation"), ({"input": "x", "conversation": 5}, "conversation")
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_its_param_and_leaves_nothing(

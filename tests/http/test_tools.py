@@ -193,6 +193,7 @@ def test_a_call_that_is_demanded_is_asked_of_the_engine_as_a_grammar(
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "time"}}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "weather", "x": 1}}}, "tool_choice.function.x"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ],
@@ -301,3 +302,25 @@ def test_a_session_goes_on_from_a_turn_with_calls(stream: bool) -> None:
         ask(client, messages=[*ASK, said, result], **session)
         assert prompt_of(running) == ";user:<tool_response>\nrain\n</tool_response>;assistant:"
         assert running.engine.submits()[-1].branch.parent == running.engine.submits()[0].rid
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 100000000000000000000}', '{"a":' * 120 + "1" + "}" * 120])
+def test_a_session_takes_schemas_and_arguments_that_are_long_or_deep(arguments: str) -> None:
+    """What turns are known by is written of them, too."""
+    with running_server(tokenizer=byte_tokenizer(MARKED)) as running, client_of(running) as client:
+        running.engine.context_tokens = ROOM_TOKENS
+        tool = {"type": "function", "function": {"name": "weather", "parameters": {"maxProperties": 10**20}}}
+        says(running, f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>')
+        session: dict[str, Any] = {"tools": [tool], "extra_body": {"session_id": "s"}}
+        said = ask(client, **session).choices[0].message.model_dump(exclude_none=True)
+        result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "rain"}
+        says(running, "Rain.")
+        ask(client, messages=[*ASK, said, result], **session)
+        assert running.engine.submits()[-1].branch.parent == running.engine.submits()[0].rid
+
+
+def test_arguments_that_are_too_deep_are_refused(client: openai.OpenAI) -> None:
+    function = {"name": "f", "arguments": '{"a":' * 129 + "1" + "}" * 129}
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(client, messages=[*ASK, {**ASSISTANT, "tool_calls": [{"id": "c", "function": function}]}])
+    assert refusal.value.param == "messages[1].tool_calls[0].function.arguments"

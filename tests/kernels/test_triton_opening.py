@@ -14,6 +14,7 @@ from sessile.contract.plan import StepPlan
 from sessile.device import gpu_factory
 from sessile.device.config import DeviceOptions
 from sessile.device.gpu_factory import open_gpu
+from sessile.device.gpu_timing import verifying_plans
 from sessile.errors import NotReady, PlanError, StartupError
 from sessile.kernels.flash_attention3 import Availability
 from sessile.model.config import ModelOptions
@@ -38,7 +39,7 @@ def opened(
 
 @pytest.fixture(autouse=True)
 def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_factory, "warm_up", lambda runner, rows_max, context_tokens: None)
+    monkeypatch.setattr(gpu_factory, "warm_up", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -113,3 +114,16 @@ def test_a_plan_that_reaches_out_of_bounds_fails_its_ticket_and_all_later_ones(t
         with pytest.raises(PlanError, match="batch row 9 does not exist"):
             ticket.result()
     device.close()
+
+
+@pytest.mark.parametrize(
+    ("rows_max", "drafts_max", "sizes"),
+    [(1, 1, [16]), (1, 7, [16]), (1, 60, [16, 32, 64]), (4, 7, [16, 32]), (256, 7, [16, 32, 64, 128, 256, 512])],
+)
+def test_steps_with_drafts_are_timed_as_far_as_rows_and_drafts_go(
+    rows_max: int, drafts_max: int, sizes: list[int]
+) -> None:
+    plans = verifying_plans(rows_max, drafts_max)
+    assert list(plans) == sizes
+    for tokens, plan in plans.items():
+        assert plan.tokens.size <= tokens and plan.rows.size <= rows_max and plan.draft_counts.max() <= drafts_max

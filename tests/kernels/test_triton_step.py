@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sessile.contract.plan import SCRATCH_PAGE
-from sessile.device import gpu_factory
+from sessile.device import gpu_factory, gpu_timing
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.device.gpu_factory import open_gpu
@@ -45,6 +45,10 @@ def few_programs() -> Iterator[None]:
             patch.setattr(triton_sampling, "PROGRAMS_WANTED", 4)
             patch.setattr(triton_plan, "STATE_PROGRAMS", 2)
             patch.setattr(gpu_factory, "WARM_PROMPT_TOKENS", ())
+            patch.setattr(gpu_timing, "DECODING_ROWS", (1, 8))
+            patch.setattr(gpu_timing, "VERIFYING_TOKENS", (16, 32))
+            patch.setattr(gpu_timing, "STEPS_IN_A_ROW", 1)
+            patch.setattr(gpu_timing, "ROUNDS", 1)
         yield
 
 
@@ -106,6 +110,16 @@ def test_accepted_drafts_are_emitted_together(device: Any, cpu: Any) -> None:
     Driver(device, chunk_tokens=24).run_all([drafted])
     assert drafted.output == plain.output
     assert drafted.steps < plain.steps
+
+
+def test_steps_are_timed_by_size_where_drafts_are_verified(device: Any) -> None:
+    facts = device.facts
+    sizes = [tokens for tokens, _ in facts.step_ms]
+    # Up to 16 tokens a step is as large as one of 16, then as one of 32.
+    assert sizes[:5] == [1, 2, 16, 17, 32] and sizes == sorted(set(sizes))
+    assert facts.step_ms[1][1] == facts.step_ms[2][1] and facts.step_ms[3][1] == facts.step_ms[4][1]
+    assert [rows for rows, _ in facts.decode_ms][:2] == [1, 8]
+    assert facts.late_ms >= 0 and all(ms > 0 for _, ms in (*facts.step_ms, *facts.decode_ms))
 
 
 def test_h72_padding_writes_to_the_scratch_page_alone(device: Any) -> None:

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from sessile.bench.intervals import median_interval
 from sessile.bench.speculate import (
+    LENGTH_MIN,
     LOOP_TOKENS,
     SpeculateBenchOptions,
     distinct_share,
     loop_end,
     measure_speculation,
-    median_interval,
 )
 from sessile.bench.speculate_loads import LOADS, PROMPTS, Texts
+from sessile.bench.speculate_record import Recording
 from sessile.errors import StartupError
 from sessile.text.load import load_tokenizer
 from tests.unit.tiny_folder import write_tiny_model
@@ -82,6 +84,30 @@ def test_a_corpus_of_the_models_own_answers_takes_fewer_steps(model: Path, capsy
     measure_speculation(options)
     drafted = re.search(r"\+ corpus: .*corpus:earlier (\d+)/(\d+)", capsys.readouterr().out)
     assert drafted and int(drafted[1]) > 0
+
+
+def test_a_recording_has_every_place_of_every_answer(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "recorded.json"
+    options = SpeculateBenchOptions(
+        model=str(model), load_format="dummy", workloads="chat,earlier", batches="8", tokens=12, drafts_max=3,
+        loops="keep", record=str(kept),
+    )  # fmt: skip
+    assert measure_speculation(options) == 0
+    recording = Recording.read(kept)
+    assert recording.drafts_max == 3 and list(recording.workloads) == ["chat", "earlier"]
+    for answers in recording.workloads.values():
+        # Answers that this model ends by itself before they say anything are left out.
+        assert 0 < len(answers) <= PROMPTS and all(LENGTH_MIN <= answer.tokens <= 12 for answer in answers)
+    right = {name: sum(sum(answer.accepted) for answer in answers) for name, answers in recording.workloads.items()}
+    assert right["earlier"] > 2 * right["chat"], "what the model said before, it says again"
+
+
+def test_more_drafts_than_a_digit_holds_are_not_recorded(model: Path, tmp_path: Path) -> None:
+    options = SpeculateBenchOptions(
+        model=str(model), load_format="dummy", drafts_max=36, record=str(tmp_path / "recorded.json")
+    )
+    with pytest.raises(StartupError, match="lower --drafts-max"):
+        measure_speculation(options)
 
 
 @pytest.mark.parametrize(("workloads", "batches"), [("edit,nothing", "1"), ("edit", "0"), ("edit", "1,many")])

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sessile.contract.plan import SAMPLE, StepPlan
-from sessile.device.buckets import CAPTURED_TOKENS_MAX, DECODE_SIZES, bucket_of, common_buckets, round_up
+from sessile.device.buckets import (
+    CAPTURED_TOKENS_MAX,
+    DECODE_SIZES,
+    VERIFYING_TOKENS_MAX,
+    bucket_of,
+    common_buckets,
+    round_up,
+    verifying_buckets,
+)
 
 
 def plan_of(counts: list[int], drafts: list[int], samples: list[bool]) -> StepPlan:
@@ -62,6 +70,20 @@ def test_what_common_steps_need_is_captured_before(rows_max: int) -> None:
     assert {bucket_of(plan_of([1] * rows, [0] * rows, [True] * rows), 4) for rows in decoding} <= set(common)
     for tokens in (9, 400, CAPTURED_TOKENS_MAX - rows_max):
         assert bucket_of(plan_of([tokens, *[1] * (rows_max - 1)], [0] * rows_max, [True] * rows_max), 4) in common
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=256))
+def test_a_step_that_verifies_drafts_finds_its_graph(drafts: list[int]) -> None:
+    plan = plan_of([1 + count for count in drafts], drafts, [True] * len(drafts))
+    if plan.tokens.size <= VERIFYING_TOKENS_MAX:
+        assert bucket_of(plan, 4) in {*common_buckets(256), *verifying_buckets(256, 7)}
+
+
+def test_where_nobody_drafts_no_graph_is_kept_for_drafts() -> None:
+    assert verifying_buckets(256, 0) == []
+    common = common_buckets(64)
+    assert not set(verifying_buckets(64, 7)) & set(common)
+    assert len(verifying_buckets(256, 7)) <= 16
 
 
 def test_decoding_pads_batches_by_a_quarter_at_most() -> None:

@@ -95,6 +95,17 @@ def test_h50_a_line_whose_drafts_always_fail_is_left_alone() -> None:
     assert drafter.limits([line], 1) == [0]
 
 
+def test_h50_to_begin_to_draft_takes_more_than_to_go_on() -> None:
+    """The step behind drafts is late in any case."""
+    drafter = LookupDrafter(shelf_of(), StepTimes((1, 1000), (1_000, 1_001), late_ns=4_000))
+    line = line_of(drafter, [*range(12)] * 4)
+    assert drafter.limits([line], 1) == [0]
+    assert drafts(drafter, line, 2) == [0, 1]
+    assert drafter.limits([line], 1) == [8]
+    drafter.settled(line, 2)
+    assert drafter.limits([line], 1) == [0]
+
+
 def test_h44_a_corpus_that_is_replaced_between_two_steps_is_the_new_one_in_the_second() -> None:
     shelf = shelf_of(("", "docs", [[*CONTEXT, 5]]))
     drafter = LookupDrafter(shelf, FREE)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sessile.draft.pace import GAIN_MIN, JUDGED_MAX, Acceptance, StepTimes, path_chances, worthwhile
+from sessile.draft.pace import GAIN_MIN, JUDGED_MAX, Acceptance, StepTimes, affordable, path_chances, worthwhile
 
 FREE = StepTimes((1, 1000), (1_000_000, 1_000_001))
 LINEAR = StepTimes((1, 2), (1_000_000, 2_000_000))
@@ -43,10 +43,38 @@ def test_h50_what_a_late_part_costs_must_be_gained_first() -> None:
     assert limits([[0.9, 0.8]], late) == [0]
 
 
+def test_h50_what_a_late_part_costs_grows_with_the_lines_that_wait_for_it() -> None:
+    late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_line_ns=100_000)
+    assert limits([[0.9, 0.8]], late) == [2]
+    assert limits([[0.9, 0.8], *[[0.0, 0.0]] * 9], late) == [0] * 10
+
+
+def test_h50_who_begins_to_draft_pays_for_the_step_behind_the_drafts_too() -> None:
+    """It cannot be planned further than to the drafts, so it is late as well."""
+    late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_ns=800_000)
+    chances = np.array([[0.9, 0.4]])
+    assert worthwhile(chances, 1, late).tolist() == [2]
+    assert worthwhile(chances, 1, late, begins=True).tolist() == [0]
+
+
 def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
     times = StepTimes((1, 8, 64, 128), (1_000, 1_000, 2_000, 4_000))
     assert limits([[0.5, 0.3]], times) == [2]
     assert limits([[0.5, 0.3]] * 64, times) == [0] * 64
+
+
+def test_h50_a_step_with_drafts_is_weighed_against_one_without_as_that_is_run() -> None:
+    """A GPU has kernels and graphs of its own for steps in which each row runs one token."""
+    alike = StepTimes((1, 16), (1_000, 1_001))
+    dearer = StepTimes((1, 16), (1_000, 1_001), plain_tokens=(1, 8), plain_times_ns=(500, 500))
+    assert limits([[0.9]] * 4, alike) == [1] * 4
+    assert limits([[0.9]] * 4, dearer) == [0] * 4
+
+
+def test_a_step_beyond_those_without_drafts_runs_like_one_that_verifies() -> None:
+    times = StepTimes((1, 101), (1_000, 2_000), plain_tokens=(1, 9), plain_times_ns=(400, 800))
+    assert [times.plain_ns(tokens) for tokens in (1, 5, 9, 51)] == [400, 600, 800, 1_500]
+    assert StepTimes((1, 101), (1_000, 2_000)).plain_ns(51) == 1_500
 
 
 @given(
@@ -123,3 +151,12 @@ def test_what_was_judged_long_ago_fades() -> None:
 def test_a_table_that_is_none_is_refused(tokens: tuple[int, ...], times_ns: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError):
         StepTimes(tokens, times_ns)
+
+
+def test_a_line_is_offered_no_more_than_it_allows_and_rests_where_it_is_offered_nothing() -> None:
+    lines = [Acceptance(), Acceptance(), Acceptance()]
+    for line in lines:
+        line.judge(9, is_accepted=True)
+    matches, allowed = np.array([9, 9, 0], np.int32), np.array([2, 5, 5], np.int32)
+    assert affordable(lines, matches, allowed, 3, FREE, begins=True).tolist() == [2, 5, 0]
+    assert [float(line.judged.sum()) == 1.0 for line in lines] == [True, True, False]

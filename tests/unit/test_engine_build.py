@@ -31,6 +31,8 @@ class ToyFacts:
     kv_bytes: int = 0
     weight_bytes: int = 0
     step_ms: tuple[tuple[int, float], ...] = ()
+    decode_ms: tuple[tuple[int, float], ...] = ()
+    late_ms: float = 0.0
 
 
 class OpenedToy(ToyDevice):

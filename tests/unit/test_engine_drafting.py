@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def opened(step_ms: Any = (), **options: Any) -> tuple[Engine, list[Any]]:
         toy.facts.step_ms = step_ms
         return toy
 
-    def make(shelf: Shelf, table: Any) -> ClosingDrafter:
-        made.append((shelf, table))
+    def make(shelf: Shelf, facts: Any) -> ClosingDrafter:
+        made.append((shelf, facts.step_ms))
         return ClosingDrafter(limit=3)
 
     engine = open_engine(
@@ -140,7 +141,7 @@ def test_the_drafter_of_an_engine_finds_what_was_said_before(table: Any) -> None
     """On a device without a table too, with the times that are assumed then."""
     engine = open_engine(
         SchedulerOptions(audit_level=2), EngineOptions(speculate="on"), OpenedToy, describe, on_cpu=True, clock=Steps(),
-        make_drafter=lambda shelf, _: lookup_drafter(shelf, table),
+        make_drafter=lambda shelf, facts: lookup_drafter(shelf, replace(facts, step_ms=table)),
     )  # fmt: skip
     assert engine.drafter is not None
     line = engine.drafter.start(engine.drafter.new_index(), DraftWish("", None, 4))

@@ -1,16 +1,17 @@
 """Bodies of /v1/messages and /v1/messages/count_tokens."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from sessile.contract.messages import Grammar
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault
 from sessile.server.drafts import DraftFields
 from sessile.server.grammars import schema_text
+from sessile.server.message_schemas import BLOCK_MESSAGES, SYSTEM
 from sessile.server.sampling import Count, Priority, SamplingFields, Stops
-from sessile.server.tools import NO_PARAMETERS, TOOLS_MAX, ToolName, ToolUse
-from sessile.text.tools import FunctionSpec, ToolSpec
+from sessile.server.tools import TOOLS_MAX, ToolName, ToolUse, tool_spec
+from sessile.text.tools import ToolSpec
 
 TOLERATED: Tolerated = {
     # Anthropic's own, about accounts, billing and places: nothing of that exists here
@@ -79,11 +80,7 @@ class MessagesTool(Body):
     @property
     def spec(self) -> ToolSpec:
         """The tool as templates know it."""
-        function = FunctionSpec(name=self.name)
-        if self.description is not None:
-            function["description"] = self.description
-        function["parameters"] = self.input_schema or NO_PARAMETERS
-        return ToolSpec(type="function", function=function)
+        return tool_spec(self.name, self.description, self.input_schema)
 
 
 class MessagesChoice(Body):
@@ -98,8 +95,8 @@ class PromptBody(Body):
     """What makes the prompt. Messages and system are checked by blocks.py."""
 
     model: str
-    messages: Any
-    system: Any = None
+    messages: Annotated[Any, WithJsonSchema(BLOCK_MESSAGES)]
+    system: Annotated[Any, WithJsonSchema(SYSTEM)] = None
     tools: list[MessagesTool] | None = Field(default=None, max_length=TOOLS_MAX)
     tool_choice: MessagesChoice | None = None
     thinking: ThinkingBody | None = None

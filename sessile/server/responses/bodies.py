@@ -1,13 +1,17 @@
 """Bodies of /v1/responses and /v1/conversations. What means nothing here stands in the table below."""
 
-from typing import Any, ClassVar, Self
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
-from sessile.server.body import ANYTHING, Body, Tolerated, field_fault
+from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
+from sessile.server.message_schemas import INPUT, ITEMS
 from sessile.server.names import ID_CHARS_MAX, Metadata
 from sessile.server.sampling import Count, Priority, SamplingFields
+from sessile.server.tools import TOOLS_MAX, ToolName, ToolUse, check_choice, tool_spec
+from sessile.text.tools import ToolSpec
 
 ITEMS_MAX = 1024
 """Most items that are given at once."""
@@ -19,16 +23,99 @@ class ConversationName(Body):
     id: str = Field(min_length=1, max_length=ID_CHARS_MAX)
 
 
+Conversed = Annotated[str | ConversationName, says('must be the id of a conversation, or {"id": …}')]
+
+
 class ResponseStreamOptions(Body):
     """stream_options of a response; its last event has its usage in any case, as clients of chat ask for it."""
 
     tolerated: ClassVar[Tolerated] = {"include_obfuscation": ANYTHING, "include_usage": (True,)}
 
 
-class ResponseBody(SamplingFields, DraftFields):
+class ResponseTool(Body):
+    """One of `tools`: a function of the client's."""
+
+    type: Annotated[
+        Literal["function"], says('must be "function": tools that OpenAI\'s servers run are not supported here')
+    ]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of the arguments."""
+    strict: bool | None = None
+    """A call that is demanded follows the schema either way; any other is the model's own."""
+
+    tolerated: ClassVar[Tolerated] = {
+        "allowed_callers": (["direct"],),
+        "async": (False,),
+        "defer_loading": (False,),
+        "output_schema": (),
+    }
+
+    @property
+    def spec(self) -> ToolSpec:
+        """The tool as templates know it."""
+        return tool_spec(self.name, self.description, self.parameters)
+
+
+class FunctionChoice(Body):
+    """A tool_choice that names the function to be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+ResponseChoice = Annotated[
+    Literal["none", "auto", "required"] | FunctionChoice,
+    says('must be "none", "auto", "required" or {"type": "function", "name": …}'),
+]
+
+
+class ResponseToolFields(Body):
+    """What a response's request says of tools."""
+
+    tools: list[ResponseTool] | None = Field(default=None, max_length=TOOLS_MAX)
+    tool_choice: ResponseChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.name for tool in self.tools or ()]
+        check_choice(names, named=self._named, needs_tools=self.tool_choice == "required")
+        return self
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """The same as any surface may say it."""
+        return ToolUse(
+            tools=tuple(tool.spec for tool in self.tools or () if self.tool_choice != "none"),
+            must_call=self.tool_choice == "required" or self._named is not None,
+            only=self._named,
+            is_parallel=self.parallel_tool_calls is not False,
+        )
+
+    @property
+    def tools_text(self) -> str:
+        """The tools as the response shows them, as JSON: schemas may have numbers that orjson does not write."""
+        fields = {"type", "name", "description", "parameters", "strict"}
+        return json.dumps([tool.model_dump(include=fields) for tool in self.tools or ()])
+
+    @property
+    def choice_shown(self) -> str | dict[str, str]:
+        """The tool_choice as the response shows it."""
+        if isinstance(self.tool_choice, FunctionChoice):
+            return {"type": "function", "name": self.tool_choice.name}
+        return self.tool_choice or "auto"
+
+    @property
+    def _named(self) -> str | None:
+        return self.tool_choice.name if isinstance(self.tool_choice, FunctionChoice) else None
+
+
+class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
     """The body of POST /v1/responses."""
 
-    input: Any = None
+    input: Annotated[Any, WithJsonSchema(INPUT)]
     """A text, or items; checked by items.py."""
     model: str | None = None
     instructions: str | None = None
@@ -41,7 +128,7 @@ class ResponseBody(SamplingFields, DraftFields):
     background: bool | None = None
     previous_response_id: str | None = Field(default=None, min_length=1, max_length=ID_CHARS_MAX)
     """The stored response to go on from."""
-    conversation: str | ConversationName | None = None
+    conversation: Conversed | None = None
     metadata: Metadata | None = None
     priority: Priority | None = None
 
@@ -51,13 +138,10 @@ class ResponseBody(SamplingFields, DraftFields):
         "safety_identifier": ANYTHING,
         "prompt_cache_key": ANYTHING,
         "prompt_cache_retention": ANYTHING,
-        "parallel_tool_calls": ANYTHING,
         "max_tool_calls": ANYTHING,
         "include": ([],),
         "reasoning": ({},),
         "text": ({"format": {"type": "text"}}, {}),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
         "prompt": (),
@@ -79,10 +163,14 @@ class ResponseBody(SamplingFields, DraftFields):
         return self.conversation.id if isinstance(self.conversation, ConversationName) else self.conversation
 
 
+Items = list[Annotated[Any, WithJsonSchema(ITEMS["items"])]]
+"""Checked by items.py."""
+
+
 class ConversationBody(Body):
     """The body of POST /v1/conversations."""
 
-    items: list[Any] | None = Field(default=None, max_length=ITEMS_MAX)
+    items: Items | None = Field(default=None, max_length=ITEMS_MAX)
     metadata: Metadata | None = None
 
 
@@ -95,4 +183,4 @@ class ConversationUpdateBody(Body):
 class ItemsBody(Body):
     """The body of POST /v1/conversations/{id}/items."""
 
-    items: list[Any] = Field(min_length=1, max_length=ITEMS_MAX)
+    items: Items = Field(min_length=1, max_length=ITEMS_MAX)

@@ -9,13 +9,15 @@ from sessile.contract.messages import Sampling
 from sessile.errors import InvalidRequest, LimitReached, NotFound, UserError
 from sessile.server.calls import DISCONNECTED, Call, Order, Service
 from sessile.server.dialogues import Dialogue, Place
+from sessile.server.encoding import Rendering
 from sessile.server.keys import Caller
 from sessile.server.openai_replies import Choice
 from sessile.server.responses.bodies import ResponseBody
-from sessile.server.responses.items import items_of, messages_of, new_item_id
+from sessile.server.responses.items import check_outputs, items_of, messages_of
 from sessile.server.responses.record import Conversation, Line, ResponseRecord
 from sessile.server.responses.shelf import Shelf
 from sessile.server.sampling import to_sampling
+from sessile.server.tools import AnswerReading, reading_of
 from sessile.text.template import Message
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class Desk:
         items = items_of(body.input, "input")
         previous, conversation = self._origin(caller, body)
         before = previous.line if previous else conversation.line if conversation else None
+        said = before.all() if before else []
+        check_outputs(items, "input", said)
         record = ResponseRecord(
             id=f"resp_{uuid.uuid4().hex}",
             tenant=caller.tenant,
@@ -97,7 +101,6 @@ class Desk:
             input_items=items,
             line=Line(before, tuple(messages_of(items))),
             model=service.model_name,
-            message_id=new_item_id(),
         )
         sampling = to_sampling(
             body,
@@ -105,9 +108,13 @@ class Desk:
             min_new_tokens=body.min_tokens,
             vocab_size=service.link.ready.vocab_size,
         )
-        # Instructions are those of this response alone: with others, the prompt is another one from its beginning.
+        self._reading(body, "")  # what it refuses is refused before anything is taken
+        # Instructions and tools are those of this response alone: with others, the prompt is another one from its
+        # beginning.
         instructions = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
-        messages = [*instructions, *record.line.all()]
+        messages = [*instructions, *said, *record.line.messages]
+        tools = body.tool_use.tools
+        rendering = Rendering(service.tokenizer, tools=tools)
         with contextlib.ExitStack() as undoing:
             if conversation is not None and body.store is not False:
                 if conversation.is_busy:
@@ -117,14 +124,23 @@ class Desk:
                 conversation.is_busy = True
                 undoing.callback(self._leave, conversation, record, None)
             record.dialogue = await self._dialogue(record, previous, conversation)
-            place = await service.dialogues.place(record.dialogue, messages, at=previous.turn if previous else None)
+            place = await service.dialogues.place(
+                record.dialogue, messages, rendering, beside=tools or None, at=previous.turn if previous else None
+            )
             undoing.callback(service.dialogues.give_back, place)
-            choice = self._choice(record, place, sampling)
+            choice = self._choice(record, place, sampling, self._reading(body, rendering.prompt))
             choice.call.at_end = lambda: self._end(record, place, choice, conversation)
             undoing.pop_all()  # from here on it is the call's end that does this
         return record, choice
 
-    def _choice(self, record: ResponseRecord, place: Place, sampling: Sampling) -> Choice:
+    def _reading(self, body: ResponseBody, prompt: str) -> AnswerReading:
+        """How the answer to a prompt is read. Raises InvalidRequest for what cannot be asked of this model."""
+        service = self._service
+        return reading_of(
+            service.options, service.tokenizer, body.tool_use, prompt, skips_special=body.skip_special_tokens
+        )
+
+    def _choice(self, record: ResponseRecord, place: Place, sampling: Sampling, reading: AnswerReading) -> Choice:
         """The answer at a place, not sent yet."""
         service, body = self._service, record.body
         record.dialogue = place.dialogue
@@ -139,13 +155,13 @@ class Desk:
             branch=place.branch,
             **body.wish,
         )
-        call = Call(service, order, whole=not body.stream)
+        call = Call(service, reading.of(order), whole=not body.stream)
         if body.store is not False:
             record.is_stored = True
             record.size_bytes = record.measured_bytes()
             # Only then: the response that this one goes on from may have to leave the shelf for it.
             call.at_start = lambda: self.responses.put(record)
-        return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim)
+        return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim, reader=reading.reader())
 
     def run_in_background(self, record: ResponseRecord, choice: Choice) -> None:
         """Send a response to the engine and let it run, whoever waits for it. Raises UserError if it cannot be sent."""
@@ -181,17 +197,19 @@ class Desk:
         self, record: ResponseRecord, previous: ResponseRecord | None, conversation: Conversation | None
     ) -> Dialogue | None:
         """Whose turn the response is; a new dialogue if there is none and its turn is to be kept."""
-        if conversation is not None:
-            if conversation.dialogue is None or not conversation.dialogue.is_open:
-                # A session that was closed may take a while to be gone, so the next one has another name.
-                name = conversation.id if conversation.dialogue is None else f"{conversation.id}.{record.id[-8:]}"
-                conversation.dialogue = await self._fresh(conversation.tenant, name)
-            return conversation.dialogue
-        if previous is not None and previous.dialogue is not None and previous.dialogue.is_open:
-            return previous.dialogue
+        origin = previous or conversation
+        known = origin.dialogue if origin else None
+        if known is not None and known.is_open:
+            return known
         if record.body.store is False:
             return None
-        return await self._fresh(record.tenant, record.id)
+        if conversation is None:
+            return await self._fresh(record.tenant, record.id)
+        # One response of a conversation at a time comes here. A session that was closed may take a while to be gone,
+        # so the next one has another name.
+        name = conversation.id if known is None else f"{conversation.id}.{record.id[-8:]}"
+        conversation.dialogue = await self._fresh(conversation.tenant, name)
+        return conversation.dialogue
 
     async def _fresh(self, tenant: str, name: str) -> Dialogue | None:
         """A new dialogue; None where the tenant has as many sessions as it may: then all messages are sent."""
@@ -206,7 +224,9 @@ class Desk:
         """The call was left: what is to stay stays, and whoever waits is told."""
         done = choice.call.done
         is_gone = done is None or done.message == DISCONNECTED
-        record.note_end(done, choice.output.text)
+        record.output.take(choice)  # what a stream was not told of, or nobody was
+        record.output.close("incomplete")
+        record.note_end(done, choice.reasoning_tokens)
         wanted = record.is_stored and not is_gone
         turn = self._service.dialogues.end(place, choice.call, choice.message, keep=wanted)
         line = Line(record.line, (choice.message,))
@@ -225,6 +245,6 @@ class Desk:
         if not conversation.is_kept:
             self._let_conversation_go(conversation)
         elif line is not None:
-            said = [*record.input_items, record.output_item]
+            said = [*record.input_items, *record.output.items]
             conversation.add(said, line if record.line.before is conversation.line else None)
             self.conversations.resize(conversation, conversation.measured_bytes())

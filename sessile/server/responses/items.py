@@ -1,18 +1,33 @@
-"""Items: what the input and the output of responses, and conversations, are lists of; here always messages."""
+"""Items: what the input and the output of responses, and conversations, are lists of.
+
+They are messages, calls of functions and their outputs, and reasoning. Neighbours that are one answer of the model's,
+such as its words and the calls behind them, are one message of the prompt, as they were when it said them.
+"""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sessile.errors import InvalidRequest, NotFound
 from sessile.text.template import Message, check_messages
+from sessile.text.tools import CalledFunction, CallMessage, check_arguments
 
 Item = dict[str, Any]
-"""A message as OpenAI's API shows it: id, type, role, status, and content as a list of parts."""
+"""An item as OpenAI's API shows it: id, type, status, and what its type has beside."""
 
 _PARTS = ("input_text", "output_text", "text")
 _MEANINGLESS = frozenset({"id", "status", "phase", "type"})
 """Of an item that a client sends back as it got it."""
+_FIELDS = {
+    "message": {"role", "content"},
+    "function_call": {"call_id", "name", "arguments"},
+    "function_call_output": {"call_id", "output"},
+    "reasoning": {"summary", "content"},
+}
+_ROLES = ("system", "developer", "user", "assistant")
+
+
+# -- from clients -----------------------------------------------------------------------------------------------------
 
 
 def items_of(given: object, field: str) -> list[Item]:
@@ -24,25 +39,87 @@ def items_of(given: object, field: str) -> list[Item]:
     return [_item_of(item, f"{field}[{index}]") for index, item in enumerate(given)]
 
 
+def check_outputs(items: Sequence[Item], field: str, before: Iterable[Message]) -> None:
+    """Raise InvalidRequest for the output of a call that nobody made, in the messages before or in the items."""
+    known = {call["id"] for message in before for call in message.get("tool_calls", ())}
+    for index, item in enumerate(items):
+        if item["type"] == "function_call":
+            known.add(item["call_id"])
+        elif item["type"] == "function_call_output" and item["call_id"] not in known:
+            place = f"{field}[{index}].call_id"
+            raise InvalidRequest(f"{place}: no call before it is {item['call_id'][:80]!r}", param=place)
+
+
 def _item_of(item: object, field: str) -> Item:
     if not isinstance(item, dict):
         raise InvalidRequest(f"{field} must be an object with role and content", param=field)
-    if item.get("type", "message") != "message":
-        raise InvalidRequest(f"{field}.type: only messages are supported", param=f"{field}.type")
-    content = item.get("content")
-    named = {name: value for name, value in item.items() if name not in _MEANINGLESS and name != "content"}
-    (message,) = check_messages_at([{**named, "content": _texts(content, f"{field}.content")}], field)
-    kind = "output_text" if message["role"] == "assistant" else "input_text"
-    return message_item(item["role"], message["content"], kind=kind)
+    kind = item.get("type", "message")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        place = f"{field}.type"
+        raise InvalidRequest(f"{place} must be one of {', '.join(_FIELDS)}; got {kind!r:.60}", param=place)
+    for name, value in item.items():
+        if value is not None and name not in _FIELDS[kind] | _MEANINGLESS:
+            raise InvalidRequest(f"{field}.{name[:60]} is not supported", param=f"{field}.{name[:60]}")
+    match kind:
+        case "function_call":
+            return _call_of(item, field)
+        case "function_call_output":
+            output = _texts(item.get("output"), f"{field}.output")
+            return output_item(_named(item, "call_id", field), _text(output, f"{field}.output"))
+        case "reasoning":
+            return reasoning_item(_thoughts(item, field))
+        case _:
+            return _message_of(item, field)
 
 
-def check_messages_at(messages: list[dict[str, Any]], field: str) -> list[Message]:
-    """The same as check_messages, for one message that the client knows by another place."""
+def _message_of(item: Mapping[str, Any], field: str) -> Item:
+    role = item.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        place = f"{field}.role"
+        raise InvalidRequest(f"{place} must be one of {', '.join(_ROLES)}; got {role!r:.60}", param=place)
+    text = _text(_texts(item.get("content"), f"{field}.content"), f"{field}.content")
+    return message_item(role, text)
+
+
+def _call_of(item: Mapping[str, Any], field: str) -> Item:
+    call_id, name, arguments = _named(item, "call_id", field), _named(item, "name", field), item.get("arguments")
+    if not isinstance(arguments, str):
+        raise InvalidRequest(f"{field}.arguments must be a string", param=f"{field}.arguments")
+    check_arguments(arguments, f"{field}.arguments")
+    return call_item(call_id, name, arguments)
+
+
+def _named(item: Mapping[str, Any], name: str, field: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{field}.{name} must be a string", param=f"{field}.{name}")
+    return value
+
+
+def _thoughts(item: Mapping[str, Any], field: str) -> str:
+    """The text of an item of reasoning; a summary is for people to read."""
+    parts = item.get("content")
+    if parts is not None and not isinstance(parts, list):
+        raise InvalidRequest(f"{field}.content must be a list", param=f"{field}.content")
+    return "".join([_thought(part, f"{field}.content[{index}]") for index, part in enumerate(parts or ())])
+
+
+def _thought(part: object, field: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "reasoning_text" or not isinstance(part.get("text"), str):
+        raise InvalidRequest(f'{field} must be {{"type": "reasoning_text", "text": …}}', param=field)
+    if unknown := sorted(part.keys() - {"type", "text"}):
+        raise InvalidRequest(f"{field}.{unknown[0][:60]} is not supported", param=f"{field}.{unknown[0][:60]}")
+    return str(part["text"])
+
+
+def _text(content: object, field: str) -> str:
+    """Content as check_messages joins it, for one that the client knows by another place."""
     try:
-        return check_messages(messages)
+        (message,) = check_messages([{"role": "user", "content": content}])
     except InvalidRequest as error:
-        message = error.message.replace("messages[0]", field)
-        raise InvalidRequest(message, param=(error.param or field).replace("messages[0]", field)) from None
+        place = (error.param or field).replace("messages[0].content", field)
+        raise InvalidRequest(error.message.replace("messages[0].content", field), param=place) from None
+    return message["content"]
 
 
 def _texts(content: object, field: str) -> object:
@@ -54,7 +131,7 @@ def _texts(content: object, field: str) -> object:
         if not isinstance(part, dict) or part.get("type") not in _PARTS:
             kind = part.get("type") if isinstance(part, dict) else part
             raise InvalidRequest(
-                f"{field}[{index}].type must be one of {', '.join(_PARTS)}; got {kind!r}",
+                f"{field}[{index}].type must be one of {', '.join(_PARTS)}; got {kind!r:.60}",
                 param=f"{field}[{index}].type",
             )
         named = {name: value for name, value in part.items() if name not in ("annotations", "logprobs")}
@@ -62,34 +139,37 @@ def _texts(content: object, field: str) -> object:
     return parts
 
 
-def message_item(role: str, text: str, *, kind: str, item_id: str | None = None, status: str = "completed") -> Item:
-    """A message of one part. kind: "input_text" or "output_text"."""
-    part: dict[str, Any] = {"type": kind, "text": text}
-    if kind == "output_text":
-        part |= {"annotations": [], "logprobs": []}
-    return {
-        "id": item_id or new_item_id(),
-        "type": "message",
-        "role": role,
-        "status": status,
-        "content": [part],
-    }
+# -- as clients are shown them ----------------------------------------------------------------------------------------
 
 
-def new_item_id() -> str:
-    """An id of an item."""
-    return f"msg_{uuid.uuid4().hex}"
+def message_item(role: str, text: str, *, status: str = "completed") -> Item:
+    """A message of one part."""
+    part: dict[str, Any] = {"type": "input_text", "text": text}
+    if role == "assistant":
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"id": _new_id("msg"), "type": "message", "role": role, "status": status, "content": [part]}
 
 
-def messages_of(items: Sequence[Item]) -> list[Message]:
-    """What the template is given for items."""
-    return [
-        Message(
-            role="system" if item["role"] == "developer" else item["role"],
-            content="".join([part["text"] for part in item["content"]]),
-        )
-        for item in items
-    ]
+def call_item(call_id: str, name: str, arguments: str, *, status: str = "completed") -> Item:
+    """A call of a function."""
+    item = {"id": _new_id("fc"), "type": "function_call", "status": status}
+    return {**item, "call_id": call_id, "name": name, "arguments": arguments}
+
+
+def output_item(call_id: str, output: str) -> Item:
+    """What a call came to."""
+    item = {"id": _new_id("fco"), "type": "function_call_output", "status": "completed"}
+    return {**item, "call_id": call_id, "output": output}
+
+
+def reasoning_item(text: str, *, status: str = "completed") -> Item:
+    """What the model said to itself; nobody sums it up."""
+    parts = [{"type": "reasoning_text", "text": text}]
+    return {"id": _new_id("rs"), "type": "reasoning", "status": status, "summary": [], "content": parts}
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def list_content(items: Sequence[Item], after: str | None, limit: int, order: str) -> dict[str, Any]:
@@ -108,3 +188,47 @@ def list_content(items: Sequence[Item], after: str | None, limit: int, order: st
         "last_id": shown[-1]["id"] if shown else "",
         "has_more": len(ordered) > limit,
     }
+
+
+# -- as the template is given them ------------------------------------------------------------------------------------
+
+
+def messages_of(items: Sequence[Item]) -> list[Message]:
+    """The messages that items are.
+
+    A call belongs to the answer that it follows; words, to the call or the reasoning before them. Messages of the
+    assistant that follow each other are apart.
+    """
+    messages: list[Message] = []
+    last = ""
+    for item in items:
+        kind = "answer" if item.get("role") == "assistant" else item["type"]
+        if kind in ("answer", "function_call", "reasoning"):
+            goes_on = last in ("function_call", "reasoning") or (kind == "function_call" and last == "answer")
+            if not goes_on or (kind == "reasoning" and last != "reasoning"):
+                messages.append(Message(role="assistant", content=""))
+            _add_said(messages[-1], item)
+        elif kind == "function_call_output":
+            messages.append(Message(role="tool", content=item["output"], tool_call_id=item["call_id"]))
+        else:
+            role = "system" if item["role"] == "developer" else item["role"]
+            messages.append(Message(role=role, content=_joined(item)))
+        last = kind
+    return messages
+
+
+def _add_said(message: Message, item: Item) -> None:
+    """Add an item of the model's to its answer."""
+    if item["type"] == "function_call":
+        arguments = check_arguments(item["arguments"], "arguments")
+        called = CalledFunction(name=item["name"], arguments=arguments)
+        call = CallMessage(id=item["call_id"], type="function", function=called)
+        message["tool_calls"] = [*message.get("tool_calls", []), call]
+    elif item["type"] == "reasoning":
+        message["reasoning_content"] = message.get("reasoning_content", "") + _joined(item)
+    else:
+        message["content"] += _joined(item)
+
+
+def _joined(item: Item) -> str:
+    return "".join([part["text"] for part in item["content"]])

@@ -12,7 +12,8 @@ from sessile.contract.messages import Done
 from sessile.errors import UserError
 from sessile.server.dialogues import Dialogue, Turn
 from sessile.server.responses.bodies import ResponseBody
-from sessile.server.responses.items import Item, message_item, messages_of
+from sessile.server.responses.items import Item, messages_of
+from sessile.server.responses.output import OutputItems
 from sessile.text.template import Message
 
 _STATUSES = {"stop": "completed", "length": "incomplete", "abort": "cancelled", "error": "failed"}
@@ -46,13 +47,13 @@ class ResponseRecord:
     line: Line
     """All messages up to its input; up to its answer, once it has finished."""
     model: str
-    message_id: str
+    output: OutputItems = field(default_factory=OutputItems)
     dialogue: Dialogue | None = None
     turn: Turn | None = None
     """Where its answer can be gone on from without computing it again; None: it is sent again."""
     status: str = "in_progress"
-    text: str = ""
     done: Done | None = None
+    reasoning_tokens: int = 0
     error: dict[str, str] | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))
     completed_s: int | None = None
@@ -62,22 +63,20 @@ class ResponseRecord:
     """Whether a client has been told its id already."""
     size_bytes: int = 0
     used_s: float = 0.0
+    _tools_text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tools_text = self.body.tools_text
 
     @property
     def can_be_gone_on_from(self) -> bool:
         """Whether it has an answer that counts."""
         return self.status in ("completed", "incomplete")
 
-    @property
-    def output_item(self) -> Item:
-        """Its answer as an item."""
-        status = "incomplete" if self.status in ("incomplete", "cancelled", "failed") else self.status
-        return message_item("assistant", self.text, kind="output_text", item_id=self.message_id, status=status)
-
-    def note_end(self, done: Done | None, text: str) -> None:
+    def note_end(self, done: Done | None, reasoning_tokens: int) -> None:
         """Its request has ended. done: how; None if nobody waited for it."""
         self.status = "cancelled" if done is None else _STATUSES[done.reason]
-        self.text, self.done = text, done
+        self.done, self.reasoning_tokens = done, reasoning_tokens
         self.completed_s = int(time.time())
 
     def note_failure(self, error: UserError) -> None:
@@ -87,12 +86,14 @@ class ResponseRecord:
 
     def measured_bytes(self) -> int:
         """What it counts for on its shelf."""
-        return len(orjson.dumps([self.input_items, self.text, self.body.instructions, self.body.metadata]))
+        body = self.body
+        kept = orjson.dumps([self.input_items, self.output.items, body.instructions, body.metadata])
+        return len(kept) + len(self._tools_text)
 
     def content(self) -> dict[str, Any]:
         """The response as OpenAI's API shows it."""
         body = self.body
-        return {
+        content = {
             "id": self.id,
             "object": "response",
             "created_at": self.created_s,
@@ -104,22 +105,23 @@ class ResponseRecord:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "model": self.model,
-            "output": [self.output_item] if self.text or self.can_be_gone_on_from else [],
-            "parallel_tool_calls": True,
+            "output": self.output.items,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "conversation": {"id": body.conversation_id} if body.conversation_id else None,
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.choice_shown,
+            "tools": orjson.Fragment(self._tools_text),
             "top_logprobs": 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": self._usage(),
             "metadata": body.metadata or {},
         }
+        return content | {"tool_call_errors": self.output.errors} if self.output.errors else content
 
     def _usage(self) -> dict[str, Any] | None:
         done = self.done
@@ -129,7 +131,7 @@ class ResponseRecord:
             "input_tokens": done.prompt_tokens,
             "input_tokens_details": {"cached_tokens": done.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": done.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
             "total_tokens": done.prompt_tokens + done.completion_tokens,
         }
 

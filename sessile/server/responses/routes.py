@@ -17,7 +17,7 @@ from sessile.server.openai_replies import Choice
 from sessile.server.replies import JsonReply
 from sessile.server.responses.bodies import ConversationBody, ConversationUpdateBody, ItemsBody, ResponseBody
 from sessile.server.responses.desk import Desk
-from sessile.server.responses.items import items_of, list_content
+from sessile.server.responses.items import check_outputs, items_of, list_content
 from sessile.server.responses.record import Conversation, ResponseRecord
 from sessile.server.stream import EventStream, event
 
@@ -86,7 +86,6 @@ class _Growing:
         self._record = record
         self._choice = choice
         self._numbered = _Numbered()
-        self._place = {"item_id": record.message_id, "output_index": 0, "content_index": 0}
 
     def events(self, arrival: Arrival) -> bytes:
         """What an arrival says. An error before the first token is raised, a later one ends the response."""
@@ -97,36 +96,24 @@ class _Growing:
         except UserError as error:
             if is_first:
                 raise
+            record.output.close("incomplete")
             record.note_failure(error)
             return numbered.event("response.failed", response=record.content())
         told = self._beginning() if is_first else b""
-        text, _ = choice.take()
-        if text:
-            told += numbered.event("response.output_text.delta", **self._place, delta=text, logprobs=[])
+        told += b"".join([numbered.event(each.pop("type"), **each) for each in record.output.take(choice)])
         return told + self._ending() if choice.done is not None else told
 
     def _beginning(self) -> bytes:
         record, numbered = self._record, self._numbered
         record.is_known = True
-        empty = record.output_item
-        return (
-            numbered.event("response.created", response=record.content())
-            + numbered.event("response.in_progress", response=record.content())
-            + numbered.event("response.output_item.added", output_index=0, item={**empty, "content": []})
-            + numbered.event("response.content_part.added", **self._place, part=empty["content"][0])
+        return numbered.event("response.created", response=record.content()) + numbered.event(
+            "response.in_progress", response=record.content()
         )
 
     def _ending(self) -> bytes:
-        record, numbered = self._record, self._numbered
         self._choice.call.tell_end()
-        item = record.output_item
-        kind = "response.completed" if record.status == "completed" else "response.incomplete"
-        return (
-            numbered.event("response.output_text.done", **self._place, text=record.text, logprobs=[])
-            + numbered.event("response.content_part.done", **self._place, part=item["content"][0])
-            + numbered.event("response.output_item.done", output_index=0, item=item)
-            + numbered.event(kind, response=record.content())
-        )
+        kind = "response.completed" if self._record.status == "completed" else "response.incomplete"
+        return self._numbered.event(kind, response=self._record.content())
 
 
 class _Numbered:
@@ -149,7 +136,9 @@ def _add_conversations(router: APIRouter, service: Service, desk: Desk) -> None:
         service.check_open()
         conversation = Conversation(f"conv_{uuid.uuid4().hex}", caller.tenant, body.metadata or {})
         if body.items:
-            conversation.add(items_of(body.items, "items"))
+            items = items_of(body.items, "items")
+            check_outputs(items, "items", ())
+            conversation.add(items)
         conversation.size_bytes = conversation.measured_bytes()
         desk.conversations.put(conversation)
         return JsonReply(conversation.content())
@@ -178,6 +167,7 @@ def _add_items(router: APIRouter, desk: Desk) -> None:
         body = await read_body(request, ItemsBody)
         kept = desk.conversation(caller.tenant, conversation)
         items = items_of(body.items, "items")
+        check_outputs(items, "items", kept.line.all() if kept.line else ())
         kept.add(items)
         desk.conversations.resize(kept, kept.measured_bytes())
         return JsonReply(list_content(items, None, len(items), "asc"))
