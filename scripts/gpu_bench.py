@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=("8B", "1.5B"), default=["1.5B", "8B"])
     parser.add_argument("--groups", nargs="+", choices=ALL_GROUPS, default=list(ALL_GROUPS))
     parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--quantize", nargs="+", choices=("none", "int8", "int4", "fp8"), default=["none"])
     parser.add_argument("--mixed-chunk-tokens", type=int, help="as for `sessile serve`")
     parser.add_argument("--step-limit-ms", type=float, help="as for `sessile serve`")
     parser.add_argument("--trace", action="store_true", help="say what the device did, step by step")
@@ -32,7 +33,10 @@ def main() -> None:
     for shape in asked.shapes if groups else []:
         scheduler = SchedulerOptions(mixed_chunk_tokens=asked.mixed_chunk_tokens)
         options = EngineOptions(step_limit_ms=asked.step_limit_ms)
-        measure_shape(shape, groups, tuple(asked.batches), scheduler, options, traced=asked.trace)
+        for quantize in asked.quantize:
+            measure_shape(
+                shape, groups, tuple(asked.batches), scheduler, options, traced=asked.trace, quantize=quantize
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

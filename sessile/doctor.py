@@ -233,7 +233,7 @@ def examine_memory(config: Config) -> Finding:
         return Finding("memory", Level.OK, found)
     weights = importlib.import_module("sessile.model.weights")
     plain_bytes = 4.0 if config.model.dtype == "float32" else 2.0
-    element_bytes = {"int8": 1.0, "int4": 0.7}.get(config.model.quantize, plain_bytes)
+    element_bytes = {"int8": 1.0, "fp8": 1.0, "int4": 0.7}.get(config.model.quantize, plain_bytes)
     needed_bytes = weights.weight_bytes_estimate(model, element_bytes) + MEMORY_SPARE_BYTES
     found += f", at least {readable(needed_bytes)} needed"
     if free_bytes < needed_bytes:

@@ -88,11 +88,11 @@ class ShapeEngine:
 
     def __init__(
         self, shape: str, folder: Path, scheduler: SchedulerOptions, options: EngineOptions, *, traced: bool = False,
-        make_drafter: MakeDrafter = lookup_drafter,
+        make_drafter: MakeDrafter = lookup_drafter, quantize: str = "none",
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
-        model = ModelOptions(model=str(folder), load_format="dummy")
+        model = ModelOptions(model=str(folder), load_format="dummy", quantize=quantize)
         started_ns = time.monotonic_ns()
         self.engine = self._open(model, scheduler, options, make_drafter)
         self.start_s = (time.monotonic_ns() - started_ns) / 1e9

@@ -30,7 +30,7 @@ def machine_line() -> str:
 
 def measure_shape(
     shape: str, groups: set[str], batches: tuple[int, ...], scheduler: SchedulerOptions, options: EngineOptions,
-    *, traced: bool = False,
+    *, traced: bool = False, quantize: str = "none",
 ) -> None:  # fmt: skip
     """Print the figures of one shape: any of GROUPS."""
     if "speculation" in groups:
@@ -39,10 +39,10 @@ def measure_shape(
     if groups == {"speculation"}:
         return
     with TemporaryDirectory() as folder:
-        engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced)
+        engine = ShapeEngine(shape, Path(folder), scheduler, options, traced=traced, quantize=quantize)
         facts = engine.engine.device.facts
         print(
-            f"{shape}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
+            f"{shape}, {quantize}: ready in {engine.start_s:.1f} s; weights {facts.weight_bytes / 1e9:.2f} GB, "
             f"KV {facts.kv_bytes / 1e9:.1f} GB"
         )
         if "steps" in groups:
@@ -84,6 +84,9 @@ def print_steps(engine: ShapeEngine, shape: str, batch: int) -> None:
     steps_ms = np.diff(turns.ends_ns)[full] / 1e6
     # The first steps of a size run without a graph, then capture it.
     steady = steps_ms[8:-2]
+    if not steady.size:
+        print(f"{shape} decode step, batch {batch:3d}: the first rows ended before the last prompts were read")
+        return
     target = STEP_TARGETS_MS[shape][BATCHES.index(batch)]
     print(
         f"{shape} decode step, batch {batch:3d}: median {np.median(steady):6.3f} ms, p99 "

@@ -125,7 +125,9 @@ def _gpu_opener() -> "Callable[..., GpuDevice]":
 
 
 def choose_dtype(dtype: str) -> torch.dtype:
-    """The dtype that "auto", "float32" or "bfloat16" means on this machine."""
+    """The dtype that "auto", "float32" or "bfloat16" means on this machine. Raises StartupError for "float16"."""
+    if dtype == "float16":
+        raise StartupError("--dtype float16 works on a GPU only; use bfloat16 or float32.")
     if dtype == "auto":
         return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -148,9 +150,11 @@ def choose_native(cpu_kernels: str, config: ModelConfig) -> NativeKernels | None
 def choose_format(options: ModelOptions, native: NativeKernels | None) -> WeightFormat:
     """How weights are kept: for "auto" as the file has them, where the C++ kernels compute with them so.
 
-    Raises StartupError if inputs in int8 are demanded in vain.
+    Raises StartupError for what only a GPU has, and if inputs in int8 are demanded in vain.
     """
     quantize = options.quantize
+    if quantize == "fp8":
+        raise StartupError("--quantize fp8 works on a GPU only; use --quantize int8.")
     if quantize == "auto":
         quantize = "none" if native is None else "stored"
     dtype = choose_dtype(options.dtype)

@@ -15,7 +15,9 @@ from sessile.device.worker import DeviceFacts
 from sessile.errors import StartupError
 from sessile.kernels.flash_attention3 import FlashAttention3, available_flash_attention3, unsuited
 from sessile.kernels.triton_launch import compiled_together
+from sessile.kernels.triton_weight import GROUP
 from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.gpu_linear import scratch_bytes
 from sessile.model.layers import WeightFormat
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
@@ -24,6 +26,9 @@ _AUTO_SHARE = 0.9
 _COMPUTE_BYTES = 2 << 30
 """Left free for what steps compute in."""
 _HEAD_DIM_MAX = 256
+_QUANTISED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}
+"""Of a weight; int4 has a scale and a minimum for each 32."""
+_FP8_CAPABILITY = (8, 9)
 WARM_PROMPT_TOKENS = (64, 8192)
 WARM_ROWS = (8, 32, 64)
 """Decoding steps of up to so many rows have kernels of their own."""
@@ -45,15 +50,16 @@ def open_gpu(
     Arguments as those of `open_device`. device: a CUDA GPU; tests give the CPU and Triton's interpreter.
     """
     config = read_config(resolve_model_path(model_options.model))
-    _check_model(config, model_options)
+    _check_model(config, model_options, device)
     context = config.serving_context_tokens(context_tokens)
-    form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device)
+    quantize = "none" if model_options.quantize == "auto" else model_options.quantize
+    form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device, quantize)
     flash = choose_flash_attention3(device_options.attention, config.head_dim, form.dtype, device)
     _check_memory(config, form)
     try:
         loaded = load_model(model_options, form, progress)
         token_bytes = config.kv_token_bytes(form.dtype.itemsize)
-        available = _free_bytes(device)
+        available = max(_free_bytes(device) - scratch_bytes(loaded.decoder), 0)
         kv_bytes = _kv_bytes(device_options, available, token_bytes, page_size, context, rows_max)
         pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)
         pool = KvPool(config, pages, page_size, form.dtype, device)
@@ -92,11 +98,11 @@ def open_gpu(
 
 
 def choose_gpu_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that "auto", "float32" or "bfloat16" means on this GPU."""
+    """The dtype that "auto", "float32", "bfloat16" or "float16" means on this GPU."""
     if dtype == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
 def choose_flash_attention3(
@@ -141,11 +147,22 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: i
         runner.prepare(bucket)
 
 
-def _check_model(config: ModelConfig, options: ModelOptions) -> None:
+def _check_model(config: ModelConfig, options: ModelOptions, device: torch.device) -> None:
     if options.quantize_activations == "int8":
         raise StartupError("--quantize-activations int8 works on the CPU only; leave it out.")
-    if options.quantize not in ("auto", "none"):
-        raise StartupError(f"--quantize {options.quantize} works on the CPU only in this version; leave it out.")
+    if options.quantize == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            raise StartupError(
+                "--quantize fp8 needs a GPU of compute capability 8.9 (Ada, Hopper or later); this one has "
+                f"{'.'.join(map(str, capability))}. Use --quantize int8."
+            )
+    widths = (config.hidden_size, config.heads * config.head_dim, config.intermediate_size)
+    if options.quantize == "int4" and any(width % GROUP for width in widths):
+        raise StartupError(
+            f"--quantize int4 on a GPU needs layers with multiples of {GROUP} inputs; this model's have "
+            f"{', '.join(map(str, widths))}. Use --quantize int8."
+        )
     if config.head_dim > _HEAD_DIM_MAX:
         raise StartupError(
             f"heads of {config.head_dim} dimensions are not supported on a GPU, only up to {_HEAD_DIM_MAX}. "
@@ -155,11 +172,16 @@ def _check_model(config: ModelConfig, options: ModelOptions) -> None:
 
 def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
     """Refuse early what would fail half-way: weights alone must fit."""
-    needed, free = weight_bytes_estimate(config, form.dtype.itemsize), _free_bytes(form.device)
+    plain_bytes, free = form.dtype.itemsize, _free_bytes(form.device)
+    quantised_bytes = _QUANTISED_BYTES.get(form.quantize)
+    if quantised_bytes is None:
+        needed = weight_bytes_estimate(config, plain_bytes)
+    else:
+        needed = weight_bytes_estimate(config, quantised_bytes, plain_bytes)
     if needed > free:
         raise StartupError(
             f"too little memory on the GPU: the weights need about {readable(needed)} but only {readable(free)} is "
-            "free. Use a smaller model or --dtype bfloat16, or free memory."
+            "free. Use a smaller model, --dtype bfloat16 or --quantize int4, or free memory."
         )
 
 

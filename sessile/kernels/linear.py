@@ -1,4 +1,4 @@
-"""Weights of linear layers in the form that multiplies fastest: plain, or weight-only int8 or int4.
+"""Weights of linear layers in the form that multiplies fastest: plain, or weight-only int8, int4 or fp8.
 
 Each form is called as `weight(x, bias)`: x [tokens, in] in the model's dtype → [tokens, out] in that dtype. Few tokens
 go through compiled kernels that read the stored weights as they are; many through torch's matrix product.
@@ -23,6 +23,9 @@ from sessile.kernels.native import (
     Product,
     processor_flags,
 )
+
+_ROWS_AT_ONCE = 16_384
+"""Rows that are rounded at once, so that a large layer does not need several times its size."""
 
 
 class LinearWeight(Protocol):
@@ -84,9 +87,14 @@ class Int8Weight:
 
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        self.scales = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
-        self.quantised = (weight.float() / self.scales[:, None]).round_().to(torch.int8)
+        parts = [self._quantise(rows.float()) for rows in weight.split(_ROWS_AT_ONCE)]
+        self.quantised, self.scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
         self.bytes = self.quantised.numel() + self.scales.numel() * 4
+
+    @staticmethod
+    def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scales = (rows.abs().amax(dim=1) / 127).clamp(min=1e-12)
+        return (rows / scales[:, None]).round_().to(torch.int8), scales
 
     @property
     def stored(self) -> Any:
@@ -101,19 +109,46 @@ class Int8Weight:
         return _finish(product, bias, x.dtype)
 
 
+class Fp8Weight:
+    """float8_e4m3fn [out, in] with one scale float32 a row; for a GPU, whose kernels widen it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape = (weight.shape[0], weight.shape[1])
+        parts = [self._quantise(rows.float()) for rows in weight.split(_ROWS_AT_ONCE)]
+        self.quantised, self.scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        self.bytes = self.quantised.numel() + self.scales.numel() * 4
+
+    @staticmethod
+    def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scales = (rows.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=1e-12)
+        return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
+
+    @property
+    def stored(self) -> Any:
+        raise AssertionError("fp8 weights are for a GPU")
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _finish(_multiply(x, self.quantised.to(x.dtype), None).float().mul_(self.scales), bias, x.dtype)
+
+
 class Int4Weight:
     """uint8 [out, in / 2], two weights a byte, with a scale and a minimum in bfloat16 for each 32 weights of a row."""
 
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        groups = weight.float().unflatten(1, (-1, reference.INT4_GROUP))
+        parts = [self._quantise(rows.float()) for rows in weight.split(_ROWS_AT_ONCE)]
+        self.packed, self.scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        self.bytes = self.packed.numel() + self.scales.numel() * 2
+
+    @staticmethod
+    def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+        groups = rows.unflatten(1, (-1, reference.INT4_GROUP))
         low, high = groups.aminmax(dim=2)
         # Rounded first, so that the weights are fitted to the scales that will be used.
-        self.scales = torch.stack([((high - low) / 15).clamp(min=1e-12), low], dim=-1).to(torch.bfloat16)
-        step, start = self.scales.float().unsqueeze(-2).unbind(dim=-1)
+        scales = torch.stack([((high - low) / 15).clamp(min=1e-12), low], dim=-1).to(torch.bfloat16)
+        step, start = scales.float().unsqueeze(-2).unbind(dim=-1)
         quarters = ((groups - start) / step).round_().clamp_(0, 15).to(torch.uint8)
-        self.packed = (quarters[..., :16] | quarters[..., 16:] << 4).flatten(1)
-        self.bytes = self.packed.numel() + self.scales.numel() * 2
+        return (quarters[..., :16] | quarters[..., 16:] << 4).flatten(1), scales
 
     @property
     def stored(self) -> Any:
@@ -178,7 +213,7 @@ class PackedWeight:
 def pack_linear(
     weight: Tensor, dtype: torch.dtype, quantize: str, native: NativeKernels | None = None, int8_inputs: bool = False
 ) -> LinearWeight:
-    """The form of weight [out, in] that `--quantize` asks for: "none", "int8" or "int4".
+    """The form of weight [out, in] that `--quantize` asks for: "none", "int8", "int4" or "fp8".
 
     int4 needs rows of whole groups; where they are not, the layer is int8. With native kernels all is packed for them.
     """
@@ -188,6 +223,8 @@ def pack_linear(
         return PackedWeight(stored, dtype, native, int8_inputs)
     if quantize == "int4" and weight.shape[1] % reference.INT4_GROUP == 0:
         return Int4Weight(weight)
+    if quantize == "fp8":
+        return Fp8Weight(weight)
     if quantize in ("int4", "int8"):
         return Int8Weight(weight)
     return PlainWeight(weight.to(dtype))

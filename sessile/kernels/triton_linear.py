@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sessile.kernels.triton_early import LINE_BYTES, ask_for, launch_options, next_begins, wait_for_inputs
 from sessile.kernels.triton_launch import launch
+from sessile.kernels.triton_weight import Quantised, Weight
+from sessile.kernels.triton_widen import as_float
 
 _AHEAD_BYTES = 1024
 """How much of each of its rows a program asks for before it waits for what it multiplies them with."""
@@ -43,18 +45,27 @@ def linear_tile(outs: int, ins: int) -> LinearTile:
     return LinearTile(8 if outs >= 16384 and ins < 4096 else 4, 512, 4)
 
 
-def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, tile: LinearTile | None = None) -> Tensor:
+def _tile_of(weight: Weight, ins: int) -> LinearTile:
+    outs = weight.shape[0]
+    if not isinstance(weight, Quantised):
+        return linear_tile(outs, ins)
+    if outs < 2048:
+        return LinearTile(2, 2048, 4)
+    return LinearTile(8, 1024 if 2048 < outs <= 4096 else 512, 4)
+
+
+def norm_linear(x: Tensor, norm: Norm, weight: Weight, bias: Tensor | None, tile: LinearTile | None = None) -> Tensor:
     """Linear layer of the norm of x [1, in]: [1, out]. weight [out, in]."""
     return _launch(x, weight, x.new_empty(1, weight.shape[0]), bias=bias, norm=norm, tile=tile)
 
 
-def norm_gated_linear(x: Tensor, norm: Norm, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
+def norm_gated_linear(x: Tensor, norm: Norm, weight: Weight, tile: LinearTile | None = None) -> Tensor:
     """silu(gate) * up of the norm of x [1, in]: [1, out]. weight [2 × out, in], gate first."""
     return _launch(x, weight, x.new_empty(1, weight.shape[0] // 2), norm=norm, is_gated=True, tile=tile)
 
 
 def add_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, tile: LinearTile | None = None
+    x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor, tile: LinearTile | None = None
 ) -> None:
     """Add the linear layer of x [1, in] to the residual stream [1, out] in place."""
     _launch(x, weight, residual, bias=bias, adds=True, tile=tile)
@@ -73,29 +84,38 @@ def split_linear(x: Tensor, weight: Tensor, splits: int) -> Tensor:
 
 
 def _launch(
-    x: Tensor, weight: Tensor, out: Tensor, *, bias: Tensor | None = None, norm: Norm | None = None,
+    x: Tensor, weight: Weight, out: Tensor, *, bias: Tensor | None = None, norm: Norm | None = None,
     is_gated: bool = False, adds: bool = False, tile: LinearTile | None = None,
 ) -> Tensor:  # fmt: skip
-    assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
+    assert x.shape[0] == 1 and x.is_contiguous()
+    assert not isinstance(weight, Quantised) or not weight.is_int4, "int4 is for the matrix units alone"
     outs, ins = out.shape[1], x.shape[1]
-    tile = tile or linear_tile(weight.shape[0], ins)
+    tile = tile or _tile_of(weight, ins)
     following = next_begins(x, 1)
-    launch(
-        _one_token, (triton.cdiv(outs, tile.outs),),
-        x, weight, bias if bias is not None else weight, norm.weight if norm else weight, out,
-        outs, ins, norm.epsilon if norm else 0.0,
-        HAS_BIAS=bias is not None, HAS_NORM=norm is not None, IS_GATED=is_gated, ADDS=adds,
-        IS_EVEN=outs % tile.outs == 0 and ins % tile.ins == 0, OUTS=tile.outs, INS=tile.ins,
-        AHEAD=_AHEAD_BYTES // LINE_BYTES.value, NEXT=following.value, num_warps=tile.warps, **launch_options(following),
+    numbers, scales = (weight.numbers, weight.scales) if isinstance(weight, Quantised) else (weight, weight)
+    assert numbers.is_contiguous()
+    common = {
+        "HAS_BIAS": bias is not None, "HAS_NORM": norm is not None, "IS_GATED": is_gated, "ADDS": adds,
+        "IS_EVEN": outs % tile.outs == 0 and ins % tile.ins == 0, "OUTS": tile.outs, "INS": tile.ins,
+        "AHEAD": _AHEAD_BYTES // LINE_BYTES.value, "NEXT": following.value, "num_warps": tile.warps,
+        **launch_options(following),
+    }  # fmt: skip
+    given = (
+        x, numbers, scales, bias if bias is not None else x, norm.weight if norm else x, out, outs, ins,
+        norm.epsilon if norm else 0.0,
     )  # fmt: skip
+    grid = (triton.cdiv(outs, tile.outs),)
+    is_fast = x.is_cuda and numbers.dtype == torch.int8
+    launch(_one_token, grid, *given, HAS_SCALES=isinstance(weight, Quantised), IS_FAST=is_fast, **common)
     return out
 
 
 @triton.jit
 def _one_token(  # type: ignore[no-untyped-def]
-    x, weight, bias, gain, out, outs, ins, epsilon,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr, ADDS: tl.constexpr,
-    IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, AHEAD: tl.constexpr, NEXT: tl.constexpr,
+    x, weight, scales, bias, gain, out, outs, ins, epsilon,
+    HAS_SCALES: tl.constexpr, IS_FAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    IS_GATED: tl.constexpr, ADDS: tl.constexpr, IS_EVEN: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
+    AHEAD: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """A few elements of the output. The norm's scale is one factor, so it is applied to the sums."""
     column = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
@@ -126,16 +146,21 @@ def _one_token(  # type: ignore[no-untyped-def]
         if HAS_NORM:
             squares += a * a
             a *= tl.load(gain + first + lane, mask=inside, other=0.0).to(tl.float32)
-        product += w.to(tl.float32) * a[None, :]
+        product += as_float(w, IS_FAST) * a[None, :]
         if IS_GATED:
-            second += u.to(tl.float32) * a[None, :]
+            second += as_float(u, IS_FAST) * a[None, :]
     total = tl.sum(product, 1)
+    up = tl.sum(second, 1)
+    if HAS_SCALES:
+        total *= tl.load(scales + column, mask=is_column, other=0.0)
+        if IS_GATED:
+            up *= tl.load(scales + outs + column, mask=is_column, other=0.0)
     if HAS_NORM:
         total *= tl.rsqrt(tl.sum(squares, 0) / ins + epsilon)
     if HAS_BIAS:
         total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)
     if IS_GATED:
-        up = tl.sum(second, 1) * tl.rsqrt(tl.sum(squares, 0) / ins + epsilon)
+        up *= tl.rsqrt(tl.sum(squares, 0) / ins + epsilon)
         total = total / (1.0 + tl.exp(-total)) * up
     if ADDS:
         total += tl.load(out + column, mask=is_column, other=0.0).to(tl.float32)

@@ -45,16 +45,16 @@ class ModelOptions:
     )
     dtype: str = option(
         "auto",
-        "Number format of activations, KV and plain weights. auto: bfloat16 where the processor multiplies it, else "
-        "float32.",
-        choices=("auto", "float32", "bfloat16"),
+        "Number format of activations, KV and plain weights. auto: bfloat16 where the processor or GPU multiplies it, "
+        "else float32. float16: on a GPU only.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantize: str = option(
         "auto",
         "How the linear layers' weights are kept. auto: as the file has them, where the C++ kernels compute with its "
-        "format (Q4_0, Q4_1, Q5_0, Q8_0 of GGUF), else in --dtype. none: in --dtype. int8, int4: rounded while "
-        "loading, for less memory and faster decoding at a little loss of quality.",
-        choices=("auto", "none", "int8", "int4"),
+        "format (Q4_0, Q4_1, Q5_0, Q8_0 of GGUF), else in --dtype. none: in --dtype. int8, int4, and on a GPU fp8: "
+        "rounded while loading, for less memory and faster decoding at a little loss of quality.",
+        choices=("auto", "none", "int8", "int4", "fp8"),
     )
     quantize_activations: str = option(
         "none",

@@ -12,21 +12,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from sessile.kernels.flash_attention3 import FlashAttention3, ListedRows
-from sessile.kernels.linear import PlainWeight
 from sessile.kernels.triton_attention import narrow_row_tokens, narrow_tile, paged_attention, wide_tile
-from sessile.kernels.triton_few import FEW_TOKENS, few_gated_linear, few_linear, few_linear_whole, few_tile
-from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store, silu_mul
-from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear, split_linear
+from sessile.kernels.triton_layers import add_rms_norm, rms_norm, rotate_and_store
+from sessile.kernels.triton_linear import Norm, add_linear, norm_gated_linear, norm_linear
 from sessile.kernels.triton_plan import StepLayout
 from sessile.kernels.triton_work import AttentionWork, HeadShape
 from sessile.model.config import ModelConfig
-from sessile.model.layers import Attention, Block, Decoder, Linear, RMSNorm
+from sessile.model.gpu_linear import GpuLinears
+from sessile.model.layers import Attention, Block, Decoder, RMSNorm
 from sessile.units import ceil_div
 
 Angles = tuple[Tensor, Tensor]
-
-SPLIT_TOKENS = 256
-"""Up to so many tokens cuBLAS leaves multiprocessors idle in a product of many inputs and few outputs."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,8 @@ class FusedDecoder:
         self.config: ModelConfig = decoder.config
         self.shape = HeadShape(decoder.config.heads, decoder.config.kv_heads, decoder.config.head_dim)
         self._decoder = decoder
+        self._linears = GpuLinears(decoder)
+        self._fuses_one_token = not decoder.config.mlp_bias and not self._linears.has_int4()
         self._cache = cache
         self._flash = flash
         self._narrow = narrow_tile(self.shape, cache.keys.dtype)
@@ -100,7 +98,7 @@ class FusedDecoder:
         residual = functional.embedding(layout.tokens, self._decoder.embedding)
         turns = layout.positions[:, None] * self._frequencies
         angles = turns.cos(), turns.sin()
-        if residual.shape[0] == 1 and not self.config.mlp_bias:
+        if residual.shape[0] == 1 and self._fuses_one_token:
             for layer in islice(self._decoder.layers, layers):
                 self._one_token_layer(layer, residual, angles, layout)
             return residual
@@ -113,30 +111,30 @@ class FusedDecoder:
         """Raw logits [m, vocab] in the model's dtype, of the tokens int32[m] of what `forward` returned."""
         norm, head = self._decoder.norm, self._decoder.head
         chosen = residual.index_select(0, tokens)
-        if chosen.shape[0] == 1:
-            return norm_linear(chosen, norm_of(norm), plain(head), head.bias)
-        return _whole(head, rms_norm(chosen, norm.weight, norm.epsilon))
+        if chosen.shape[0] == 1 and isinstance(self._linears.weight(head), Tensor):
+            return norm_linear(chosen, norm_of(norm), self._linears.weight(head), head.bias)
+        return self._linears.whole(head, rms_norm(chosen, norm.weight, norm.epsilon))
 
     def _layer(self, layer: Block, x: Tensor, residual: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
         """Add the last layer's output x, or its parts, to the residual stream, and return this one's."""
         attention, mlp = layer.self_attn, layer.mlp
         norm = layer.input_layernorm
         x = add_rms_norm(x, residual, norm.weight, norm.epsilon)
-        attended = self._attend(attention, _product(attention.qkv_proj, x), angles, layout)
+        attended = self._attend(attention, self._linears.product(attention.qkv_proj, x), angles, layout)
         norm = layer.post_attention_layernorm
-        x = add_rms_norm(_product(attention.o_proj, attended), residual, norm.weight, norm.epsilon)
-        return _product(mlp.down_proj, _gated(mlp.gate_up_proj, x))
+        x = add_rms_norm(self._linears.product(attention.o_proj, attended), residual, norm.weight, norm.epsilon)
+        return self._linears.product(mlp.down_proj, self._linears.gated(mlp.gate_up_proj, x))
 
     def _one_token_layer(self, layer: Block, residual: Tensor, angles: Angles, layout: StepLayout) -> None:
         """Run a layer on the residual stream in place, with norms, gating and sums inside the products."""
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = norm_linear(
-            residual, norm_of(layer.input_layernorm), plain(attention.qkv_proj), attention.qkv_proj.bias
-        )  # fmt: skip
+        attention, mlp, weight = layer.self_attn, layer.mlp, self._linears.weight
+        norm, qkv_proj, o_proj, down_proj = layer.input_layernorm, attention.qkv_proj, attention.o_proj, mlp.down_proj
+        qkv = norm_linear(residual, norm_of(norm), weight(qkv_proj), qkv_proj.bias)
         attended = self._attend(attention, qkv, angles, layout)
-        add_linear(attended, plain(attention.o_proj), attention.o_proj.bias, residual)
-        gated = norm_gated_linear(residual, norm_of(layer.post_attention_layernorm), plain(mlp.gate_up_proj))
-        add_linear(gated, plain(mlp.down_proj), mlp.down_proj.bias, residual)
+        add_linear(attended, weight(o_proj), o_proj.bias, residual)
+        norm = layer.post_attention_layernorm
+        gated = norm_gated_linear(residual, norm_of(norm), weight(mlp.gate_up_proj))
+        add_linear(gated, weight(down_proj), down_proj.bias, residual)
 
     def _attend(self, module: Attention, qkv: Tensor, angles: Angles, layout: StepLayout) -> Tensor:
         """Rotate, store and attend; [t, heads × head_dim]."""
@@ -177,40 +175,6 @@ class FusedDecoder:
             paged_attention(query, keys, values, table, layout, work, page_size, out)
 
 
-def _product(module: Linear, x: Tensor) -> Tensor:
-    """A linear layer of x [t, in]: [t, out], or its parts [parts, t, out] where that is faster."""
-    tokens = x.shape[0]
-    if tokens <= FEW_TOKENS:
-        return few_linear(x, plain(module), module.bias)
-    if tokens <= SPLIT_TOKENS and module.bias is None and x.is_cuda:
-        outs, ins = plain(module).shape
-        splits = 4 if outs <= 2048 else 2
-        if ins >= 2 * outs and ins % splits == 0:
-            return split_linear(x, plain(module), splits)
-    return module(x)
-
-
-def _whole(module: Linear, x: Tensor) -> Tensor:
-    """A linear layer of x [t, in]: [t, out]."""
-    weight = plain(module)
-    if x.shape[0] <= FEW_TOKENS and few_tile(weight.shape[0], weight.shape[1], x.shape[0]).splits == 1:
-        return few_linear_whole(x, weight, module.bias)
-    return module(x)
-
-
-def _gated(module: Linear, x: Tensor) -> Tensor:
-    """silu(gate) * up of a layer that computes both of x [t, in]: [t, inner]."""
-    if module.bias is None and x.shape[0] <= FEW_TOKENS:
-        return few_gated_linear(x, plain(module))
-    return silu_mul(module(x))
-
-
 def norm_of(module: RMSNorm) -> Norm:
     """The norm as the kernels take it."""
     return Norm(module.weight, module.epsilon)
-
-
-def plain(module: Linear) -> Tensor:
-    """The weight [out, in] of a layer that is not quantised."""
-    assert isinstance(module.weight, PlainWeight), "quantised weights do not run on a GPU"
-    return module.weight.weight

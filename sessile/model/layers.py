@@ -43,11 +43,12 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are kept: dtype of everything that is not quantised, device, and "none", "int8", "int4" or "stored".
+    """How weights are kept: dtype of everything that is not quantised, device, and how linear layers are quantised.
 
-    native: the C++ kernels that weights are packed for, if any. "stored" keeps the checkpoint's own numbers and scales,
-    where it has such; it needs native kernels. int8_inputs: whether quantised weights, but not the head's, are
-    multiplied with inputs in int8 where the kernels can.
+    quantize: "none", "int8", "int4", "fp8" (on a GPU) or "stored" (on the CPU). native: the C++ kernels that
+    weights are packed for, if any. "stored" keeps the checkpoint's own numbers and scales, where it has such; it needs
+    native kernels. int8_inputs: whether quantised weights, but not the head's, are multiplied with inputs in int8 where
+    the kernels can.
     """
 
     dtype: torch.dtype
@@ -216,9 +217,10 @@ class Decoder(nn.Module, ABC):
     def _load_head(self, checkpoint: Checkpoint, form: WeightFormat) -> int:
         """Load the head; a tied one that stays plain is the embedding itself, unless it is packed.
 
-        Its inputs stay in the model's dtype: of all layers it is the one that shows roundings most.
+        Its inputs stay in the model's dtype: of all layers it is the one that shows roundings most. For fp8 it is
+        int8, which takes the same bytes and rounds less.
         """
-        form = replace(form, int8_inputs=False)
+        form = replace(form, int8_inputs=False, quantize="int8" if form.quantize == "fp8" else form.quantize)
         embedding_bytes = self.embedding.numel() * self.embedding.element_size()
         if not self.config.tied_embeddings:
             return embedding_bytes + self.head.load(checkpoint, "", form)

@@ -62,13 +62,18 @@ def load_model(options: ModelOptions, form: WeightFormat, progress: Callable[[st
     return LoadedModel(decoder, path, held)
 
 
-def weight_bytes_estimate(config: ModelConfig, element_bytes: float) -> int:
-    """About how many bytes the weights will take with so many bytes a weight."""
+def weight_bytes_estimate(config: ModelConfig, element_bytes: float, embedding_bytes: float | None = None) -> int:
+    """About how many bytes the weights will take with so many bytes a weight.
+
+    embedding_bytes: so many a weight of the embedding, which then is no part of a tied head, but beside it.
+    """
     heads = config.heads + 2 * config.kv_heads
     attention = config.hidden_size * config.head_dim * (heads + config.heads)
     mlp = 3 * config.hidden_size * config.intermediate_size
-    embeddings = config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
-    return int((config.layers * (attention + mlp) + embeddings) * element_bytes)
+    matrix, layers = config.vocab_size * config.hidden_size, config.layers * (attention + mlp)
+    if embedding_bytes is not None:
+        return int((layers + matrix) * element_bytes + matrix * embedding_bytes)
+    return int((layers + matrix * (1 if config.tied_embeddings else 2)) * element_bytes)
 
 
 class SafetensorsCheckpoint:

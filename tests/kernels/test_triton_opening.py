@@ -25,12 +25,15 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "nu
         "intermediate_size": 32, "vocab_size": 64, "max_position_embeddings": 64}  # fmt: skip
 
 
-def opened(folder: Path, *, kv_memory: str = "1M", options: dict[str, Any] | None = None, **config: Any) -> Any:
+def opened(
+    folder: Path, *, kv_memory: str = "1M", options: dict[str, Any] | None = None, device: torch.device = DEVICE,
+    **config: Any,
+) -> Any:  # fmt: skip
     (folder / "config.json").write_text(json.dumps(SHAPES["8B"] | TINY | config), encoding="utf-8")
     model = replace(ModelOptions(model=str(folder), load_format="dummy", dtype="float32"), **(options or {}))
     return open_gpu(
         model, DeviceOptions(kv_memory=kv_memory), page_size=16, context_tokens=None, rows_max=2, drafts_max=0,
-        progress=lambda stage, done: None, device=DEVICE,
+        progress=lambda stage, done: None, device=device,
     )  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "message"),
     [
         ({"head_dim": 512}, "up to 256. Use --device cpu"),
-        ({"options": {"quantize": "int8"}}, "--quantize int8 works on the CPU only"),
+        ({"options": {"quantize": "int4"}, "intermediate_size": 48}, "of 32 inputs; .* 32, 48. Use --quantize int8"),
         ({"options": {"quantize_activations": "int8"}}, "--quantize-activations int8 works on the CPU only"),
         ({"kv_memory": "1K"}, "--kv-memory of 1.0 KiB holds"),
     ],
@@ -77,6 +80,12 @@ def test_flash_attention_3_that_is_demanded_in_vain_is_refused_in_one_line(monke
         chosen("fa3", NOWHERE, monkeypatch)
     with pytest.raises(StartupError, match="--attention fa3: it has no kernels for heads of 80"):
         chosen("fa3", NOWHERE, monkeypatch, head_dim=80)
+
+
+def test_fp8_on_a_gpu_without_it_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(StartupError, match=r"compute capability 8.9 .* this one has 8.6. Use --quantize int8"):
+        opened(tmp_path, options={"quantize": "fp8"}, device=torch.device("cuda"))
 
 
 def test_running_out_of_memory_while_starting_names_the_remedies(

@@ -147,6 +147,15 @@ def test_int8_inputs_are_refused_where_nothing_multiplies_them(dtype: str) -> No
         factory.choose_format(options, None)
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"quantize": "fp8"}, "--quantize fp8 works on a GPU only; use --quantize int8"),
+    ({"dtype": "float16"}, "--dtype float16 works on a GPU only; use bfloat16"),
+])  # fmt: skip
+def test_what_only_a_gpu_has_is_refused_in_one_line(options: dict[str, str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        factory.choose_format(ModelOptions("default", **options), None)
+
+
 def test_inputs_are_in_int8_only_if_that_was_asked_for() -> None:
     native = cast(NativeKernels, SimpleNamespace(multiplies_int8=True))
     for quantize in ("auto", "int8"):
