@@ -164,7 +164,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         patch.setattr(gpu_factory, "WARM_PROMPT_TOKENS", ())
         # Its lengths are read on the host, so a graph cannot hold what stands in for the operator.
         patch.setattr("sessile.device.buckets.CAPTURED_TOKENS_MAX", 0)
-        patch.setattr(gpu_factory, "warm_up", lambda runner, rows_max, context_tokens: None)
+        patch.setattr(gpu_factory, "warm_up", lambda *_: None)
         yield make_tiny("small", tmp_path_factory.mktemp("small"))
 
 
