@@ -138,8 +138,7 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: i
         plans += verifying_plans(rows_max, drafts_max).values()
     common = [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)] if runner.captures else []
     with compiled_together(available_cores()):
-        # The last plans first: what attends with long prompts takes longest to compile.
-        for bucket in dict.fromkeys([*map(runner.bucket_of, reversed(plans)), *common]):
+        for bucket in dict.fromkeys([*map(runner.bucket_of, plans), *common]):
             runner.ask_for(bucket)
     for plan in plans:
         runner.start(plan).wait()

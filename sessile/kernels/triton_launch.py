@@ -1,7 +1,6 @@
 """How kernels are launched, so that a server's first start compiles many of them side by side."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -11,8 +10,6 @@ import torch
 import triton
 
 _COMPILERS_MAX = 16
-_SWITCH_S = 1e-4
-"""How long a thread that compiles keeps the interpreter from the one that asks, which is to be done first."""
 _asked: ContextVar[list[Any] | None] = ContextVar("asked", default=None)
 
 
@@ -30,13 +27,11 @@ def compiled_together(threads: int) -> Iterator[None]:
     """Within it, what `launch` is asked for is compiled by several threads and not run; at its end all is there."""
     asked: list[Any] = []
     with ThreadPoolExecutor(min(threads, _COMPILERS_MAX), initializer=_use_device_of_caller()) as pool:
-        token, switch_s = _asked.set(asked), sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_S)
+        token = _asked.set(asked)
         try:
             with triton.AsyncCompileMode(pool):
                 yield
         finally:
-            sys.setswitchinterval(switch_s)
             _asked.reset(token)
         # Whoever first asks a kernel for its `run` loads it, and some releases of Triton build its launcher then, with
         # a C compiler. The interpreter has nothing to load.
