@@ -17,7 +17,7 @@ RUNTIME := .venv/.installed-runtime
 DEVELOPMENT := .venv/.installed-dev
 CLIENTS := build/clients/.venv/.installed
 
-.PHONY: help chat serve doctor compile bench test check docs sim mutants soak clients grammars parity gpu-check gpu-bench clean
+.PHONY: help chat serve doctor compile bench test test-long check docs sim mutants soak clients grammars parity gpu-check gpu-bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -40,12 +40,17 @@ bench: compile ## measure the scheduler: host time of a step, and of a turn on a
 	@$(PYTHON_VENV) -m sessile bench step $(ARGS)
 	@$(PYTHON_VENV) -m sessile bench history
 
-# What measures time runs first and by itself. The rest waits for servers a quarter of its time, so it takes three
-# processes to keep two cores at work; the longest files come first. With ARGS, just what they say.
-test: $(DEVELOPMENT) ## run the tests
+# Tests wait for servers a quarter of their time, so it takes three processes to keep two cores at work; files run in
+# the order of their names, which has those that wait before the short ones.
+TOGETHER := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+
+# What measures time runs first and by itself. With ARGS, just what they say.
+test: $(DEVELOPMENT) ## run the tests, but those of test-long
 	@$(PYTHON_VENV) -m pytest $(or $(ARGS),-q tests/perf)
-	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf --numprocesses=3 --dist=loadfile \
-		--no-loadscope-reorder)
+	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf -m "not long" $(TOGETHER))
+
+test-long: $(DEVELOPMENT) ## run the tests that compile something or go through many cases
+	@$(PYTHON_VENV) -m pytest -m long $(TOGETHER) $(ARGS)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules
 	@failed=; \

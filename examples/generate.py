@@ -15,7 +15,7 @@ def main() -> None:
         for prompt, completion in zip(prompts, llm.generate(prompts, greedy), strict=True):
             print(prompt, completion.text)
 
-        answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], greedy)
+        answer = llm.chat([{"role": "user", "content": "What is the opposite of hot?"}], greedy)
         print(answer.text)
 
 

@@ -27,7 +27,7 @@ def test_every_example_is_run_here() -> None:
 
 def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     shown = output("generate.py", capsys, monkeypatch)
-    assert shown.count("Paris") >= 2 and "5 tokens of prompt" in shown
+    assert "Paris" in shown and "is cold" in shown and "5 tokens of prompt" in shown
     assert shown.count("A short fact") == 5
 
 

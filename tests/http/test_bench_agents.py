@@ -18,6 +18,8 @@ from sessile.errors import StartupError
 from tests.http.conftest import Running, running_server
 from tests.http.toy_engine import CONTEXT_TOKENS, ToyEngine
 
+pytestmark = pytest.mark.long
+
 SMALL = AgentBenchOptions(
     sessions=4, turns_median=6, turns_sigma=0.3, first_share=0.2, tool_share=0.05, generated_tokens=6,
     pause_scale=0.001, sub_agent_share=0.4, lowest_id=0, highest_id=255, require_equal="on", seed=3,

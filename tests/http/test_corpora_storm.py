@@ -17,6 +17,8 @@ from tests.http.serving import PATIENCE_S, Deployment, deployed
 from tests.http.toy_engine import CONTEXT_TOKENS
 from tests.unit.stage import expected
 
+pytestmark = pytest.mark.long
+
 WRITERS, READERS = 20, 16
 VOCAB_SIZE = 128
 FACTS = ModelFacts(VOCAB_SIZE, CONTEXT_TOKENS, eos_ids=(), token_bytes=tuple(bytes([i]) for i in range(VOCAB_SIZE)))

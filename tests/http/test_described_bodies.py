@@ -12,6 +12,8 @@ from sessile.server.message_schemas import NULL
 from tests.http.conftest import Running
 from tests.http.test_described import PATHS
 
+pytestmark = pytest.mark.long
+
 Schema = dict[str, Any]
 Wrap = Callable[[Any], Any]
 """A value that a place in a body may have → the body with it."""

@@ -9,6 +9,8 @@ import pytest
 
 from tests.http.conftest import Running, running_server
 
+pytestmark = pytest.mark.long
+
 JUNK = [
     None, True, 0, -1, 1.5, 10**20, "", "x", "\u2028", "<think>", "\x00", "tool", "assistant", "text", [], {}, [1],
     [{}], {"a": 1}, [None], {"type": "text"}, {"type": "function"}, [["x"]], {"$ref": "#"},

@@ -75,5 +75,6 @@ def test_the_commands_of_the_page_start_look_at_and_stop_a_server(shell: Path) -
     answer, end = json.JSONDecoder().raw_decode(asked)
     line = json.loads(asked[end:])
     assert answer["meta_info"]["id"] == line["rid"] == "first"
-    assert (line["tenant"], line["status"], line["completion_tokens"]) == ("acme", 200, 4)
+    assert (line["tenant"], line["status"]) == ("acme", 200)
+    assert line["completion_tokens"] == answer["meta_info"]["completion_tokens"] > 0
     assert "sk-sessile" not in (shell / "keys.yaml").read_text() + (shell / "sessile.log").read_text()

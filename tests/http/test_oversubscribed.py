@@ -15,6 +15,8 @@ from tests.http.serving import Deployment, free_port, wait_until_healthy
 from tests.parity.tiny_models import VOCAB, make_tiny
 from tests.unit.tiny_folder import write_tiny_model
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 SESSIONS, TURNS, NEW_TOKENS = 20, 10, 8
 ADDED_TOKENS = 45

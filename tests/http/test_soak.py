@@ -22,6 +22,7 @@ def soak() -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_h53_whatever_clients_do_no_reply_is_a_5xx_and_nothing_is_left_behind() -> None:
     command = [sys.executable, str(SCRIPT), "--minutes=0.12", "--clients=12", f"--port={free_port()}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -31,6 +31,8 @@ from sessile.model.native_cpu import native_decoder, suits_native, work_tables
 from sessile.model.weights import load_model
 from tests.parity.tiny_models import MODELS, VOCAB, Tiny, make_tiny
 
+pytestmark = pytest.mark.long
+
 KINDS = ("none", "int8", "int4")
 ENDS = (runnable_levels()[0], LEVELS[-1])
 PAGE_SIZE = 4

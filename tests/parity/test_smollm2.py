@@ -13,6 +13,8 @@ from sessile.model.config import ModelOptions
 from tests.parity.driver import Driver, Run
 from tests.parity.smollm2 import load_twin
 
+pytestmark = pytest.mark.long
+
 NEW_TOKENS = 24
 # Token ids of SmolLM2's ChatML turns and of plain text, written out so that this test needs no tokenizer.
 CHAT = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2]

@@ -183,6 +183,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("quantize", ["none", "int8"] if metafunc.config.getoption("whole_grid") else ["none"])
 
 
+@pytest.mark.long
 def test_h49_in_bfloat16_outputs_part_only_where_two_tokens_are_nearer_than_the_kernels_are(
     quantize: str, whole_grid: bool
 ) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from scripts import compile_core
 
+pytestmark = pytest.mark.long
+
 SEEDS = ["--seeds", "24", "--steps", "300", "--workers", "1"]
 COMPILED = """
 import sys

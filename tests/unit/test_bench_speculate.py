@@ -63,6 +63,7 @@ def test_prompts_are_the_same_every_time() -> None:
         assert make(Texts(tokenizer)).prompts == make(Texts(tokenizer)).prompts
 
 
+@pytest.mark.long
 def test_the_whole_bench_runs_on_a_tiny_model_and_outputs_are_equal(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
