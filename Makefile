@@ -8,6 +8,8 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
+# Whatever the shell says: tests start a hundred processes, none of which should compile all sources anew.
+export PYTHONDONTWRITEBYTECODE :=
 ARGS ?=
 GPU_TESTS := $(wildcard tests/kernels/test_triton_*.py) tests/parity/test_tiny_models.py tests/parity/test_core_tiny_models.py \
 	tests/parity/test_torn_sessions.py
