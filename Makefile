@@ -43,7 +43,7 @@ bench: compile ## measure the scheduler: host time of a step, and of a turn on a
 	@$(PYTHON_VENV) -m sessile bench history
 
 # Tests wait for servers a quarter of their time, so it takes three processes to keep two cores at work; files run in
-# the order of their names, which has those that wait before the short ones.
+# the order of tests/conftest.py, which has those that wait among those that compute.
 TOGETHER := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 # What measures time runs first and by itself. With ARGS, just what they say.

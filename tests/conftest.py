@@ -41,6 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread files whose tests wait for servers among those that compute: at any time some process has work to do."""
+    files = dict.fromkeys(item.path for item in items)
+    waiting = [file for file in files if file.parent.name == "http" or "process" in file.name or "readme" in file.name]
+    computing = [file for file in files if file not in set(waiting)]
+    place = {file: index / len(group) for group in (waiting, computing) for index, file in enumerate(group)}
+    items.sort(key=lambda item: place[item.path])
+
+
 @pytest.fixture(scope="session")
 def whole_grid(request: pytest.FixtureRequest) -> bool:
     """Whether the long grid was asked for (`make parity`)."""
