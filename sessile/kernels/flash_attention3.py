@@ -32,11 +32,11 @@ FEW_ROWS, FEW_ROWS_TOKENS_MIN = 8, 128
 
 @dataclass(frozen=True)
 class Package:
-    """Where a library with the operator may lie. library: pattern of its file within the Python package."""
+    """Where a library with the operator may lie. file_pattern: of its file, within the Python package."""
 
     name: str
     python: str
-    library: str
+    file_pattern: str
     namespace: str
 
 
@@ -203,7 +203,7 @@ def _libraries(package: Package) -> Iterator[Path]:
     """Its library, if the Python package is installed; the package is not imported."""
     spec = importlib.util.find_spec(package.python)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        yield from sorted(Path(folder).glob(package.library))
+        yield from sorted(Path(folder).glob(package.file_pattern))
 
 
 def unsuited(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> str:

@@ -82,19 +82,27 @@ class PlainWeight:
         return _multiply(x, self.weight, bias) if product is None else _finish(product, bias, x.dtype)
 
 
+def _scaled_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers [out, in] of a type and one scale float32 a row; some rows at a time, which bounds memory."""
+    is_integer = dtype == torch.int8
+    largest = 127.0 if is_integer else torch.finfo(dtype).max
+    numbers, scales = [], []
+    for rows in weight.split(_ROWS_AT_ONCE):
+        rows = rows.float()
+        scale = (rows.abs().amax(dim=1) / largest).clamp(min=1e-12)
+        scaled = rows / scale[:, None]
+        numbers.append((scaled.round_() if is_integer else scaled).to(dtype))
+        scales.append(scale)
+    return torch.cat(numbers), torch.cat(scales)
+
+
 class Int8Weight:
     """int8 [out, in] with one symmetric scale float32 a row."""
 
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        parts = [self._quantise(rows.float()) for rows in weight.split(_ROWS_AT_ONCE)]
-        self.quantised, self.scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        self.quantised, self.scales = _scaled_rows(weight, torch.int8)
         self.bytes = self.quantised.numel() + self.scales.numel() * 4
-
-    @staticmethod
-    def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scales = (rows.abs().amax(dim=1) / 127).clamp(min=1e-12)
-        return (rows / scales[:, None]).round_().to(torch.int8), scales
 
     @property
     def stored(self) -> Any:
@@ -114,14 +122,8 @@ class Fp8Weight:
 
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        parts = [self._quantise(rows.float()) for rows in weight.split(_ROWS_AT_ONCE)]
-        self.quantised, self.scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        self.quantised, self.scales = _scaled_rows(weight, torch.float8_e4m3fn)
         self.bytes = self.quantised.numel() + self.scales.numel() * 4
-
-    @staticmethod
-    def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scales = (rows.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=1e-12)
-        return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
 
     @property
     def stored(self) -> Any:

@@ -18,7 +18,7 @@ look = available_flash_attention3.__wrapped__
 
 def installed(folder: Path, package: Package) -> None:
     """A Python package that must not be imported, with a file where the library would lie."""
-    library = folder / package.python / package.library.replace("*", ".abi3")
+    library = folder / package.python / package.file_pattern.replace("*", ".abi3")
     library.parent.mkdir(parents=True)
     library.write_bytes(b"no library at all")
     (folder / package.python / "__init__.py").write_text("raise SystemExit('imported')")
