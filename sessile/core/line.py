@@ -66,7 +66,7 @@ class WaitingLine:
         """Take a request out: it runs, or it has ended."""
         index = request.tenant.index
         line = self._lines[index]
-        place = bisect_left(line, _rank(request), key=_rank)
+        place = 0 if line[0] is request else bisect_left(line, _rank(request), key=_rank)
         assert line[place] is request, f"request {request.key} does not wait"
         del line[place]
         if not line:

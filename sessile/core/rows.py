@@ -97,16 +97,8 @@ class RowTable(Generic[Occupant]):
         """Whether any request ever had `logprobs`."""
         self.constraints_wanted = False
         """Whether any request ever had a grammar."""
-        self._known_and_filled = self._block("known", "filled")
-        self._planned_and_pending = self._block("planned", "pending")
         self.occupants: list[Occupant | None] = [None] * rows_max
         self._free = list(range(rows_max - 1, -1, -1))
-
-    def _block(self, first: str, second: str) -> Column:
-        """Two neighbouring columns as one array, for what changes both."""
-        start = COLUMNS.index(first)
-        assert COLUMNS[start + 1] == second
-        return self._columns[start : start + 2]
 
     @property
     def free_rows(self) -> int:
@@ -153,12 +145,16 @@ class RowTable(Generic[Occupant]):
 
     def plan_one(self, chosen: Flags) -> None:
         """Count one more planned and pending token for the rows that bool[rows_max] names."""
-        self._planned_and_pending += chosen
+        ones = chosen.astype(np.int64)  # Once here: numpy converts through a buffer of 64 KiB as it adds.
+        self.planned += ones
+        self.pending += ones
 
     def grow(self, chosen: Flags) -> None:
         """Count one more known and gathered token for the rows that bool[rows_max] names; their KV is settled."""
         np.copyto(self.settled, self.known, where=chosen)
-        self._known_and_filled += chosen
+        ones = chosen.astype(np.int64)
+        self.known += ones
+        self.filled += ones
 
     def give_back(self, row: RowId, occupant: Occupant) -> None:
         """Free a row; raises OwnershipError if the occupant does not hold it."""

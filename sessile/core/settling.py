@@ -33,7 +33,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     if flight.is_drafted:
         books.rows.pending[flight.rows] -= flight.allowed
     else:
-        books.rows.pending -= flight.sampling
+        books.rows.pending -= flight.sampling.astype(np.int64)
     _settle_prompts(books, flight, result)
     if np.count_nonzero(result.faulty):
         _settle_others(books, flight, result, range(len(flight.rows)))
@@ -107,7 +107,7 @@ def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> Non
     rows = books.rows
     filled = rows.filled[active]
     rows.outputs[active, filled] = tokens
-    rows.last_token[active] = tokens
+    rows.last_token[active] = tokens.astype(np.int64)
     rows.grow(plain)
     books.totals.generated_tokens += len(active)
     books.effects.deltas(rows.key[active], ONES[: len(active)], tokens)
