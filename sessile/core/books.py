@@ -206,6 +206,7 @@ class Books:
         parked = session.parked
         assert parked is not None
         reserved, shared = session.reserved_pages, len(parked.pin.pages)
+        assert not reserved or len(parked.lease) + shared > reserved, "nothing is to be had within a reservation (H37)"
         pages = min(pages_wanted, len(parked.lease) - min(len(parked.lease), max(0, reserved - shared)))
         if pages:
             kept = len(parked.lease) - pages
