@@ -121,7 +121,7 @@ class StepPlan:
         return cls(step=step, **values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # Not frozen either.
 class StepResult:
     """What a step produced. Row order is the plan's.
 

@@ -36,14 +36,14 @@ class Bucket:
 def bucket_of(plan: StepPlan, narrow_row_tokens: int) -> Bucket:
     """The bucket that a plan with rows runs in."""
     tokens, rows = plan.tokens.size, plan.rows.size
+    if tokens == rows <= CAPTURED_TOKENS_MAX:
+        size = round_up(rows, DECODE_SIZES)
+        return Bucket(size, size, size, True, False, True)
     samples = (plan.flags & SAMPLE) != 0
     places = int(plan.draft_counts[samples].sum() + samples.sum())
     if tokens > CAPTURED_TOKENS_MAX:
         is_wide = plan.query_counts > narrow_row_tokens
         return Bucket(tokens, rows, places, bool((~is_wide).any()), bool(is_wide.any()), False)
-    if tokens == rows:
-        size = round_up(rows, DECODE_SIZES)
-        return Bucket(size, size, size, True, False, True)
     token_bucket, row_bucket = round_up(tokens, TOKEN_SIZES), round_up(rows, ROW_SIZES)
     # Room for every row to sample, also where none does: sampling nothing is cheap, another graph is not.
     place_bucket = row_bucket if places <= row_bucket else round_up(places, TOKEN_SIZES)

@@ -5,6 +5,8 @@ the device opens. Other sizes run eagerly the first time and are captured the se
 """
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from sessile.device.page_table import check_runs
 from sessile.device.pending import PendingLogprobs, PendingStep
 from sessile.device.row_parameters import RowParameters
 from sessile.device.sampler import Sampler
-from sessile.device.staging import Moment, UploadRing, to_device, to_host
+from sessile.device.staging import Crossing, Exchange, to_device
 from sessile.kernels.flash_attention3 import FlashAttention3
 from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out
 from sessile.kernels.triton_sampling import Chosen, choose_tokens, settle_rows
@@ -26,6 +28,13 @@ from sessile.model.fused_gpu import BlockKinds, FusedDecoder, GpuCache
 from sessile.model.layers import Decoder
 
 _UPLOAD_WORDS = 1 << 20
+_NOTHING_OTHERWISE: dict[str, Any] = {
+    "bias_tokens": NO_INTS, "bias_values": NO_FLOATS, "ban_tokens": NO_INTS, "seen_tokens": NO_INTS, "copies": NO_INTS,
+    "score_queries": NO_INTS, "score_targets": NO_INTS, "score_tops": NO_INTS, "mask_queries": NO_INTS,
+    "mask_words": NO_INTS,
+}  # fmt: skip
+"""Arrays of a plan that the step's own kernels do not read, empty."""
+_applied_otherwise = attrgetter(*_NOTHING_OTHERWISE)
 _LAYERS_ASKED = 2
 """Layers that show all kernels of a step: the first one, which gets no other's output, and one behind it."""
 _SCORES_AT_ONCE = 64
@@ -70,8 +79,8 @@ class GpuRunner:
         self._decoder = FusedDecoder(decoder, cache, flash)
         self._parameters = RowParameters(rows_max, self._vocab_size, device)
         self._sampler = Sampler(self._parameters)
-        self._upload = UploadRing(_UPLOAD_WORDS, device)
         self._results = torch.zeros(3 * rows_max + rows_max * 256, dtype=torch.int32, device=device)
+        self._exchange = Exchange(_UPLOAD_WORDS, self._results)
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> PendingStep:
@@ -79,34 +88,32 @@ class GpuRunner:
         check_plan(plan, self._rows_max, self._vocab_size, self._row_pages * self._pool.page_size)
         check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
         self._parameters.apply(plan)
-        self._send(plan)
+        crossing = self._send(plan)
         self._pool.copy(plan.copies)
         if not plan.rows.size:
-            apply_state(self._upload.target, self._state)
-            return PendingStep(plan, None, Moment(self._device), self._rows_max)
+            apply_state(self._exchange.target, self._state)
+            crossing.fetch(0)
+            return PendingStep(plan, crossing, self._rows_max)
         bucket = self.bucket_of(plan)
         scores: list[PendingLogprobs] = []
         logprobs = None
-        has_extras = plan.score_queries.size or plan.mask_queries.size or (plan.logprob_tops >= 0).any()
-        if has_extras or self._parameters.adjusted[plan.rows].any():
+        has_extras = plan.score_queries.size or plan.mask_queries.size or np.count_nonzero(plan.logprob_tops >= 0)
+        if has_extras or (self._parameters.adjusted_rows and self._parameters.adjusted[plan.rows].any()):
             scores, logprobs = self._run_with_extras(plan, bucket)
         elif not bucket.is_captured or not self.captures:
             self._run(bucket)
         else:
             self._run_captured(bucket)
-        results = to_host(self._results[: 3 * self._rows_max + bucket.places])
-        return PendingStep(plan, results, Moment(self._device), self._rows_max, logprobs, scores)
+        crossing.fetch(3 * self._rows_max + bucket.places)
+        return PendingStep(plan, crossing, self._rows_max, logprobs, scores)
 
-    def _send(self, plan: StepPlan) -> None:
+    def _send(self, plan: StepPlan) -> Crossing:
         """Queue the copy of what the device reads of a plan."""
         # Penalties, bias, bans, masks and scores are applied by other means, and only where a row has them.
-        plan = replace(
-            plan, bias_tokens=NO_INTS, bias_values=NO_FLOATS, ban_tokens=NO_INTS, seen_tokens=NO_INTS,
-            copies=NO_INTS, score_queries=NO_INTS, score_targets=NO_INTS, score_tops=NO_INTS, mask_queries=NO_INTS,
-            mask_words=NO_INTS,
-        )  # fmt: skip
+        if any([array.size for array in _applied_otherwise(plan)]):
+            plan = replace(plan, **_NOTHING_OTHERWISE)
         packed = encode_plan(plan)
-        if packed.size > self._upload.words:
+        if packed.size > self._exchange.words:
             # Binding very many pages at once is rare: change the state by itself, then send the rest.
             apply_state(to_device(packed, self._device), self._state)
             plan = replace(
@@ -114,7 +121,7 @@ class GpuRunner:
                 table_pages=NO_INTS,
             )  # fmt: skip
             packed = encode_plan(plan)
-        self._upload.send(packed)
+        return self._exchange.send(packed)
 
     def _run_captured(self, bucket: Bucket) -> None:
         graph = self.graphs.get(bucket)
@@ -170,8 +177,8 @@ class GpuRunner:
 
     def _forward(self, layout: StepLayout, layers: int | None = None) -> Forward:
         """Apply the plan in the upload's target, lay it out, and run all layers, or the first few."""
-        apply_state(self._upload.target, self._state)
-        lay_out(self._upload.target, self._state, layout, self._pool.page_size, self._decoder.shape.kv_heads)
+        apply_state(self._exchange.target, self._state)
+        lay_out(self._exchange.target, self._state, layout, self._pool.page_size, self._decoder.shape.kv_heads)
         return Forward(layout, self._decoder.forward(layout, layers))
 
     def _run_with_extras(self, plan: StepPlan, bucket: Bucket) -> tuple[list[PendingLogprobs], PendingLogprobs | None]:

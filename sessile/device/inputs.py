@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sessile.contract.plan import FROM_DEVICE, SAMPLE, SCRATCH_PAGE, StepPlan
+from sessile.contract.plan import FROM_DEVICE, SAMPLE, SCRATCH_PAGE, Ints, StepPlan
 from sessile.errors import PlanError
 from sessile.units import ceil_div
 
@@ -44,21 +44,48 @@ class SamplePositions:
 
 def check_plan(plan: StepPlan, rows_max: int, vocab_size: int, table_tokens: int) -> None:
     """Raise PlanError for what would make the device read or write out of bounds."""
-    rows, counts = plan.rows, plan.query_counts
-    if rows.size and (rows.min() < 0 or rows.max() >= rows_max or np.unique(rows).size != rows.size):
+    rows, starts, counts, tokens = plan.rows, plan.starts, plan.query_counts, plan.tokens
+    if not are_below(rows, rows_max) or not _are_distinct(rows, rows_max):
         raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {rows_max}")
-    if int(counts.sum()) != plan.tokens.size or (rows.size and counts.min() < 1):
-        raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {plan.tokens.size} tokens")
-    if rows.size and ((plan.starts + counts).max() > table_tokens or plan.starts.min() < 0):
+    if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
+        raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
+    if not are_below(starts, table_tokens) or not are_below(starts + counts, table_tokens + 1):
         raise PlanError(f"step {plan.step}: a row ends beyond the {table_tokens} tokens that its pages can hold")
-    if (plan.draft_counts >= counts).any() or (plan.draft_counts[(plan.flags & SAMPLE) == 0] > 0).any():
+    if np.count_nonzero(plan.draft_counts) and not _have_their_tokens(plan):
         raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
-    fed = np.zeros(plan.tokens.size, np.bool_)
-    fed[(np.cumsum(counts) - counts)[(plan.flags & FROM_DEVICE) != 0]] = True
-    if ((plan.tokens < 0) & ~fed).any() or (plan.tokens >= vocab_size).any():
+    unknown = tokens.view(np.uint32) >= vocab_size
+    if np.count_nonzero(unknown) and not _are_on_the_device(plan, unknown):
         raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {vocab_size}")
     if plan.mask_queries.size or plan.mask_words.size:
         _check_masks(plan, vocab_size)
+
+
+def are_below(values: Ints, limit: int) -> bool:
+    """Whether all are from 0 to limit - 1, at the price of one look: read as unsigned, what is negative is large."""
+    return not values.size or int(np.maximum.reduce(values.view(np.uint32))) < limit
+
+
+def _are_distinct(rows: Ints, rows_max: int) -> bool:
+    is_named = np.zeros(rows_max, np.bool_)
+    is_named[rows] = True
+    return np.count_nonzero(is_named) == rows.size
+
+
+def _have_their_tokens(plan: StepPlan) -> bool:
+    """Whether each row with drafts samples, and has a token before its drafts."""
+    drafts = plan.draft_counts
+    samples = (plan.flags & SAMPLE) != 0
+    return not ((drafts < 0) | (drafts >= plan.query_counts) | ((drafts > 0) & ~samples)).any()
+
+
+def _are_on_the_device(plan: StepPlan, unknown: npt.NDArray[np.bool_]) -> bool:
+    """Whether all of these tokens stand where the device takes its own."""
+    from_device = (plan.flags & FROM_DEVICE) != 0
+    if plan.tokens.size == plan.rows.size:
+        return not np.count_nonzero(unknown & ~from_device)
+    allowed = np.zeros(plan.tokens.size, np.bool_)
+    allowed[(np.cumsum(plan.query_counts) - plan.query_counts)[from_device]] = True
+    return not np.count_nonzero(unknown & ~allowed)
 
 
 def _check_masks(plan: StepPlan, vocab_size: int) -> None:

@@ -1,5 +1,6 @@
 """Log-probabilities of output and prompt tokens, for the rows and positions that ask for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,17 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top_counts: Ints) -> Logprobs
 
 def chunked_logprobs(hidden: Tensor, head: torch.nn.Module, tokens: Tensor, top_counts: Ints) -> Logprobs:
     """`token_logprobs` of head.logits(hidden), a few positions at a time."""
-    parts = [
-        token_logprobs(head.logits(hidden[start:end]), tokens[start:end], top_counts[start:end])
-        for start in range(0, top_counts.size, _POSITIONS_AT_ONCE)
-        for end in [start + _POSITIONS_AT_ONCE]
-    ]
+    return joined(
+        [
+            token_logprobs(head.logits(hidden[start:end]), tokens[start:end], top_counts[start:end])
+            for start in range(0, top_counts.size, _POSITIONS_AT_ONCE)
+            for end in [start + _POSITIONS_AT_ONCE]
+        ]
+    )
+
+
+def joined(parts: Sequence[Logprobs]) -> Logprobs:
+    """The log-probabilities of all parts, first to last."""
     if not parts:
         return NO_LOGPROBS
     return Logprobs(

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sessile.contract.plan import SCRATCH_PAGE, StepPlan
+from sessile.device.inputs import are_below
 from sessile.errors import PlanError
 
 
@@ -33,15 +34,16 @@ class PageTable:
 def check_runs(plan: StepPlan, rows_max: int, width: int, pages_total: int) -> None:
     """Raise PlanError if the plan binds rows or names pages that do not exist, or a run ends beyond the row's pages."""
     for rows in (plan.bind_rows, plan.table_rows):
-        if rows.size and (rows.min() < 0 or rows.max() >= rows_max):
+        if not are_below(rows, rows_max):
             raise PlanError(f"step {plan.step}: batch row {int(rows.max())} does not exist; there are {rows_max}")
+    starts, counts, pages = plan.table_starts, plan.table_counts, plan.table_pages
     if not plan.table_rows.size:
         return
-    if plan.table_starts.min() < 0 or (plan.table_starts + plan.table_counts).max() > width:
+    if not (are_below(starts, width) and are_below(counts, width + 1) and are_below(starts + counts, width + 1)):
         raise PlanError(f"step {plan.step}: a page-table run ends beyond the {width} pages of a row")
-    if int(plan.table_counts.sum()) != plan.table_pages.size:
+    if int(np.add.reduce(counts)) != pages.size:
         raise PlanError(f"step {plan.step}: its page-table runs and the pages that follow differ in number")
-    if plan.table_pages.min() <= SCRATCH_PAGE or plan.table_pages.max() >= pages_total:
+    if np.minimum.reduce(pages) <= SCRATCH_PAGE or np.maximum.reduce(pages) >= pages_total:
         raise PlanError(f"step {plan.step}: a page-table run names a page that is not in the pool")
 
 

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sessile.contract.plan import Floats, Ints, StepPlan, StepResult
+from sessile.contract.plan import SAMPLE, Floats, Ints, StepPlan, StepResult
 from sessile.device.inputs import sample_positions
-from sessile.device.logprobs import NO_LOGPROBS, Logprobs
-from sessile.device.staging import Moment, to_host
+from sessile.device.logprobs import NO_LOGPROBS, Logprobs, joined
+from sessile.device.staging import Crossing, to_host
 from sessile.kernels.sampling import top_candidates
 
 
@@ -53,44 +53,45 @@ class PendingLogprobs:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """Everything that a result is made of. results int32 on the host, as `settle_rows` documents; None: no rows ran."""
+    """Everything that a result is made of. crossing: brings `settle_rows`'s results; nothing if no
+    rows ran."""
 
     plan: StepPlan
-    results: Tensor | None
-    moment: Moment
+    crossing: Crossing
     rows_max: int
     logprobs: PendingLogprobs | None = None
     scores: list[PendingLogprobs] = field(default_factory=list)
 
     def wait(self) -> StepResult:
         """Wait for the device and make the result. Raises what the device raised."""
-        self.moment.wait()
-        plan, count = self.plan, self.plan.rows.size
-        if self.results is None:
-            nothing = np.empty(0, np.int32)
-            return StepResult(plan.step, plan.rows, nothing, nothing, nothing, np.empty(0, np.bool_))
-        results, rows_max = self.results.numpy(), self.rows_max
-        emitted = results[rows_max : rows_max + count].copy()
-        places = sample_positions(plan)
-        is_emitted = places.depths < emitted[places.row_indices]
-        logprobs = NO_LOGPROBS
-        if self.logprobs is not None:
-            assert self.logprobs.places is not None, "log-probabilities of sampled tokens have places"
-            logprobs = self.logprobs.select(is_emitted[self.logprobs.places])
-        scores = [part.select(np.ones(part.counts.size, np.bool_)) for part in self.scores] or [NO_LOGPROBS]
+        results = self.crossing.take()
+        plan, count, rows_max = self.plan, self.plan.rows.size, self.rows_max
+        emitted = results[rows_max : rows_max + count]
+        tokens, logprobs = results[3 * rows_max :], NO_LOGPROBS
+        if self.logprobs is None and not np.count_nonzero(plan.draft_counts):
+            # Every place is emitted: one token of each row that samples.
+            tokens = tokens[: np.count_nonzero(plan.flags & SAMPLE)]
+        else:
+            places = sample_positions(plan)
+            is_emitted = places.depths < emitted[places.row_indices]
+            tokens = tokens[: places.flat.size][is_emitted]
+            if self.logprobs is not None:
+                assert self.logprobs.places is not None, "log-probabilities of sampled tokens have places"
+                logprobs = self.logprobs.select(is_emitted[self.logprobs.places])
+        scores = joined([part.select(np.ones(part.counts.size, np.bool_)) for part in self.scores])
         return StepResult(
             step=plan.step,
             rows=plan.rows,
-            query_counts=results[:count].copy(),
+            query_counts=results[:count],
             emitted=emitted,
-            tokens=results[3 * rows_max : 3 * rows_max + places.flat.size][is_emitted],
+            tokens=tokens,
             faulty=results[2 * rows_max : 2 * rows_max + count] != 0,
             logprobs=logprobs.chosen,
             top_ids=logprobs.top_ids,
             top_logprobs=logprobs.tops,
-            score_logprobs=np.concatenate([part.chosen for part in scores]),
-            score_top_ids=np.concatenate([part.top_ids for part in scores]),
-            score_top_logprobs=np.concatenate([part.tops for part in scores]),
+            score_logprobs=scores.chosen,
+            score_top_ids=scores.top_ids,
+            score_top_logprobs=scores.tops,
         )
 
 

@@ -51,6 +51,8 @@ class RowParameters:
         self.min_new_tokens = np.zeros(rows_max, np.int64)
         self.adjusted = np.zeros(rows_max, np.bool_)
         """Whether the row's logits are changed before sampling: penalties, bias or bans."""
+        self.adjusted_rows = 0
+        """How many they are, those that draining rows had included."""
         self.penalties: dict[int, tuple[float, float, float]] = {}
         """Of rows that have one: repetition, frequency, presence."""
         self.seen: dict[int, SeenTokens] = {}
@@ -59,6 +61,8 @@ class RowParameters:
 
     def apply(self, plan: StepPlan) -> None:
         """Give each row that the plan binds to its new occupant, but for its last token: see `clear_last_tokens`."""
+        if not plan.bind_rows.size and not (plan.bias_tokens.size or plan.ban_tokens.size or plan.seen_tokens.size):
+            return
         ends = {
             "bias": np.cumsum(plan.bias_counts),
             "ban": np.cumsum(plan.ban_counts),
@@ -82,6 +86,7 @@ class RowParameters:
                 prompt = plan.seen_tokens[output_start - int(plan.prompt_counts[index]) : output_start]
                 self.seen[row] = self._count(prompt, plan.seen_tokens[output_start:seen_end])
             self.adjusted[row] = row in self.biases or row in self.bans or row in self.penalties
+        self.adjusted_rows = int(np.count_nonzero(self.adjusted))
 
     def clear_last_tokens(self, rows: Ints) -> None:
         """Forget what was sampled last for rows that get a new occupant."""
