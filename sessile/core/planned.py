@@ -1,7 +1,6 @@
 """A step on its way to being a StepPlan: its early part, as planner and admission choose it."""
 
 from array import array
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,15 +14,18 @@ _NO_FLAGS: Flags = np.empty(0, np.bool_)
 _NO_PAGES = array("i")
 
 
-@dataclass(slots=True)
 class PromptPart:
-    """A run of known tokens of one row: [start, start + count)."""
+    """A run of known tokens of one row: [start, start + count). samples: whether it reaches the last known token."""
 
-    request: Request
-    row: RowId
-    start: int
-    count: int
-    samples: bool
+    # No dataclass: what that generates stays interpreted when the core is compiled.
+    __slots__ = ("count", "request", "row", "samples", "start")
+
+    def __init__(self, request: Request, row: RowId, start: int, count: int, samples: bool) -> None:
+        self.request = request
+        self.row = row
+        self.start = start
+        self.count = count
+        self.samples = samples
 
     @property
     def end(self) -> int:

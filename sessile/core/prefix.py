@@ -8,7 +8,6 @@ who must shrink first. Only the receipt unlocks what it locked, and it survives 
 
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from sessile.core.history import TOKEN_BYTES, Packed
@@ -40,16 +39,21 @@ class Node:
         """The newest step that may still touch the pages, once no hard pin is left."""
 
 
-@dataclass(slots=True)
 class Match:
-    """The longest prefix found: all pages above `node` and its first `node_pages`. Changes nothing."""
+    """The longest prefix found: all pages above `node` and its first `node_pages`. Changes nothing.
 
-    node: Node
-    node_pages: int
-    pages: int
-    """In all, from the root."""
-    unpinned_pages: int
-    """Of these, pages without a hard pin: they count as reclaimable until the match is pinned."""
+    pages: in all, from the root. unpinned_pages: of these, those without a hard pin, which count as reclaimable until
+    the match is pinned.
+    """
+
+    # No dataclass: what that generates stays interpreted when the core is compiled.
+    __slots__ = ("node", "node_pages", "pages", "unpinned_pages")
+
+    def __init__(self, node: Node, node_pages: int, pages: int, unpinned_pages: int) -> None:
+        self.node = node
+        self.node_pages = node_pages
+        self.pages = pages
+        self.unpinned_pages = unpinned_pages
 
 
 class Pin:
