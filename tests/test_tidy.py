@@ -194,6 +194,16 @@ def test_the_core_iterates_no_sets() -> None:
     refuse(offenders, "iterate a list or a dict, not a set")
 
 
+def test_the_core_makes_no_object_anew() -> None:
+    """In a compiled core a second `__init__` lets go of nothing that the first one made."""
+    offenders = [
+        spot(path, node.lineno)
+        for path, node in walk(under("core"), ast.Call)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "__init__"
+    ]
+    refuse(offenders, "make a new object instead of calling __init__ again")
+
+
 def test_no_exception_is_swallowed() -> None:
     offenders = []
     for path, node in walk(PYTHON, ast.ExceptHandler):
