@@ -5,8 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, WithJsonSchema, model_validator
 
+from sessile.contract.messages import Grammar
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
+from sessile.server.grammars import TextSettings
 from sessile.server.message_schemas import INPUT, ITEMS
 from sessile.server.names import ID_CHARS_MAX, Metadata
 from sessile.server.sampling import Count, Priority, SamplingFields
@@ -123,6 +125,8 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
     min_tokens: Count | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
+    text: TextSettings | None = None
+    """The form of the output: text, any JSON object, or JSON under a schema."""
     store: bool | None = None
     """false: nothing of it is left when it has ended."""
     background: bool | None = None
@@ -141,7 +145,6 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
         "max_tool_calls": ANYTHING,
         "include": ([],),
         "reasoning": ({},),
-        "text": ({"format": {"type": "text"}}, {}),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
         "prompt": (),
@@ -156,6 +159,16 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
         if self.previous_response_id is not None and self.conversation is not None:
             raise field_fault("previous_response_id", "give either this or conversation")
         return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must be, where no call is demanded."""
+        return self.text.grammar if self.text else None
+
+    @property
+    def text_shown(self) -> str:
+        """The form of the output as the response shows it, as JSON: as with tools, it may have any numbers."""
+        return json.dumps((self.text or TextSettings()).shown)
 
     @property
     def conversation_id(self) -> str | None:

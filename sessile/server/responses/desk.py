@@ -137,7 +137,12 @@ class Desk:
         """How the answer to a prompt is read. Raises InvalidRequest for what cannot be asked of this model."""
         service = self._service
         return reading_of(
-            service.options, service.tokenizer, body.tool_use, prompt, skips_special=body.skip_special_tokens
+            service.options,
+            service.tokenizer,
+            body.tool_use,
+            prompt,
+            asked=body.grammar,
+            skips_special=body.skip_special_tokens,
         )
 
     def _choice(self, record: ResponseRecord, place: Place, sampling: Sampling, reading: AnswerReading) -> Choice:

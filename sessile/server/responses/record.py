@@ -64,9 +64,11 @@ class ResponseRecord:
     size_bytes: int = 0
     used_s: float = 0.0
     _tools_text: str = field(init=False)
+    _text_shown: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._tools_text = self.body.tools_text
+        self._text_shown = self.body.text_shown
 
     @property
     def can_be_gone_on_from(self) -> bool:
@@ -88,7 +90,7 @@ class ResponseRecord:
         """What it counts for on its shelf."""
         body = self.body
         kept = orjson.dumps([self.input_items, self.output.items, body.instructions, body.metadata])
-        return len(kept) + len(self._tools_text)
+        return len(kept) + len(self._tools_text) + len(self._text_shown)
 
     def content(self) -> dict[str, Any]:
         """The response as OpenAI's API shows it."""
@@ -112,7 +114,7 @@ class ResponseRecord:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": orjson.Fragment(self._text_shown),
             "tool_choice": body.choice_shown,
             "tools": orjson.Fragment(self._tools_text),
             "top_logprobs": 0,
