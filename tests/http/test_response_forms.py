@@ -1,4 +1,4 @@
-"""text.format of /v1/responses through OpenAI's own client: what it comes to, what follows it, what of it is refused."""
+"""text.format of /v1/responses through OpenAI's own client: what it comes to, and what of it is refused."""
 
 import json
 from collections.abc import Iterator

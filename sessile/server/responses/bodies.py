@@ -67,9 +67,20 @@ class FunctionChoice(Body):
     name: str
 
 
+class AllowedFunctions(Body):
+    """A tool_choice that names the functions that alone may be called. mode: whether one of them must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice] = Field(min_length=1, max_length=TOOLS_MAX)
+
+
 ResponseChoice = Annotated[
-    Literal["none", "auto", "required"] | FunctionChoice,
-    says('must be "none", "auto", "required" or {"type": "function", "name": …}'),
+    Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions,
+    says(
+        'must be "none", "auto", "required", {"type": "function", "name": …} or {"type": "allowed_tools", '
+        '"mode": "auto" or "required", "tools": [{"type": "function", "name": …}, …]}'
+    ),
 ]
 
 
@@ -83,17 +94,21 @@ class ResponseToolFields(Body):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.name for tool in self.tools or ()]
-        check_choice(names, named=self._named, needs_tools=self.tool_choice == "required")
+        check_choice(names, named=self._allowed or (), needs_tools=self.tool_choice == "required")
         return self
 
     @property
     def tool_use(self) -> ToolUse:
         """The same as any surface may say it."""
+        choice = self.tool_choice
+        must_call = choice == "required" or isinstance(choice, FunctionChoice)
+        if isinstance(choice, AllowedFunctions):
+            must_call = choice.mode == "required"
         return ToolUse(
-            tools=tuple(tool.spec for tool in self.tools or () if self.tool_choice != "none"),
-            must_call=self.tool_choice == "required" or self._named is not None,
-            only=self._named,
-            is_parallel=self.parallel_tool_calls is not False,
+            tools=tuple(tool.spec for tool in self.tools or () if choice != "none"),
+            allowed=self._allowed,
+            must_call=must_call,
+            is_parallel=self.parallel_tool_calls is not False and not isinstance(choice, FunctionChoice),
         )
 
     @property
@@ -103,15 +118,21 @@ class ResponseToolFields(Body):
         return json.dumps([tool.model_dump(include=fields) for tool in self.tools or ()])
 
     @property
-    def choice_shown(self) -> str | dict[str, str]:
+    def choice_shown(self) -> str | dict[str, Any]:
         """The tool_choice as the response shows it."""
-        if isinstance(self.tool_choice, FunctionChoice):
-            return {"type": "function", "name": self.tool_choice.name}
+        if isinstance(self.tool_choice, Body):
+            return self.tool_choice.model_dump()
         return self.tool_choice or "auto"
 
     @property
-    def _named(self) -> str | None:
-        return self.tool_choice.name if isinstance(self.tool_choice, FunctionChoice) else None
+    def _allowed(self) -> tuple[str, ...] | None:
+        """The functions that alone may be called, where tool_choice names any."""
+        match self.tool_choice:
+            case FunctionChoice(name=name):
+                return (name,)
+            case AllowedFunctions(tools=tools):
+                return tuple(tool.name for tool in tools)
+        return None
 
 
 class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
