@@ -46,6 +46,7 @@ class AdmissionBenchOptions:
     model: str | None = option(
         None, "Measure on this model as well, on this machine: a folder, a .gguf file, or `default`."
     )
+    pairs: int = option(3, "On the model: runs with limits and without, in pairs.", unit="pairs", low=1)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def measure_admission(options: AdmissionBenchOptions) -> int:
     if options.model is not None:
         from sessile.bench.admission_model import measure_on_model
 
-        shares.append(measure_on_model(options.model, options.requests, console))
+        shares.append(measure_on_model(options.model, options.requests, options.pairs, console))
     return 0 if min(shares) >= SHARE_MIN else 1
 
 

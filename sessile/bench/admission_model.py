@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from sessile.bench.admission import PAGE_SIZE, Run, run_to_ends
+from sessile.bench.intervals import shown
 from sessile.contract.messages import Sampling, Submit, pack_tokens
 from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan, StepResult
@@ -77,25 +78,33 @@ class ModelLoad:
         return self._device.launch(plan).result()
 
 
-def measure_on_model(model: str, requests: int, console: Console) -> float:
-    """Run with limits unset, then with exact ones, and print both; the first's tokens a second relative to the other's.
+def measure_on_model(model: str, requests: int, pairs: int, console: Console) -> float:
+    """Run with limits unset and with exact ones, in pairs, and print both; the share of the first's tokens a second in
+    the second's, the median over the pairs. Which of a pair runs first alternates: a machine's pace drifts.
 
     Raises StartupError if the model cannot be opened.
     """
     load = ModelLoad(model, requests)
     try:
-        load.run(dict.fromkeys(range(requests), 2))  # Warm up: what is compiled or allocated once is not measured.
-        unset, unset_s = load.run(None)
-        exact, exact_s = load.run(unset.lengths_tokens)
+        first, _ = load.run(None)  # Says how long each output is, and warms up: its time is not looked at.
+        limits: dict[str, dict[int, int] | None] = {"exact": first.lengths_tokens, "unset": None}
+        runs: dict[str, Run] = {}
+        speeds: dict[str, float] = {}
+        shares: list[float] = []
+        for pair in range(pairs):
+            for name in sorted(limits, reverse=pair % 2 == 0):
+                runs[name], seconds = load.run(limits[name])
+                speeds[name] = runs[name].output_tokens / seconds
+            shares.append(speeds["unset"] / speeds["exact"])
     finally:
         load.close()
-    speeds = {"unset": unset.output_tokens / unset_s, "exact": exact.output_tokens / exact_s}
-    share = speeds["unset"] / speeds["exact"]
-    console.print(f"{load.name}, a pool of {load.pages * PAGE_SIZE:,} tokens:")
-    for name, run in (("exact", exact), ("unset", unset)):
+    console.print(f"{load.name}, a pool of {load.pages * PAGE_SIZE:,} tokens; speeds are the last pair's:")
+    for name, run in sorted(runs.items()):
         console.print(
             f"  {name}: {speeds[name]:.1f} output tokens/s, {run.steps:,} steps, {run.preemptions} preempted, "
             f"first wait {max(run.first_steps.values())} and pause {max(run.pauses_steps.values())} steps"
         )
-    console.print(f"  unset / exact: {share:.3f} by the clock, {exact.steps / unset.steps:.3f} by steps")
-    return share
+    each = " · ".join(f"{share:.3f}" for share in shares)
+    console.print(f"  unset / exact by the clock: {each}; median [95 %] {shown(shares)}")
+    console.print(f"  by steps: {runs['exact'].steps / runs['unset'].steps:.3f}")
+    return float(np.median(shares))

@@ -1,6 +1,11 @@
 """H67: requests that leave max_tokens unset and end far below their bound, in pools that are short."""
 
+import json
+from io import StringIO
+from pathlib import Path
+
 import pytest
+from rich.console import Console
 
 from sessile.bench.admission import (
     CONTEXT_TOKENS,
@@ -15,6 +20,8 @@ from sessile.bench.admission import (
     pool_pages,
     run_needs,
 )
+from sessile.bench.admission_model import measure_on_model
+from tests.unit.tiny_files import write_tiny_folder
 
 WANTED = needs(256, seed=1)
 
@@ -61,3 +68,14 @@ def test_the_table_says_how_each_pool_did(capsys: pytest.CaptureFixture[str]) ->
     assert measure_admission(AdmissionBenchOptions(requests=64)) in (0, 1)
     shown = capsys.readouterr().out
     assert shown.count("exact") == shown.count("unset") == len(POOL_SHARES)
+
+
+def test_on_a_model_each_pair_gives_a_ratio(tmp_path: Path) -> None:
+    folder, shown = write_tiny_folder(tmp_path), StringIO()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    share = measure_on_model(str(folder), 12, 3, Console(file=shown, width=200))
+    (line,) = [line for line in shown.getvalue().splitlines() if "by the clock" in line]
+    ratios = [float(part) for part in line.split(":")[1].split(";")[0].split("·")]
+    assert len(ratios) == 3
+    assert sorted(ratios)[1] == pytest.approx(share, abs=1e-3)
