@@ -1,8 +1,8 @@
 """Items: what the input and the output of responses, and conversations, are lists of.
 
 They are messages, calls of functions and their outputs, and reasoning; a client may name one that is kept instead of
-sending it. Neighbours that are one answer of the model's,
-such as its words and the calls behind them, are one message of the prompt, as they were when it said them.
+sending it. Neighbours that are one answer of the model's, such as its words and the calls behind them, are one message
+of the prompt, as they were when it said them.
 """
 
 import uuid
