@@ -111,6 +111,62 @@ class ResponseFormat(Body):
         return Grammar("json_schema", schema_text(self.json_schema.given), "response_format.json_schema.schema")
 
 
+class TextFormat(Body):
+    """text.format of a response. strict: a schema is kept to the letter either way."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    given: dict[str, Any] | None = Field(default=None, validation_alias="schema")
+    """The JSON schema under which the output is valid."""
+    strict: bool | None = None
+    description: str | None = None
+    """Of the format, for people; the model is not told of it."""
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        beside = {"name": self.name, "schema": self.given, "strict": self.strict, "description": self.description}
+        if self.type != "json_schema":
+            for name, value in beside.items():
+                if value is not None:
+                    raise field_fault(name, "needs type: json_schema")
+            return self
+        for name in ("name", "schema"):
+            if beside[name] is None:
+                raise field_fault(name, "is required")
+        _check_length("schema", schema_text(self.given or {}))
+        return self
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The format as the response shows it."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        shown = {"name": self.name, "schema": self.given, "strict": bool(self.strict), "description": self.description}
+        return {"type": self.type, **shown}
+
+
+class TextSettings(Body):
+    """text of a response."""
+
+    format: TextFormat | None = None
+
+    tolerated: ClassVar[Tolerated] = {"verbosity": ("medium",)}
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The grammar that it asks for."""
+        if self.format is None or self.format.type == "text":
+            return None
+        if self.format.given is None:
+            return Grammar("json_object", "", "text.format")
+        return Grammar("json_schema", schema_text(self.format.given), "text.format.schema")
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The settings as the response shows them."""
+        return {"format": {"type": "text"} if self.format is None else self.format.shown, "verbosity": "medium"}
+
+
 class StructuredOutputs(Body):
     """structured_outputs of vLLM; one of its fields at most."""
 

@@ -90,6 +90,7 @@ ITEMS = listed(
         {"summary": ANY, "content": either(listed(_REASONING_PART, least=0), NULL), **_SENT_BACK},
         type=word("reasoning"),
     ),
+    mostly("ItemReference", {"type": either(word("item_reference"), NULL)}, id=NAME),
 )
 INPUT = either(TEXT, ITEMS)
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from sessile.contract.messages import Grammar
 from sessile.errors import InvalidRequest
-from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
+from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says, shortened
 from sessile.server.calls import Order
 from sessile.server.config import ServerOptions
 from sessile.text.answer.formats import AnswerFormat, reasoning_format, tool_format
@@ -59,9 +59,26 @@ class NamedChoice(Body):
     function: NamedFunction
 
 
+class AllowedTools(Body):
+    """`allowed_tools` of a tool_choice. mode: whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedChoice] = Field(min_length=1, max_length=TOOLS_MAX)
+
+
+class AllowedChoice(Body):
+    """A tool_choice that names the functions that alone may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 Choice = Annotated[
-    Literal["none", "auto", "required"] | NamedChoice,
-    says('must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'),
+    Literal["none", "auto", "required"] | NamedChoice | AllowedChoice,
+    says(
+        'must be "none", "auto", "required", {"type": "function", "function": {"name": …}} or {"type": '
+        '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [{"type": "function", …}, …]}}'
+    ),
 ]
 
 
@@ -75,22 +92,32 @@ class ToolFields(Body):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools or ()]
-        check_choice(names, named=self._named, needs_tools=self.tool_choice == "required")
+        check_choice(names, named=self._allowed or (), needs_tools=self.tool_choice == "required")
         return self
 
     @property
     def tool_use(self) -> "ToolUse":
         """The same as any surface may say it."""
+        choice = self.tool_choice
+        must_call = choice == "required" or isinstance(choice, NamedChoice)
+        if isinstance(choice, AllowedChoice):
+            must_call = choice.allowed_tools.mode == "required"
         return ToolUse(
-            tools=tuple(tool.spec for tool in self.tools or () if self.tool_choice != "none"),
-            must_call=self.tool_choice == "required" or self._named is not None,
-            only=self._named,
-            is_parallel=self.parallel_tool_calls is not False,
+            tools=tuple(tool.spec for tool in self.tools or () if choice != "none"),
+            allowed=self._allowed,
+            must_call=must_call,
+            is_parallel=self.parallel_tool_calls is not False and not isinstance(choice, NamedChoice),
         )
 
     @property
-    def _named(self) -> str | None:
-        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
+    def _allowed(self) -> tuple[str, ...] | None:
+        """The functions that alone may be called, where tool_choice names any."""
+        match self.tool_choice:
+            case NamedChoice(function=function):
+                return (function.name,)
+            case AllowedChoice(allowed_tools=allowed):
+                return tuple(tool.function.name for tool in allowed.tools)
+        return None
 
 
 def tool_spec(name: str, description: str | None, parameters: dict[str, Any] | None) -> ToolSpec:
@@ -102,24 +129,29 @@ def tool_spec(name: str, description: str | None, parameters: dict[str, Any] | N
     return ToolSpec(type="function", function=function)
 
 
-def check_choice(names: Sequence[str], *, named: str | None, needs_tools: bool) -> None:
-    """For a body's validator: raise a fault of its tools or tool_choice. named: the function that must be called."""
+def check_choice(names: Sequence[str], *, named: Sequence[str], needs_tools: bool) -> None:
+    """For a body's validator: raise a fault of its tools or tool_choice. named: the functions that the choice names."""
     if len(set(names)) < len(names):
         twice = next(name for index, name in enumerate(names) if name in names[:index])
         raise field_fault("tools", f"two are called {twice!r}")
-    if named is not None and named not in names:
-        raise field_fault("tool_choice", f"{named!r} is none of tools")
+    for name in named:
+        if name not in names:
+            raise field_fault("tool_choice", f"{shortened(repr(name))} is none of tools")
     if needs_tools and not names:
         raise field_fault("tool_choice", "needs tools")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """What a request allows. tools: those that are offered. only: the name of the one that must be called."""
+    """What a request allows. tools: those that are offered. allowed: the names of those that alone may be called.
+
+    None allows all that are offered. What is not allowed is offered all the same: so the prompt, and its KV, stay as
+    they are when another choice is made.
+    """
 
     tools: Sequence[ToolSpec] = ()
+    allowed: tuple[str, ...] | None = None
     must_call: bool = False
-    only: str | None = None
     is_parallel: bool = True
 
     @property
@@ -152,6 +184,7 @@ class AnswerReading:
         return self.form.reader(
             self.prompt,
             tool_names=self.use.names,
+            allowed_names=self.use.allowed,
             is_parallel=self.use.is_parallel,
             separates_reasoning=self.separates_reasoning,
             streams_reasoning=self.streams_reasoning,
@@ -221,9 +254,8 @@ def bound_answer(
         raise InvalidRequest(
             f"tool_choice: a call cannot be demanded of a model that writes calls as {form.tools}", param="tool_choice"
         )
-    tools = [tool for tool in use.tools if use.only in (None, tool["function"]["name"])]
-    is_parallel = use.is_parallel and use.only is None
-    source = call_grammar(form, tools, prompt, is_parallel=is_parallel, special=special)
+    tools = [tool for tool in use.tools if use.allowed is None or tool["function"]["name"] in use.allowed]
+    source = call_grammar(form, tools, prompt, is_parallel=use.is_parallel, special=special)
     return Grammar("lark", source, "tools"), form
 
 

@@ -210,6 +210,56 @@ def test_a_call_that_is_demanded_is_asked_of_the_engine_as_a_grammar(
     assert [name for name in ("weather", "time") if f'\\"{name}\\"' in grammar.source] == list(names)
 
 
+TIME = {"type": "function", "name": "time"}
+
+
+def only(*names: str, mode: str = "auto") -> dict[str, Any]:
+    """A tool_choice that allows these."""
+    tools = [{"type": "function", "name": name} for name in names]
+    return {"tool_choice": {"type": "allowed_tools", "mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_tool_that_is_not_allowed_is_text_and_flagged(
+    server: Running, client: openai.OpenAI, stream: bool
+) -> None:
+    says(server, CALL, token_s=0.002 if stream else 0.0)
+    reply = ask(client, tools=[TOOL, TIME], stream=stream, **only("time"))
+    response = list(reply)[-1].response if stream else reply
+    assert (kinds(response), response.output_text, response.status) == (["message"], CALL, "completed")
+    (error,) = response.tool_call_errors
+    assert error["index"] is None and "'weather' is not among" in error["message"]
+
+
+def test_a_response_shows_which_tools_are_allowed(server: Running, client: openai.OpenAI) -> None:
+    says(server, CALL)
+    response = ask(client, tools=[TOOL, TIME], **only("weather"))
+    assert response.tool_choice.model_dump() == only("weather")["tool_choice"]
+    assert (kinds(response), len(response.tools)) == (["function_call"], 2)
+
+
+@pytest.mark.parametrize("names", [("time",), ("weather", "time")])
+def test_a_call_of_those_allowed_may_be_demanded(
+    server: Running, client: openai.OpenAI, names: tuple[str, ...]
+) -> None:
+    ask(client, tools=[TOOL, TIME], **only(*names, mode="required"))
+    source = server.engine.submits()[-1].grammar.source
+    assert [name for name in ("weather", "time") if f'\\"{name}\\"' in source] == list(names)
+
+
+def test_other_tools_may_be_allowed_from_turn_to_turn_at_no_cost_in_kv() -> None:
+    engine = partial(ToyEngine, pages=900, page_size=16, eos=0)
+    with running_server(engine, tokenizer=byte_tokenizer(TOOLED)) as toy, client_of(toy) as client:
+        bare = {**TIME, "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+        fields = {"tools": [bare, {**bare, "name": "day"}], "parallel_tool_calls": False, "temperature": 0}
+        first = ask(client, "When?", **fields, **only("time", mode="required"))
+        assert [item.name for item in first.output] == ["time"]
+        output = [output_of(first.output[0], "now")]
+        second = ask(client, output, previous_response_id=first.id, **fields, **only("day", mode="required"))
+        assert [item.name for item in second.output] == ["day"]
+        assert second.usage.input_tokens_details.cached_tokens == first.usage.total_tokens - 1
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_that_chat_reads_is_read(name: str) -> None:
     with running_server(tool_format=name) as running, client_of(running) as client:
@@ -385,7 +435,15 @@ OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "x"}
         ({"tool_choice": {"type": "function", "name": "time"}}, "tool_choice"),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "weather", "mode": "auto"}}, "tool_choice.mode"),
-        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        (only(), "tool_choice"),
+        (only("weather", mode="any"), "tool_choice"),
+        (only("time"), "tool_choice"),
+        (only("weather", "time", mode="required"), "tool_choice"),
+        ({"tools": [], **only("weather")}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{**TIME, "strict": True}]}},
+         "tool_choice.tools.0.strict"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"input": [OUTPUT]}, "input[0].call_id"),
         ({"input": [OUTPUT, CALLED]}, "input[0].call_id"),

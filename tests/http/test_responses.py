@@ -326,7 +326,7 @@ def test_responses_side_by_side_in_a_fresh_conversation_do_not_meet(client: open
     ("fields", "param"),
     [
         ({"input": ""}, None), ({}, "input"), ({"input": []}, "input"), ({"input": [{"role": "cat"}]}, "input[0].role"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"), ({"input": "x", "inputs": 1}, "inputs"),
+        ({"input": [{"type": "image", "id": "x"}]}, "input[0].type"), ({"input": "x", "inputs": 1}, "inputs"),
         ({"input": [{"role": "user", "content": "x", "name": "Ann"}]}, "input[0].name"),
         ({"input": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "input[0].tool_call_id"),
         ({"input": [{"role": "assistant", "content": "x", "tool_calls": []}]}, "input[0].tool_calls"),

@@ -181,6 +181,54 @@ def test_a_call_that_is_demanded_is_asked_of_the_engine_as_a_grammar(
     assert [name for name in ("weather", "time") if f'\\"{name}\\"' in grammar.source] == list(names)
 
 
+TIME = {"type": "function", "function": {"name": "time"}}
+
+
+def only(*names: str, mode: str = "auto") -> dict[str, Any]:
+    """A tool_choice that allows these."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_tool_that_is_not_allowed_is_text_and_flagged(
+    server: Running, client: openai.OpenAI, stream: bool
+) -> None:
+    says(server, f"So: {CALL}", token_s=0.002 if stream else 0.0)
+    reply = ask(client, tools=[TOOL, TIME], stream=stream, **only("time"))
+    if stream:
+        content, calls, choice = gathered(reply)
+    else:
+        choice = reply.choices[0]
+        content, calls = choice.message.content, choice.message.tool_calls or []
+    assert (content, calls, choice.finish_reason) == (f"So:{CALL}", [], "stop")
+    (error,) = choice.tool_call_errors
+    assert error == {"index": None, "message": "'weather' is not among the tools that tool_choice allows"}
+
+
+def test_a_call_of_a_tool_that_is_allowed_is_one(server: Running, client: openai.OpenAI) -> None:
+    says(server, CALL)
+    (call,) = ask(client, tools=[TOOL, TIME], **only("weather")).choices[0].message.tool_calls
+    assert (call.function.name, server.engine.submits()[-1].grammar) == ("weather", None)
+
+
+@pytest.mark.parametrize("names", [("time",), ("weather", "time")])
+def test_a_call_of_those_allowed_may_be_demanded(
+    server: Running, client: openai.OpenAI, names: tuple[str, ...]
+) -> None:
+    ask(client, tools=[TOOL, TIME], **only(*names, mode="required"))
+    source = server.engine.submits()[-1].grammar.source
+    assert [name for name in ("weather", "time") if f'\\"{name}\\"' in source] == list(names)
+
+
+def test_what_is_allowed_does_not_change_the_prompt(server: Running, client: openai.OpenAI) -> None:
+    prompts = set()
+    for choice in ({}, only("time"), only("weather", mode="required"), {"tool_choice": "required"}):
+        ask(client, tools=[TOOL, TIME], **choice)
+        prompts.add(prompt_of(server))
+    assert len(prompts) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -192,7 +240,14 @@ def test_a_call_that_is_demanded_is_asked_of_the_engine_as_a_grammar(
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "time"}}}, "tool_choice"),
-        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TOOL]}}, "tool_choice"),
+        (only("time"), "tool_choice"),
+        (only("weather", "time", mode="required"), "tool_choice"),
+        (only(), "tool_choice"),
+        (only("weather", mode="none"), "tool_choice"),
+        ({"tool_choice": {**only("weather")["tool_choice"], "mode": "auto"}}, "tool_choice.mode"),
+        ({"tools": [], **only("weather")}, "tool_choice"),
+        ({**only("weather", mode="required"), "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "weather", "x": 1}}}, "tool_choice.function.x"),
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),

@@ -1,12 +1,13 @@
 """Calls of tools, read out of the text of an answer."""
 
 import json
+from typing import Any
 
 import pytest
 
 from sessile.text.answer.events import CallArguments, CallBegan, CallEnded, CallFailed, Content
 from sessile.text.answer.formats import AnswerFormat, tool_format
-from tests.unit.answers import HERMES, LLAMA3, PYTHONIC, calls, events_of, read
+from tests.unit.answers import HERMES, LLAMA3, PYTHONIC, added_up, calls, events_of, read
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 ANOTHER = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
@@ -187,6 +188,46 @@ def test_without_parallel_calls_the_first_is_all_there_is(form: AnswerFormat, te
     assert [event for event in events_of(form, text, is_parallel=False) if isinstance(event, CallBegan)] == [
         CallBegan(0, "f")
     ]
+
+
+ONLY_G: dict[str, Any] = {"allowed_names": ("g",)}
+FORBIDDEN = {
+    "hermes": (HERMES, CALL),
+    "hermes, its name last": (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>'),
+    "hermes, no tool": (HERMES, CALL.replace('"f"', '"h"')),
+    "hermes, a last brace forgotten": (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>'),
+    "hermes, with a call in its arguments": (HERMES, CALL.replace("1", json.dumps(ANOTHER))),
+    "llama3": (LLAMA3, '{"name": "f", "parameters": {"a": 1}}'),
+    "llama3, behind its tag": (LLAMA3, '<|python_tag|>{"name": "f", "parameters": {"a": 1}}'),
+    "pythonic": (PYTHONIC, "[f(a=1)]"),
+    "pythonic, an allowed one behind it": (PYTHONIC, "[f(a=1), g()]"),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_call_that_is_not_allowed_is_text_and_flagged_however_it_is_cut(name: str) -> None:
+    form, text = FORBIDDEN[name]
+    for pieces in ([text], list(text)):
+        events = events_of(form, pieces, **ONLY_G)
+        assert not any(isinstance(event, CallBegan) for event in events)
+        answer = added_up(events)
+        assert (answer.content, calls(answer)) == (text, [])
+        (failure,) = answer.failures
+        assert failure.index is None and "tool_choice" in failure.reason
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, f"{CALL}{ANOTHER}"),
+        (HERMES, f"{ANOTHER}{CALL}"),
+        (LLAMA3, '{"name": "g", "parameters": {}}; {"name": "f", "parameters": {}}'),
+        (PYTHONIC, "[g(), f(a=1)]"),
+    ],
+)
+def test_an_allowed_call_beside_it_stands(form: AnswerFormat, text: str) -> None:
+    answer = read(form, text, **ONLY_G)
+    assert (calls(answer), len(answer.failures)) == ([("g", "{}")], 1)
 
 
 def test_without_tools_nothing_is_a_call() -> None:

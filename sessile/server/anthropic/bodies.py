@@ -122,11 +122,12 @@ class PromptBody(Body):
     def tool_use(self) -> ToolUse:
         """The same as any surface may say it."""
         choice = self.tool_choice or MessagesChoice(type="auto")
+        named = choice.name if choice.type == "tool" else None
         return ToolUse(
             tools=tuple(tool.spec for tool in self.tools or () if choice.type != "none"),
+            allowed=None if named is None else (named,),
             must_call=choice.type in ("any", "tool"),
-            only=choice.name if choice.type == "tool" else None,
-            is_parallel=not choice.disable_parallel_tool_use,
+            is_parallel=not choice.disable_parallel_tool_use and named is None,
         )
 
     @property

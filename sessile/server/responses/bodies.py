@@ -5,8 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, WithJsonSchema, model_validator
 
+from sessile.contract.messages import Grammar
 from sessile.server.body import ANYTHING, Body, Tolerated, field_fault, says
 from sessile.server.drafts import DraftFields
+from sessile.server.grammars import TextSettings
 from sessile.server.message_schemas import INPUT, ITEMS
 from sessile.server.names import ID_CHARS_MAX, Metadata
 from sessile.server.sampling import Count, Priority, SamplingFields
@@ -65,9 +67,20 @@ class FunctionChoice(Body):
     name: str
 
 
+class AllowedFunctions(Body):
+    """A tool_choice that names the functions that alone may be called. mode: whether one of them must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice] = Field(min_length=1, max_length=TOOLS_MAX)
+
+
 ResponseChoice = Annotated[
-    Literal["none", "auto", "required"] | FunctionChoice,
-    says('must be "none", "auto", "required" or {"type": "function", "name": …}'),
+    Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions,
+    says(
+        'must be "none", "auto", "required", {"type": "function", "name": …} or {"type": "allowed_tools", '
+        '"mode": "auto" or "required", "tools": [{"type": "function", "name": …}, …]}'
+    ),
 ]
 
 
@@ -81,17 +94,21 @@ class ResponseToolFields(Body):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.name for tool in self.tools or ()]
-        check_choice(names, named=self._named, needs_tools=self.tool_choice == "required")
+        check_choice(names, named=self._allowed or (), needs_tools=self.tool_choice == "required")
         return self
 
     @property
     def tool_use(self) -> ToolUse:
         """The same as any surface may say it."""
+        choice = self.tool_choice
+        must_call = choice == "required" or isinstance(choice, FunctionChoice)
+        if isinstance(choice, AllowedFunctions):
+            must_call = choice.mode == "required"
         return ToolUse(
-            tools=tuple(tool.spec for tool in self.tools or () if self.tool_choice != "none"),
-            must_call=self.tool_choice == "required" or self._named is not None,
-            only=self._named,
-            is_parallel=self.parallel_tool_calls is not False,
+            tools=tuple(tool.spec for tool in self.tools or () if choice != "none"),
+            allowed=self._allowed,
+            must_call=must_call,
+            is_parallel=self.parallel_tool_calls is not False and not isinstance(choice, FunctionChoice),
         )
 
     @property
@@ -101,15 +118,21 @@ class ResponseToolFields(Body):
         return json.dumps([tool.model_dump(include=fields) for tool in self.tools or ()])
 
     @property
-    def choice_shown(self) -> str | dict[str, str]:
+    def choice_shown(self) -> str | dict[str, Any]:
         """The tool_choice as the response shows it."""
-        if isinstance(self.tool_choice, FunctionChoice):
-            return {"type": "function", "name": self.tool_choice.name}
+        if isinstance(self.tool_choice, Body):
+            return self.tool_choice.model_dump()
         return self.tool_choice or "auto"
 
     @property
-    def _named(self) -> str | None:
-        return self.tool_choice.name if isinstance(self.tool_choice, FunctionChoice) else None
+    def _allowed(self) -> tuple[str, ...] | None:
+        """The functions that alone may be called, where tool_choice names any."""
+        match self.tool_choice:
+            case FunctionChoice(name=name):
+                return (name,)
+            case AllowedFunctions(tools=tools):
+                return tuple(tool.name for tool in tools)
+        return None
 
 
 class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
@@ -123,6 +146,8 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
     min_tokens: Count | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
+    text: TextSettings | None = None
+    """The form of the output: text, any JSON object, or JSON under a schema."""
     store: bool | None = None
     """false: nothing of it is left when it has ended."""
     background: bool | None = None
@@ -141,7 +166,6 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
         "max_tool_calls": ANYTHING,
         "include": ([],),
         "reasoning": ({},),
-        "text": ({"format": {"type": "text"}}, {}),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
         "prompt": (),
@@ -156,6 +180,16 @@ class ResponseBody(SamplingFields, DraftFields, ResponseToolFields):
         if self.previous_response_id is not None and self.conversation is not None:
             raise field_fault("previous_response_id", "give either this or conversation")
         return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must be, where no call is demanded."""
+        return self.text.grammar if self.text else None
+
+    @property
+    def text_shown(self) -> str:
+        """The form of the output as the response shows it, as JSON: as with tools, it may have any numbers."""
+        return json.dumps((self.text or TextSettings()).shown)
 
     @property
     def conversation_id(self) -> str | None:

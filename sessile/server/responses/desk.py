@@ -4,17 +4,21 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from functools import partial
+
+import orjson
 
 from sessile.contract.messages import Sampling
-from sessile.errors import InvalidRequest, LimitReached, NotFound, UserError
+from sessile.errors import InvalidRequest, LimitReached, NotFound, TooLong, UserError
 from sessile.server.calls import DISCONNECTED, Call, Order, Service
 from sessile.server.dialogues import Dialogue, Place
 from sessile.server.encoding import Rendering
 from sessile.server.keys import Caller
 from sessile.server.openai_replies import Choice
 from sessile.server.responses.bodies import ResponseBody
-from sessile.server.responses.items import check_outputs, items_of, messages_of
-from sessile.server.responses.record import Conversation, Line, ResponseRecord
+from sessile.server.responses.items import Item, check_once, check_outputs, is_reference, items_of
+from sessile.server.responses.kept_items import KeptItems
+from sessile.server.responses.record import Conversation, Line, ResponseRecord, ids_of
 from sessile.server.responses.shelf import Shelf
 from sessile.server.sampling import to_sampling
 from sessile.server.tools import AnswerReading, reading_of
@@ -42,6 +46,7 @@ class Desk:
         }
         self.responses: Shelf[ResponseRecord] = Shelf(**bounds, let_go=self._let_go)  # type: ignore[arg-type]
         self.conversations: Shelf[Conversation] = Shelf(**bounds, let_go=self._let_conversation_go)  # type: ignore[arg-type]
+        self._kept_items = KeptItems()
         self._background: set[asyncio.Task[None]] = set()
 
     # -- what clients have ----------------------------------------------------------------------------------------
@@ -60,6 +65,34 @@ class Desk:
             raise NotFound(f"there is no conversation {conversation_id!r}", param=param)
         return conversation
 
+    def items_of(self, tenant: str, given: object, field: str, before: Line | None = None) -> list[Item]:
+        """Checked items of a tenant's, which are to stand behind others. Raises UserError naming what is wrong.
+
+        Those that are referred to may be no more bytes than could be sent.
+        """
+        self.responses.expire()
+        self.conversations.expire()
+        items = items_of(given, field, partial(self._kept_items.find, tenant))
+        check_once(items, field, before.all_ids() if before else ())
+        told = given if isinstance(given, list) else [given]
+        referred_to = [item for item, each in zip(items, told, strict=True) if is_reference(each)]
+        bytes_max = self._service.options.body_bytes_max
+        if sum([len(orjson.dumps(item)) for item in referred_to]) > bytes_max:
+            raise TooLong(f"{field}: the items that it refers to have more than {bytes_max} bytes", param=field)
+        check_outputs(items, field, before.all() if before else ())
+        return items
+
+    def put(self, conversation: Conversation) -> None:
+        """Keep a new conversation."""
+        conversation.size_bytes = conversation.measured_bytes()
+        self._kept_items.assign(conversation, conversation.items)
+        self.conversations.put(conversation)
+
+    def note_change(self, conversation: Conversation) -> None:
+        """A conversation that is kept has other items, or other metadata, than before."""
+        self._kept_items.assign(conversation, conversation.items)
+        self.conversations.resize(conversation, conversation.measured_bytes())
+
     async def cancel(self, record: ResponseRecord) -> None:
         """End a response that is in flight, and wait for its end. Raises InvalidRequest if it has ended."""
         if record.status != "in_progress":
@@ -75,12 +108,14 @@ class Desk:
 
     def _let_go(self, record: ResponseRecord) -> None:
         record.is_stored = False
+        self._kept_items.assign(record, ())
         if record.dialogue is not None and record.turn is not None:
             self._service.dialogues.drop(record.dialogue, record.turn)
         record.turn = None
 
     def _let_conversation_go(self, conversation: Conversation) -> None:
         conversation.is_kept = False
+        self._kept_items.assign(conversation, ())
         if conversation.dialogue is not None and not conversation.is_busy:
             self._service.dialogues.close(conversation.dialogue)
 
@@ -89,17 +124,15 @@ class Desk:
     async def begin(self, caller: Caller, body: ResponseBody) -> "tuple[ResponseRecord, Choice]":
         """A response that is ready to be sent to the engine. Raises UserError, with nothing changed."""
         service = self._service
-        items = items_of(body.input, "input")
         previous, conversation = self._origin(caller, body)
         before = previous.line if previous else conversation.line if conversation else None
-        said = before.all() if before else []
-        check_outputs(items, "input", said)
+        items = self.items_of(caller.tenant, body.input, "input", before)
         record = ResponseRecord(
             id=f"resp_{uuid.uuid4().hex}",
             tenant=caller.tenant,
             body=body,
             input_items=items,
-            line=Line(before, tuple(messages_of(items))),
+            line=Line.of(before, items),
             model=service.model_name,
         )
         sampling = to_sampling(
@@ -112,7 +145,7 @@ class Desk:
         # Instructions and tools are those of this response alone: with others, the prompt is another one from its
         # beginning.
         instructions = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
-        messages = [*instructions, *said, *record.line.messages]
+        messages = [*instructions, *record.line.all()]
         tools = body.tool_use.tools
         rendering = Rendering(service.tokenizer, tools=tools)
         with contextlib.ExitStack() as undoing:
@@ -137,7 +170,12 @@ class Desk:
         """How the answer to a prompt is read. Raises InvalidRequest for what cannot be asked of this model."""
         service = self._service
         return reading_of(
-            service.options, service.tokenizer, body.tool_use, prompt, skips_special=body.skip_special_tokens
+            service.options,
+            service.tokenizer,
+            body.tool_use,
+            prompt,
+            asked=body.grammar,
+            skips_special=body.skip_special_tokens,
         )
 
     def _choice(self, record: ResponseRecord, place: Place, sampling: Sampling, reading: AnswerReading) -> Choice:
@@ -160,8 +198,12 @@ class Desk:
             record.is_stored = True
             record.size_bytes = record.measured_bytes()
             # Only then: the response that this one goes on from may have to leave the shelf for it.
-            call.at_start = lambda: self.responses.put(record)
+            call.at_start = lambda: self._store(record)
         return Choice(0, call, service.tokenizer, trim_stop=not body.no_stop_trim, reader=reading.reader())
+
+    def _store(self, record: ResponseRecord) -> None:
+        self._kept_items.assign(record, record.input_items)
+        self.responses.put(record)
 
     def run_in_background(self, record: ResponseRecord, choice: Choice) -> None:
         """Send a response to the engine and let it run, whoever waits for it. Raises UserError if it cannot be sent."""
@@ -229,13 +271,14 @@ class Desk:
         record.note_end(done, choice.reasoning_tokens)
         wanted = record.is_stored and not is_gone
         turn = self._service.dialogues.end(place, choice.call, choice.message, keep=wanted)
-        line = Line(record.line, (choice.message,))
+        line = Line(record.line, (choice.message,), ids_of(record.output.items))
         if conversation is not None and record.body.store is not False:
             self._leave(conversation, record, line if wanted and record.can_be_gone_on_from else None)
         if is_gone or not (record.can_be_gone_on_from or record.is_known):
             self.responses.remove(record)  # Nobody has seen its id, or nobody waited for its answer.
         elif record.is_stored:
             record.turn, record.line = turn, line
+            self._kept_items.assign(record, [*record.input_items, *record.output.items])
             self.responses.resize(record, record.measured_bytes())
         record.ended.set()
 
@@ -245,6 +288,8 @@ class Desk:
         if not conversation.is_kept:
             self._let_conversation_go(conversation)
         elif line is not None:
-            said = [*record.input_items, *record.output.items]
+            # What its input refers to may have been put into the conversation since it began.
+            known = set(ids_of(conversation.items))
+            said = [item for item in (*record.input_items, *record.output.items) if item["id"] not in known]
             conversation.add(said, line if record.line.before is conversation.line else None)
-            self.conversations.resize(conversation, conversation.measured_bytes())
+            self.note_change(conversation)

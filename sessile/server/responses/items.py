@@ -1,11 +1,12 @@
 """Items: what the input and the output of responses, and conversations, are lists of.
 
-They are messages, calls of functions and their outputs, and reasoning. Neighbours that are one answer of the model's,
-such as its words and the calls behind them, are one message of the prompt, as they were when it said them.
+They are messages, calls of functions and their outputs, and reasoning; a client may name one that is kept instead of
+sending it. Neighbours that are one answer of the model's, such as its words and the calls behind them, are one message
+of the prompt, as they were when it said them.
 """
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sessile.errors import InvalidRequest, NotFound
@@ -19,24 +20,49 @@ _PARTS = ("input_text", "output_text", "text")
 _MEANINGLESS = frozenset({"id", "status", "phase", "type"})
 """Of an item that a client sends back as it got it."""
 _FIELDS = {
-    "message": {"role", "content"},
-    "function_call": {"call_id", "name", "arguments"},
-    "function_call_output": {"call_id", "output"},
-    "reasoning": {"summary", "content"},
+    "message": _MEANINGLESS | {"role", "content"},
+    "function_call": _MEANINGLESS | {"call_id", "name", "arguments"},
+    "function_call_output": _MEANINGLESS | {"call_id", "output"},
+    "reasoning": _MEANINGLESS | {"summary", "content"},
+    "item_reference": {"type", "id"},
 }
 _ROLES = ("system", "developer", "user", "assistant")
+
+Find = Callable[[str], Item | None]
+"""An id → the item that is kept under it for whoever asks."""
 
 
 # -- from clients -----------------------------------------------------------------------------------------------------
 
 
-def items_of(given: object, field: str) -> list[Item]:
-    """Checked items, each with an id of its own. Raises InvalidRequest naming what is wrong with them."""
+def items_of(given: object, field: str, find: Find) -> list[Item]:
+    """Checked items: those that are kept where they are referred to, and others with an id of their own.
+
+    Raises InvalidRequest naming what is wrong with them, or NotFound for a reference to what is not there.
+    """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise InvalidRequest(f"{field} must be a text or a list of at least one item", param=field)
-    return [_item_of(item, f"{field}[{index}]") for index, item in enumerate(given)]
+    return [_item_of(item, f"{field}[{index}]", find) for index, item in enumerate(given)]
+
+
+def is_reference(given: object) -> bool:
+    """Whether something that a client sent as an item names one that is kept. It may leave out the type."""
+    if not isinstance(given, dict):
+        return False
+    said = {name for name, value in given.items() if value is not None}
+    return given.get("type") == "item_reference" or said == {"id"}
+
+
+def check_once(items: Sequence[Item], field: str, before: Iterable[str]) -> None:
+    """Raise InvalidRequest for a reference to an item that is there already. before: ids of those before these."""
+    known = set(before)
+    for index, item in enumerate(items):
+        if item["id"] in known:
+            place = f"{field}[{index}].id"
+            raise InvalidRequest(f"{place}: {item['id']!r} is there already: leave it out here", param=place)
+        known.add(item["id"])
 
 
 def check_outputs(items: Sequence[Item], field: str, before: Iterable[Message]) -> None:
@@ -50,15 +76,15 @@ def check_outputs(items: Sequence[Item], field: str, before: Iterable[Message]) 
             raise InvalidRequest(f"{place}: no call before it is {item['call_id'][:80]!r}", param=place)
 
 
-def _item_of(item: object, field: str) -> Item:
+def _item_of(item: object, field: str, find: Find) -> Item:
     if not isinstance(item, dict):
         raise InvalidRequest(f"{field} must be an object with role and content", param=field)
-    kind = item.get("type", "message")
+    kind = "item_reference" if is_reference(item) else item.get("type", "message")
     if not isinstance(kind, str) or kind not in _FIELDS:
         place = f"{field}.type"
         raise InvalidRequest(f"{place} must be one of {', '.join(_FIELDS)}; got {kind!r:.60}", param=place)
     for name, value in item.items():
-        if value is not None and name not in _FIELDS[kind] | _MEANINGLESS:
+        if value is not None and name not in _FIELDS[kind]:
             raise InvalidRequest(f"{field}.{name[:60]} is not supported", param=f"{field}.{name[:60]}")
     match kind:
         case "function_call":
@@ -68,8 +94,20 @@ def _item_of(item: object, field: str) -> Item:
             return output_item(_named(item, "call_id", field), _text(output, f"{field}.output"))
         case "reasoning":
             return reasoning_item(_thoughts(item, field))
+        case "item_reference":
+            return _referred_to(_named(item, "id", field), f"{field}.id", find)
         case _:
             return _message_of(item, field)
+
+
+def _referred_to(item_id: str, field: str, find: Find) -> Item:
+    item = find(item_id)
+    if item is None:
+        raise NotFound(
+            f"{field}: no item {item_id[:80]!r} is kept: it was not stored, or is forgotten; send the item itself",
+            param=field,
+        )
+    return item
 
 
 def _message_of(item: Mapping[str, Any], field: str) -> Item:

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import orjson
 
@@ -25,15 +25,33 @@ class Line:
 
     before: "Line | None"
     messages: tuple[Message, ...]
+    item_ids: tuple[str, ...]
+    """Of the items that the messages are."""
+
+    @classmethod
+    def of(cls, before: "Line | None", items: Sequence[Item]) -> Self:
+        """The messages of items behind others."""
+        return cls(before, tuple(messages_of(items)), ids_of(items))
 
     def all(self) -> list[Message]:
         """Every message, first to last."""
-        lines = []
+        return [message for line in reversed(list(self._lines())) for message in line.messages]
+
+    def all_ids(self) -> Iterator[str]:
+        """The ids of all items, in no order."""
+        return (item_id for line in self._lines() for item_id in line.item_ids)
+
+    def _lines(self) -> "Iterator[Line]":
+        """This one and those before it, last to first."""
         line: Line | None = self
         while line is not None:
-            lines.append(line.messages)
+            yield line
             line = line.before
-        return [message for messages in reversed(lines) for message in messages]
+
+
+def ids_of(items: Sequence[Item]) -> tuple[str, ...]:
+    """The ids of items."""
+    return tuple(item["id"] for item in items)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,9 +82,11 @@ class ResponseRecord:
     size_bytes: int = 0
     used_s: float = 0.0
     _tools_text: str = field(init=False)
+    _text_shown: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._tools_text = self.body.tools_text
+        self._text_shown = self.body.text_shown
 
     @property
     def can_be_gone_on_from(self) -> bool:
@@ -88,7 +108,7 @@ class ResponseRecord:
         """What it counts for on its shelf."""
         body = self.body
         kept = orjson.dumps([self.input_items, self.output.items, body.instructions, body.metadata])
-        return len(kept) + len(self._tools_text)
+        return len(kept) + len(self._tools_text) + len(self._text_shown)
 
     def content(self) -> dict[str, Any]:
         """The response as OpenAI's API shows it."""
@@ -112,7 +132,7 @@ class ResponseRecord:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": orjson.Fragment(self._text_shown),
             "tool_choice": body.choice_shown,
             "tools": orjson.Fragment(self._tools_text),
             "top_logprobs": 0,
@@ -157,12 +177,12 @@ class Conversation:
     def add(self, items: Sequence[Item], line: Line | None = None) -> None:
         """Put items behind the others. line: that of all of them, if somebody has it already."""
         self.items += items
-        self.line = line or Line(self.line, tuple(messages_of(items)))
+        self.line = line or Line.of(self.line, items)
 
     def remove(self, item: Item) -> None:
         """Take an item out."""
         self.items.remove(item)
-        self.line = Line(None, tuple(messages_of(self.items)))
+        self.line = Line.of(None, self.items)
 
     def measured_bytes(self) -> int:
         """What it counts for on its shelf."""

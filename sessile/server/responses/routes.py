@@ -17,7 +17,7 @@ from sessile.server.openai_replies import Choice
 from sessile.server.replies import JsonReply
 from sessile.server.responses.bodies import ConversationBody, ConversationUpdateBody, ItemsBody, ResponseBody
 from sessile.server.responses.desk import Desk
-from sessile.server.responses.items import check_outputs, items_of, list_content
+from sessile.server.responses.items import list_content
 from sessile.server.responses.record import Conversation, ResponseRecord
 from sessile.server.stream import EventStream, event
 
@@ -136,11 +136,8 @@ def _add_conversations(router: APIRouter, service: Service, desk: Desk) -> None:
         service.check_open()
         conversation = Conversation(f"conv_{uuid.uuid4().hex}", caller.tenant, body.metadata or {})
         if body.items:
-            items = items_of(body.items, "items")
-            check_outputs(items, "items", ())
-            conversation.add(items)
-        conversation.size_bytes = conversation.measured_bytes()
-        desk.conversations.put(conversation)
+            conversation.add(desk.items_of(caller.tenant, body.items, "items"))
+        desk.put(conversation)
         return JsonReply(conversation.content())
 
     @router.get("/conversations/{conversation}")
@@ -152,7 +149,7 @@ def _add_conversations(router: APIRouter, service: Service, desk: Desk) -> None:
         body = await read_body(request, ConversationUpdateBody)
         kept = desk.conversation(caller.tenant, conversation)
         kept.metadata = dict(body.metadata)
-        desk.conversations.resize(kept, kept.measured_bytes())
+        desk.note_change(kept)
         return JsonReply(kept.content())
 
     @router.delete("/conversations/{conversation}")
@@ -166,10 +163,9 @@ def _add_items(router: APIRouter, desk: Desk) -> None:
     async def add(conversation: Id, request: Request, caller: Asking) -> Response:
         body = await read_body(request, ItemsBody)
         kept = desk.conversation(caller.tenant, conversation)
-        items = items_of(body.items, "items")
-        check_outputs(items, "items", kept.line.all() if kept.line else ())
+        items = desk.items_of(caller.tenant, body.items, "items", kept.line)
         kept.add(items)
-        desk.conversations.resize(kept, kept.measured_bytes())
+        desk.note_change(kept)
         return JsonReply(list_content(items, None, len(items), "asc"))
 
     @router.get("/conversations/{conversation}/items")
@@ -187,7 +183,7 @@ def _add_items(router: APIRouter, desk: Desk) -> None:
     async def delete(conversation: Id, item: Id, caller: Asking) -> Response:
         kept = desk.conversation(caller.tenant, conversation)
         kept.remove(_item(kept, item))
-        desk.conversations.resize(kept, kept.measured_bytes())
+        desk.note_change(kept)
         return JsonReply(kept.content())
 
 

@@ -47,7 +47,7 @@ class Shelf(Generic[Kept]):
 
     def find(self, tenant: str, kept_id: str) -> Kept | None:
         """What a tenant has under an id, which counts as its use; None if nothing: another tenant's is not there."""
-        self._expire()
+        self.expire()
         kept = self._kept.get(tenant, OrderedDict()).get(kept_id)
         if kept is not None:
             kept.used_s = self._clock()
@@ -73,13 +73,14 @@ class Shelf(Generic[Kept]):
         self._let_go(kept)
 
     def _trim(self, tenant: str) -> None:
-        self._expire()
+        self.expire()
         while own := self._kept.get(tenant):
             if len(own) <= self._count_max and self._bytes[tenant] <= self._bytes_max:
                 break
             self.remove(next(iter(own.values())))
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Let go of what was not used for too long."""
         due_s = self._clock() - self._idle_s
         for own in list(self._kept.values()):
             while own and (oldest := next(iter(own.values()))).used_s < due_s:

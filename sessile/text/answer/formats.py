@@ -31,18 +31,22 @@ class AnswerFormat:
         prompt: str,
         *,
         tool_names: Iterable[str] = (),
+        allowed_names: Iterable[str] | None = None,
         is_parallel: bool = True,
         separates_reasoning: bool = True,
         streams_reasoning: bool = True,
     ) -> AnswerReader:
-        """A reader for the answer to a rendered prompt. tool_names: what may be called; none: nothing is a call."""
-        names = frozenset(tool_names)
+        """A reader for the answer to a rendered prompt. tool_names: what is offered; none: nothing is a call.
+
+        allowed_names: what alone may be called: a call of anything else is told as one that failed. None: anything.
+        """
+        names, allowed = frozenset(tool_names), None if allowed_names is None else frozenset(allowed_names)
         reasoning = None
         if self.reasoning == "think":
             reasoning = ReasoningSplit(is_open=prompt.rstrip().endswith(OPEN), is_apart=separates_reasoning)
         return AnswerReader(
             reasoning=reasoning,
-            calls=self._call_reader(names) if names else None,
+            calls=self._call_reader(names, allowed) if names else None,
             is_parallel=is_parallel,
             streams_reasoning=streams_reasoning,
         )
@@ -53,10 +57,10 @@ class AnswerFormat:
         thought = (OPEN, CLOSE) if self.reasoning == "think" else ()
         return (*((tools.open, tools.close) if tools else ()), *thought)
 
-    def _call_reader(self, names: frozenset[str]) -> CallReader | None:
+    def _call_reader(self, names: frozenset[str], allowed: frozenset[str] | None) -> CallReader | None:
         if self.tools == "pythonic":
-            return PythonicCalls(names)
-        return MarkedCalls(_MARKERS[self.tools], names) if self.tools in _MARKERS else None
+            return PythonicCalls(names, allowed)
+        return MarkedCalls(_MARKERS[self.tools], names, allowed) if self.tools in _MARKERS else None
 
 
 def tool_format(template: str, *, knows_tools: bool) -> str:

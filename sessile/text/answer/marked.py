@@ -1,7 +1,7 @@
 """Calls written as JSON objects: between markers (Hermes, Qwen), behind one, or bare at the start (Llama 3)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -13,6 +13,11 @@ _LIST_LEAD = re.compile(r"[ \t\r\n]*\[?[ \t\r\n]*")
 _SEPARATOR = re.compile(r"[ \t\r\n]*[;,]?[ \t\r\n]*")
 
 UNFINISHED = "the output ends within it"
+
+
+def forbidden(name: str) -> str:
+    """Why a call of what may not be called has failed."""
+    return f"{name!r} is not among the tools that tool_choice allows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +51,15 @@ class _Place(Enum):
 class MarkedCalls:
     """Reads one answer. Text passes as content; white space that touches a call is dropped.
 
-    A call is told as it is written: its name first, then its arguments as they come.
+    A call is told as it is written: its name first, then its arguments as they come. One that is not allowed is read to
+    its end, so that nothing in its arguments is taken for another, and then told as one that failed.
     """
 
-    def __init__(self, markers: Markers, tool_names: Iterable[str]) -> None:
+    def __init__(self, markers: Markers, tool_names: Iterable[str], allowed: Container[str] | None = None) -> None:
+        """allowed: the names that alone may be called; None: any."""
         self._markers = markers
         self._tool_names = frozenset(tool_names)
+        self._allowed = allowed
         self._place = _Place.START if markers.may_be_bare else _Place.TEXT
         self._held = ""
         self._raw = ""
@@ -160,6 +168,10 @@ class MarkedCalls:
         return is_whole
 
     def _end_call(self) -> None:
+        assert self._call is not None and self._call.name is not None
+        if not self._may_call(self._call.name):
+            self._fail(forbidden(self._call.name))
+            return
         self._events.append(CallEnded(self._begun - 1))
         self._raw, self._call, self._is_announced = "", None, False
         self._is_unclosed = self._is_marked and bool(self._markers.close)
@@ -219,7 +231,7 @@ class MarkedCalls:
             return True
         if not self._is_marked and call.name not in self._tool_names:
             return False
-        if not call.has_arguments:
+        if not call.has_arguments or not self._may_call(call.name):
             return True
         if not self._is_announced:
             self._is_announced = True
@@ -228,6 +240,9 @@ class MarkedCalls:
         self._events.append(CallArguments(self._begun - 1, call.ready))
         call.ready = ""
         return True
+
+    def _may_call(self, name: str) -> bool:
+        return self._allowed is None or name in self._allowed
 
     def _fail(self, reason: str) -> None:
         """What was read of a call is text. One that had neither a marker nor the name of a tool never was a call."""

@@ -4,13 +4,13 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from enum import Enum, auto
 from typing import Any
 
 from sessile.text.answer.events import CallArguments, CallBegan, CallEnded, CallFailed, Content, Event
 from sessile.text.answer.json_pieces import NAME_CHARS_MAX
-from sessile.text.answer.marked import UNFINISHED
+from sessile.text.answer.marked import UNFINISHED, forbidden
 from sessile.text.answer.markers import SPACE, space_at_front
 
 DEPTH_MAX = 64
@@ -44,8 +44,10 @@ class PythonicCalls:
     A call's name is told when its parenthesis opens, its arguments, as JSON, when it closes.
     """
 
-    def __init__(self, tool_names: Iterable[str]) -> None:
+    def __init__(self, tool_names: Iterable[str], allowed: Container[str] | None = None) -> None:
+        """allowed: the names that alone may be called; a list is text from the first other one on. None: any."""
         self._tool_names = frozenset(tool_names)
+        self._allowed = allowed
         self._place = _Place.START
         self._held = ""
         self._raw = ""
@@ -103,7 +105,11 @@ class PythonicCalls:
             return False
         if name and self._held.startswith("(", end) and (self._place is _Place.NEXT or name[0] in self._tool_names):
             self._take_raw(end + 1)
-            self._scan, self._is_known, self._is_announced = _Parentheses(), True, True
+            self._is_known = True
+            if self._allowed is not None and name[0] not in self._allowed:
+                self._fail(forbidden(name[0]))
+                return True
+            self._scan, self._is_announced = _Parentheses(), True
             self._events.append(CallBegan(self._begun, name[0]))
             self._begun += 1
             self._place = _Place.CALL
