@@ -18,14 +18,13 @@ from sessile.core.admission import Forecast
 from sessile.core.effects import Effects
 from sessile.core.events import EventRing
 from sessile.core.groups import Groups
-from sessile.core.history import TOKEN_BYTES
 from sessile.core.ledger import QUARANTINE, Lease, PageLedger
 from sessile.core.limits import Limits
 from sessile.core.line import WaitingLine
 from sessile.core.marks import Mark
 from sessile.core.prefix import Pin, PrefixTree
 from sessile.core.request import Phase, Request
-from sessile.core.rows import OUTPUT_BYTES, RowTable
+from sessile.core.rows import RowTable
 from sessile.core.session import ParkedKv, Session, SessionKey
 from sessile.core.tenants import Tenants
 from sessile.units import ceil_div
@@ -350,8 +349,7 @@ class Books:
         assert row is not None
         filled = int(rows.filled[row])
         if filled:
-            start = row * OUTPUT_BYTES
-            request.output.frombytes(rows.output_bytes[start : start + filled * TOKEN_BYTES])
+            request.output.frombytes(rows.outputs[row, :filled].tobytes())
             rows.filled[row] = 0
 
     # -- leaving ------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ STOP_COLUMNS = 4
 
 OUTPUT_COLUMNS = 64
 """Output tokens a row gathers before its request takes them over."""
-OUTPUT_BYTES = 4 * OUTPUT_COLUMNS
 
 
 COLUMNS = (
@@ -90,8 +89,6 @@ class RowTable(Generic[Occupant]):
         self.plannable = np.zeros(rows_max, np.bool_)
         self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
         """The newest output tokens of each row: appending to all rows at once costs one array operation."""
-        self.output_bytes = self.outputs.data.cast("B")
-        """The same memory, for who takes one row's: OUTPUT_BYTES a row."""
         self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
         """Token ids that end a row's output, by column and row; -1 where unused."""
         self.stop_columns = 0
