@@ -121,7 +121,7 @@ class StepPlan:
         return cls(step=step, **values)
 
 
-@dataclass(slots=True)  # Not frozen either.
+@dataclass(slots=True)  # As with a plan: not frozen, for speed only.
 class StepResult:
     """What a step produced. Row order is the plan's.
 

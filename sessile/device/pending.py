@@ -53,8 +53,7 @@ class PendingLogprobs:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """Everything that a result is made of. crossing: brings `settle_rows`'s results; nothing if no
-    rows ran."""
+    """Everything that a result is made of. crossing: brings the results of `settle_rows`, no words if no rows ran."""
 
     plan: StepPlan
     crossing: Crossing

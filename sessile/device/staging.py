@@ -10,6 +10,7 @@ from torch import Tensor
 from sessile.units import ceil_div
 
 _PIECE_WORDS = 1024
+"""A plan is copied in so many words or a multiple of them."""
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -75,8 +76,7 @@ class Crossing:
 class _Pinned:
     """Memory for one step at a time that a GPU copies from and to by itself.
 
-    Views are kept by size, and plans are copied in pieces of `_PIECE_WORDS`, so that there are few sizes: to make the
-    views takes as long as to queue the copy.
+    Views are kept by size, of which there are few: to make them takes as long as to queue the copy.
     """
 
     def __init__(self, target: Tensor, source: Tensor, stream: torch.cuda.Stream | None) -> None:
