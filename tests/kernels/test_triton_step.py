@@ -92,6 +92,7 @@ SAMPLED = {
 }
 
 
+@pytest.mark.long
 def test_rows_sample_as_on_the_cpu(device: Any, cpu: Any) -> None:
     ours, theirs = ([Run(PROMPTS[1], NEW_TOKENS, seed=2**63 + 5, **asked) for asked in SAMPLED.values()] for _ in "ab")
     Driver(device, chunk_tokens=64).run_all(ours)
