@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sessile.draft.suffixes import DEPTH_TOKENS
+from sessile.draft.suffixes import DEPTH_TOKENS, SEPARATOR, TOKEN_ID_MAX
 from sessile.errors import CorpusFileError
 
 Ints = npt.NDArray[np.int32]
@@ -82,7 +82,8 @@ def write_corpus(path: Path, tokens: Ints, positions: Ints, documents: int, labe
 def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int, bytes]:
     """(tokens, positions, documents, label) of a file, mapped read-only. Raises CorpusFileError, or OSError.
 
-    verify: read it all and compare the checksum; without it only header and length are looked at.
+    verify: read it all, compare the checksum, and see that what compiled code reckons with lies within the file;
+    without it only header and length are looked at.
     """
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
@@ -103,7 +104,20 @@ def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int, bytes]:
         expected = header[HEADER.size : HEADER.size + CHECKSUM_BYTES]
         if checksum(header[: HEADER.size], *arrays) != expected:
             raise CorpusFileError(f"{path} is damaged: its checksum is another. Copy or build it again.")
+        _check_content(path, *arrays, documents)
     return arrays[0], arrays[1], documents, label
+
+
+def _check_content(path: Path, tokens: Ints, positions: Ints, documents: int) -> None:
+    """Raise CorpusFileError unless tokens are some and positions lie among them.
+
+    A right checksum says that a file is as it was written, not that an index was written: anybody can reckon one, and
+    whoever searches reads wherever a position says.
+    """
+    is_framed = len(tokens) > documents and tokens[0] == tokens[-1] == SEPARATOR
+    has_tokens = is_framed and SEPARATOR <= int(tokens.min()) and int(tokens.max()) <= TOKEN_ID_MAX
+    if not has_tokens or (len(positions) and not 1 <= int(positions.min()) <= int(positions.max()) < len(tokens)):
+        raise CorpusFileError(f"{path} is no index: its tokens or positions are none. Build it again.")
 
 
 def stored_checksum(path: Path) -> bytes:

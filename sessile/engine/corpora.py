@@ -34,11 +34,12 @@ class CorpusDesk:
     """Takes messages about corpora on the loop's thread and answers there; a thread of its own maps and verifies files.
 
     Loads are done one after the other, so that of two of one name the later one stays. Does not own the shelf, but is
-    its only writer.
+    its only writer. vocab_size: of the model; what an index holds is offered to it as drafts.
     """
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, vocab_size: int) -> None:
         self._shelf = shelf
+        self._vocab_size = vocab_size
         self._waiting: dict[Place, int] = {}
         """The newest load of each name that has not been put on the shelf → its op."""
         self._loads: queue.SimpleQueue[AddCorpus] = queue.SimpleQueue()
@@ -78,7 +79,7 @@ class CorpusDesk:
 
     def _read(self) -> None:
         while True:
-            self._loaded.append(load(self._loads.get()))
+            self._loaded.append(load(self._loads.get(), self._vocab_size))
 
     def _settle(self, loaded: _Loaded) -> None:
         message, place = loaded.message, (loaded.message.tenant, loaded.message.corpus)
@@ -114,13 +115,15 @@ class CorpusDesk:
         ]
 
 
-def load(message: AddCorpus) -> _Loaded:
+def load(message: AddCorpus, vocab_size: int) -> _Loaded:
     """Map and verify the file that a message names. Whatever is wrong with it is the answer, and ends nothing."""
     path = Path(message.path)
     try:
         index = CorpusIndex.load(path, verify=True)
         if stored_checksum(path).hex() != message.checksum:
             raise CorpusFileError(f"{path.name} is another file than the one that was indexed: its checksum differs")
+        if (largest := int(index.flat.max())) >= vocab_size:
+            raise CorpusFileError(f"{path.name} has token {largest}, and the model's vocabulary {vocab_size} tokens")
         return _Loaded(message, index)
     except CorpusFileError as error:
         return _Loaded(message, None, Refusal(422, BAD_INDEX, str(error)))

@@ -30,7 +30,7 @@ class SocketInbox:
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 
     def take(self, wait_ns: int) -> list[ToEngine]:
-        """See Inbox. Raises msgspec.DecodeError for a frame that is not a message: the other end is our own server."""
+        """See Inbox. Raises ValueError for a frame that is no message, as msgspec does: the other end is our server."""
         if wait_ns and not self._socket.poll(-(-wait_ns // 1_000_000)):
             return []
         messages: list[ToEngine] = []

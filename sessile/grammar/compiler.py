@@ -74,7 +74,11 @@ class GrammarCompiler:
         text, field = grammar.source, grammar.field or grammar.kind
         if len(text.encode()) > SOURCE_BYTES_MAX:
             raise InvalidRequest(f"{field}: longer than {SOURCE_BYTES_MAX} bytes", param=field)
-        matcher = LLMatcher(self._tokenizer, _translated(grammar, field), log_level=0, limits=_BOUNDS)
+        try:
+            translated = _translated(grammar, field)
+        except ValueError as error:  # of a schema that is JSON to Python and not to llguidance: a number of 400 digits
+            raise InvalidRequest(f"{field}: {_shortened(str(error))}", param=field) from None
+        matcher = LLMatcher(self._tokenizer, translated, log_level=0, limits=_BOUNDS)
         if matcher.is_error():
             raise InvalidRequest(f"{field}: {_explained(grammar, matcher.get_error())}", param=field)
         return matcher

@@ -59,6 +59,7 @@ def checked_schema(source: str, field: str) -> Any:
         what = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
         raise InvalidRequest(f"{field}: {what}", param=field) from None
     _check_size(schema, field)
+    _check_letters(schema, field)
     remainders = 0
     for place, part in walk(schema):
         if isinstance(part, dict):
@@ -126,6 +127,14 @@ def _check_size(schema: Any, field: str) -> None:
             raise InvalidRequest(f"{field}: more than {NODES_MAX} values", param=field)
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         waiting.extend((each, depth + 1) for each in inner)
+
+
+def _check_letters(schema: Any, field: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no output can say, nor any message about it."""
+    try:
+        json.dumps(schema, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{field}: half a surrogate pair, which is no character", param=field) from None
 
 
 def _check_keywords(place: str, schema: dict[str, Any], field: str) -> None:

@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "linked" / "away").symlink_to(outside / "deep")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "nothing").mkdir()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / os.fsdecode(b"caf\xe9.txt")).write_text("text")
     os.mkfifo(folder / "pipe")
     write_indexes(folder)
     return folder
@@ -189,6 +191,7 @@ BAD_PATHS = [
     (".sessile/catalogue.json", "not below the corpora directory"),
     ("x" * 300, "File name too long"),
     ("both", "is a corpus by itself"),
+    ("foreign", "'foreign' has a file whose name is not UTF-8"),
 ]
 
 

@@ -175,14 +175,21 @@ def test_a_folder_that_another_server_uses_is_refused_in_one_line(tmp_path: Path
     open_folder(options, "").close()
 
 
+ELSEWHERE = json.dumps({"version": 1, "corpora": [{
+    "id": "a", "tenant": "", "file": "../../keys.corpus", "tokens": 1, "documents": 1, "bytes": 12, "tokenizer": "t",
+    "checksum": "c", "created_s": 1,
+}]})  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", "cannot be read"), ('{"version": 1}', "cannot be read"), ('{"version": 9, "corpora": []}', "another")],
-)
+    [("{", "cannot be read"), ('{"version": 1}', "cannot be read"), ('{"version": 9, "corpora": []}', "another"),
+     ('"\udcff"', "cannot be read"), (ELSEWHERE, "none of ours")],
+)  # fmt: skip
 def test_a_damaged_catalogue_is_one_line_and_nothing_is_lost(kept: Path, text: str, says: str) -> None:
     catalogue = kept / ".sessile" / "catalogue.json"
     good = catalogue.read_text()
-    catalogue.write_text(text)
+    catalogue.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(StartupError, match=says):
         open_folder(ServerOptions(corpora_dir=str(kept)), "")
     catalogue.write_text(good)

@@ -186,6 +186,7 @@ def test_a_turn_of_a_session_has_a_form_of_its_own(following: Running) -> None:
             "response_format.json_schema.schema", "Invalid type: strin",
         ),
         ({"ebnf": "root ::= foo"}, "ebnf", "Rule 'foo' not found"),
+        ({"json_schema": '{"properties": {"\\ud800": 1}}'}, "json_schema", "half a surrogate pair"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos", "leave it out"),
     ],
 )  # fmt: skip

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import httpx
 
-from sessile.sim.replay import read_log, replay
+from sessile.sim.log_lines import SubmitLine, read_log
+from sessile.sim.replay import replay
 from tests.http.serving import PATIENCE_S, Deployment, deployed
 
 SECRET = "rosebud"
@@ -34,7 +35,7 @@ def test_what_a_server_was_asked_is_replayed_and_nothing_is_told_of_anybody(tmp_
         assert deployment.process.wait(PATIENCE_S) == 0
     assert SECRET not in path.read_text()
     lines = read_log(path)
-    firsts = [line["prefixes"] for line in lines if line["kind"] == "submit" and len(line["prefixes"]) == 3]
+    firsts = [line.prefixes for line in lines if isinstance(line, SubmitLine) and len(line.prefixes) == 3]
     assert len(firsts) == 4 and firsts[0] == firsts[1] == firsts[2] == firsts[3], "they begin alike"
     report = replay(lines)
     assert report.failure is None, report.failure

@@ -115,8 +115,8 @@ class ToyEngine:
         socket.send(msgspec.msgpack.encode(ready))
         ends = SocketInbox(socket), SocketOutbox(socket)
         self._loop = EngineLoop(
-            self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap, corpora=CorpusDesk(self.shelf),
-            grammars=self._desk,
+            self.machine, self.device, *ends, MonotonicClock(), overlap=self._overlap,
+            corpora=CorpusDesk(self.shelf, VOCAB_SIZE), grammars=self._desk,
         )  # fmt: skip
         self._loop.run()
         socket.close(linger=200)

@@ -25,7 +25,8 @@ from sessile.contract.messages import (
 from sessile.core.marks import Mark
 from sessile.errors import StartupError
 from sessile.server.request_log import RequestLog
-from sessile.sim.replay import read_log, replay, tokens_of
+from sessile.sim.log_lines import RestoreLine, SubmitLine, read_log
+from sessile.sim.replay import replay, tokens_of
 from sessile.sim.run import main
 from sessile.sim.simulation import Simulation
 from sessile.sim.world import make_world
@@ -71,8 +72,8 @@ def test_a_log_names_nobody_and_holds_no_token(tmp_path: Path) -> None:
 
 
 def test_prompts_that_begin_alike_are_told_and_nothing_more(tmp_path: Path) -> None:
-    lines = [line for line in read_log(logged(tmp_path / "log", *conversation())) if line["kind"] == "submit"]
-    first, second = lines[0]["prefixes"], lines[1]["prefixes"]
+    lines = [line for line in read_log(logged(tmp_path / "log", *conversation())) if isinstance(line, SubmitLine)]
+    first, second = lines[0].prefixes, lines[1].prefixes
     assert first[0] == second[0] and first[1] != second[1]
     alike = [a == b for a, b in zip(tokens_of(first, 100), tokens_of(second, 81), strict=False)]
     assert all(alike[:64]) and not all(alike[64:])
@@ -135,9 +136,11 @@ def test_what_another_engine_restored_goes_on_without_kv_and_the_rest_is_gone(tm
         for message in part:
             (log.note_batch if isinstance(message, Batch) else log.note_sent)(message)
     log.close()
-    lines = read_log(tmp_path / "log")
-    (told,) = [line for line in lines if line["kind"] == "restore"]
-    assert told["turns"] == [{"turn": 1, "parent": None, "base_tokens": 0, "tokens": 3}] and told["tokens"] == 44
+    path = tmp_path / "log"
+    lines = read_log(path)
+    (told,) = [line for line in lines if isinstance(line, RestoreLine)]
+    (written,) = [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "restore"]
+    assert written["turns"] == [{"turn": 1, "parent": None, "base_tokens": 0, "tokens": 3}] and told.tokens == 44
     report = replay(lines)
     assert report.failure is None, report.failure
     assert (report.totals["CancelAll"], report.totals["Flush"] >= 1, report.totals["refused 400"]) == (1, True, 0)
@@ -157,3 +160,20 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
         read_log(path)
     with pytest.raises(StartupError, match="cannot write --request-log"):
         RequestLog(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [("engine", "pages_total", 1e9), ("engine", "rows_max", 0), ("submit", "key", "1"), ("submit", "prefixes", [None]),
+     ("open", "idle_timeout_s", "soon"), ("done", "completion_tokens", -1), ("rewind", "at_s", -1.0)],
+)  # fmt: skip
+def test_a_line_that_says_something_impossible_is_refused_with_its_number(
+    tmp_path: Path, kind: str, field: str, value: object
+) -> None:
+    path = logged(tmp_path / "log", *conversation())
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    number = next(number for number, line in enumerate(lines, 1) if line["kind"] == kind)
+    lines[number - 1][field] = value
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(StartupError, match=f"line {number}: .*{field}"):
+        read_log(path)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sessile.draft.corpus_file import HEADER_BYTES, LABEL_BYTES, stored_checksum
+from sessile.draft.corpus_file import HEADER_BYTES, LABEL_BYTES, stored_checksum, write_corpus
 from sessile.draft.corpus_index import CorpusIndex
 from sessile.draft.suffixes import SMALL_SORT, TOKEN_ID_MAX
 from sessile.errors import BuildCancelled, CorpusFileError, InvalidRequest
@@ -145,6 +145,29 @@ def test_a_damaged_file_is_refused(saved: tuple[CorpusIndex, Path], offset: int)
     saved[1].write_bytes(whole)
     with pytest.raises(CorpusFileError, match="damaged"):
         CorpusIndex.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("section", "at", "value"),
+    [("positions", 0, -1), ("positions", 7, 0), ("positions", -1, 1 << 30), ("tokens", 5, -2), ("tokens", 5, 1 << 30),
+     ("tokens", 0, 3), ("tokens", -1, 3)],
+)  # fmt: skip
+def test_what_no_index_holds_is_refused_though_its_checksum_is_right(
+    saved: tuple[CorpusIndex, Path], section: str, at: int, value: int
+) -> None:
+    index, path = saved
+    arrays = {"tokens": index.flat.copy(), "positions": index.positions.copy()}
+    arrays[section][at] = value
+    write_corpus(path, arrays["tokens"], arrays["positions"], index.documents)
+    with pytest.raises(CorpusFileError, match="is no index"):
+        CorpusIndex.load(path)
+
+
+def test_more_documents_than_tokens_are_refused(saved: tuple[CorpusIndex, Path]) -> None:
+    index, path = saved
+    write_corpus(path, index.flat, index.positions, 1 << 40)
+    with pytest.raises(CorpusFileError, match="is no index"):
+        CorpusIndex.load(path)
 
 
 def test_a_file_of_another_version_is_refused_with_both_numbers(saved: tuple[CorpusIndex, Path]) -> None:

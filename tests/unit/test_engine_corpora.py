@@ -14,11 +14,12 @@ from sessile.draft.shelf import Shelf
 from sessile.engine.corpora import CorpusDesk
 
 PATIENCE_S = 30.0
+VOCAB_SIZE = 100
 
 
 @pytest.fixture
 def desk() -> CorpusDesk:
-    return CorpusDesk(Shelf())
+    return CorpusDesk(Shelf(), VOCAB_SIZE)
 
 
 def saved(folder: Path, name: str, *tokens: int) -> Path:
@@ -78,6 +79,13 @@ def test_h44_a_corpus_that_is_removed_while_it_is_read_never_appears(desk: Corpu
 def test_h47_removing_what_is_not_there_says_so(desk: CorpusDesk) -> None:
     desk.receive(RemoveCorpus(op=1, corpus="c"))
     assert replies_of(desk, 1)[1].value == Outcome({"removed": False})
+
+
+def test_an_index_with_a_token_that_the_model_has_not_is_refused(desk: CorpusDesk, tmp_path: Path) -> None:
+    add(desk, 1, "c", saved(tmp_path, "c", 1, VOCAB_SIZE, 3))
+    error = replies_of(desk, 1)[1].error
+    assert error is not None and (error.status, error.code) == (422, "bad_index") and f"token {VOCAB_SIZE}" in error.message
+    assert on_shelf(desk) == {}
 
 
 @pytest.mark.parametrize("harm", ["truncated", "damaged", "foreign", "gone", "other"])

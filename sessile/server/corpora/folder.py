@@ -12,6 +12,7 @@ replaces goes; files that it does not name are remains of a crash, and go at the
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from sessile.contract.corpora import INDEX_SUFFIX
 from sessile.errors import StartupError
 
 CATALOGUE_VERSION = 1
+OUR_FILE = re.compile(r"[0-9a-f]{24}" + re.escape(INDEX_SUFFIX))
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,11 +90,13 @@ class StateFolder:
             catalogue = msgspec.json.decode(path.read_bytes(), type=Catalogue)
         except FileNotFoundError:
             catalogue = Catalogue(version=CATALOGUE_VERSION, corpora=[])
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             raise StartupError(f"{path} cannot be read: {error}. Move it away to start without its corpora.") from error
         if catalogue.version != CATALOGUE_VERSION:
             raise StartupError(f"{path} was written by another version of Sessile; move it away to start without it")
         named = {entry.file for entry in catalogue.corpora}
+        if not all(OUR_FILE.fullmatch(file) for file in named):
+            raise StartupError(f"{path} names files that are none of ours. Move it away to start without its corpora.")
         for file in (self._path / "indexes").iterdir():
             if file.name not in named:
                 file.unlink()

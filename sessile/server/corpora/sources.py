@@ -49,6 +49,7 @@ def _files_below(root: Path | None, name: str) -> tuple[list[Source], Size]:
         raise _refused(f"there is no {name!r} below the corpora directory")
     for path in paths:
         _check_readable(inside, path)
+        _check_name(path, name)
     sources = [source_of(path) for path in paths]
     if any(source.kind == "index" for source in sources) and len(sources) > 1:
         raise _refused(f"an index ({INDEX_SUFFIX}) is a corpus by itself; name it alone")
@@ -84,6 +85,14 @@ def _check_readable(inside: Path, path: Path) -> None:
         raise _refused(f"{str(path.relative_to(inside))!r} is no file")
     if not os.access(path, os.R_OK):
         raise _refused(f"{str(path.relative_to(inside))!r} cannot be read")
+
+
+def _check_name(path: Path, name: str) -> None:
+    """The builder is told where to read, as text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise _refused(f"{name!r} has a file whose name is not UTF-8; rename it") from None
 
 
 def _refused(message: str) -> InvalidRequest:
