@@ -43,7 +43,7 @@ def url_given(words: int = 1) -> str:
     return sys.argv[1].rstrip("/").removesuffix("/v1")
 
 
-def run_tool(name: str, *arguments: str, offline: bool = True) -> bool:
+def run_tool(name: str, *arguments: str, offline: bool = True, timeout_s: float = TOOL_TIMEOUT_S) -> bool:
     """Run a program of this environment at the repository's root; whether it says that it succeeded.
 
     What it printed is shown if it did not. offline: whether the hub's libraries are told that there is no network.
@@ -51,7 +51,7 @@ def run_tool(name: str, *arguments: str, offline: bool = True) -> bool:
     command = [str(Path(sys.executable).parent / name), *arguments]
     environment = {**os.environ, **(OFFLINE if offline else {}), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", file=sys.stderr)

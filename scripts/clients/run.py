@@ -3,6 +3,7 @@
     make clients                                    # all of them
     make clients ARGS="openai_sdk anthropic_sdk"    # some
     make clients ARGS="openai_sdk --url http://127.0.0.1:30000"
+    make clients ARGS="openapi_cases --cases 100000"
 
 Answers are compared with each other and with transformers, so the server computes in float32. Exit status 1 if a check
 of any client does not hold.
@@ -96,12 +97,14 @@ def answers(url: str) -> bool:
         return False
 
 
-def run(client: str, url: str) -> bool:
-    """Run a client in its environment; whether all of its checks hold."""
+def run(client: str, url: str, cases: int | None) -> bool:
+    """Run a client in its environment; whether all of its checks hold. cases: see the flag."""
     command = [str(PLACE / ".venv" / "bin" / "python"), str(Path(__file__).parent / f"{client}.py"), url]
-    tokenizer = [str(PLACE / "tokenizer")] if client in WITH_TOKENIZER else []
+    more = [str(PLACE / "tokenizer")] if client in WITH_TOKENIZER else []
+    if client == "openapi_cases" and cases is not None:
+        more = [f"--cases={cases}"]
     started_s = time.monotonic()
-    status = subprocess.run([*command, *tokenizer], cwd=ROOT, check=False).returncode
+    status = subprocess.run([*command, *more], cwd=ROOT, check=False).returncode
     print(f"  {client}: {'good' if status == 0 else 'NOT GOOD'}, {time.monotonic() - started_s:.0f} s", flush=True)
     return status == 0
 
@@ -111,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(CLIENTS)}; all if none is named")
     parser.add_argument("--url", help="of a server that runs already; without it one is started for each")
+    parser.add_argument("--cases", type=int, help="requests that openapi_cases sends at least; else ten thousand")
     options = parser.parse_args(arguments)
     if unknown := set(options.clients) - set(CLIENTS):
         parser.error(f"no client {', '.join(sorted(unknown))}; there are {', '.join(CLIENTS)}")
@@ -119,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for client in options.clients or CLIENTS:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             url = options.url or stack.enter_context(served(client, Path(folder)))
-            if not run(client, url):
+            if not run(client, url, options.cases):
                 bad.append(client)
     print(f"clients: {'not good: ' + ', '.join(bad) if bad else 'all good'}")
     return 1 if bad else 0
