@@ -1,4 +1,4 @@
-"""Prometheus itself on a live server: `python scripts/check_metrics.py --prometheus FOLDER`, with its two programs there.
+"""Prometheus itself on a live server: `python scripts/check_metrics.py --prometheus FOLDER` with its two programs.
 
 A server with a tiny model, keys and speculation serves requests of every kind while a Prometheus scrapes it as
 deploy/prometheus/prometheus.yaml says. What must hold: `promtool check metrics`, `check config` and `check rules` have
@@ -199,7 +199,8 @@ def check(programs: Path, port: int, seconds: int, folder: Path) -> list[str]:
     failures += promtool(programs, "check", "rules", str(DEPLOY / "prometheus" / "alerts.yaml"))
     if not {200, 400, 404, 413} <= set(statuses):
         failures.append(f"the requests were answered with {statuses}")
-    version = subprocess.run([str(programs / "prometheus"), "--version"], capture_output=True, text=True).stdout.split()[2]
+    told = subprocess.run([str(programs / "prometheus"), "--version"], capture_output=True, text=True, check=True)
+    version = told.stdout.split()[2]
     print(f"Prometheus {version}: {amount}, {len(text.splitlines())} lines of metrics, answers by status {statuses}")
     return failures
 
@@ -207,7 +208,7 @@ def check(programs: Path, port: int, seconds: int, folder: Path) -> list[str]:
 def main() -> int:
     """Check; 0 if everything holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prometheus", type=Path, required=True, help="folder with the programs prometheus and promtool")
+    parser.add_argument("--prometheus", type=Path, required=True, help="folder of prometheus and promtool")
     parser.add_argument("--seconds", type=int, default=60, help="how long it is scraped")
     parser.add_argument("--port", type=int, default=31700, help="for the server; Prometheus gets the next one")
     arguments = parser.parse_args()
