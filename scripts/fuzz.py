@@ -29,9 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 TARGETS = {
-    "gguf": "files:Gguf", "folder": "files:Folder", "index": "files:Index", "upload": "files:Upload", "log": "files:Log",
-    "keys": "files:Keys", "settings": "files:Settings", "catalogue": "files:Kept", "wire": "wire:Wire",
-    "grammar": "texts:Grammars", "pattern": "texts:Patterns", "answer": "texts:Answers", "request": "requests:Requests",
+    "gguf": "files:Gguf", "folder": "files:Folder", "index": "files:Index", "upload": "files:Upload",
+    "log": "files:Log", "keys": "files:Keys", "settings": "files:Settings", "catalogue": "files:Kept",
+    "wire": "wire:Wire", "grammar": "texts:Grammars", "pattern": "texts:Patterns", "answer": "texts:Answers",
+    "request": "requests:Requests",
 }  # fmt: skip
 """Name → module of scripts/fuzzing, and class there."""
 NOT_INSTRUMENTED = ["sessile.draft.compiled", "sessile.draft.lookup", "sessile.draft.suffixes", "sessile.kernels"]
@@ -72,7 +73,8 @@ class Recorder:
             self._run(raw)
         except Exception as error:
             inner = traceback.extract_tb(error.__traceback__)[-1]
-            self._note(f"{type(error).__name__} at {inner.filename}:{inner.lineno}", raw, traceback.format_exc(limit=-12))
+            kind = f"{type(error).__name__} at {inner.filename}:{inner.lineno}"
+            self._note(kind, raw, traceback.format_exc(limit=-12))
         took_s = time.process_time() - before_s
         if took_s > CALL_S_MAX:
             self._note("slow", raw, f"the call took {took_s:.1f} s of CPU time")
@@ -113,8 +115,9 @@ def fuzz(name: str, seconds: int, where: Path) -> int:
             return bytes(fresh[:bytes_max])
 
         flags = [
-            f"-max_total_time={seconds}", f"-timeout={HANG_S}", f"-report_slow_units={HANG_S}", f"-rss_limit_mb={RESIDENT_MB_MAX}",
-            f"-max_len={INPUT_BYTES_MAX}", f"-artifact_prefix={where / 'findings'}/", "-print_final_stats=1", "-verbosity=1",
+            f"-max_total_time={seconds}", f"-timeout={HANG_S}", f"-report_slow_units={HANG_S}", "-print_final_stats=1",
+            f"-rss_limit_mb={RESIDENT_MB_MAX}", f"-max_len={INPUT_BYTES_MAX}",
+            f"-artifact_prefix={where / 'findings'}/",
         ]  # fmt: skip
         recorder = Recorder(target.run, where / "findings")
         atheris.Setup([sys.argv[0], *flags, str(where / "corpus")], recorder, custom_mutator=changed)

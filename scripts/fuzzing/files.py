@@ -1,8 +1,6 @@
 """Files that are read at the start or handed in: models, corpora, keys, settings, logs."""
 
-import json
 import struct
-from io import BytesIO
 from pathlib import Path
 from random import Random
 
@@ -61,7 +59,8 @@ class Gguf(Target):
 
     def seeds(self) -> list[bytes]:
         """A model of each kind of tokenizer."""
-        written = [write_tiny_gguf(self.folder / "seed", gguf_metadata(kind)).read_bytes() for kind in ("gpt2", "llama")]
+        paths = (write_tiny_gguf(self.folder / "seed", gguf_metadata(kind)) for kind in ("gpt2", "llama"))
+        written = [path.read_bytes() for path in paths]
         return [*written, written[0][:1500]]
 
     def run(self, raw: bytes) -> None:
@@ -282,7 +281,8 @@ class Kept(Target):
     def seeds(self) -> list[bytes]:
         """One with two entries."""
         entry = Entry(
-            id="docs", tenant="", file="0" * 24 + ".corpus", tokens=1, documents=1, bytes=8, tokenizer="t", checksum="c", created_s=1
+            id="docs", tenant="", file="0" * 24 + ".corpus", tokens=1, documents=1, bytes=8, tokenizer="t",
+            checksum="c", created_s=1,
         )  # fmt: skip
         return [msgspec.json.encode(Catalogue(version=1, corpora=[entry, entry]))]
 

@@ -44,7 +44,7 @@ ITEMS = [
 ]
 TURN = {"id": SESSION}
 BODIES: list[tuple[str, Any]] = [
-    ("/generate", {"text": "ab", "sampling_params": {"max_new_tokens": 4, "stop": ["x"], "stop_regex": "a+b", "seed": 1}}),
+    ("/generate", {"text": "ab", "sampling_params": {"max_new_tokens": 4, "stop": ["x"], "stop_regex": "a+b"}}),
     ("/generate", {"text": "ab", "stream": True, "return_logprob": True, "sampling_params": {"max_new_tokens": 3}}),
     ("/generate", {"text": ["a", "b"], "sampling_params": {"max_new_tokens": 2, "n": 2, "logit_bias": {"97": 1.5}}}),
     ("/generate", {"input_ids": [1, 2], "session_params": TURN, "sampling_params": {"max_new_tokens": 2}}),
@@ -58,7 +58,7 @@ BODIES: list[tuple[str, Any]] = [
     ("/v1/messages", {"model": "default", "max_tokens": 4, "messages": CHAT[1:2], "system": "s", "stream": True}),
     ("/v1/messages", {"model": "default", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}),
     ("/open_session", {"capacity_of_str_len": 1, "session_id": SESSION, "streaming": True, "timeout": 5}),
-    ("/v1/sessions", {"id": SESSION, "idle_timeout_s": 9, "reserve_tokens": 4, "max_tokens": 99, "metadata": {"a": "b"}}),
+    ("/v1/sessions", {"id": SESSION, "idle_timeout_s": 9, "reserve_tokens": 4, "max_tokens": 99, "metadata": {}}),
     (f"/v1/sessions/{SESSION}/append", {"text": "more"}),
     (f"/v1/sessions/{SESSION}/fork", {"at_tokens": 1}),
     (f"/v1/sessions/{SESSION}/rewind", {"to_tokens": 1}),
@@ -101,12 +101,14 @@ class Requests(Target):
     def seeds(self) -> list[bytes]:
         """All routes as they are described: with what they need, with each field more, and some bodies in full."""
         found = [text_of("POST", path, body) for path, body in BODIES]
-        found.append(b'POST /v1/corpora?id=docs&replace=true\ncontent-type: application/jsonl\n\n"one"\n{"text": "two"}\n')
+        upload = b"POST /v1/corpora?id=docs&replace=true\ncontent-type: application/jsonl\n\n"
+        found.append(upload + b'"one"\n{"text": "two"}\n')
         for path, methods in self._app.openapi()["paths"].items():
             named = path.replace("{session}", SESSION).replace("{corpus}", CORPUS).replace("{model}", "toy")
             named = named.replace("{", "").replace("}", "")
             for method, described in methods.items():
-                query = "&".join(f"{each['name']}=1" for each in described.get("parameters", ()) if each["in"] == "query")
+                asked = [each["name"] for each in described.get("parameters", ()) if each["in"] == "query"]
+                query = "&".join(f"{name}=1" for name in asked)
                 schema = _body_schema(described)
                 bodies = [None] if schema is None else list(_bodies_of(schema))
                 found += [text_of(method.upper(), named, body) for body in bodies]
@@ -141,7 +143,8 @@ class Requests(Target):
         path, _, query = target.partition("?")
         scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
-            "method": method.upper() or "GET", "scheme": "http", "path": unquote(path) or "/", "raw_path": path.encode(),
+            "method": method.upper() or "GET", "scheme": "http", "path": unquote(path) or "/",
+            "raw_path": path.encode(),
             "query_string": query.encode(), "root_path": "", "headers": list(_headers_of(headers)),
             "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 30000),
         }  # fmt: skip

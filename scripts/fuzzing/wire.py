@@ -60,7 +60,8 @@ def conversation() -> list[tuple[str, Any]]:
         RestoreSession(op=9, opening=opened, tokens=prompt, turn_ends=(44,), nodes=(turn,)),
     ]  # fmt: skip
     ended = Batch(step=1, done=[Done(key=1, reason="stop", completion_tokens=5), Done(key=2, reason="length")])
-    return [("note_ready", READY), *(("note_sent", each) for each in sent), ("note_batch", ended), ("note_ready", READY)]
+    ready = ("note_ready", READY)
+    return [ready, *(("note_sent", each) for each in sent), ("note_batch", ended), ready]
 
 
 class Wire(Target):

@@ -185,7 +185,8 @@ def open_engine(
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    return Engine(machine, device, ready, options, drafter, CorpusDesk(shelf, facts.vocab_size) if drafter else None, desk)
+    corpora = CorpusDesk(shelf, facts.vocab_size) if drafter else None
+    return Engine(machine, device, ready, options, drafter, corpora, desk)
 
 
 def limits_for(
