@@ -232,5 +232,6 @@ def _read_yaml(path: Path) -> list[tuple[str, object]]:
             loader.dispose()
     except OSError as error:
         raise StartupError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # The last three are what the library falls over: a month of 99, !!timestamp before a word, brackets in brackets.
         raise StartupError(f"the configuration file {path} is not YAML: {' '.join(str(error).split())}") from error

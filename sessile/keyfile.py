@@ -67,7 +67,7 @@ def read_keys(path: Path) -> KeyFile:
         root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise StartupError(f"cannot read the keys file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise StartupError(f"the keys file {path} is not YAML: {' '.join(str(error).split())}") from error
     if root is None:
         raise StartupError(f"the keys file {path} is empty: `sessile key` draws a key and prints its entry")

@@ -15,6 +15,8 @@ ODD_VALUES = [
     "\x00", "\u2028", "../../etc/passwd", "s" * 5000, "{{ 9 ** 9 }}", "#/a", [], [[]], {}, [None], [1, 2], {"a": 1},
     {"type": "x"}, {"$ref": "#"}, [{}],
 ]  # fmt: skip
+OPENINGS = [b"[", b"(", b"{", b'{"a":', b"- ", b"(?:", b"not "]
+"""What nests in some language or other; said over and over again, it asks for a deep stack."""
 NESTED_MAX = 60
 
 
@@ -29,6 +31,7 @@ def mutated_bytes(raw: bytes, rng: Random) -> bytes:
             raw[:at] + raw[at : at + span] * rng.randrange(2, 40) + raw[at:],
             raw[:at] + struct.pack("<Q", rng.choice(LENGTHS)) + raw[at + 8 :],
             raw[:at],
+            raw[:at] + rng.choice(OPENINGS) * rng.choice([10, 1000, 4000]) + raw[at:],
         ])  # fmt: skip
     return raw
 

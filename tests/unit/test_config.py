@@ -109,6 +109,13 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_nearest_known_one(yaml_f
     assert refusal({}, {}, path) == f"unknown setting 'pagesize'; did you mean page-size? (file {path})"
 
 
+@pytest.mark.parametrize("value", ["2001-99-99", "!!timestamp x", "!!int x", "0x_", "9" * 5000, "[" * 5000, "!!x 1"])
+def test_what_the_library_makes_no_value_of_is_refused_in_one_line(yaml_file: WriteFile, value: str) -> None:
+    path = yaml_file(f"rows-max: {value}")
+    message = refusal({}, {}, path)
+    assert message.startswith(f"the configuration file {path} is not YAML: ") and "\n" not in message
+
+
 def test_a_key_given_twice_in_the_file_is_refused(yaml_file: WriteFile) -> None:
     assert "--page-size is set twice" in refusal({}, {}, yaml_file("page-size: 1\npage_size: 2"))
 

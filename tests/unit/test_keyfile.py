@@ -139,7 +139,7 @@ def test_what_is_wrong_is_one_line_that_names_file_and_line(
     assert message.endswith(f"(keys file {tmp_path / 'keys.yaml'}, line {line})") and "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["", "# nothing", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "# nothing", "a: [", "\x00", "[" * 5000])
 def test_a_file_that_says_nothing_is_refused_in_one_line(read: ReadText, tmp_path: Path, text: str) -> None:
     with pytest.raises(StartupError, match="empty|not YAML") as refusal:
         read(text)
