@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from random import Random
 
+import orjson
+
 from scripts.fuzzing.mutations import behind, mutated_bytes, mutated_json
 from scripts.fuzzing.target import Target, refusing
 from sessile.bench.grammar_schemas import SCHEMAS
@@ -13,6 +15,7 @@ from sessile.core.stop import PatternMatcher
 from sessile.errors import InvalidRequest
 from sessile.grammar.compiler import GrammarCompiler
 from sessile.grammar.following import CompiledGrammars
+from sessile.server.tools import parsed_arguments
 from sessile.text.answer.events import Answer
 from sessile.text.answer.formats import AnswerFormat
 from sessile.text.patterns import compile_pattern
@@ -121,4 +124,6 @@ class Answers(Target):
                 answer.add(event)
             told.append(answer)
         assert told[0] == told[1] == told[2], "the answer depends on how it was cut"
-        repr(told[0]).encode()
+        for call in told[0].calls:
+            assert parsed_arguments(call.arguments) == json.loads(orjson.dumps(orjson.Fragment(call.arguments)))
+        orjson.dumps([told[0].content, told[0].reasoning, *(call.arguments for call in told[0].calls)])

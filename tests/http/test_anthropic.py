@@ -100,6 +100,11 @@ def test_a_call_is_a_block(server: Running, client: anthropic.Anthropic) -> None
     assert '{"name": "weather", "description": "Tell the weather", "parameters": {"type": "object"' in prompt_of(server)
 
 
+def test_a_number_of_any_length_in_a_call_is_passed_on(server: Running, client: anthropic.Anthropic) -> None:
+    says(server, CALL.replace('"Oslo"', "9" * 30))
+    assert ask(client, tools=[TOOL]).content[-1].input == {"city": int("9" * 30)}
+
+
 def test_a_call_and_its_result_go_back_into_the_prompt(server: Running, client: anthropic.Anthropic) -> None:
     says(server, f"<think>Hm.</think>Let me see.\n{CALL}")
     message = ask(client, tools=[TOOL])

@@ -11,7 +11,6 @@ from sessile.server.link import Arrival
 from sessile.server.openai_replies import Choice, call_errors
 from sessile.server.replies import Surface, error_content
 from sessile.server.stream import one_line
-from sessile.server.tools import parsed_arguments
 from sessile.text.answer.events import (
     CallArguments,
     CallBegan,
@@ -53,7 +52,8 @@ class MessageReply:
                 case CallArguments(_, text):
                     arguments += text
                 case CallEnded():
-                    blocks[-1]["input"] = parsed_arguments(arguments)
+                    # As the model wrote it: a number may have more digits than orjson writes.
+                    blocks[-1]["input"] = orjson.Fragment(arguments)
                 case CallFailed(index, text, _):
                     if index is not None:
                         blocks.pop()
