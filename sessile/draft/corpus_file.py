@@ -99,7 +99,7 @@ def read_corpus(path: Path, *, verify: bool) -> tuple[Ints, Ints, int, bytes]:
     first, second, end = section_offsets(tokens, positions)
     if size != end:
         raise CorpusFileError(f"{path} has {size:,} bytes where its header tells of {end:,}. Copy or build it again.")
-    arrays = [_mapped(path, offset, count) for offset, count in ((first, tokens), (second, positions))]
+    arrays = _mapped(path, first, tokens), _mapped(path, second, positions)
     if verify:
         expected = header[HEADER.size : HEADER.size + CHECKSUM_BYTES]
         if checksum(header[: HEADER.size], *arrays) != expected:

@@ -24,7 +24,7 @@ class Line(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
     at_s: Seconds
 
 
-class EngineLine(Line, tag="engine"):
+class EngineLine(Line, tag="engine", frozen=True):
     """An engine is there: the first one, or one in place of another."""
 
     page_size: Size
@@ -44,7 +44,7 @@ class BranchOf(msgspec.Struct, frozen=True, kw_only=True):
     drop_previous_output: bool
 
 
-class SubmitLine(Line, tag="submit"):
+class SubmitLine(Line, tag="submit", frozen=True):
     """A request. prefixes: a number for its tokens up to each 64th, and up to the end."""
 
     tenant: Count
@@ -59,14 +59,14 @@ class SubmitLine(Line, tag="submit"):
     branch: BranchOf | None
 
 
-class CancelLine(Line, tag="cancel"):
+class CancelLine(Line, tag="cancel", frozen=True):
     """A request is to end, or only if it has not begun."""
 
     key: Key
     if_waiting: bool
 
 
-class DoneLine(Line, tag="done"):
+class DoneLine(Line, tag="done", frozen=True):
     """A request has ended."""
 
     key: Key
@@ -75,14 +75,14 @@ class DoneLine(Line, tag="done"):
     completion_tokens: Count
 
 
-class SessionLine(Line):
+class SessionLine(Line, frozen=True):
     """What concerns one session."""
 
     tenant: Count
     session: Count
 
 
-class OpenLine(SessionLine, tag="open"):
+class OpenLine(SessionLine, tag="open", frozen=True):
     """A session is opened."""
 
     branching: bool
@@ -91,17 +91,17 @@ class OpenLine(SessionLine, tag="open"):
     tokens_max: Annotated[int, Meta(ge=1)] | None
 
 
-class RestoreLine(OpenLine, tag="restore"):
+class RestoreLine(OpenLine, tag="restore", frozen=True):
     """A session is opened again in an engine that has not seen it. Its turns are not replayed."""
 
     tokens: Count
 
 
-class CloseLine(SessionLine, tag="close"):
+class CloseLine(SessionLine, tag="close", frozen=True):
     """A session is closed."""
 
 
-class ForkLine(SessionLine, tag="fork"):
+class ForkLine(SessionLine, tag="fork", frozen=True):
     """A session begins as another one is."""
 
     child: Count
@@ -109,24 +109,24 @@ class ForkLine(SessionLine, tag="fork"):
     at_turn: Count | None
 
 
-class RewindLine(SessionLine, tag="rewind"):
+class RewindLine(SessionLine, tag="rewind", frozen=True):
     """A session's history is cut."""
 
     to_tokens: Count | None
     to_turn: Count | None
 
 
-class DropLine(SessionLine, tag="drop"):
+class DropLine(SessionLine, tag="drop", frozen=True):
     """A turn of a branching session is forgotten."""
 
     turn: Count | None
 
 
-class FlushLine(Line, tag="flush"):
+class FlushLine(Line, tag="flush", frozen=True):
     """All KV is dropped."""
 
 
-class CancelAllLine(Line, tag="cancel all"):
+class CancelAllLine(Line, tag="cancel all", frozen=True):
     """Every request is to end."""
 
 

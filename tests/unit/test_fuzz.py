@@ -10,7 +10,7 @@ from scripts.fuzzing.mutations import mutated_bytes, mutated_json
 from scripts.fuzzing.target import refusing
 from sessile.errors import InvalidRequest
 
-SEEDS, CHANGES = 20, 20
+SEEDS, CHANGES = 10, 10
 """Of each target; together they take a second or two."""
 
 
