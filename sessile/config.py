@@ -233,5 +233,5 @@ def _read_yaml(path: Path) -> list[tuple[str, object]]:
     except OSError as error:
         raise StartupError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
-        # The last three are what the library falls over: a month of 99, !!timestamp before a word, brackets in brackets.
+        # The last three the library raises itself: for a month of 99, !!timestamp before a word, brackets in brackets.
         raise StartupError(f"the configuration file {path} is not YAML: {' '.join(str(error).split())}") from error
