@@ -110,7 +110,7 @@ class GpuRunner:
         # Only now: the frames of the exception held what the step had taken.
         self._note_shortage()
         raise OutOfMemory(
-            f"Too little memory for a step of {plan.tokens.size} tokens on {plan.rows.size} rows: {reason} "
+            f"Too little memory for a step of {plan.tokens.size} tokens on {plan.rows.size} rows: {reason}. "
             "Lower --kv-memory or --chunk-tokens."
         )
 
@@ -182,7 +182,7 @@ class GpuRunner:
             reason = reason_of(error)
         self.captures = False
         self._note_shortage()
-        log.warning("Too little memory to capture %s: %s Sizes without a graph stay without", bucket, reason)
+        log.warning("Too little memory to capture %s: %s. Sizes without a graph stay without", bucket, reason)
         return None
 
     def bucket_of(self, plan: StepPlan) -> Bucket:

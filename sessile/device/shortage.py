@@ -114,4 +114,4 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def reason_of(error: Exception) -> str:
     """What ran out, in one line, without PyTorch's advice about its settings."""
-    return " ".join(str(error).split()).partition(" If reserved but")[0] or type(error).__name__
+    return " ".join(str(error).split()).partition(" If reserved but")[0].rstrip(".") or type(error).__name__

@@ -5,6 +5,7 @@ In the interpreter places refuse by themselves. On a GPU the last test leaves to
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,17 +59,20 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class Refusals:
-    """The device, on which a place refuses once in each step that can be made smaller."""
+    """The device, on which each of some places refuses once, or once in each step, as long as a step can be halved."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, places: list[str], *, in_each_step: bool = False) -> None:
         self.facts = device.facts
         self.shortages = 0
+        self.left = list(places)
+        self._places = places if in_each_step else []
         self._device = device
-        self._is_due = False
         self._ticket: Any = None
+        self._can_be_halved = False
 
     def launch(self, plan: StepPlan) -> "Refusals":
-        self._is_due = halves_of(plan) is not None
+        if self._places:
+            self.left = list(self._places)
         self._device._steps.tokens_max = NO_LIMIT_TOKENS
         self._ticket = self._device.launch(plan)
         return self
@@ -78,9 +82,23 @@ class Refusals:
         self.shortages += result.shortages
         return result
 
-    def refuse(self) -> None:
-        if self._is_due:
-            self._is_due = False
+    def patched(self, patch: pytest.MonkeyPatch) -> "Refusals":
+        """From now on."""
+        start = self._device._runner.start
+
+        def noted_start(plan: StepPlan) -> Any:
+            self._can_be_halved = halves_of(plan) is not None
+            return start(plan)
+
+        patch.setattr(self._device._runner, "start", noted_start)
+        for place in self.left:
+            owner, name, when = PLACES[place]
+            patch.setattr(owner, name, when(getattr(owner, name), partial(self._refuse, place)))
+        return self
+
+    def _refuse(self, place: str) -> None:
+        if self._can_be_halved and place in self.left:
+            self.left.remove(place)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -117,14 +135,14 @@ PLACES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 def asked() -> list[Run]:
     """All that a row may ask for, in three rows."""
     return [
-        Run(PROMPT[:7], 4, repetition=1.3, frequency=0.5, presence=0.2, logprobs=2, score_top=1),
-        Run(PROMPT, 4, temperature=1.0, seed=2**63 + 5, drafts=[5, 9, 5, 9], drafts_max=2, frequency=0.4,
+        Run(PROMPT[:7], 3, repetition=1.3, frequency=0.5, presence=0.2, logprobs=2, score_top=1),
+        Run(PROMPT, 3, temperature=1.0, seed=2**63 + 5, drafts=[5, 9, 5, 9], drafts_max=2, frequency=0.4,
             biases={7: 3.0}, bans=[9], min_new_tokens=2),
         Run(PROMPT[:3], 3, allowed=[[5, 7, 31, 64, 90]] * 2, drafts=[7, 7, 7], drafts_max=1, logprobs=0),
     ]  # fmt: skip
 
 
-def said(device: Any, runs: list[Run], chunk_tokens: int = 16) -> tuple[list[Any], list[float]]:
+def said(device: Any, runs: list[Run], chunk_tokens: int = 18) -> tuple[list[Any], list[float]]:
     """What was chosen and how, and all log-probabilities."""
     Driver(device, chunk_tokens=chunk_tokens).run_all(runs)
     chosen = [(run.output, run.steps, run.top_ids, run.score_top_ids) for run in runs]
@@ -141,36 +159,41 @@ def undisturbed(device: Any) -> tuple[list[Any], list[float]]:
     return said(device, asked())
 
 
-@pytest.mark.parametrize("place", PLACES)
 def test_wherever_memory_runs_out_the_step_is_run_in_parts_and_says_the_same(
+    device: Any, undisturbed: tuple[list[Any], list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = Refusals(device, [*PLACES]).patched(monkeypatch)
+    assert_same(said(refusals, asked()), undisturbed)
+    assert (refusals.shortages, refusals.left) == (len(PLACES), [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", PLACES)
+def test_memory_may_run_out_at_one_place_in_every_step(
     place: str, device: Any, undisturbed: tuple[list[Any], list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name, when = PLACES[place]
-    refusals = Refusals(device)
-    monkeypatch.setattr(owner, name, when(getattr(owner, name), refusals.refuse))
+    refusals = Refusals(device, [place], in_each_step=True).patched(monkeypatch)
     assert_same(said(refusals, asked()), undisturbed)
-    assert refusals.shortages >= 3
+    assert refusals.shortages >= 2
 
 
-def test_a_step_that_has_changed_what_it_reads_is_not_run_again(
-    device: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refusals = Refusals(device)
-    runner = device._runner
-    monkeypatch.setattr(TokenCounter, "count", before(TokenCounter.count, refusals.refuse))
-    monkeypatch.setattr(runner, "shortages", 0)
-    with pytest.raises(torch.OutOfMemoryError):
-        said(refusals, asked())
-    with pytest.raises(torch.OutOfMemoryError):
-        device.launch(StepPlan.empty(99)).result()
-    assert runner.shortages == 0
-    device._broken = None
+def test_a_step_that_has_changed_what_it_reads_is_not_run_again(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_out(counter: TokenCounter) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(TokenCounter, "count", runs_out)
+    monkeypatch.setattr(device, "_broken", None)
+    shortages = device._runner.shortages
+    for run in asked()[:2]:
+        with pytest.raises(torch.OutOfMemoryError):
+            said(device, [run])
+    assert device._runner.shortages == shortages
 
 
 def test_a_graph_that_memory_is_too_short_for_leaves_its_size_to_run_without(
     device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = said(device, [Run(PROMPT, 4)])  # All sizes have been seen then, and are captured the next time.
+    expected = said(device, [Run(PROMPT[:2], 3)])  # All sizes have been seen then, and are captured the next time.
     runner, attempts = device._runner, []
     monkeypatch.setattr(runner, "captures", True)
     monkeypatch.setattr(runner, "graphs", {})
@@ -189,10 +212,8 @@ def test_a_graph_that_memory_is_too_short_for_leaves_its_size_to_run_without(
     else:
         monkeypatch.setattr(runner, "_capture", runs_out)
     shortages = runner.shortages
-    assert_same(said(device, [Run(PROMPT, 4)]), expected)
+    assert_same(said(device, [Run(PROMPT[:2], 3)]), expected)
     assert (len(attempts), runner.shortages - shortages, runner.captures, runner.graphs) == (1, 1, False, {})
-    monkeypatch.undo()
-    assert_same(said(device, [Run(PROMPT, 4)]), expected)
 
 
 @contextlib.contextmanager
@@ -218,6 +239,7 @@ def too_little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asked", [{}, {"score_top": 0, "logprobs": 1}], ids=["plain", "with log-probabilities"])
 def test_prompts_in_chunks_that_do_not_fit_come_out_as_they_would_have(
     asked: dict[str, int], device: Any, monkeypatch: pytest.MonkeyPatch

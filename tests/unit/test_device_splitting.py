@@ -108,7 +108,7 @@ def result_of(step: int, row_tokens: dict[int, tuple[int, list[int]]], **arrays:
     emitted = [tokens for _, tokens in row_tokens.values()]
     return StepResult(
         step, ints(*row_tokens), ints(*[count for count, _ in row_tokens.values()]), ints(*map(len, emitted)),
-        ints(*sum(emitted, [])), np.array([row == 5 for row in row_tokens]), **arrays,
+        ints(*[token for tokens in emitted for token in tokens]), np.array([row == 5 for row in row_tokens]), **arrays,
     )  # fmt: skip
 
 
