@@ -1,4 +1,7 @@
-"""Stop, kill and terminate engine and server under load, and fill the disk of the log: `python scripts/faults.py`.
+"""Stop, kill and terminate engine and server under load, fill the disk of the log, move the clock.
+
+    python scripts/faults.py                       # libfaketime (Debian's package of that name) moves the clock
+    python scripts/faults.py --only "engine SIGKILL" --times 3
 
 Each fault is set up --times times while clients stream and take turns in sessions. What must hold each time: every
 stream ends with `data: [DONE]`, its last event saying why if it failed; nobody waits longer than the watchdog and a
@@ -40,6 +43,11 @@ START_S_MAX = 600.0
 """For a server that starts: the first one may have to compile kernels."""
 SETTLE_S = 0.4
 """How long clients run before a fault."""
+LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+JUMPS_S = (86_400, -86_400, 3_600, 0)
+"""Where the wall clock stands one after the other, against the right time."""
+JUMP_S = 0.5
+"""How long it stands there."""
 
 
 @dataclass
@@ -59,11 +67,21 @@ class Findings:
 
 
 class Server:
-    """One server at a time, at one port. log: where its standard error goes."""
+    """One server at a time, at one port. log: where its standard error goes. faketime: the library that moves its clock
+    and its engine's, if it is to be moved.
+    """
 
-    def __init__(self, folder: Path, port: int, log: Path) -> None:
+    def __init__(self, folder: Path, port: int, log: Path, faketime: Path | None = None) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
+        self._environment = dict(os.environ)
+        self._clock = folder / "clock"
+        if faketime:
+            self.set_clock(0)
+            self._environment |= {
+                "LD_PRELOAD": str(faketime), "FAKETIME_TIMESTAMP_FILE": str(self._clock), "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in (SETTINGS | {"port": port}).items()]
         self._command = [sys.executable, "-m", "sessile", "serve", "--exit-with-stdin", *flags]
         self._command.append(f"--model={write_tiny_model(folder)}")
@@ -71,7 +89,13 @@ class Server:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         with self._log.open("ab") as sink:
-            return subprocess.Popen(self._command, stdin=subprocess.PIPE, stderr=sink, cwd=ROOT)
+            return subprocess.Popen(self._command, stdin=subprocess.PIPE, stderr=sink, cwd=ROOT, env=self._environment)
+
+    def set_clock(self, ahead_s: int) -> None:
+        """Have the wall clock stand so far from the right time, at once."""
+        written = self._clock.with_suffix(".new")
+        written.write_text(f"{ahead_s:+d}\n")
+        written.replace(self._clock)
 
     @property
     def engine(self) -> psutil.Process:
@@ -185,9 +209,7 @@ class Client:
 async def under_load(server: Server, findings: Findings, *, may_break: bool = False) -> AsyncIterator[list[Client]]:
     """Clients that run meanwhile; on leaving they end, and every stream has come to its end."""
     limits = httpx.Limits(max_connections=4 * CLIENTS)
-    async with httpx.AsyncClient(
-        base_url=server.url, timeout=2 * WAIT_S_MAX, trust_env=False, limits=limits
-    ) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=2 * WAIT_S_MAX, trust_env=False, limits=limits) as http:
         await server.wait_ready(http)
         ending = asyncio.Event()
         clients = [Client(number, http, findings) for number in range(CLIENTS)]
@@ -255,21 +277,37 @@ async def fault_log(server: Server, findings: Findings, number: signal.Signals |
     findings.expect(findings.failed_streams == 0, "streams failed for want of a log")
 
 
+async def fault_clock(server: Server, findings: Findings, number: signal.Signals | None) -> None:
+    """The wall clock jumps ahead and back: nobody notices, as whatever is waited for goes by another clock."""
+    async with under_load(server, findings), httpx.AsyncClient(base_url=server.url, trust_env=False) as http:
+        engine = server.engine
+        for ahead_s in JUMPS_S:
+            server.set_clock(ahead_s)
+            await asyncio.sleep(JUMP_S)
+            asked = {"model": "default", "prompt": "Once", "max_tokens": 1}
+            created_s = (await http.post("/v1/completions", json=asked, timeout=WAIT_S_MAX)).json()["created"]
+            moved_s = created_s - time.time()
+            findings.expect(abs(moved_s - ahead_s) < 60, f"the clock was to move by {ahead_s} s, not by {moved_s:.0f}")
+            findings.expect((await http.get("/health/ready", timeout=10)).status_code == 200, "not ready after a jump")
+        findings.expect(server.engine.pid == engine.pid, "the engine was replaced after a jump")
+    findings.expect(findings.failed_streams == 0, "streams failed after a jump")
+
+
 FAULTS = {
     "engine SIGSTOP": (fault_engine, signal.SIGSTOP), "engine SIGKILL": (fault_engine, signal.SIGKILL),
     "engine SIGTERM": (fault_engine, signal.SIGTERM), "server SIGSTOP": (fault_server, signal.SIGSTOP),
     "server SIGKILL": (fault_server, signal.SIGKILL), "server SIGTERM": (fault_server, signal.SIGTERM),
-    "log disk full": (fault_log, None),
+    "log disk full": (fault_log, None), "clock jumps": (fault_clock, None),
 }  # fmt: skip
 
 
-async def torment(name: str, times: int, port: int) -> Findings:
+async def torment(name: str, times: int, port: int, faketime: Path) -> Findings:
     """Set one fault up so many times, on a server of its own."""
     fault, number = FAULTS[name]
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         log = Path("/dev/full") if fault is fault_log else Path(folder) / "server.log"
-        server = Server(Path(folder), port, log)
+        server = Server(Path(folder), port, log, faketime if fault is fault_clock else None)
         try:
             for _ in range(times):
                 await fault(server, findings, number)
@@ -288,11 +326,14 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20, help="how often each fault is set up")
     parser.add_argument("--port", type=int, default=31600)
     parser.add_argument("--only", action="append", choices=list(FAULTS), help="this fault; may be given again")
+    parser.add_argument("--faketime", type=Path, default=LIBFAKETIME, help="libfaketime.so.1, which moves the clock")
     arguments = parser.parse_args()
+    if "clock jumps" in (arguments.only or FAULTS) and not arguments.faketime.is_file():
+        parser.error(f"there is no {arguments.faketime}: install libfaketime, or leave `clock jumps` out by --only")
     os.environ["PYTHONPATH"] = str(ROOT)
     failures = 0
     for name in arguments.only or FAULTS:
-        findings = asyncio.run(torment(name, arguments.times, arguments.port))
+        findings = asyncio.run(torment(name, arguments.times, arguments.port, arguments.faketime))
         failures += len(findings.failures)
         print(
             f"{name:15} {arguments.times} times: {findings.streams:6} streams, {findings.failed_streams:4} ended with a"

@@ -16,6 +16,7 @@ SessileError
 ├── NotReady             503: starting, draining, or the engine died
 ├── CorpusFileError      a file that is no index of a corpus, or not a whole one; nothing was loaded
 ├── BuildCancelled       the building of a corpus was told to stop; nothing was built
+├── OutOfMemory          a step that the device has too little memory for; it may be run again in smaller ones
 ├── StartupError         a configuration or file we cannot serve with; one line with the remedy; exit code 2
 └── InvariantError       a bug of ours: never caught on the way, except to quarantine or to end the engine
     ├── OwnershipError   a page or row was not owned by whom the caller said
@@ -146,6 +147,10 @@ class CorpusFileError(SessileError):
 
 class BuildCancelled(SessileError):
     """Whoever asked for the index of a corpus took the wish back; nothing was built."""
+
+
+class OutOfMemory(SessileError):
+    """The device has too little memory for a step. It may be run again: nothing that it left would be noticed."""
 
 
 class StartupError(SessileError):

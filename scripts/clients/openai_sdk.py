@@ -214,6 +214,28 @@ def check_response_tools(client: openai.OpenAI, checks: Checks) -> None:
             checks.that(error.param == param, "what nobody called, and another's tool, is refused by name", param)
 
 
+def check_response_forms(client: openai.OpenAI, checks: Checks) -> None:
+    """Output in a form that is asked for, a choice among tools, and items named instead of sent again."""
+    asked: dict[str, Any] = {**RESPONSE, "max_output_tokens": 200}
+    parsed = client.responses.parse(**asked, input="How is the weather in Rome?", text_format=Forecast)
+    checks.that(isinstance(parsed.output_parsed, Forecast), "parse() of a response gives the model's class",
+                parsed.output_text)  # fmt: skip
+    wanted, other = ({**openai.pydantic_function_tool(Forecast, name=name)["function"], "type": "function"}
+                     for name in ("forecast", "record"))  # fmt: skip
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "forecast"}]}
+    made: Any = client.responses.create(
+        **asked, input="How is the weather?", tools=[other, wanted], tool_choice=allowed, parallel_tool_calls=False,
+    )  # fmt: skip
+    call = made.output[-1]
+    checks.that(call.name == "forecast", "of two tools the one that is allowed is called", call.name)
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    items: list[Any] = [{"role": "user", "content": "How is the weather?"}]
+    told: dict[str, Any] = {**RESPONSE, "tools": [other, wanted], "store": False}
+    sent = client.responses.create(**told, input=[*items, call, output])
+    named = client.responses.create(**told, input=[*items, {"type": "item_reference", "id": call.id}, output])
+    checks.that(named.output_text == sent.output_text, "an item that is named is the item that was said")
+
+
 def check_conversations(client: openai.OpenAI, checks: Checks) -> None:
     """A conversation and its items."""
     conversation = client.conversations.create(metadata={"topic": "greetings"})
@@ -261,7 +283,7 @@ def main() -> int:
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         for check in (
             check_models_and_errors, check_completions, check_chat, check_tools, check_responses, check_response_tools,
-            check_conversations,
+            check_response_forms, check_conversations,
         ):  # fmt: skip
             check(client, checks)
     asyncio.run(check_concurrent(url, checks))

@@ -512,6 +512,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     quarantined_pages_total: int = 0
     step_wall_s_total: float = 0.0
     plan_wall_s_total: float = 0.0
+    memory_shortages_total: int = 0
+    """How often the device ran out of memory in a step, and ran it in smaller ones."""
 
 
 class Outcome(msgspec.Struct, frozen=True, tag=True):

@@ -74,8 +74,8 @@ class StepPlan:
       tokens [sum query_counts]
       score_queries, score_targets, score_tops [s]
                                log-probability of score_target given the query at flat index score_query (into
-                               `tokens`), with the score_top most likely beside it: prompt logprobs. Raw model
-                               distribution, no temperature or penalty
+                               `tokens`), with the score_top most likely beside it: prompt logprobs, in the order of
+                               their queries. Raw model distribution, no temperature or penalty
       mask_queries [k]         flat indices (into `tokens`) of queries after which a token is sampled, each once at
                                most: there only the tokens of a mask may be chosen
       mask_words [k, ceil(vocabulary / 32)] flat
@@ -136,6 +136,7 @@ class StepResult:
     top_ids, top_logprobs
                        for each of those tokens, logprob_tops entries, most likely first
     score_logprobs [s] f32; score_top_ids, score_top_logprobs: for each score, score_tops entries
+    shortages          how often memory ran out on the way here: the device then ran the step in smaller ones
     """
 
     step: int
@@ -150,6 +151,7 @@ class StepResult:
     score_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
     score_top_ids: Ints = field(default_factory=lambda: NO_INTS)
     score_top_logprobs: Floats = field(default_factory=lambda: NO_FLOATS)
+    shortages: int = 0
 
 
 PLAN_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")

@@ -5,6 +5,7 @@ import torch
 from sessile.contract.plan import StepPlan
 from sessile.device.gpu_runner import GpuRunner
 from sessile.device.pending import GpuTicket
+from sessile.device.shortage import ShrinkingRunner
 from sessile.device.worker import DeviceFacts
 from sessile.errors import NotReady
 
@@ -12,12 +13,14 @@ from sessile.errors import NotReady
 class GpuDevice:
     """Runs steps in the order of their launch. Owns the runner, its pool and the model's weights until `close`.
 
-    After a step that raised, the state of the device is unknown: that ticket and all later ones raise.
+    A step that memory is too short for is run in smaller ones (`shortage.py`). After a step that raised, the state of
+    the device is unknown: that ticket and all later ones raise.
     """
 
     def __init__(self, runner: GpuRunner, facts: DeviceFacts) -> None:
         self.facts = facts
         self._runner: GpuRunner | None = runner
+        self._steps: ShrinkingRunner | None = ShrinkingRunner(runner)
         self._broken: BaseException | None = None
 
     @property
@@ -27,11 +30,11 @@ class GpuDevice:
 
     def launch(self, plan: StepPlan) -> GpuTicket:
         """Queue a step; its arrays must not change until its result is taken. Raises NotReady after `close`."""
-        if self._runner is None:
+        if self._steps is None:
             raise NotReady("the device is closed")
         if self._broken is None:
             try:
-                return GpuTicket(self._runner.start(plan))
+                return GpuTicket(self._steps.start(plan))
             except BaseException as error:
                 self._broken = error
         return GpuTicket(None, self._broken)
@@ -40,7 +43,7 @@ class GpuDevice:
         """Finish what was launched and give the memory back. May be called again."""
         if self._runner is None:
             return
-        self._runner = None
+        self._runner = self._steps = None
         if self.facts.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from sessile.device.gpu_timing import GpuStepTimes, blank_plan, time_gpu_steps, 
 from sessile.device.kv_pool import KvPool, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts
-from sessile.errors import StartupError
+from sessile.errors import OutOfMemory, StartupError
 from sessile.kernels.flash_attention3 import FlashAttention3, available_flash_attention3, unsuited
 from sessile.kernels.triton_launch import compiled_together
 from sessile.kernels.triton_weight import GROUP
@@ -70,7 +70,7 @@ def open_gpu(
         warm_up(runner, rows_max, context, drafts_max)
         progress("compiling kernels", 1.0)
         times = time_gpu_steps(runner, rows_max, drafts_max) if drafts_max else GpuStepTimes()
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, OutOfMemory) as error:
         raise StartupError(
             "too little memory on the GPU: it ran out while starting. Free some, or lower --kv-memory or "
             "--context-tokens, or use a smaller model."

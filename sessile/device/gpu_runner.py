@@ -4,6 +4,7 @@ Everything is queued on one stream in the order of the plans. A step of a common
 the device opens. Other sizes run eagerly the first time and are captured the second.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -18,14 +19,18 @@ from sessile.device.inputs import SamplePositions, check_plan, sample_positions
 from sessile.device.kv_pool import KvPool
 from sessile.device.page_table import check_runs
 from sessile.device.pending import PendingLogprobs, PendingStep
-from sessile.device.row_parameters import RowParameters
+from sessile.device.row_parameters import RowParameters, TokenCounter
 from sessile.device.sampler import Sampler
+from sessile.device.shortage import is_out_of_memory, reason_of
 from sessile.device.staging import Crossing, Exchange, to_device
+from sessile.errors import OutOfMemory
 from sessile.kernels.flash_attention3 import FlashAttention3
 from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out
 from sessile.kernels.triton_sampling import Chosen, choose_tokens, settle_rows
 from sessile.model.fused_gpu import BlockKinds, FusedDecoder, GpuCache
 from sessile.model.layers import Decoder
+
+log = logging.getLogger("sessile.device")
 
 _UPLOAD_WORDS = 1 << 20
 _NOTHING_OTHERWISE: dict[str, Any] = {
@@ -66,6 +71,8 @@ class GpuRunner:
     ) -> None:
         device = pool.keys.device
         self.graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self.shortages = 0
+        """How often memory ran out, in a step or where one was to be captured."""
         self._device = device
         self._pool = pool
         self._rows_max = rows_max
@@ -73,6 +80,8 @@ class GpuRunner:
         self._vocab_size = decoder.config.vocab_size
         self.captures = captures and device.type == "cuda"
         self._seen_buckets: dict[Bucket, bool] = {}
+        self._has_settled = False
+        """Whether the step that is being queued has changed what it reads itself: last tokens, and counts of tokens."""
         self._graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._state = RowState.empty(rows_max, row_pages, device)
         cache = GpuCache(pool.keys, pool.values, self._state.table, pool.page_size)
@@ -84,7 +93,28 @@ class GpuRunner:
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> PendingStep:
-        """Queue a plan's changes of state, its rows and its sampling."""
+        """Queue a plan's changes of state, its rows and its sampling.
+
+        Raises OutOfMemory where the same plan may be started again, whole or in parts, once there is memory for it.
+        """
+        self._has_settled = False
+        try:
+            return self._start(plan)
+        except Exception as error:
+            # Until rows are settled, whatever a plan does can be done again, and in parts: rows get the same occupants,
+            # the page table the same runs, and copies the same KV, as a step writes nothing that it copies. What it
+            # wrote of K and V is written over, and read by nobody before that.
+            if self._has_settled or not is_out_of_memory(error):
+                raise
+            reason = reason_of(error)
+        # Only now: the frames of the exception held what the step had taken.
+        self._note_shortage()
+        raise OutOfMemory(
+            f"Too little memory for a step of {plan.tokens.size} tokens on {plan.rows.size} rows: {reason}. "
+            "Lower --kv-memory or --chunk-tokens."
+        )
+
+    def _start(self, plan: StepPlan) -> PendingStep:
         check_plan(plan, self._rows_max, self._vocab_size, self._row_pages * self._pool.page_size)
         check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
         self._parameters.apply(plan)
@@ -100,10 +130,10 @@ class GpuRunner:
         has_extras = plan.score_queries.size or plan.mask_queries.size or np.count_nonzero(plan.logprob_tops >= 0)
         if has_extras or (self._parameters.adjusted_rows and self._parameters.adjusted[plan.rows].any()):
             scores, logprobs = self._run_with_extras(plan, bucket)
-        elif not bucket.is_captured or not self.captures:
-            self._run(bucket)
-        else:
+        elif bucket.is_captured:
             self._run_captured(bucket)
+        else:
+            self._run(bucket)
         crossing.fetch(3 * self._rows_max + bucket.places)
         return PendingStep(plan, crossing, self._rows_max, logprobs, scores)
 
@@ -123,15 +153,37 @@ class GpuRunner:
             packed = encode_plan(plan)
         return self._exchange.send(packed)
 
+    def _note_shortage(self) -> None:
+        """Memory ran out: wait for all that was queued, and give back what PyTorch keeps but nobody uses."""
+        self.shortages += 1
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
     def _run_captured(self, bucket: Bucket) -> None:
+        """A step of a size that is kept as a graph, unless graphs are off or it is the first of its size."""
         graph = self.graphs.get(bucket)
-        if graph is None and bucket not in self._seen_buckets:
+        if graph is None and self.captures and bucket in self._seen_buckets:
+            graph = self._captured_if_it_fits(bucket)
+        if graph is None:
             self._seen_buckets[bucket] = True
             self._run(bucket)
             return
-        if graph is None:
-            graph = self._capture(bucket)
         graph.replay()
+        self._has_settled = True
+
+    def _captured_if_it_fits(self, bucket: Bucket) -> torch.cuda.CUDAGraph | None:
+        """A new graph; None if memory ran out. What a graph has taken stays taken, so none is tried after that."""
+        try:
+            return self._capture(bucket)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = reason_of(error)
+        self.captures = False
+        self._note_shortage()
+        log.warning("Too little memory to capture %s: %s. Sizes without a graph stay without", bucket, reason)
+        return None
 
     def bucket_of(self, plan: StepPlan) -> Bucket:
         """The size at which a step with this plan runs."""
@@ -153,9 +205,14 @@ class GpuRunner:
             self._capture(bucket)
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_pool):
-            self._run(bucket)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                self._run(bucket)
+        finally:
+            # A capture that fails at its very end leaves its own stream current.
+            torch.cuda.set_stream(stream)
+            self._has_settled = False  # Nothing has run.
         self.graphs[bucket] = graph
         return graph
 
@@ -193,12 +250,17 @@ class GpuRunner:
         flat_tokens = forward.layout.tokens.to(torch.int64)
         adjusted = self._sampler.adjust(plan, places, logits, flat_tokens)
         chosen = choose_tokens(adjusted, self._state, forward.layout)
+        logprobs = self._emitted_logprobs(plan, places, logits, chosen.tokens)
+        counters = self._counters(plan, places, chosen.tokens)
         self._settle(chosen, forward.layout)
-        self._count_emitted(plan, places, chosen.tokens)
-        return scores, self._emitted_logprobs(plan, places, logits, chosen.tokens)
+        for counter in counters:
+            counter.count()
+        return scores, logprobs
 
     def _settle(self, chosen: Chosen, layout: StepLayout) -> None:
+        """The point of no return: what follows takes no memory, lest a step be run again that has changed its input."""
         settle_rows(chosen, self._state, layout, self._results, self._rows_max)
+        self._has_settled = True
 
     def _nothing_chosen(self) -> Chosen:
         nothing = torch.empty(0, dtype=torch.int32, device=self._device)
@@ -226,14 +288,14 @@ class GpuRunner:
         index = to_device(wanted, self._device)
         return PendingLogprobs.of(logits[index], tokens[index].to(torch.int64), tops[wanted], wanted)
 
-    def _count_emitted(self, plan: StepPlan, places: SamplePositions, tokens: Tensor) -> None:
-        """Count what rows with a penalty emitted, without asking how much that was."""
+    def _counters(self, plan: StepPlan, places: SamplePositions, tokens: Tensor) -> list[TokenCounter]:
+        """What will count the tokens that rows with a penalty emit, without asking how many these are."""
+        counters = []
         counts = np.diff(places.firsts, append=places.flat.size)
         for first, count in zip(places.firsts.tolist(), counts.tolist(), strict=True):
             plan_row = int(places.row_indices[first])
             row = int(plan.rows[plan_row])
             if row in self._parameters.seen:
-                own = tokens[first : first + count].to(torch.int64)
                 emitted = self._results[self._rows_max + plan_row]
-                weights = (torch.arange(count, device=self._device) < emitted).float()
-                self._parameters.seen[row].output.index_add_(0, own, weights)
+                counters.append(TokenCounter.of(tokens[first : first + count], emitted, self._parameters.seen[row]))
+        return counters

@@ -10,6 +10,7 @@ from torch import Tensor
 from sessile.contract.plan import SAMPLE, Floats, Ints, StepPlan, StepResult
 from sessile.device.inputs import sample_positions
 from sessile.device.logprobs import NO_LOGPROBS, Logprobs, joined
+from sessile.device.shortage import StartedStep
 from sessile.device.staging import Crossing, to_host
 from sessile.kernels.sampling import top_candidates
 
@@ -97,7 +98,7 @@ class PendingStep:
 class GpuTicket:
     """The promise of one queued step; keeps the result, or the error, once it is there."""
 
-    def __init__(self, pending: PendingStep | None, error: BaseException | None = None) -> None:
+    def __init__(self, pending: StartedStep | None, error: BaseException | None = None) -> None:
         self._pending = pending
         self._error = error
         self._result: StepResult | None = None

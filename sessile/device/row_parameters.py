@@ -33,6 +33,35 @@ class SeenTokens:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class TokenCounter:
+    """Counts the first few of a row's tokens as its output, in memory that is taken beforehand.
+
+    tokens int64[n]; emitted int32: how many of them count, read when they are counted; the rest is room to compute in.
+    """
+
+    seen: SeenTokens
+    tokens: Tensor
+    emitted: Tensor
+    places: Tensor
+    is_emitted: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, emitted: Tensor, seen: SeenTokens) -> "TokenCounter":
+        """Take the memory. tokens: any integers, as they are now."""
+        places = torch.arange(tokens.numel(), dtype=torch.int32, device=tokens.device)
+        is_emitted = torch.empty_like(places, dtype=torch.bool)
+        weights = torch.empty_like(places, dtype=torch.float32)
+        return cls(seen, tokens.to(torch.int64), emitted, places, is_emitted, weights)
+
+    def count(self) -> None:
+        """Count them."""
+        torch.lt(self.places, self.emitted, out=self.is_emitted)
+        self.weights.copy_(self.is_emitted)
+        self.seen.output.index_add_(0, self.tokens, self.weights)
+
+
 class RowParameters:
     """Columns indexed by batch row; host columns are numpy, what the device reads each step is on the device.
 

@@ -217,6 +217,7 @@ class EngineLoop:
         self._machine.settle(result)
         self._settled_ns = done_ns
         self._times.step_ns_total += step_ns
+        self._times.shortages_total += result.shortages
         self._times.plan_ns_total += self._clock.now_ns() - done_ns
         if self._pace:
             self._machine.set_chunk_tokens(self._pace.observe(step.plan.tokens.size, step_ns / 1e6))

@@ -152,10 +152,13 @@ class FusedDecoder:
             first, second = (narrow, wide) if isinstance(wide, ListedRows) else (wide, narrow)
             here = torch.cuda.current_stream()
             self._beside.wait_stream(here)
-            attend(first)
-            with torch.cuda.stream(self._beside):
-                attend(second)
-            here.wait_stream(self._beside)
+            try:
+                attend(first)
+                with torch.cuda.stream(self._beside):
+                    attend(second)
+            finally:
+                # Also where memory ran out half-way: a capture cannot end, nor can memory be used again, before that.
+                here.wait_stream(self._beside)
             return out.flatten(1)
         for work in (wide, narrow):
             if work.pieces:

@@ -107,6 +107,10 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "quarantined_pages_total": (("sessile_quarantined_pages",), "Pages taken out of circulation after a violation."),
     "step_wall_s_total": (("sessile_step_seconds",), "Wall time of steps."),
     "plan_wall_s_total": (("sessile_plan_seconds",), "Wall time of planning."),
+    "memory_shortages_total": (
+        ("sessile_device_out_of_memory",),
+        "Times that the device ran out of memory in a step, and ran it in smaller ones.",
+    ),
 }
 
 

@@ -105,6 +105,8 @@ class ScriptedDevice:
     log: list[str]
     clock: ManualClock
     step_ns: int = 0
+    shortages: int = 0
+    """How often memory runs out in each step."""
 
     def launch(self, plan: StepPlan) -> "ScriptedTicket":
         self.log.append(f"launch {plan.step}")
@@ -122,4 +124,4 @@ class ScriptedTicket:
     def result(self) -> StepResult:
         self.device.clock.time_ns += self.device.step_ns
         none = np.empty(0, np.int32)
-        return StepResult(self.step, none, none, none, none, np.empty(0, bool))
+        return StepResult(self.step, none, none, none, none, np.empty(0, bool), shortages=self.device.shortages)

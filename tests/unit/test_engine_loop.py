@@ -156,6 +156,18 @@ def test_stats_carry_the_wall_time_of_steps() -> None:
     assert stats.step_wall_s_total == pytest.approx(0.006)  # type: ignore[union-attr]
 
 
+def test_stats_carry_how_often_the_device_ran_out_of_memory() -> None:
+    r = rig(steps_left=3)
+    r.device.shortages = 2
+    for _ in range(4):
+        r.loop.turn()
+    r.outbox.take()
+    r.inbox.put(GetStats(op=5))
+    r.loop.turn()
+    (batch,) = r.outbox.take()
+    assert batch.replies[0].value.memory_shortages_total == 6  # type: ignore[union-attr]
+
+
 def test_the_pace_lowers_the_budget_after_a_step_that_took_too_long() -> None:
     r = rig(steps_left=1, step_ns=1_000_000_000, pace=Pace(250, 512, CPU_CHUNK_TOKENS_MIN))
     for _ in range(2):
