@@ -39,7 +39,7 @@ NOT_INSTRUMENTED = ["sessile.draft.compiled", "sessile.draft.lookup", "sessile.d
 """Compiled by numba, which wants the byte code as Python makes it."""
 INPUT_BYTES_MAX = 16_384
 SEED_SHARE = 0.2
-"""Of the inputs: changed from a seed, though libFuzzer may have dropped it because another one reaches the same code."""
+"""Of the inputs: changed from a seed, which libFuzzer may have dropped because another one reaches the same code."""
 CALL_S_MAX = 2.0
 """Of one call, in CPU time of the process."""
 HANG_S = 120
