@@ -35,8 +35,11 @@ TARGETS = {
     "request": "requests:Requests",
 }  # fmt: skip
 """Name → module of scripts/fuzzing, and class there."""
-NOT_INSTRUMENTED = ["sessile.draft.compiled", "sessile.draft.lookup", "sessile.draft.suffixes", "sessile.kernels"]
-"""Compiled by numba, which wants the byte code as Python makes it."""
+NOT_INSTRUMENTED = [
+    "sessile.draft.compiled", "sessile.draft.lookup", "sessile.draft.suffixes", "sessile.kernels", "sessile.core",
+    "sessile.engine", "sessile.sim.toy",
+]  # fmt: skip
+"""What numba compiles, which wants the byte code as Python makes it; and what is behind the edge, and would be slow."""
 INPUT_BYTES_MAX = 16_384
 SEED_SHARE = 0.2
 """Of the inputs: changed from a seed, which libFuzzer may have dropped because another one reaches the same code."""
