@@ -103,7 +103,7 @@ class Wire(Target):
         try:
             values = msgspec.json.encode(msgspec.msgpack.decode(raw[1:]))
             return raw[:1] + msgspec.msgpack.encode(msgspec.json.decode(mutated_json(values, rng)))
-        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
+        except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError):
             return behind(1, mutated_bytes)(raw, rng)
 
 
