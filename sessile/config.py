@@ -54,7 +54,7 @@ class Config:
         """Inverse of `to_json`. Raises StartupError for anything else."""
         try:
             return msgspec.json.decode(text, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise StartupError(f"the configuration handed to the engine is not one: {error}") from error
 
 
@@ -91,7 +91,7 @@ class Setting:
         try:
             return self._checked(self.type(text), source)
         except ValueError:
-            raise StartupError(f"{self._expected()}; got {text!r} ({source})") from None
+            raise StartupError(f"{self._expected()}; got {text!r:.100} ({source})") from None
 
     def accept(self, value: object, source: str) -> Any:
         """The value that a YAML file gives. Raises StartupError naming the source."""
@@ -104,7 +104,7 @@ class Setting:
         if value is None and self.optional:
             return None
         if type(value) is not self.type:
-            raise StartupError(f"{self._expected()}; got {value!r} ({source})")
+            raise StartupError(f"{self._expected()}; got {value!r:.100} ({source})")
         return self._checked(value, source)
 
     def _checked(self, value: Any, source: str) -> Any:
@@ -192,7 +192,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if variable in (CONFIG_FILE_VARIABLE, API_KEY_VARIABLE):
             continue
         if variable not in known:
-            raise StartupError(f"unknown environment variable {variable}{nearest(variable, known)}")
+            raise StartupError(f"unknown environment variable {variable:.100}{nearest(variable, known)}")
         setting = known[variable]
         if setting.name in values:
             raise StartupError(f"environment variable {variable} sets {setting.name}, which another one sets too")
@@ -207,7 +207,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         setting = known.get(key.replace("-", "_"))
         if setting is None:
             flags = [flag for s in settings() for flag in s.flags]
-            raise StartupError(f"unknown setting {key!r}{nearest(key.replace('_', '-'), flags)} (file {path})")
+            raise StartupError(f"unknown setting {key!r:.100}{nearest(key.replace('_', '-'), flags)} (file {path})")
         if setting.name in values:
             raise StartupError(f"--{setting.flags[0]} is set twice (file {path})")
         values[setting.name] = setting.accept(value, f"file {path}")

@@ -56,7 +56,7 @@ class KeyFile:
 def draw_key(tenant: str, role: str) -> tuple[str, str]:
     """A new key, and the entry of the keys file that makes it valid. Raises StartupError for an impossible name."""
     if not TENANT_NAME.fullmatch(tenant):
-        raise StartupError(f"--tenant {tenant!r}: {NAME_RULE}")
+        raise StartupError(f"--tenant {tenant!r:.100}: {NAME_RULE}")
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     return key, f"  - sha256: {digest_of(key).hex()}\n    tenant: {tenant}\n    role: {role}\n"
 
@@ -95,7 +95,7 @@ class _Reader:
         tenants, corpus_limits = {}, {}
         for name, policy in self._mapping(node, "tenants").items():
             if not TENANT_NAME.fullmatch(name):
-                self._refuse(policy, f"tenant {name!r}: {NAME_RULE}")
+                self._refuse(policy, f"tenant {name!r:.100}: {NAME_RULE}")
             given = {} if self._is_null(policy) else self._mapping(policy, f"tenant {name}", KNOWN_FIELDS)
             values = {field: self._policy_value(name, field, each) for field, each in given.items()}
             tenants[name] = TenantPolicy(name, **{field: values[field] for field in POLICY_FIELDS if field in values})
@@ -111,14 +111,14 @@ class _Reader:
         text = self._text(node, what)
         if field in SWITCHES:
             if text not in ("true", "false"):
-                self._refuse(node, f"{what} must be true or false, got {text!r}")
+                self._refuse(node, f"{what} must be true or false, got {text!r:.100}")
             return text == "true"
         if self._is_null(node) and field != "weight":
             return None
         least = 0 if field in CORPUS_FIELDS else 1
         most = WEIGHT_MAX if field == "weight" else LIMIT_MAX
         if not re.fullmatch(r"[0-9]{1,15}", text) or not least <= int(text) <= most:
-            self._refuse(node, f"{what} must be a whole number from {least} to {most}, got {text!r}")
+            self._refuse(node, f"{what} must be a whole number from {least} to {most}, got {text!r:.100}")
         return int(text)
 
     def _keys(self, node: yaml.Node, tenants: Mapping[str, TenantPolicy]) -> list[Key]:
@@ -145,10 +145,11 @@ class _Reader:
             self._refuse(given["sha256"], "sha256 must be 64 hexadecimal digits, the SHA-256 of the key")
         tenant = self._text(given["tenant"], "tenant")
         if tenant not in tenants:
-            self._refuse(given["tenant"], f"tenant {tenant!r} is not declared under tenants{nearest(tenant, tenants)}")
+            hint = nearest(tenant, tenants)
+            self._refuse(given["tenant"], f"tenant {tenant!r:.100} is not declared under tenants{hint}")
         role = self._text(given["role"], "role") if "role" in given else "user"
         if role not in ROLES:
-            self._refuse(given["role"], f"role must be {' or '.join(ROLES)}, got {role!r}")
+            self._refuse(given["role"], f"role must be {' or '.join(ROLES)}, got {role!r:.100}")
         return Key(bytes.fromhex(digest), Caller(tenant, is_admin=role == "admin"))
 
     # -- nodes ------------------------------------------------------------------------------------------------------
@@ -162,9 +163,9 @@ class _Reader:
             name = self._text(key, f"a name in {what}")
             field = name.replace("-", "_") if known else name
             if known and field not in known:
-                self._refuse(key, f"{what} has no field {name!r}{nearest(field, known)}")
+                self._refuse(key, f"{what} has no field {name!r:.100}{nearest(field, known)}")
             if field in found:
-                self._refuse(key, f"{name} is set twice")
+                self._refuse(key, f"{name:.100} is set twice")
             found[field] = value
         return found
 

@@ -48,9 +48,9 @@ def check_value(declared: "Field[Any]", value: Any) -> None:
     rules = declared.metadata
     flag = "--" + declared.name.replace("_", "-")
     if rules.get("choices") and value not in rules["choices"]:
-        raise ValueError(f"{flag} must be one of {', '.join(rules['choices'])}; got {value!r}")
+        raise ValueError(f"{flag} must be one of {', '.join(rules['choices'])}; got {value!r:.100}")
     low, high = rules.get("low"), rules.get("high")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value != value or (low is not None and value < low) or (high is not None and value > high):
             bounds = f"≥ {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{flag} must be {bounds} {rules.get('unit', '')}".rstrip() + f"; got {value!r}")
+            raise ValueError(f"{flag} must be {bounds} {rules.get('unit', '')}".rstrip() + f"; got {value!r:.100}")

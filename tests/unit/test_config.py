@@ -116,6 +116,17 @@ def test_what_the_library_makes_no_value_of_is_refused_in_one_line(yaml_file: Wr
     assert message.startswith(f"the configuration file {path} is not YAML: ") and "\n" not in message
 
 
+@pytest.mark.parametrize("text", ["rows-max: '{}'", "mixed-chunk: '{}'", "'{}': 1", "rows-max: [{}]"])
+def test_a_refusal_repeats_little_of_what_it_refuses(yaml_file: WriteFile, text: str) -> None:
+    path = yaml_file(text.format("x" * 10_000))
+    assert len(refusal({}, {}, path)) < 400 + len(str(path))
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_none() -> None:
+    with pytest.raises(StartupError, match="is not one"):
+        Config.from_json('{"model":' * 5000)
+
+
 def test_a_key_given_twice_in_the_file_is_refused(yaml_file: WriteFile) -> None:
     assert "--page-size is set twice" in refusal({}, {}, yaml_file("page-size: 1\npage_size: 2"))
 
