@@ -12,7 +12,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 from sessile.contract.messages import Grammar
 from sessile.contract.model import ModelFacts
 from sessile.errors import InvalidRequest
-from sessile.grammar.schema import DEPTH_MAX, FORCED_CHARS_MAX, checked_schema, least_length, place_of_fault
+from sessile.grammar.schema import (
+    DEPTH_MAX,
+    FORCED_CHARS_MAX,
+    QUANTIFIERS_MAX,
+    checked_schema,
+    least_length,
+    place_of_fault,
+    quantifiers_of,
+)
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -22,7 +30,8 @@ ANY_OBJECT = '{"type": "object"}'
 _FORCED_TEXTS_KEPT = 4096
 """Names of properties and the like, whose tokens are asked for again and again while masks are filled."""
 RULES_MAX = 400
-_RULE = re.compile(r"^\s*[?!]?[\w.-]+\s*(?:\[[^\]\n]*\]\s*)?(?:::=|:)", re.MULTILINE)
+LINES_MAX = 4096
+_RULE = re.compile(r"^[^\S\n]*[?!]?[\w.-]+\s*(?:\[[^\]\n]*\]\s*)?(?:::=|:)", re.MULTILINE)
 _BOUNDS = LLParserLimits(
     max_items_in_row=1_000,
     initial_lexer_fuel=1_000_000,
@@ -145,6 +154,7 @@ def _translated(grammar: Grammar, field: str) -> str:
         case "regex":
             if least_length(grammar.source) > FORCED_CHARS_MAX:
                 raise InvalidRequest(f"{field}: it asks for more than {FORCED_CHARS_MAX} characters", param=field)
+            _check_quantifiers(grammar.source, field)
             return LLMatcher.grammar_from_regex(grammar.source)
         case "ebnf" | "lark":
             _check_rules(grammar.source, field)
@@ -173,6 +183,9 @@ def _check_rules(source: str, field: str) -> None:
     """Bound what the translation from GBNF and the compilation of rules take the square of."""
     if len(_RULE.findall(source)) > RULES_MAX:
         raise InvalidRequest(f"{field}: more than {RULES_MAX} rules", param=field)
+    if source.count("\n") > LINES_MAX:
+        raise InvalidRequest(f"{field}: more than {LINES_MAX} lines", param=field)
+    _check_quantifiers(source, field)
     if least_length(source) > SOURCE_BYTES_MAX:
         raise InvalidRequest(f"{field}: counts ask for more than {SOURCE_BYTES_MAX} characters", param=field)
     depth = 0
@@ -180,6 +193,11 @@ def _check_rules(source: str, field: str) -> None:
         depth += (character in "([{") - (character in ")]}")
         if depth > DEPTH_MAX:
             raise InvalidRequest(f"{field}: brackets nested more than {DEPTH_MAX} deep", param=field)
+
+
+def _check_quantifiers(source: str, field: str) -> None:
+    if quantifiers_of(source) > QUANTIFIERS_MAX:
+        raise InvalidRequest(f"{field}: more than {QUANTIFIERS_MAX} of ?, * and {{", param=field)
 
 
 def _explained(grammar: Grammar, error: str) -> str:

@@ -3,6 +3,7 @@
 A keyword that would be ignored is refused instead: an output that passes for valid and is not is worse than none.
 """
 
+import itertools
 import json
 import re
 import time
@@ -18,8 +19,12 @@ NODES_MAX = 50_000
 """Most values in a schema, nested ones included."""
 FORCED_CHARS_MAX = 4096
 """Longest text that leaves no choice: as long as it lasts, each mask takes a microsecond for each character left."""
+QUANTIFIERS_MAX = 8192
+"""Most of ?, * and { in a grammar, or in all patterns of a schema: compiling takes the square of them, a second."""
 REMAINDERS_MAX = 10_000
 """Most states that all `multipleOf` of a schema take together: five milliseconds a thousand."""
+_NAME_CHARS_SHOWN = 40
+"""Of each name in a place: it is the client's, and there may be 64 of them."""
 _LOOKS_MAX = 64
 _LOOKING_S_MAX = 0.2
 """Subschemas that are tried to find the place of a fault, and how long; beyond, the place is what is known by then."""
@@ -41,8 +46,12 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 _SINGLES = ("items", "additionalItems", "additionalProperties")
 
-_PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?P<least>\d{1,9})(?:,\d*)?\}|.", re.DOTALL)
-"""Of a regular expression: an escape, a class of characters, a count, or a single character."""
+_CLOSED = re.compile(r"(?:\\.|\[(?:\\.|[^\]\\])*+\]|[^\[\\])*+", re.DOTALL)
+"""Of a regular expression, all up to a class that does not end, which is looked for once and not at every bracket."""
+_PARTS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*+\]|\{(?P<least>\d{1,9})(?:,\d*)?\}|.", re.DOTALL)
+"""An escape, a class of characters, a count, or a single character."""
+_OPEN_PARTS = re.compile(r"\\.|\{(?P<least>\d{1,9})(?:,\d*)?\}|.", re.DOTALL)
+"""The same behind there."""
 
 Place = tuple[str, Any]
 """A JSON pointer as a fragment, "#/properties/name", and the schema there."""
@@ -60,11 +69,14 @@ def checked_schema(source: str, field: str) -> Any:
         raise InvalidRequest(f"{field}: {what}", param=field) from None
     _check_size(schema, field)
     _check_letters(schema, field)
-    remainders = 0
+    remainders = quantifiers = 0
     for place, part in walk(schema):
         if isinstance(part, dict):
             _check_keywords(place, part, field)
             _check_texts(place, part, field)
+            quantifiers += sum(map(quantifiers_of, _patterns_of(part)))
+            if quantifiers > QUANTIFIERS_MAX:
+                raise InvalidRequest(f"{field}: patterns with more than {QUANTIFIERS_MAX} of ?, * and {{", param=field)
             remainders += _remainders_of(part.get("multipleOf"))
             if remainders > REMAINDERS_MAX:
                 limit = f"multipleOf may have {REMAINDERS_MAX} as its digits, in all of the schema together"
@@ -156,10 +168,23 @@ def _check_texts(place: str, schema: dict[str, Any], field: str) -> None:
         raise InvalidRequest(f"{field}: at {place}: {limit}", param=field)
 
 
+def quantifiers_of(text: str) -> int:
+    """How many there may be, escaped ones included."""
+    return sum(map(text.count, "?*{"))
+
+
+def _patterns_of(schema: dict[str, Any]) -> list[str]:
+    named = schema.get("patternProperties")
+    patterns = [schema.get("pattern"), *(named if isinstance(named, dict) else ())]
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
+
+
 def least_length(pattern: str) -> int:
     """Characters that a regular expression asks for at least, about: an upper bound, as escapes count in full."""
     groups = [[0, 0, 0]]  # The longest alternative so far, the length of this one, and that of its last part.
-    for part in _PARTS.finditer(pattern):
+    found = _CLOSED.match(pattern)
+    end = found.end() if found else 0
+    for part in itertools.chain(_PARTS.finditer(pattern, 0, end), _OPEN_PARTS.finditer(pattern, end)):
         text, (longest, length, last) = part[0], groups[-1]
         if text == "(":
             groups.append([0, 0, 0])
@@ -190,6 +215,7 @@ def _remainders_of(value: Any) -> int:
 
 
 def _escaped(name: str) -> str:
+    name = name if len(name) <= _NAME_CHARS_SHOWN else name[: _NAME_CHARS_SHOWN - 1] + "…"
     return name.replace("~", "~0").replace("/", "~1")
 
 

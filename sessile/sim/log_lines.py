@@ -148,8 +148,8 @@ def read_log(path: Path) -> list[AnyLine]:
         try:
             lines.append(decoder.decode(text))
         except msgspec.ValidationError as error:
-            raise StartupError(f"{path} is no request log: line {number}: {error}") from error
-        except ValueError:
+            raise StartupError(f"{path} is no request log: line {number}: {error!s:.200}") from error
+        except (ValueError, RecursionError):
             continue
     if not any(isinstance(line, EngineLine) for line in lines):
         raise StartupError(f"{path} is no request log: no line says what the engine was")

@@ -165,6 +165,15 @@ def test_what_is_wrong_is_said_with_its_place_and_field(
     assert refusal.value.param == "the_field" and "\n" not in refusal.value.message
 
 
+def test_a_refusal_repeats_little_of_long_names(compiler: GrammarCompiler) -> None:
+    schema: Any = {"foo": 1}
+    for _ in range(20):
+        schema = {"properties": {"x" * 3000: schema}}
+    with pytest.raises(InvalidRequest, match="x…/properties/xx") as refusal:
+        compiler.compile(Grammar("json_schema", json.dumps(schema)))
+    assert len(refusal.value.message) < 2000
+
+
 def nested(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "null"}
     for _ in range(depth):
@@ -206,6 +215,15 @@ BOMBS: dict[str, tuple[str, Any]] = {
     "counted rules": ("lark", 'start: (("a"{1,100}){1,100}){1,100}'),
     "left recursion": ("lark", 'start: start start | start start start | "a"'),
     "too long": ("regex", "a" * 131_073),
+    "classes that do not end": ("regex", "[" * 131_072),
+    "a schema's classes that do not end": ("json_schema", {"pattern": "[a" * 65_000}),
+    "classes that do not end in EBNF": ("ebnf", 'root ::= "a"\n' + "[" * 131_000),
+    "65,536 optional letters": ("regex", "a?" * 65_536),
+    "65,000 optional letters in Lark": ("lark", "start: /" + "a?" * 65_000 + "/"),
+    "65,000 optional letters in a schema": ("json_schema", {"patternProperties": {"a?" * 65_000: {}}}),
+    "blank lines in EBNF": ("ebnf", 'root ::= "a"' + "\n" * 131_000),
+    "4,096 lines in EBNF": ("ebnf", 'root ::= "a"' + "\n" * 4096),
+    "lines of blanks in Lark": ("lark", 'start: "a"' + " \n" * 65_000),
 }
 
 
