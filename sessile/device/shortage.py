@@ -69,7 +69,8 @@ class ShrinkingRunner:
     def start(self, plan: StepPlan) -> StartedStep:
         """Queue a step. Raises what the runner does, OutOfMemory if a part does not fit that cannot be made smaller."""
         before = self._runner.shortages
-        waiting, parts = [plan], list[Pending]()
+        waiting: list[StepPlan] = [plan]
+        parts: list[Pending] = []
         while waiting:
             part = waiting.pop()
             halves = halves_of(part) if part.tokens.size > self.tokens_max else None
