@@ -107,12 +107,15 @@ class Server:
         self.process.wait(WAIT_S_MAX)
         self.process = self._start()
 
-    def stop(self) -> None:
-        """End it for good."""
-        with contextlib.suppress(ProcessLookupError):
+    def stop(self) -> bool:
+        """End it for good; whether its engines have ended with it."""
+        engines: list[psutil.Process] = []
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            engines = psutil.Process(self.process.pid).children()
             self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
+        return not psutil.wait_procs(engines, WAIT_S_MAX)[1]
 
     async def wait_ready(self, http: httpx.AsyncClient) -> float:
         """Until it takes requests; how long that took. Raises TimeoutError."""
@@ -314,7 +317,7 @@ async def torment(name: str, times: int, port: int, faketime: Path) -> Findings:
         except (TimeoutError, OSError) as error:
             findings.failures.append(f"{type(error).__name__}: {error}")
         finally:
-            server.stop()
+            findings.expect(server.stop(), "an engine outlived its server")
         if findings.failures and log.is_file():
             print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
     return findings

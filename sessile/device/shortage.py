@@ -42,14 +42,17 @@ class Runner(Protocol):
 
 
 class StartedStep:
-    """A step that was queued, whole or in parts. shortages: how often memory ran out meanwhile."""
+    """A step that was queued, whole or in parts: the last one, and the results of those before it.
 
-    def __init__(self, plan: StepPlan, parts: list[Pending], shortages: int) -> None:
-        self._plan, self._parts, self._shortages = plan, parts, shortages
+    shortages: how often memory ran out meanwhile.
+    """
+
+    def __init__(self, plan: StepPlan, results: list[StepResult], last: Pending, shortages: int) -> None:
+        self._plan, self._results, self._last, self._shortages = plan, results, last, shortages
 
     def wait(self) -> StepResult:
         """Wait for the device and return the result, once. Raises what the device raised."""
-        result = joined(self._plan, [part.wait() for part in self._parts])
+        result = joined(self._plan, [*self._results, self._last.wait()])
         result.shortages += self._shortages
         return result
 
@@ -67,24 +70,35 @@ class ShrinkingRunner:
         self._has_warned = False
 
     def start(self, plan: StepPlan) -> StartedStep:
-        """Queue a step. Raises what the runner does, OutOfMemory if a part does not fit that cannot be made smaller."""
+        """Queue a step. Raises what the runner does, OutOfMemory if a part does not fit that cannot be made smaller.
+
+        Of parts at most two are queued at a time, and waited for here: each takes memory of its own on the host, and a
+        step may need a thousand of them.
+        """
         before = self._runner.shortages
-        waiting, parts = [plan], list[Pending]()
+        waiting: list[StepPlan] = [plan]
+        results: list[StepResult] = []
+        last: Pending | None = None
         while waiting:
             part = waiting.pop()
             halves = halves_of(part) if part.tokens.size > self.tokens_max else None
             if halves is None:
                 try:
-                    parts.append(self._runner.start(part))
-                    self._grow()
-                    continue
+                    started = self._runner.start(part)
                 except OutOfMemory as error:
                     halves = halves_of(part)
                     if halves is None:
                         raise
                     self._shrink(part.tokens.size, error)
+                else:
+                    self._grow()
+                    if last is not None:
+                        results.append(last.wait())
+                    last = started
+                    continue
             waiting += reversed(halves)
-        return StartedStep(plan, parts, self._runner.shortages - before)
+        assert last is not None, "a step has at least one part"
+        return StartedStep(plan, results, last, self._runner.shortages - before)
 
     def _shrink(self, tokens: int, error: OutOfMemory) -> None:
         """Try no step of so many tokens for some time, and say so the first time."""

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
 import zmq
@@ -48,13 +49,18 @@ class Server:
         threading.Thread(target=self._read, name="server-watch", daemon=True).start()
 
     def _read(self) -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            if self.tell_events is not None:
-                self.tell_events()
-        log.error("the server is gone; so is this engine")
-        for handler in logging.getLogger().handlers:
-            handler.flush()
-        os._exit(EXIT_ORPHANED)
+        try:
+            while os.read(sys.stdin.fileno(), 4096):
+                if self.tell_events is not None:
+                    self.tell_events()
+            log.error("the server is gone; so is this engine")
+            for handler in logging.getLogger().handlers:
+                handler.flush()
+        except Exception:
+            traceback.print_exc()  # by the log it could fail again
+        finally:
+            # Whatever happens to the log: nobody else would end an engine without a server.
+            os._exit(EXIT_ORPHANED)
 
 
 def run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Server | None = None) -> int:

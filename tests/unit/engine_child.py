@@ -1,9 +1,10 @@
 """An engine process with a scripted machine and device: `python -m tests.unit.engine_child ADDRESS MODE`.
 
 MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step, "hangs"
-one that never ends it, "refuses" cannot start.
+one that never ends it, "refuses" cannot start, "mute" has nothing to do and a log that fails.
 """
 
+import logging
 import signal
 import sys
 import time
@@ -54,6 +55,11 @@ class HangingDevice(ScriptedDevice):
             time.sleep(0.01)
 
 
+class FailingHandler(logging.Handler):
+    def flush(self) -> None:
+        raise OSError(22, "Invalid argument")
+
+
 class ScriptedEngine:
     """What `run_engine` needs of an engine."""
 
@@ -76,6 +82,8 @@ class ScriptedEngine:
 
 def main(address: str, mode: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if mode == "mute":
+        logging.getLogger().addHandler(FailingHandler())
     server = Server()
     server.watch()
 

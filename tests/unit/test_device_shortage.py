@@ -69,6 +69,27 @@ def test_a_step_that_does_not_fit_is_halved_until_it_does() -> None:
     assert (result.query_counts.tolist(), result.shortages) == ([100], 2)
 
 
+def test_two_parts_of_a_step_are_queued_at_a_time_however_many_there_are() -> None:
+    class Counting(ShortRunner):
+        queued = most = 0
+
+        def start(self, plan: StepPlan) -> Any:
+            ready = super().start(plan)
+            self.queued += 1
+            self.most = max(self.most, self.queued)
+            return Counted(ready.outcome)
+
+    class Counted(Ready):
+        def wait(self) -> StepResult:
+            runner.queued -= 1
+            return self.outcome
+
+    runner = Counting(1)
+    result = ShrinkingRunner(runner).start(prompt_plan(300)).wait()
+    assert (runner.most, runner.queued) == (2, 0)
+    assert result.query_counts.tolist() == [300]
+
+
 def test_later_steps_of_that_size_are_not_tried_whole_and_smaller_ones_are() -> None:
     short = ShortRunner(50)
     runner = ShrinkingRunner(short)

@@ -99,7 +99,7 @@ def test_sigint_is_left_to_the_parent(start: Callable[[str], Child]) -> None:
     assert child.wait() == 0
 
 
-@pytest.mark.parametrize("mode", ["idle", "busy"])
+@pytest.mark.parametrize("mode", ["idle", "busy", "mute"])
 def test_the_engine_dies_when_its_standard_input_ends(start: Callable[[str], Child], mode: str) -> None:
     child = start(mode)
     child.receive()
