@@ -148,7 +148,8 @@ def test_what_another_engine_restored_goes_on_without_kv_and_the_rest_is_gone(tm
 
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = logged(tmp_path / "log", *conversation())
-    path.write_text(path.read_text() + '{"at_s": 9, "kind": "flush", "x": ' + "[" * 100_000 + '\n{"at_s": 9.1, "kind": "subm')
+    too_deep = '{"at_s": 9, "kind": "flush", "x": ' + "[" * 100_000
+    path.write_text(path.read_text() + too_deep + '\n{"at_s": 9.1, "kind": "subm')
     assert main(["replay", str(path)]) == 0
     assert "nothing found" in capsys.readouterr().out
 
