@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from sessile.contract.watching import STACKS_SIGNAL, TELL_EVENTS, stacks_file
 
 KILL_AFTER_S = 5.0
-STACKS_WAIT_S = 1.0
-"""How long an engine that stands still may take to write down where."""
+STACKS_WAIT_S, STACKS_WAIT_S_MAX = 1.0, 5.0
+"""How long an engine that stands still has to write down where, and its last events; longer if it has not begun to."""
+STACKS_LOOK_S = 0.1
 STACKS_CHARS_MAX = 64_000
 
 
@@ -80,6 +81,13 @@ class EngineProcess:
                 self._stdin.write(TELL_EVENTS)
                 self._stdin.flush()
             await asyncio.sleep(STACKS_WAIT_S)
+            for _ in range(int((STACKS_WAIT_S_MAX - STACKS_WAIT_S) / STACKS_LOOK_S)):
+                if self._written_stacks() or self._process.poll() is not None:
+                    break
+                await asyncio.sleep(STACKS_LOOK_S)
+        return self._written_stacks()
+
+    def _written_stacks(self) -> str:
         with contextlib.suppress(FileNotFoundError):  # it was not far enough to make it
             return stacks_file(self.address).read_text("utf-8", "replace")[-STACKS_CHARS_MAX:]
         return ""

@@ -131,8 +131,6 @@ PLACES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "for log-probabilities": (PendingLogprobs, "of", before),
     "for counts of tokens": (TokenCounter, "of", behind),
 }
-LAST_PLACE = "for counts of tokens"
-"""By then a step has done all that may be done again."""
 
 
 def asked() -> list[Run]:
@@ -171,9 +169,8 @@ def test_wherever_memory_runs_out_the_step_is_run_in_parts_and_says_the_same(
     assert (refusals.shortages, refusals.left) == (len(PLACES), [])
 
 
-@pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=() if place == LAST_PLACE else pytest.mark.long) for place in PLACES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("place", PLACES)
 def test_memory_may_run_out_at_one_place_in_every_step(
     place: str, device: Any, undisturbed: tuple[list[Any], list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
