@@ -51,7 +51,7 @@ test: $(DEVELOPMENT) ## run the tests, but those of test-long
 	@$(PYTHON_VENV) -m pytest $(or $(ARGS),-q tests/perf)
 	@$(if $(ARGS),,$(PYTHON_VENV) -m pytest --ignore=tests/perf -m "not long" $(TOGETHER))
 
-test-long: $(DEVELOPMENT) ## run the tests that compile something or go through many cases
+test-long: $(DEVELOPMENT) ## run the tests that compile something, go through many cases, or run every example
 	@$(PYTHON_VENV) -m pytest -m long $(TOGETHER) $(ARGS)
 
 check: $(DEVELOPMENT) ## lint, types, layers and tidy rules

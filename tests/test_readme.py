@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = {name: (ROOT / "docs" / name).read_text("utf-8") for name in ("SESSIONS.md", "SPECULATION.md")}
@@ -212,7 +214,6 @@ def test_the_corpus_of_the_guide_is_gone_at_its_end(address: str, speculation: l
     assert "count" not in {each["id"] for each in httpx.get(f"http://{address}/v1/corpora").json()["data"]}
 
 
-@pytest.mark.long
 def test_the_page_on_python_answers_a_file_of_requests_and_completes_commands(address: str, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "PYTHON.md").read_text("utf-8")
     script = "\n".join(re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL))

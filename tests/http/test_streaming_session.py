@@ -216,6 +216,7 @@ class TestRetract(Retracting):
     flags = ("--retract-every=4",)
 
 
+@pytest.mark.long
 class TestRetractMixedChunk(Retracting):
     flags = ("--retract-every=4", "--chunk-tokens=16")
 
@@ -243,6 +244,7 @@ class Speculating(Matrix):
         assert any(accepted for _, accepted in said)
 
 
+@pytest.mark.long
 class TestThriftySpeculation(Matrix):
     """As `--speculate on` is: drafts only where the step times say that they pay."""
 
@@ -257,10 +259,12 @@ class TestSpeculationRetract(Retracting, Speculating):
     flags = ("--speculate=on", "--retract-every=4")
 
 
+@pytest.mark.long
 class TestSpeculationMixedChunk(Speculating):
     flags = ("--speculate=on", "--chunk-tokens=16")
 
 
+@pytest.mark.long
 class TestSpeculationNoOverlap(Speculating):
     flags = ("--speculate=on", "--overlap=off")
 

@@ -102,7 +102,8 @@ def differences(device: Any, rounded: Rounded, prompt: list[int], chunk_tokens: 
 
 
 @pytest.mark.parametrize(
-    ("prompt_tokens", "chunk_tokens"), [(4, 1), (20, 20), (60, 60), pytest.param(150, 150, marks=pytest.mark.long)]
+    ("prompt_tokens", "chunk_tokens"),
+    [pytest.param(4, 1, marks=pytest.mark.long), (20, 20), (60, 60), pytest.param(150, 150, marks=pytest.mark.long)],
 )
 def test_log_probabilities_are_those_of_the_rounded_weights(
     device: Any, rounded: Rounded, prompt_tokens: int, chunk_tokens: int

@@ -18,6 +18,8 @@ from tests.kernels.layouts import DEVICE
 from tests.parity.driver import Driver, Run
 from tests.parity.tiny_models import MODELS, Tiny, make_tiny
 
+pytestmark = pytest.mark.long
+
 NEW_TOKENS = 3
 PROMPTS = [[5], [17, 9, 33, 8, 120, 64], [*range(30, 64)]]
 SMALL = Qwen3Config(
@@ -92,7 +94,6 @@ SAMPLED = {
 }
 
 
-@pytest.mark.long
 def test_rows_sample_as_on_the_cpu(device: Any, cpu: Any) -> None:
     ours, theirs = ([Run(PROMPTS[1], NEW_TOKENS, seed=2**63 + 5, **asked) for asked in SAMPLED.values()] for _ in "ab")
     Driver(device, chunk_tokens=64).run_all(ours)

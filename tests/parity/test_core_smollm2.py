@@ -19,6 +19,8 @@ from sessile.text.load import load_tokenizer
 from tests.parity.core_driver import Core, Twin, check_prompts, check_sessions
 from tests.parity.smollm2 import load_twin
 
+pytestmark = pytest.mark.long
+
 NEW_TOKENS, TOP = 64, 4
 TURN_TOKENS = (20, 1, 43)
 STORY = "The harbour had been quiet since the last ferry left, and the old keeper wrote one line a day in his book. "
