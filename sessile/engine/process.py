@@ -22,7 +22,7 @@ from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import SocketOutbox
 from sessile.errors import StartupError
 
-LINGER_MS = 1_000
+LINGER_MS = 3_000
 """How long a last message may take to leave before the process exits."""
 SIGTERM_DRAIN_S = 30.0
 

@@ -17,7 +17,7 @@ from sessile.server.engine_process import KILL_AFTER_S, EngineProcess, Launcher,
 from sessile.server.link import EngineLink
 from sessile.server.pulse import Pulse
 
-LAST_WORDS_S = 0.5
+LAST_WORDS_S = 2.0
 """How long after the engine's exit its last message, the reason, may take to be read."""
 PROGRESS_AFTER_S, PROGRESS_EVERY_S = 2.0, 10.0
 RESTARTS_WINDOW_S = 600.0
