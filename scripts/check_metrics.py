@@ -212,6 +212,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="how long it is scraped")
     parser.add_argument("--port", type=int, default=31700, help="for the server; Prometheus gets the next one")
     arguments = parser.parse_args()
+    for program in ("prometheus", "promtool"):
+        if not (arguments.prometheus / program).is_file():
+            parser.error(f"there is no {arguments.prometheus / program}: name the folder of both programs")
     os.environ["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         failures = check(arguments.prometheus.resolve(), arguments.port, arguments.seconds, Path(folder))

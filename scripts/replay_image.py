@@ -242,6 +242,10 @@ def main() -> int:
     parser.add_argument("--build-env", action="append", default=[], metavar="NAME=VALUE", help="for RUN alone")
     parser.add_argument("--only-run", action="store_true", help="run what an earlier call has built")
     arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        parser.error("only root may change roots")
+    if not (arguments.base / "bin" / "sh").exists():
+        parser.error(f"{arguments.base} is no root file system: it has no /bin/sh; debootstrap makes one")
     instructions = instructions_of(arguments.dockerfile.read_text("utf-8"))
     values = [dict(each.split("=", 1) for each in given) for given in (arguments.build_arg, arguments.build_env)]
     folder = arguments.folder.resolve()
