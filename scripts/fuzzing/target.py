@@ -1,6 +1,7 @@
 """What a target is, and what it means that one refuses."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ MESSAGE_CHARS_MAX = 4096
 """Of a refusal: it goes into a reply, or onto one line of a terminal."""
 
 
-class Target:
+class Target(ABC):
     """One reader or parser. folder: a place of its own for files, emptied by whoever made it.
 
     `run` returns where the input was taken or refused as documented; whatever it raises is a finding.
@@ -23,19 +24,19 @@ class Target:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @abstractmethod
     def seeds(self) -> list[bytes]:
         """Inputs that are taken."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, raw: bytes) -> None:
         """Take or refuse one input."""
-        raise NotImplementedError
 
     def mutated(self, raw: bytes, rng: Random) -> bytes:
         """Another input, made of one."""
         return mutated_bytes(raw, rng)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most have started nothing)
         """End what was started."""
 
 

@@ -83,6 +83,19 @@ def test_a_fork_without_a_free_page_recomputes_less_than_a_page() -> None:
     say(stage, 1, "g", [1])
 
 
+def test_a_fork_copies_as_well_while_the_copy_for_another_one_is_on_its_way() -> None:
+    stage = stage_with_turns(page_size=4, pages=64)
+    fork(stage, at_tokens=20)
+    stage.submit(1, QUESTION, session="f")
+    while not any(len(plan.copies) for plan in stage.plans):
+        stage.launch()
+    assert 1 not in stage.done
+    assert fork(stage, child="g", at_tokens=20).kv_tokens == 19
+    stage.run()
+    for key, session in ((2, "g"), (3, "s"), (4, "f")):
+        say(stage, key, session, [5])
+
+
 def test_a_fork_of_a_turn_ends_where_the_turn_ended() -> None:
     stage = stage_with_turns(3)
     assert fork(stage, at_turn=1).tokens == 14
