@@ -82,10 +82,9 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[tuple[bool, str]]) -> I
 
 def _encoded(tokenizer: Tokenizer, portion: Sequence[tuple[int, str]]) -> Iterator[tuple[int, Ints]]:
     texts = [text for _, text in portion]
-    encodings = tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
-    for (number, _), encoding in zip(portion, encodings, strict=True):
-        if encoding.ids:
-            yield number, np.array(encoding.ids, np.int32)
+    for (number, _), ids in zip(portion, tokenizer.encode_all(texts) if texts else [], strict=True):
+        if ids:
+            yield number, np.array(ids, np.int32)
 
 
 def cut(text: str) -> Iterator[str]:

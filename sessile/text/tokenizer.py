@@ -1,7 +1,8 @@
 """The one Tokenizer that server and clients use, whatever file it was built from (see from_gguf.py, from_folder.py)."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import tokenizers
 
 from sessile.contract.model import ModelFacts
 from sessile.errors import InvalidRequest
+from sessile.modelfile import shown
 from sessile.text.detokenise import TextStream
 from sessile.text.template import ChatTemplate, Message
 from sessile.text.tools import ToolSpec, spelled_out
@@ -38,14 +40,23 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text; special tokens written in it are taken as such. add_special_tokens: BOS and the like.
 
-        Raises InvalidRequest for text with half a surrogate pair, which no encoding has.
+        Raises InvalidRequest for text with half a surrogate pair, which no encoding has, and for text that a tokenizer
+        has no token for, not even one that stands for what is unknown.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"text is not valid Unicode: {error.reason}", param="text") from error
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _refusing_text():
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without BOS and the like, by several threads. Raises InvalidRequest as `encode` does;
+        the texts are valid Unicode.
+        """
+        with _refusing_text():
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD. For a growing output see `stream`."""
@@ -105,6 +116,15 @@ class Tokenizer:
         return self.vocabulary.facts(
             vocab_size=vocab_size, context_tokens=context_tokens, eos_ids=self.eos_ids, bos_id=self.bos_id
         )
+
+
+@contextlib.contextmanager
+def _refusing_text() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception
+        reason = f"the model's tokenizer cannot encode this text: {shown(str(error))}"
+        raise InvalidRequest(reason, param="text") from error
 
 
 def _cut_behind(prompt: str, said: str) -> str:

@@ -217,6 +217,21 @@ def test_half_a_surrogate_pair_is_refused(smollm2: Tokenizer) -> None:
     assert caught.value.param == "text"
 
 
+def test_text_that_not_even_an_unknown_token_stands_for_is_refused(tmp_path: Path) -> None:
+    save(trained("gpt2"), tmp_path)
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    source["model"] |= {"unk_token": "nobody " * 100, "merges": []}
+    del source["model"]["vocab"]["~"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    with pytest.raises(InvalidRequest, match="cannot encode this text: .*nobody") as caught:
+        tokenizer.encode("a~c")
+    assert caught.value.param == "text" and len(str(caught.value)) < 300
+    with pytest.raises(InvalidRequest, match="cannot encode this text"):
+        tokenizer.encode_all(["abc", "a~c"])
+
+
 def test_end_tokens_come_from_the_generation_config_and_the_tokenizer(tmp_path: Path) -> None:
     save(trained("gpt2"), tmp_path, eos_token="</s>")
     (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
