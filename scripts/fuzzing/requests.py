@@ -99,22 +99,8 @@ class Requests(Target):
         await self._link.wait_ready()
 
     def seeds(self) -> list[bytes]:
-        """All routes as they are described: with what they need, with each field more, and some bodies in full."""
-        found = [text_of("POST", path, body) for path, body in BODIES]
-        upload = b"POST /v1/corpora?id=docs&replace=true\ncontent-type: application/jsonl\n\n"
-        found.append(upload + b'"one"\n{"text": "two"}\n')
-        for path, methods in self._app.openapi()["paths"].items():
-            named = path.replace("{session}", SESSION).replace("{corpus}", CORPUS).replace("{model}", "toy")
-            named = named.replace("{", "").replace("}", "")
-            for method, described in methods.items():
-                asked = [each["name"] for each in described.get("parameters", ()) if each["in"] == "query"]
-                query = "&".join(f"{name}=1" for name in asked)
-                schema = _body_schema(described)
-                bodies = [None] if schema is None else list(_bodies_of(schema))
-                found += [text_of(method.upper(), named, body) for body in bodies]
-                if query:
-                    found.append(text_of(method.upper(), f"{named}?{query}", bodies[0]))
-        return found
+        """See `requests_of`."""
+        return requests_of(self._app.openapi())
 
     def run(self, raw: bytes) -> None:
         """Send it and read the whole answer."""
@@ -168,11 +154,8 @@ class Requests(Target):
         return told[0], b"".join(pieces)
 
     def mutated(self, raw: bytes, rng: Random) -> bytes:
-        """Mostly the body, as JSON; else the line, the headers, or anything."""
-        head, _, body = raw.partition(b"\n\n")
-        if rng.random() < 0.8:
-            return head + b"\n\n" + mutated_json(body, rng)
-        return mutated_bytes(head, rng) + b"\n\n" + body if rng.random() < 0.7 else mutated_bytes(raw, rng)
+        """See `mutated_request`."""
+        return mutated_request(raw, rng)
 
     def close(self) -> None:
         """End the engine, the builder and the loop."""
@@ -181,6 +164,33 @@ class Requests(Target):
         self._engine.stop()
         self._loop.close()
         self._place.cleanup()
+
+
+def requests_of(description: dict[str, Any]) -> list[bytes]:
+    """All routes as OpenAPI describes them: with what they need, with each field more, and some bodies in full."""
+    found = [text_of("POST", path, body) for path, body in BODIES]
+    upload = b"POST /v1/corpora?id=docs&replace=true\ncontent-type: application/jsonl\n\n"
+    found.append(upload + b'"one"\n{"text": "two"}\n')
+    for path, methods in description["paths"].items():
+        named = path.replace("{session}", SESSION).replace("{corpus}", CORPUS).replace("{model}", "toy")
+        named = named.replace("{", "").replace("}", "")
+        for method, described in methods.items():
+            asked = [each["name"] for each in described.get("parameters", ()) if each["in"] == "query"]
+            query = "&".join(f"{name}=1" for name in asked)
+            schema = _body_schema(described)
+            bodies = [None] if schema is None else list(_bodies_of(schema))
+            found += [text_of(method.upper(), named, body) for body in bodies]
+            if query:
+                found.append(text_of(method.upper(), f"{named}?{query}", bodies[0]))
+    return found
+
+
+def mutated_request(raw: bytes, rng: Random) -> bytes:
+    """Another request: mostly with another body, as JSON; else another line, other headers, or anything."""
+    head, _, body = raw.partition(b"\n\n")
+    if rng.random() < 0.8:
+        return head + b"\n\n" + mutated_json(body, rng)
+    return mutated_bytes(head, rng) + b"\n\n" + body if rng.random() < 0.7 else mutated_bytes(raw, rng)
 
 
 def text_of(method: str, path: str, body: Any) -> bytes:

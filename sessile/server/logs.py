@@ -92,7 +92,7 @@ def configure_logs(log_format: str, log_level: str) -> None:
     root.handlers[:] = [sink]
     root.setLevel(log_level.upper())
     # uvicorn's own lines about its start and its accesses would only repeat ours.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, root.level))
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:

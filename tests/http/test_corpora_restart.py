@@ -184,7 +184,7 @@ ELSEWHERE = json.dumps({"version": 1, "corpora": [{
 @pytest.mark.parametrize(
     ("text", "says"),
     [("{", "cannot be read"), ('{"version": 1}', "cannot be read"), ('{"version": 9, "corpora": []}', "another"),
-     ('"\udcff"', "cannot be read"), (ELSEWHERE, "none of ours")],
+     ('"\udcff"', "cannot be read"), ('{"a": ' * 5000, "cannot be read"), (ELSEWHERE, "none of ours")],
 )  # fmt: skip
 def test_a_damaged_catalogue_is_one_line_and_nothing_is_lost(kept: Path, text: str, says: str) -> None:
     catalogue = kept / ".sessile" / "catalogue.json"

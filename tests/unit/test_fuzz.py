@@ -1,10 +1,12 @@
 """What scripts/fuzz.py feeds: each target takes its seeds, and refuses some changes of them as documented."""
 
+import asyncio
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from scripts import fuzz_http
 from scripts.fuzz import TARGETS, Recorder, open_target
 from scripts.fuzzing.mutations import mutated_bytes, mutated_json
 from scripts.fuzzing.target import refusing
@@ -58,3 +60,33 @@ def test_the_same_seed_makes_the_same_change() -> None:
     for mutate in (mutated_bytes, mutated_json):
         changes = [mutate(raw, Random(seed)) for seed in range(50)]
         assert changes == [mutate(raw, Random(seed)) for seed in range(50)] and len(set(changes)) > 40
+
+
+@pytest.mark.long
+def test_a_live_server_is_sent_some_and_answers_all(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fuzz_http.main(["--requests", "1600"]) == 0
+    said = capfd.readouterr().out
+    assert "1600 requests in" in said and "0 findings" in said
+
+
+def test_what_a_live_server_must_not_do_is_a_finding(tmp_path: Path) -> None:
+    replies = {
+        b"/fails": b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n",
+        b"/cuts": b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf",
+        b"/hangs-up": b"",
+        b"/is-good": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi",
+    }
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(replies[(await reader.readline()).split()[1]])
+        writer.close()
+
+    async def send(path: bytes, findings: fuzz_http.Findings) -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await fuzz_http.send_one(port, b"GET " + path + b"\n\n", findings)
+
+    for path in replies:
+        findings = fuzz_http.Findings(tmp_path)
+        asyncio.run(send(path, findings))
+        assert len(findings.kept) == (path != b"/is-good"), path

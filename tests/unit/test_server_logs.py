@@ -11,7 +11,7 @@ import time
 import pytest
 
 from sessile import commands
-from sessile.server.logs import JsonLines, LineWriter, Sink, TextLines, request_id
+from sessile.server.logs import JsonLines, LineWriter, Sink, TextLines, configure_logs, request_id
 
 
 def record(message: str, **fields: object) -> logging.LogRecord:
@@ -115,3 +115,21 @@ def test_a_line_names_the_request_that_it_is_about() -> None:
     sink.flush()
     first, second = map(json.loads, disk.getvalue().splitlines())
     assert first["request_id"] == "r-7" and "request_id" not in second
+
+
+@pytest.mark.parametrize(
+    ("chosen", "other"), [("debug", logging.WARNING), ("info", logging.WARNING), ("error", logging.ERROR)]
+)
+def test_the_http_librarys_lines_are_bound_by_the_level_as_well(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, other: int
+) -> None:
+    root, library = logging.getLogger(), logging.getLogger("uvicorn")
+    levels, handlers = (root.level, library.level), root.handlers[:]
+    monkeypatch.setattr("sessile.server.logs.atexit.register", lambda act: None)
+    try:
+        configure_logs("text", chosen)
+        assert (root.level, library.level) == (getattr(logging, chosen.upper()), other)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        library.setLevel(levels[1])

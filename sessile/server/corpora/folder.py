@@ -90,7 +90,7 @@ class StateFolder:
             catalogue = msgspec.json.decode(path.read_bytes(), type=Catalogue)
         except FileNotFoundError:
             catalogue = Catalogue(version=CATALOGUE_VERSION, corpora=[])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StartupError(f"{path} cannot be read: {error}. Move it away to start without its corpora.") from error
         if catalogue.version != CATALOGUE_VERSION:
             raise StartupError(f"{path} was written by another version of Sessile; move it away to start without it")
