@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,20 +62,31 @@ shape decide otherwise, and no token twice soon."""
 
 @dataclass
 class Turns:
-    """What a run of the loop did: when it began and each turn ended (ns), its new tokens, and when each request began
-    to answer."""
+    """What a run of the loop did: when it began and each turn ended (ns), its new tokens, and all batches, with times.
+
+    What is drawn from batches is so after the run: while it runs, nobody waits for this, and it would be taken for work
+    of the engine's.
+    """
 
     begun_ns: int = 0
     ends_ns: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    first_ns: dict[int, int] = field(default_factory=dict)
     done: dict[int, Done] = field(default_factory=dict)
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[tuple[int, Batch]] = field(default_factory=list)
+
+    @cached_property
+    def first_ns(self) -> dict[int, int]:
+        """When each request began to answer."""
+        first_ns: dict[int, int] = {}
+        for sent_ns, batch in self.batches:
+            for key in memoryview(batch.delta_keys).cast("q"):
+                first_ns.setdefault(key, sent_ns)
+        return first_ns
 
     def outputs(self) -> dict[int, list[int]]:
-        """The tokens of each request, collected after the run: while it runs, nobody waits for this."""
+        """The tokens of each request."""
         outputs: dict[int, list[int]] = {}
-        for batch in self.batches:
+        for _, batch in self.batches:
             ends = np.cumsum(unpack_tokens(batch.delta_counts)).tolist()
             tokens = unpack_tokens(batch.delta_tokens).tolist()
             keys = memoryview(batch.delta_keys).cast("q").tolist()
@@ -161,9 +173,7 @@ class ShapeEngine:
             count = 0
             for batch in self._outbox.take():
                 count += len(batch.delta_tokens) // 4
-                turns.batches.append(batch)
-                for key in memoryview(batch.delta_keys).cast("q"):
-                    turns.first_ns.setdefault(key, now_ns)
+                turns.batches.append((now_ns, batch))
                 for done in batch.done:
                     ended = f"request {done.key} ended with {done.reason}: {done.message}"
                     assert done.reason in ("length", "stop"), ended

@@ -10,6 +10,7 @@ for penalties, and the last token it sampled.
 """
 
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from struct import Struct
 from typing import Any
 
@@ -156,6 +157,7 @@ class StepResult:
 
 PLAN_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
 """The arrays of a plan in the order in which `encode_plan` packs them."""
+_arrays_of = attrgetter(*PLAN_ARRAYS)
 PLAN_HEADER_WORDS = 2 + len(PLAN_ARRAYS)
 """Words before the first array: magic, step, and the length of each array."""
 _FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
@@ -172,7 +174,7 @@ _MAGIC = 0x5E551
 
 def encode_plan(plan: StepPlan) -> Ints:
     """Pack a plan into one int32 buffer: magic, step, the length of each array, then the arrays (f32 as bits)."""
-    arrays = [getattr(plan, name) for name in PLAN_ARRAYS]
+    arrays = _arrays_of(plan)
     lengths = [array.size for array in arrays]
     words = bytearray().join([_HEADER.pack(_MAGIC, plan.step, *lengths), *[array for array in arrays if array.size]])
     buffer = np.frombuffer(words, np.int32)

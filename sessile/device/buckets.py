@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
 
 from sessile.contract.plan import SAMPLE, StepPlan
 
@@ -37,8 +38,7 @@ def bucket_of(plan: StepPlan, narrow_row_tokens: int) -> Bucket:
     """The bucket that a plan with rows runs in."""
     tokens, rows = plan.tokens.size, plan.rows.size
     if tokens == rows <= CAPTURED_TOKENS_MAX:
-        size = round_up(rows, DECODE_SIZES)
-        return Bucket(size, size, size, True, False, True)
+        return decode_bucket(rows)
     samples = (plan.flags & SAMPLE) != 0
     places = int(plan.draft_counts[samples].sum() + samples.sum())
     if tokens > CAPTURED_TOKENS_MAX:
@@ -50,10 +50,17 @@ def bucket_of(plan: StepPlan, narrow_row_tokens: int) -> Bucket:
     return Bucket(token_bucket, row_bucket, place_bucket, True, True, True)
 
 
+@cache
+def decode_bucket(rows: int) -> Bucket:
+    """Of a step in which so many rows run one token each."""
+    size = round_up(rows, DECODE_SIZES)
+    return Bucket(size, size, size, True, False, True)
+
+
 def common_buckets(rows_max: int) -> list[Bucket]:
     """Sizes that are worth a graph before they are needed: every row samples, drafts aside."""
     decode_max, mixed_max = round_up(rows_max, DECODE_SIZES), round_up(rows_max, ROW_SIZES)
-    decodes = [Bucket(size, size, size, True, False, True) for size in DECODE_SIZES if size <= decode_max]
+    decodes = [decode_bucket(size) for size in DECODE_SIZES if size <= decode_max]
     mixed = [
         Bucket(tokens, rows, rows, True, True, True)
         for rows in ROW_SIZES

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sessile.contract.plan import NO_FLOATS, NO_INTS, Ints, StepPlan, encode_plan
 from sessile.device.buckets import Bucket, bucket_of
+from sessile.device.exchange import Crossing, Exchange
 from sessile.device.inputs import SamplePositions, check_plan, sample_positions
 from sessile.device.kv_pool import KvPool
 from sessile.device.page_table import check_runs
@@ -22,7 +23,7 @@ from sessile.device.pending import PendingLogprobs, PendingStep
 from sessile.device.row_parameters import RowParameters, TokenCounter
 from sessile.device.sampler import Sampler
 from sessile.device.shortage import is_out_of_memory, reason_of
-from sessile.device.staging import Crossing, Exchange, to_device
+from sessile.device.staging import to_device
 from sessile.errors import OutOfMemory
 from sessile.kernels.flash_attention3 import FlashAttention3
 from sessile.kernels.triton_plan import RowState, StepLayout, apply_state, lay_out
@@ -104,6 +105,7 @@ class GpuRunner:
             # Until rows are settled, whatever a plan does can be done again, and in parts: rows get the same occupants,
             # the page table the same runs, and copies the same KV, as a step writes nothing that it copies. What it
             # wrote of K and V is written over, and read by nobody before that.
+            self._exchange.lose_track()
             if self._has_settled or not is_out_of_memory(error):
                 raise
             reason = reason_of(error)
@@ -121,24 +123,25 @@ class GpuRunner:
         crossing = self._send(plan)
         self._pool.copy(plan.copies)
         if not plan.rows.size:
+            self._exchange.fetch()
             apply_state(self._exchange.target, self._state)
-            crossing.fetch(0)
+            crossing.close(0)
             return PendingStep(plan, crossing, self._rows_max)
         bucket = self.bucket_of(plan)
         scores: list[PendingLogprobs] = []
         logprobs = None
-        has_extras = plan.score_queries.size or plan.mask_queries.size or np.count_nonzero(plan.logprob_tops >= 0)
+        has_extras = plan.score_queries.size or plan.mask_queries.size or np.maximum.reduce(plan.logprob_tops) >= 0
         if has_extras or (self._parameters.adjusted_rows and self._parameters.adjusted[plan.rows].any()):
             scores, logprobs = self._run_with_extras(plan, bucket)
         elif bucket.is_captured:
             self._run_captured(bucket)
         else:
             self._run(bucket)
-        crossing.fetch(3 * self._rows_max + bucket.places)
+        crossing.close(self._result_words(bucket.places))
         return PendingStep(plan, crossing, self._rows_max, logprobs, scores)
 
     def _send(self, plan: StepPlan) -> Crossing:
-        """Queue the copy of what the device reads of a plan."""
+        """Lay out what the device reads of a plan."""
         # Penalties, bias, bans, masks and scores are applied by other means, and only where a row has them.
         if any([array.size for array in _applied_otherwise(plan)]):
             plan = replace(plan, **_NOTHING_OTHERWISE)
@@ -233,7 +236,8 @@ class GpuRunner:
         return self._decoder.layout(bucket.tokens, bucket.rows, bucket.places, kinds)
 
     def _forward(self, layout: StepLayout, layers: int | None = None) -> Forward:
-        """Apply the plan in the upload's target, lay it out, and run all layers, or the first few."""
+        """Fetch the plan, apply it, lay it out, and run all layers, or the first few."""
+        self._exchange.fetch()
         apply_state(self._exchange.target, self._state)
         lay_out(self._exchange.target, self._state, layout, self._pool.page_size, self._decoder.shape.kv_heads)
         return Forward(layout, self._decoder.forward(layout, layers))
@@ -261,6 +265,11 @@ class GpuRunner:
         """The point of no return: what follows takes no memory, lest a step be run again that has changed its input."""
         settle_rows(chosen, self._state, layout, self._results, self._rows_max)
         self._has_settled = True
+        self._exchange.leave(self._result_words(chosen.tokens.numel()))
+
+    def _result_words(self, places: int) -> int:
+        """Of `settle_rows`, for a step with room for so many places."""
+        return 3 * self._rows_max + places
 
     def _nothing_chosen(self) -> Chosen:
         nothing = torch.empty(0, dtype=torch.int32, device=self._device)

@@ -49,12 +49,11 @@ def check_plan(plan: StepPlan, rows_max: int, vocab_size: int, table_tokens: int
         raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {rows_max}")
     if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
         raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
-    if not are_below(starts, table_tokens) or not are_below(starts + counts, table_tokens + 1):
+    if rows.size and (np.minimum.reduce(starts) < 0 or not are_below(starts + counts, table_tokens + 1)):
         raise PlanError(f"step {plan.step}: a row ends beyond the {table_tokens} tokens that its pages can hold")
     if np.count_nonzero(plan.draft_counts) and not _have_their_tokens(plan):
         raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
-    unknown = tokens.view(np.uint32) >= vocab_size
-    if np.count_nonzero(unknown) and not _are_on_the_device(plan, unknown):
+    if not _are_known(plan, vocab_size):
         raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {vocab_size}")
     if plan.mask_queries.size or plan.mask_words.size:
         _check_masks(plan, vocab_size)
@@ -78,10 +77,16 @@ def _have_their_tokens(plan: StepPlan) -> bool:
     return not ((drafts < 0) | (drafts >= plan.query_counts) | ((drafts > 0) & ~samples)).any()
 
 
-def _are_on_the_device(plan: StepPlan, unknown: npt.NDArray[np.bool_]) -> bool:
-    """Whether all of these tokens stand where the device takes its own."""
+def _are_known(plan: StepPlan, vocab_size: int) -> bool:
+    """Whether all tokens are in the vocabulary but those that the device replaces by its own."""
+    is_one_each = plan.tokens.size == plan.rows.size
+    if is_one_each and plan.rows.size and np.bitwise_and.reduce(plan.flags) & FROM_DEVICE:
+        return True  # as in most steps that decode
+    unknown = plan.tokens.view(np.uint32) >= vocab_size
+    if not np.count_nonzero(unknown):
+        return True
     from_device = (plan.flags & FROM_DEVICE) != 0
-    if plan.tokens.size == plan.rows.size:
+    if is_one_each:
         return not np.count_nonzero(unknown & ~from_device)
     allowed = np.zeros(plan.tokens.size, np.bool_)
     allowed[(np.cumsum(plan.query_counts) - plan.query_counts)[from_device]] = True

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sessile.contract.plan import SAMPLE, Floats, Ints, StepPlan, StepResult
+from sessile.device.exchange import Crossing
 from sessile.device.inputs import sample_positions
 from sessile.device.logprobs import NO_LOGPROBS, Logprobs, joined
 from sessile.device.shortage import StartedStep
-from sessile.device.staging import Crossing, to_host
+from sessile.device.staging import to_host
 from sessile.kernels.sampling import top_candidates
 
 
@@ -103,7 +103,6 @@ class GpuTicket:
         self._error = error
         self._result: StepResult | None = None
 
-    @torch.inference_mode()
     def result(self) -> StepResult:
         """Wait for the step and return its result, or raise what the device raised."""
         if self._error is not None:
