@@ -15,6 +15,7 @@ from sessile.contract.messages import Done, Stats
 from sessile.server.link import EngineLink
 from sessile.server.logs import lines_dropped
 
+OURS = "sessile_"
 SECONDS = (
     0.001,
     0.002,
@@ -227,8 +228,12 @@ class Metrics:
         in_flight: int,
         corpora: "CorporaFigures | None" = None,
         supply: "SupplyFigures | None" = None,
+        peers_names: bool = True,
     ) -> bytes:
-        """The Prometheus text; without stats (the engine does not answer) only what the server itself knows."""
+        """The Prometheus text; without stats (the engine does not answer) only what the server itself knows.
+
+        peers_names: whether figures appear under peers' names as well.
+        """
         registry = CollectorRegistry(auto_describe=False)
         families = [
             *self._families(model, in_flight),
@@ -238,7 +243,7 @@ class Metrics:
             *_engine_families(stats, model),
             *self._throughput(stats, model),
         ]
-        registry.register(_Collected(families))
+        registry.register(_Collected([family for family in families if peers_names or family.name.startswith(OURS)]))
         return generate_latest(registry)
 
     def _families(self, model: str, in_flight: int) -> Iterator[Metric]:

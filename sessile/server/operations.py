@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Query
@@ -110,7 +110,7 @@ def _add_health(router: APIRouter, service: Service) -> None:
 
 def _add_figures(router: APIRouter, service: Service) -> None:
     @router.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(names: Literal["all", "sessile"] = "all") -> Response:
         try:
             stats = await current_stats(service)
         except NotReady:
@@ -122,6 +122,7 @@ def _add_figures(router: APIRouter, service: Service) -> None:
             in_flight=service.link.in_flight,
             corpora=corpora_figures(service),
             supply=SupplyFigures.of(service.link, service.supervisor.restarts if service.supervisor else 0),
+            peers_names=names == "all",
         )
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 

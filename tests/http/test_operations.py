@@ -24,6 +24,15 @@ def samples(server: Running) -> dict[str, float]:
     return figures
 
 
+def test_figures_may_be_had_without_peers_names(server: Running) -> None:
+    everything = {family.name for family in text_string_to_metric_families(server.client.get("/metrics").text)}
+    own = server.client.get("/metrics", params={"names": "sessile"})
+    names = {family.name for family in text_string_to_metric_families(own.text)}
+    assert names == {name for name in everything if name.startswith("sessile_")} < everything
+    refused = server.client.get("/metrics", params={"names": "theirs"})
+    assert refused.status_code == 400 and "names" in refused.json()["error"]["message"]
+
+
 def test_health_asks_the_step_loop(server: Running) -> None:
     assert server.client.get("/health").status_code == 200
     assert [type(message).__name__ for message in server.engine.received] == ["GetStats"]
