@@ -2,8 +2,8 @@
 
 A server with a tiny model, keys and speculation serves requests of every kind while a Prometheus scrapes it as
 deploy/prometheus/prometheus.yaml says. What must hold: `promtool check metrics`, `check config` and `check rules` have
-nothing to say but that peers' names have colons, the target is up, every query of the dashboard has a result, and every alert is evaluated without an
-error. Exit status 1 otherwise.
+nothing to say but that peers' names have colons, the target is up, every query of the dashboard has a result, and every
+alert is evaluated without an error. Exit status 1 otherwise.
 """
 
 import argparse

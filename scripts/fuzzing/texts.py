@@ -33,7 +33,7 @@ class Grammars(Target):
     """A grammar of each kind, by the first byte: compiled, then followed for some tokens."""
 
     name = "grammar"
-    kinds = ("json_schema", "regex", "ebnf", "lark")
+    kinds = ("json_schema", "regex", "ebnf")
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -44,8 +44,8 @@ class Grammars(Target):
         schemas = [b"\x00" + json.dumps(schema).encode() for schema in SCHEMAS.values()]
         patterns = [r"(yes|no)!", r"\d{4}-\d{2}-\d{2}", r"[a-zé-]+@[a-z]{2,9}\.(com|org)", r"(?i:a)\p{L}*", r"(a|b)*c"]
         rules = ['root ::= item+\nitem ::= [a-z]+ " " ("x" | "y")? \n', 'root ::= "a" root | "b"{2,3}\n']
-        lark = ['start: item+\nitem: /[a-z]+/ " " ("x" | "y")?\n', "start: WORD\nWORD: /a/ | /b/\n%ignore / /\n"]
-        texts = ((1, patterns), (2, rules), (3, lark))
+        rules += ['start: item+\nitem: /[a-z]+/ " " ("x" | "y")?\n', "start: WORD\nWORD: /a/ | /b/\n%ignore / /\n"]
+        texts = ((1, patterns), (2, rules))
         return schemas + [bytes([number]) + text.encode() for number, some in texts for text in some]
 
     def run(self, raw: bytes) -> None:

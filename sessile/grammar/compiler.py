@@ -42,6 +42,9 @@ _BOUNDS = LLParserLimits(
     verbose_errors=False,
 )
 """What a compilation, and the mask of one step, may cost: some hundred milliseconds, and some milliseconds."""
+_NOTHING_FORCED = '%llguidance {"no_forcing": true}\n'
+"""Behind what clients write in Lark, where it has the last word: a terminal that goes on as what follows it begins,
+such as /ab+/ before "b", forces the same byte for ever, and llguidance would look for the end of that for ever."""
 _JSON_OPTIONS: dict[str, Any] = {
     # Bounded: a small model that has begun to indent may never stop.
     "whitespace_pattern": r"[ \t\r\n]{0,32}",
@@ -159,7 +162,8 @@ def _translated(grammar: Grammar, field: str) -> str:
         case "ebnf" | "lark":
             _check_rules(grammar.source, field)
             try:
-                return grammar_from(grammar.kind, grammar.source)
+                rules = grammar_from(grammar.kind, grammar.source)
+                return f"{rules}\n{_NOTHING_FORCED}" if grammar.kind == "ebnf" else rules
             except ValueError as error:
                 reason = str(error).partition("Lark: ")[2] or str(error)
                 raise InvalidRequest(f"{field}: {_shortened(reason)}", param=field) from None

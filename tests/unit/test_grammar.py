@@ -190,6 +190,7 @@ def doubling(keyword: str, levels: int) -> dict[str, Any]:
     return {"$ref": f"#/$defs/d{levels}", "$defs": definitions}
 
 
+FORCING = '%llguidance {"no_forcing": false}'
 BOMBS: dict[str, tuple[str, Any]] = {
     "enum of 6,000": ("json_schema", {"enum": [f"value{n}" for n in range(6000)]}),
     "1,500 properties": ("json_schema", {"properties": {f"p{n}": {"pattern": f"a{n}{{1,50}}"} for n in range(1500)}}),
@@ -223,6 +224,10 @@ BOMBS: dict[str, tuple[str, Any]] = {
     "65,000 optional letters in a schema": ("json_schema", {"patternProperties": {"a?" * 65_000: {}}}),
     "blank lines in EBNF": ("ebnf", 'root ::= "a"' + "\n" * 131_000),
     "4,096 lines in EBNF": ("ebnf", 'root ::= "a"' + "\n" * 4096),
+    "a terminal that forces itself for ever": ("ebnf", 'start: /ab+/ "b" "c"'),
+    "a terminal that forces itself, by a client who wants it": (
+        "ebnf", f'{FORCING}\nstart: rest | /ab+/ "b" "c"\nrest: %lark {{\nstart: /ab+/ "b"\n{FORCING}\n}}\n{FORCING}',
+    ),
     "lines of blanks in Lark": ("lark", 'start: "a"' + " \n" * 65_000),
 }
 
