@@ -1,10 +1,10 @@
 """Random and mutated requests to every route of a live server: `python scripts/fuzz_http.py --requests 100000`.
 
-Each is one that some route takes, with its body, its line or its headers changed by chance, and goes over a socket as
-it is, HTTP or not. Every one must be answered, none with a status of 5xx; the processes that were there at the start
-are there at the end, and hold no more than after the first part; the audit of every step finds nothing, and no page,
-row or request is left behind. Exit status 1 if any of this does not hold; what a finding was sent is kept in
-build/fuzz/http.
+Each is one that some route takes, with its body, its line or its headers changed by chance, HTTP or not; each goes over
+a connection of its own, with the length of its body. Every one must be answered, none with a status of 5xx or an error
+of the server's in a stream; server and engine are there at the end, and hold little more than after the second tenth;
+the audit of every step finds nothing, and no page, row or request is left behind. Exit status 1 if any of this does not
+hold; what a finding was sent is kept in build/fuzz/http.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from scripts.fuzzing.requests import SESSION, mutated_request, requests_of  # noqa: E402  (found by the line above)
+from scripts.fuzzing.requests import SESSION, has_server_error, mutated_request, requests_of  # noqa: E402  (found by the line above)
 from scripts.overload import deployed, wait_ready  # noqa: E402
 from tests.unit.tiny_folder import write_tiny_model  # noqa: E402
 
@@ -42,6 +42,7 @@ CONNECTIONS = 16
 MUTATED_SHARE = 0.95
 """Of the requests; the others are sent as they are described."""
 ANSWER_S_MAX = 60.0
+CLEARED_S_MAX = 60.0
 PARTS = 10
 """After each, what was left behind is closed and memory looked at."""
 GROWTH_MAX, GROWTH_BYTES_MIN = 0.1, 16 << 20
@@ -132,19 +133,25 @@ async def send_one(port: int, raw: bytes, findings: Findings) -> None:
         findings.keep(f"{type(error).__name__}: {error}", raw)
         return
     findings.statuses[answer.status] += 1
-    if not answer.is_whole or not 200 <= answer.status < 500 or b'"status_code":5' in answer.body:
+    if not answer.is_whole or not 200 <= answer.status < 500 or has_server_error(answer.body):
         findings.keep(f"status {answer.status}, whole: {answer.is_whole}: {bytes(answer.body[-300:])!r}", raw)
 
 
-async def clear(http: httpx.AsyncClient) -> None:
-    """Close what was left behind, and open the session that requests name."""
+async def clear(http: httpx.AsyncClient) -> list[str]:
+    """Close what was left behind; what does not close within the time."""
+    deadline_s = time.monotonic() + CLEARED_S_MAX
     await http.post("/abort_request", json={"abort_all": True})
     for place in ("/v1/sessions", "/v1/corpora"):
-        while listed := (await http.get(place, params={"limit": 1000} if "sessions" in place else {})).json()["data"]:
+        while listed := (await http.get(place)).json()["data"]:
+            if time.monotonic() > deadline_s:
+                return [f"{place} that do not close: {[each['id'] for each in listed]}"]
             for each in listed:
                 await http.delete(f"{place}/{each['id']}")
-    while (await http.post("/flush_cache")).status_code != 200:
+    while (reply := await http.post("/flush_cache")).status_code != 200:
+        if time.monotonic() > deadline_s:
+            return [f"requests that do not end: {reply.text}"]
         await asyncio.sleep(0.1)
+    return []
 
 
 async def what_is_left(http: httpx.AsyncClient) -> list[str]:
@@ -164,11 +171,6 @@ async def what_is_left(http: httpx.AsyncClient) -> list[str]:
     return [name for name, holds in expected.items() if not holds]
 
 
-def resident(processes: dict[str, psutil.Process]) -> dict[str, int]:
-    """Bytes of each process; raises psutil.NoSuchProcess if one is gone."""
-    return {name: process.memory_info().rss for name, process in processes.items()}
-
-
 async def fuzz(port: int, server: psutil.Process, requests: int, seed: int, findings: Findings) -> list[str]:
     """Send them all; what did not hold, beside findings."""
     sizes: list[dict[str, int]] = []
@@ -183,8 +185,12 @@ async def fuzz(port: int, server: psutil.Process, requests: int, seed: int, find
             rngs = [Random(f"{seed} {part} {number}") for number in range(CONNECTIONS)]
             share = -(-requests // (PARTS * CONNECTIONS))
             await asyncio.gather(*(send_some(port, seeds, rng, share, findings) for rng in rngs))
-            await clear(http)
-            sizes.append(resident(processes))
+            if wrong := await clear(http):
+                return wrong
+            gone = [name for name, process in processes.items() if not process.is_running()]
+            if gone:
+                return [f"the {name} is gone" for name in gone]
+            sizes.append({name: process.memory_info().rss for name, process in processes.items()})
             shown = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes[-1].items())
             sent = findings.statuses.total()
             print(f"{sent:7d} requests in {time.monotonic() - begun_s:.0f} s; {shown}", flush=True)

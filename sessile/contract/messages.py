@@ -59,10 +59,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an output must be. Its text is compiled in the engine, beside the step loop: sessile/grammar.
 
-    kind: "json_schema" (source: a schema as JSON), "json_object" (any object; source is empty), "regex" (of the whole
-    output), "ebnf" (GBNF or Lark, from `root` or `start` on), or "lark" (Lark as llguidance has it, special tokens
-    included). field: the field of the request that it came from, to be named if it is refused. lead: of "json_schema"
-    and "json_object": the rule `lead` and those it needs, in Lark, of what stands before the JSON, as reasoning does.
+    kind: "json_schema" (source: a schema as JSON), "json_object" (any object; source is empty), "regex" (of the
+    whole output), "ebnf" (GBNF or Lark, from `root` or `start` on), or "lark" (the server's own: Lark as llguidance
+    has it, special tokens included). field: the field of the request that it came from, to be named if it is
+    refused. lead: of "json_schema" and "json_object": the rule `lead` and those it needs, in Lark, of what stands
+    before the JSON, as reasoning does.
     """
 
     kind: str

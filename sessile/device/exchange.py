@@ -12,8 +12,10 @@ class Exchange:
     """Carries the packed plan of each step to `target` on the device, and back what the step has left in `source`.
 
     For each step: `send`, then on the device, in a graph or not, `fetch` and, if it has results, `leave`, and
-    `Crossing.close`. A step of which that is not so must be followed by `lose_track`. All of it is queued on the stream
-    that is current when the exchange is made.
+    `Crossing.close`. Behind a step that did not get so far `lose_track` is called, and the device waited for before
+    as many others are sent as there are slots. All of it is queued on the stream that is current when the exchange
+    is made, and done before the exchange is given up: the device writes to its memory, and PyTorch does not know of
+    it.
     """
 
     def __init__(self, words: int, source: Tensor) -> None:
@@ -51,6 +53,7 @@ class Exchange:
 
     def leave(self, words: int) -> None:
         """On the device: hand over the first words of `source` as the results of the step whose plan was fetched."""
+        assert words <= self._source.numel(), f"{words} words of results, and room for {self._source.numel()}"
         leave_results(self._mailbox, self._source, words)
 
 
@@ -112,6 +115,7 @@ class _Slot:
     def words(self, words: int) -> npt.NDArray[np.int32]:
         """Wait for the end that was noted and return a copy of the first words."""
         assert self.is_closed, "only a step that is queued as a whole can be waited for"
+        assert words <= self._results.size, f"{words} words of results, and room for {self._results.size}"
         if self._passed is not None:
             self._passed.synchronize()
         return self._results[:words].copy()

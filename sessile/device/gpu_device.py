@@ -43,7 +43,8 @@ class GpuDevice:
         """Finish what was launched and give the memory back. May be called again."""
         if self._runner is None:
             return
+        if self.facts.device == "cuda":
+            torch.cuda.synchronize()  # before the runner: what is queued writes to memory of its exchange
         self._runner = self._steps = None
         if self.facts.device == "cuda":
-            torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -262,7 +262,10 @@ class GpuRunner:
         return scores, logprobs
 
     def _settle(self, chosen: Chosen, layout: StepLayout) -> None:
-        """The point of no return: what follows takes no memory, lest a step be run again that has changed its input."""
+        """The point of no return: what follows takes no memory, lest a step be run again that has changed its input.
+
+        It is a kernel that was loaded when the device opened, with all that `ask_for` names.
+        """
         settle_rows(chosen, self._state, layout, self._results, self._rows_max)
         self._has_settled = True
         self._exchange.leave(self._result_words(chosen.tokens.numel()))

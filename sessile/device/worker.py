@@ -87,13 +87,15 @@ class CpuModel:
         self._native = native_decoder(decoder, cache)
         self._fused = fuse_for_cpu(decoder, cache) if self._native is None else None
 
-    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: StepRows) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: StepRows, *, is_read: bool
+    ) -> Tensor:
         """Residual stream after the last layer [t, hidden]: all layers in one call where kernels have that.
 
-        tokens, positions, slots int64[t].
+        tokens, positions, slots int64[t]. is_read: whether anybody reads what is returned; else it means nothing.
         """
         if self._native is not None:
-            return self._native.forward(tokens, positions, slots, rows)
+            return self._native.forward(tokens, positions, slots, rows, is_read=is_read)
         if self._fused is not None and is_few_tokens(rows):
             return self._fused.forward(tokens, positions, slots, query_items(rows))
         return self._decoder(StepInputs(tokens, positions, CpuAttentionStep(self._cache, rows, slots)))
@@ -131,9 +133,10 @@ class StepRunner:
             return _nothing_ran(plan)
         flat = flatten_step(plan, self._table.pages, self._pool.page_size, self._parameters.last_tokens)
         rows = StepRows(plan.rows, plan.starts, plan.query_counts)
-        hidden = self._model.forward(flat.tokens, flat.positions, flat.slots, rows)
-        scores = self._score(plan, hidden)
         places = sample_positions(plan)
+        is_read = bool(places.flat.size or plan.score_queries.size)
+        hidden = self._model.forward(flat.tokens, flat.positions, flat.slots, rows, is_read=is_read)
+        scores = self._score(plan, hidden)
         if not places.flat.size:
             return _result(plan, flat, scores=scores)
         logits = self._decoder.logits(hidden[torch.from_numpy(places.flat).to(hidden.device)])

@@ -16,6 +16,7 @@ from sessile.grammar.schema import (
     DEPTH_MAX,
     FORCED_CHARS_MAX,
     QUANTIFIERS_MAX,
+    check_schema,
     checked_schema,
     least_length,
     place_of_fault,
@@ -43,14 +44,18 @@ _BOUNDS = LLParserLimits(
 )
 """What a compilation, and the mask of one step, may cost: some hundred milliseconds, and some milliseconds."""
 _NOTHING_FORCED = '%llguidance {"no_forcing": true}\n'
-"""Behind what clients write in Lark, where it has the last word: a terminal that goes on as what follows it begins,
-such as /ab+/ before "b", forces the same byte for ever, and llguidance would look for the end of that for ever."""
+"""Behind the rules that clients write (kind "ebnf"; those of kind "lark" are the server's own), where it has the last
+word: a terminal that goes on as what follows it begins, such as /ab+/ before "b", forces the same byte for ever, and
+llguidance would look for the end of that for ever."""
 _JSON_OPTIONS: dict[str, Any] = {
     # Bounded: a small model that has begun to indent may never stop.
     "whitespace_pattern": r"[ \t\r\n]{0,32}",
     "lenient": False,
     "coerce_one_of": False,
 }
+_SCHEMA_AHEAD = re.compile(r"%json\s+(?=\{)")
+_TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_DECODER = json.JSONDecoder()
 _PARSE_ERROR = re.compile(
     r"regex parse error:\n    (?P<pattern>.*)\n    (?P<indent> *)\^+.*\nerror: (?P<reason>[^\n]*)"
 )
@@ -161,6 +166,8 @@ def _translated(grammar: Grammar, field: str) -> str:
             return LLMatcher.grammar_from_regex(grammar.source)
         case "ebnf" | "lark":
             _check_rules(grammar.source, field)
+            if grammar.kind == "lark":
+                _check_own_rules(grammar.source, field)
             try:
                 rules = grammar_from(grammar.kind, grammar.source)
                 return f"{rules}\n{_NOTHING_FORCED}" if grammar.kind == "ebnf" else rules
@@ -197,6 +204,23 @@ def _check_rules(source: str, field: str) -> None:
         depth += (character in "([{") - (character in ")]}")
         if depth > DEPTH_MAX:
             raise InvalidRequest(f"{field}: brackets nested more than {DEPTH_MAX} deep", param=field)
+
+
+def _check_own_rules(source: str, field: str) -> None:
+    """Bound what rules that the server wrote itself must say as it stands: texts to choose among, schemas of tools."""
+    texts, end = [], 0
+    for place in _SCHEMA_AHEAD.finditer(source):
+        if place.start() >= end:
+            try:
+                schema, behind = _DECODER.raw_decode(source, place.end())
+            except ValueError:
+                continue  # in the name of a tool
+            check_schema(schema, field, ignores=True)
+            texts.append(source[end : place.start()])
+            end = behind
+    texts.append(source[end:])
+    if any(len(text) > FORCED_CHARS_MAX for text in _TEXT.findall("\n".join(texts))):
+        raise InvalidRequest(f"{field}: a text has more than {FORCED_CHARS_MAX} characters", param=field)
 
 
 def _check_quantifiers(source: str, field: str) -> None:

@@ -99,8 +99,8 @@ class Step(ctypes.Structure):
         ("epsilon", ctypes.c_double),
         *((name, ctypes.c_int64) for name in (
             "layer_table", "residual", "cosine", "sine", "slots", "table", "queries", "query_table", "items",
-            "item_table", "chunks", "chunk_table", "key_tiles", "query_tiles", "nanoseconds", "counts", "scratch",
-            "scratch_bytes",
+            "item_table", "chunks", "chunk_table", "key_tiles", "query_tiles", "is_read", "nanoseconds", "counts",
+            "scratch", "scratch_bytes",
         )),
     ]  # fmt: skip
 

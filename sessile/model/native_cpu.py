@@ -21,8 +21,10 @@ from sessile.model.config import ModelConfig
 from sessile.model.layers import Decoder, Linear, RMSNorm
 from sessile.units import ceil_div
 
-SPLIT_TOKENS = 128
-"""Most history tokens of one work item, so that one long row keeps all threads busy."""
+SPLITS_TOKENS = ((1024, 128), (4096, 256))
+"""(Up to so many history tokens, of one work item): one row alone keeps all threads busy."""
+SPLIT_TOKENS = 512
+"""Of longer ones: a longer item is more of what lies in order."""
 KEY_TILE, QUERY_TILE = 64, 16
 """Keys and positions of one tile of a chunk's attention, as in cpp/attention.h."""
 
@@ -55,10 +57,12 @@ class NativeCpuDecoder:
             layer.qkv, layer.output = self._place(attention.qkv_proj), self._place(attention.o_proj)
             layer.gate_up, layer.down = self._place(block.mlp.gate_up_proj), self._place(block.mlp.down_proj)
 
-    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: StepRows) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: StepRows, *, is_read: bool = True
+    ) -> Tensor:
         """Residual stream after the last layer float32[t, hidden]; K and V of all t tokens are in the pool then.
 
-        tokens, positions, slots int64[t].
+        tokens, positions, slots int64[t]. is_read: whether anybody reads what is returned; else it means nothing.
         """
         config, cache = self._decoder.config, self._cache
         residual = functional.embedding(tokens, self._decoder.embedding).float().contiguous()
@@ -76,7 +80,7 @@ class NativeCpuDecoder:
             query_table=queries.ctypes.data, items=len(items), item_table=items.ctypes.data, chunks=len(chunks),
             chunk_table=chunks.ctypes.data, key_tiles=int(tiles.sum()),
             query_tiles=int((-(-chunks[:, 3] // QUERY_TILE)).sum()),
-            nanoseconds=self.nanoseconds.ctypes.data if self.is_timed else 0,
+            is_read=is_read, nanoseconds=self.nanoseconds.ctypes.data if self.is_timed else 0,
         ))  # fmt: skip
         return residual
 
@@ -126,12 +130,16 @@ def work_tables(rows: StepRows) -> tuple[Table, Table, Table]:
     few = counts[short]
     within = np.arange(few.sum(), dtype=np.int32) - np.repeat(np.cumsum(few, dtype=np.int32) - few, few)
     lengths = np.repeat(rows.starts[short], few) + within + 1
-    parts = -(-lengths // SPLIT_TOKENS)
+    # By its own length alone, so that a row's output does not depend on who is beside it.
+    splits = np.full(lengths.size, SPLIT_TOKENS)
+    for upto, size in reversed(SPLITS_TOKENS):
+        splits[lengths <= upto] = size
+    parts = -(-lengths // splits)
     firsts = np.cumsum(parts) - parts
     queries = np.stack((np.repeat(offsets[short], few) + within, np.repeat(rows.rows[short], few), firsts, parts), 1)
     index = np.repeat(np.arange(lengths.size), parts)
-    begins = (np.arange(index.size) - firsts[index]) * SPLIT_TOKENS
-    items = np.stack((index, begins, np.minimum(begins + SPLIT_TOKENS, lengths[index])), 1)
+    begins = (np.arange(index.size) - firsts[index]) * splits[index]
+    items = np.stack((index, begins, np.minimum(begins + splits[index], lengths[index])), 1)
     ends = rows.starts[~short] + counts[~short]
     tiles = np.array([ceil_div(int(end), KEY_TILE) for end in ends], np.int32)
     chunks = np.stack((offsets[~short], rows.rows[~short], rows.starts[~short], counts[~short],

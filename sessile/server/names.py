@@ -11,11 +11,15 @@ from sessile.server.body import says
 METADATA_KEYS_MAX = 16
 ID_CHARS_MAX = 128
 
-SessionId = Annotated[
+ID_PATTERN = r"\A\.*[A-Za-z0-9_:@=+-][A-Za-z0-9_.:@=+-]*\z"
+"""Of a session or a corpus. Dots alone are a way up in a path, which many clients go before they ask."""
+
+GivenId = Annotated[
     str,
-    Field(pattern=rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z"),
-    says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-"),
+    Field(pattern=ID_PATTERN, max_length=ID_CHARS_MAX),
+    says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-, not dots alone"),
 ]
+SessionId = GivenId
 SessionPath = Annotated[str, Path(max_length=ID_CHARS_MAX)]
 """Of a session that may be open: whatever is in it, it cannot be longer than an id."""
 Metadata = Annotated[

@@ -122,7 +122,9 @@ class Tokenizer:
 def _refusing_text() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:
+        if type(error) is not Exception:  # The library raises this very class; anything else is no text's fault.
+            raise
         reason = f"the model's tokenizer cannot encode this text: {shown(str(error))}"
         raise InvalidRequest(reason, param="text") from error
 

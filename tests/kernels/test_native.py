@@ -222,6 +222,26 @@ def test_with_int8_inputs_the_one_call_stays_as_near_as_rounding_allows(
     assert error < 1.2 * layers_error
 
 
+def test_a_step_that_nobody_reads_leaves_the_same_keys_and_values(tiny: Tiny, kernels: NativeKernels) -> None:
+    decoder = load(tiny.folder, torch.float32, "int8", kernels)
+    rows = StepRows(*(np.array(column, np.int32) for column in (ROWS, STARTS, COUNTS)))
+    tokens = torch.randint(0, VOCAB, (sum(COUNTS),), generator=torch.Generator().manual_seed(4))
+    positions = torch.cat([torch.arange(s, s + c) for s, c in zip(STARTS, COUNTS, strict=True)])
+    caches = []
+    for is_read in (True, False):
+        cache = filled_cache(decoder, torch.float32)
+        slots = torch.cat([
+            reference.row_slots(cache.table, row, start + count, PAGE_SIZE)[start:]
+            for row, start, count in zip(ROWS, STARTS, COUNTS, strict=True)
+        ])  # fmt: skip
+        whole = native_decoder(decoder, cache)
+        assert whole is not None
+        with torch.inference_mode():
+            whole.forward(tokens, positions, slots, rows, is_read=is_read)
+        caches.append(cache)
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_weights_of_a_gguf_file_are_kept_exactly(kind: str) -> None:
     block_bytes = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}[kind]

@@ -9,6 +9,7 @@ import pytest
 from scripts import fuzz_http
 from scripts.fuzz import TARGETS, Recorder, open_target
 from scripts.fuzzing.mutations import mutated_bytes, mutated_json
+from scripts.fuzzing.requests import SERVER_ERRORS
 from scripts.fuzzing.target import refusing
 from sessile.errors import InvalidRequest
 
@@ -69,12 +70,17 @@ def test_a_live_server_is_sent_some_and_answers_all(capfd: pytest.CaptureFixture
     assert "1600 requests in" in said and "0 findings" in said
 
 
+def streamed(event: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
+
+
 def test_what_a_live_server_must_not_do_is_a_finding(tmp_path: Path) -> None:
     replies = {
         b"/fails": b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n",
         b"/cuts": b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf",
         b"/hangs-up": b"",
-        b"/is-good": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi",
+        **{b"/%d" % number: streamed(b'{"error":{' + words + b"}}") for number, words in enumerate(SERVER_ERRORS)},
+        b"/is-good": streamed(b'{"type":"response.completed"}'),
     }
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -228,6 +228,8 @@ BOMBS: dict[str, tuple[str, Any]] = {
     "a terminal that forces itself, by a client who wants it": (
         "ebnf", f'{FORCING}\nstart: rest | /ab+/ "b" "c"\nrest: %lark {{\nstart: /ab+/ "b"\n{FORCING}\n}}\n{FORCING}',
     ),
+    "a choice of 120,000 letters": ("lark", 'start: "' + "a" * 120_000 + '"'),
+    "a tool's constant of 100,000 letters": ("lark", 'start: "x" %json {"const": "' + "a" * 100_000 + '"} "y"'),
     "lines of blanks in Lark": ("lark", 'start: "a"' + " \n" * 65_000),
 }
 
@@ -265,6 +267,22 @@ def test_h57_no_grammar_takes_more_of_the_processor_than_it_may(
             break
         line.extend(tokens[:1])
     assert time.process_time() - started_s < 1.0
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [('start: "a" | "' + "b" * 4097 + '"', "a text"),
+     ('start: "a" %json {"enum": ["' + "b" * 4097 + '"]} "c"', "at #: a text"),
+     ('start: "a" %json {"properties": {"x": {"pattern": "b{4097}"}}}', "at #/properties/x: a pattern")],
+)  # fmt: skip
+def test_texts_in_rules_of_the_servers_own_are_bounded(compiler: GrammarCompiler, source: str, place: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"f: {place} .*more than 4096 characters"):
+        compiler.compile(Grammar("lark", source, "f"))
+
+
+def test_what_is_only_said_about_a_tool_may_be_long(compiler: GrammarCompiler) -> None:
+    said = json.dumps({"type": "object", "description": "b" * 9000, "unknown": "c" * 9000})
+    compiler.compile(Grammar("lark", f'start: "a %json {{" %json {said} "c"', "tools"))
 
 
 # -- what is kept ---------------------------------------------------------------------------------------------------

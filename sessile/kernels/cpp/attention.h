@@ -43,11 +43,25 @@ class Walk {
     int64_t size_, within_;
 };
 
-// What a stretch of history says to one head: the largest score times log2 e, the sum of exponentials, and the values
-// weighted by them, not yet divided.
-struct Partial {
-    float top, total;
-    float* mixed;
+// The next keys of a row, for all heads: where they are in the pool, for KV head 0, and where those are that come next.
+struct Keys {
+    int count;
+    int64_t places[KEY_TILE], later[KEY_TILE];
+};
+
+// Where `count` tokens of a row are; the last one again up to a whole tile.
+template <class P>
+static void find_keys(const Pool<P>& pool, int64_t row, int64_t start, int64_t count, int64_t* places) {
+    Walk<P> walk(pool, row, start);
+    for (int i = 0; i < KEY_TILE; i++) places[i] = i < count ? walk.next() * pool.kv_heads * pool.d : places[i - 1];
+}
+
+// What keys say to the heads of a query, so far: the largest score times log2 e, the sum of exponentials, and the
+// values [d] weighted by them, not yet divided.
+struct Partials {
+    float *tops, *totals, *mixed;
+
+    Partials from(int64_t head, int64_t d) const { return {tops + head, totals + head, mixed + head * d}; }
 };
 
 // 32 elements as two times 16, in an order that is the same for all.
@@ -62,10 +76,43 @@ INLINE void load_32(const uint16_t* at, F16& first, F16& second) {
     second = high_halves(words);
 }
 
-// Where element i of 32 is in that order.
+// 32 float32 into the order in which `load_32` has elements of type P, and back.
 template <class P>
-INLINE int order_of(int i) {
-    return sizeof(P) == 4 ? i : i % 2 * 16 + i / 2;
+INLINE void load_in_order(const float* at, F16& first, F16& second) {
+    first = load(at);
+    second = load(at + 16);
+    if (sizeof(P) == 4) return;
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)first.part[0], b = (__m512)second.part[0];
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    first.part[0] = (Floats)_mm512_permutex2var_ps(a, even, b);
+    second.part[0] = (Floats)_mm512_permutex2var_ps(a, even | _mm512_set1_epi32(1), b);
+#else
+    float order[32];
+    for (int i = 0; i < 32; i++) order[i % 2 * 16 + i / 2] = at[i];
+    first = load(order);
+    second = load(order + 16);
+#endif
+}
+
+template <class P>
+INLINE void store_in_order(float* at, F16 first, F16 second) {
+    if (sizeof(P) == 4) {
+        store(at, first);
+        store(at + 16, second);
+        return;
+    }
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)first.part[0], b = (__m512)second.part[0];
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_ps(at, _mm512_permutex2var_ps(a, low, b));
+    _mm512_storeu_ps(at + 16, _mm512_permutex2var_ps(a, low + _mm512_set1_epi64(8LL << 32 | 8), b));
+#else
+    float order[32];
+    store(order, first);
+    store(order + 16, second);
+    for (int i = 0; i < 32; i++) at[i] = order[i % 2 * 16 + i / 2];
+#endif
 }
 
 // out[i] = the sum of the lanes of x[i].
@@ -113,91 +160,66 @@ INLINE float weigh(float* scores, int count, float scale, float& top, float& tot
     return shrink;
 }
 
-// H heads of one query over history tokens first … last - 1 of a row, for heads of 32 × C elements.
+// Have the lines of d elements brought to the second cache.
+template <class P>
+INLINE void ask_for(const P* at, int d) {
+    for (int byte = 0; byte < d * (int)sizeof(P); byte += 64) __builtin_prefetch((const char*)at + byte, 0, 2);
+}
+
+// H heads of one query and keys, for heads of 32 × C elements. What comes next is asked for one key at a time: asked
+// for all at once, most of it would be dropped, and pages lie anywhere, so that no processor foresees them.
 template <class P, int C, int H>
-static void attend_vectors(
-    const Pool<P>& pool, int64_t row, int64_t kv_head, const float* query, int64_t first, int64_t last, Partial* out) {
+static void attend_vectors(const Pool<P>& pool, const Keys& at, int64_t kv_head, const float* query, Partials out) {
     constexpr int D = C * 32;
     const float scale = LOG2_E / __builtin_sqrtf((float)D);
+    const P *keys = pool.keys + kv_head * D, *values = pool.values + kv_head * D;
     F16 q[H][C][2], mixed[H][C][2];
     for (int h = 0; h < H; h++)
         for (int c = 0; c < C; c++) {
-            float order[32];
-            for (int i = 0; i < 32; i++) {
-                order[order_of<P>(i)] = query[h * D + c * 32 + i];
-            }
-            q[h][c][0] = load(order);
-            q[h][c][1] = load(order + 16);
-            mixed[h][c][0] = mixed[h][c][1] = splat(0);
+            load_in_order<P>(query + h * D + c * 32, q[h][c][0], q[h][c][1]);
+            load_in_order<P>(out.mixed + h * D + c * 32, mixed[h][c][0], mixed[h][c][1]);
         }
     alignas(64) float scores[H][KEY_TILE];
     F16 parts[H][16];
-    int64_t places[2][KEY_TILE];
-    Walk<P> walk(pool, row, first);
-    // Pages lie anywhere, so that no processor foresees them: those of the next tile are asked for during this one.
-    auto seek = [&](int64_t start, int64_t* at) {
-        for (int i = 0; i < KEY_TILE; i++) {
-            if (start + i < last) {
-                at[i] = (walk.next() * pool.kv_heads + kv_head) * D;
-                // All KV heads at once, as they lie side by side: the first head asks for all.
-                for (int64_t byte = 0; kv_head == 0 && byte < pool.kv_heads * D * (int64_t)sizeof(P); byte += 64) {
-                    __builtin_prefetch((const char*)(pool.keys + at[i]) + byte);
-                    __builtin_prefetch((const char*)(pool.values + at[i]) + byte);
-                }
-            } else {
-                at[i] = i ? at[i - 1] : 0;
-            }
-        }
-    };
-    seek(first, places[0]);
-    int turn = 0;
-    for (int64_t start = first; start < last; start += KEY_TILE, turn ^= 1) {
-        const int count = (int)(last - start < KEY_TILE ? last - start : KEY_TILE);
-        if (start + KEY_TILE < last) seek(start + KEY_TILE, places[turn ^ 1]);
-        for (int base = 0; base < count; base += 16) {
-            for (int i = 0; i < 16; i++) {
-                const P* key = pool.keys + places[turn][base + i];
-                F16 dot[H];
-                for (int h = 0; h < H; h++) dot[h] = splat(0);
-                for (int c = 0; c < C; c++) {
-                    F16 low, high;
-                    load_32(key + c * 32, low, high);
-                    for (int h = 0; h < H; h++) {
-                        dot[h] = multiply_add(q[h][c][0], low, dot[h]);
-                        dot[h] = multiply_add(q[h][c][1], high, dot[h]);
-                    }
-                }
-                for (int h = 0; h < H; h++) parts[h][i] = dot[h];
-            }
-            for (int h = 0; h < H; h++) store(scores[h] + base, sum_each(parts[h]));
-        }
-        for (int h = 0; h < H; h++) {
-            const float shrink = weigh(scores[h], count, scale, out[h].top, out[h].total);
-            for (int c = 0; c < C; c++) {
-                mixed[h][c][0] = mixed[h][c][0] * splat(shrink);
-                mixed[h][c][1] = mixed[h][c][1] * splat(shrink);
-            }
-        }
-        for (int i = 0; i < count; i++)
+    for (int base = 0; base < at.count; base += 16) {
+        for (int i = 0; i < 16; i++) {
+            const P* key = keys + at.places[base + i];
+            ask_for(keys + at.later[base + i], D);
+            F16 dot[H];
+            for (int h = 0; h < H; h++) dot[h] = splat(0);
             for (int c = 0; c < C; c++) {
                 F16 low, high;
-                load_32(pool.values + places[turn][i] + c * 32, low, high);
+                load_32(key + c * 32, low, high);
                 for (int h = 0; h < H; h++) {
-                    const F16 weight = splat(scores[h][i]);
-                    mixed[h][c][0] = multiply_add(weight, low, mixed[h][c][0]);
-                    mixed[h][c][1] = multiply_add(weight, high, mixed[h][c][1]);
+                    dot[h] = multiply_add(q[h][c][0], low, dot[h]);
+                    dot[h] = multiply_add(q[h][c][1], high, dot[h]);
                 }
             }
+            for (int h = 0; h < H; h++) parts[h][i] = dot[h];
+        }
+        for (int h = 0; h < H; h++) store(scores[h] + base, sum_each(parts[h]));
     }
-    for (int h = 0; h < H; h++)
+    for (int h = 0; h < H; h++) {
+        const float shrink = weigh(scores[h], at.count, scale, out.tops[h], out.totals[h]);
         for (int c = 0; c < C; c++) {
-            float order[32];
-            store(order, mixed[h][c][0]);
-            store(order + 16, mixed[h][c][1]);
-            for (int i = 0; i < 32; i++) {
-                out[h].mixed[c * 32 + i] = order[order_of<P>(i)];
+            mixed[h][c][0] = mixed[h][c][0] * splat(shrink);
+            mixed[h][c][1] = mixed[h][c][1] * splat(shrink);
+        }
+    }
+    for (int i = 0; i < at.count; i++) {
+        ask_for(values + at.later[i], D);
+        for (int c = 0; c < C; c++) {
+            F16 low, high;
+            load_32(values + at.places[i] + c * 32, low, high);
+            for (int h = 0; h < H; h++) {
+                const F16 weight = splat(scores[h][i]);
+                mixed[h][c][0] = multiply_add(weight, low, mixed[h][c][0]);
+                mixed[h][c][1] = multiply_add(weight, high, mixed[h][c][1]);
             }
         }
+    }
+    for (int h = 0; h < H; h++)
+        for (int c = 0; c < C; c++) store_in_order<P>(out.mixed + h * D + c * 32, mixed[h][c][0], mixed[h][c][1]);
 }
 
 INLINE float as_float(float x) { return x; }
@@ -205,44 +227,34 @@ INLINE float as_float(uint16_t x) { return widen(x); }
 
 // The same for one head of any size.
 template <class P>
-static void attend_any(
-    const Pool<P>& pool, int64_t row, int64_t kv_head, const float* query, int64_t first, int64_t last, Partial& out) {
+static void attend_any(const Pool<P>& pool, const Keys& at, int64_t kv_head, const float* query, Partials out) {
     const float scale = LOG2_E / __builtin_sqrtf((float)pool.d);
+    const P *keys = pool.keys + kv_head * pool.d, *values = pool.values + kv_head * pool.d;
     alignas(64) float scores[KEY_TILE];
-    const P* values[KEY_TILE];
-    for (int64_t i = 0; i < pool.d; i++) out.mixed[i] = 0;
-    Walk<P> walk(pool, row, first);
-    for (int64_t start = first; start < last; start += KEY_TILE) {
-        const int count = (int)(last - start < KEY_TILE ? last - start : KEY_TILE);
-        for (int i = 0; i < count; i++) {
-            const int64_t place = (walk.next() * pool.kv_heads + kv_head) * pool.d;
-            const P* key = pool.keys + place;
-            values[i] = pool.values + place;
-            scores[i] = 0;
-            for (int64_t j = 0; j < pool.d; j++) scores[i] += query[j] * as_float(key[j]);
-        }
-        const float shrink = weigh(scores, count, scale, out.top, out.total);
-        for (int64_t j = 0; j < pool.d; j++) out.mixed[j] *= shrink;
-        for (int i = 0; i < count; i++)
-            for (int64_t j = 0; j < pool.d; j++) out.mixed[j] += scores[i] * as_float(values[i][j]);
+    for (int i = 0; i < at.count; i++) {
+        const P* key = keys + at.places[i];
+        scores[i] = 0;
+        for (int64_t j = 0; j < pool.d; j++) scores[i] += query[j] * as_float(key[j]);
     }
+    const float shrink = weigh(scores, at.count, scale, *out.tops, *out.totals);
+    for (int64_t j = 0; j < pool.d; j++) out.mixed[j] *= shrink;
+    for (int i = 0; i < at.count; i++)
+        for (int64_t j = 0; j < pool.d; j++) out.mixed[j] += scores[i] * as_float(values[at.places[i] + j]);
 }
 
-// The query heads [group, d] that share a KV head, over a stretch of history.
+// The query heads [group, d] that share a KV head, and keys.
 template <class P>
-static void attend_stretch(
-    const Pool<P>& pool, int64_t row, int64_t kv_head, int64_t group, const float* query, int64_t first, int64_t last,
-    Partial* out) {
-    for (int64_t h = 0; h < group; h++) out[h].top = -3.0e38f, out[h].total = 0;
-#define ATTEND(C, H)                                                                              \
-    if (pool.d == C * 32 && group - h >= H) {                                                     \
-        attend_vectors<P, C, H>(pool, row, kv_head, query + h * pool.d, first, last, out + h);    \
-        h += H;                                                                                   \
-        continue;                                                                                 \
+static void attend_keys(
+    const Pool<P>& pool, const Keys& at, int64_t kv_head, int64_t group, const float* query, Partials out) {
+#define ATTEND(C, H)                                                                             \
+    if (pool.d == C * 32 && group - h >= H) {                                                    \
+        attend_vectors<P, C, H>(pool, at, kv_head, query + h * pool.d, out.from(h, pool.d));     \
+        h += H;                                                                                  \
+        continue;                                                                                \
     }
     for (int64_t h = 0; h < group;) {
         ATTEND(2, 4) ATTEND(2, 3) ATTEND(2, 2) ATTEND(2, 1) ATTEND(4, 2) ATTEND(4, 1) ATTEND(1, 4) ATTEND(1, 1)
-        attend_any(pool, row, kv_head, query + h * pool.d, first, last, out[h]);
+        attend_any(pool, at, kv_head, query + h * pool.d, out.from(h, pool.d));
         h++;
     }
 #undef ATTEND

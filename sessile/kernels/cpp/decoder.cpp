@@ -95,6 +95,7 @@ struct Step {
     int64_t items, item_table;  // int32 [items][3]: query, first history token, end
     int64_t chunks, chunk_table;  // int32 [chunks][5]: first token, row, position of that token, tokens, first tile
     int64_t key_tiles, query_tiles;  // of all chunks: of KEY_TILE keys, and of QUERY_TILE positions
+    int64_t is_read;  // whether anybody reads the residual stream: else all that matters of the last layer is K and V
     int64_t nanoseconds;  // 0, or int64 [PHASES] to which the time of each phase is added
     int64_t counts;  // int64 [PHASES_MAX × layers][2], zero
     int64_t scratch, scratch_bytes;
@@ -381,9 +382,8 @@ static void merge_items(const Layout<X, A>& at, const Step& s, int64_t first, in
     for (int64_t i = 0; i < s.d; i++) out[i] /= total;
 }
 
-constexpr int64_t HEADS_AT_ONCE = 16;
-
-// Pieces of histories of single queries, then their merges.
+// Pieces of histories of single queries, then their merges. All heads go through a tile of keys before any goes on: they
+// lie side by side, and memory is read in order. Behind a piece's end, what this thread probably takes next is asked for.
 template <class X, class A, class P>
 static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layout<X, A>& at) {
     const int64_t group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * s.d;
@@ -391,18 +391,21 @@ static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layou
     const int32_t(*items)[3] = (const int32_t(*)[3])s.item_table;
     team.each(s.items, [&](int64_t item) {
         const int32_t* query = queries[items[item][0]];
-        Partial partials[HEADS_AT_ONCE];
-        for (int64_t head = 0; head < s.heads;) {
-            const int64_t kv_head = head / group, rest = (kv_head + 1) * group - head;
-            const int64_t count = rest < HEADS_AT_ONCE ? rest : HEADS_AT_ONCE, at_head = item * s.heads + head;
-            for (int64_t h = 0; h < count; h++) partials[h].mixed = at.mixed + (at_head + h) * s.d;
-            attend_stretch(pool, query[1], kv_head, count, at.qkv + query[0] * width + head * s.d, items[item][1],
-                           items[item][2], partials);
-            for (int64_t h = 0; h < count; h++) {
-                at.tops[at_head + h] = partials[h].top;
-                at.totals[at_head + h] = partials[h].total;
-            }
-            head += count;
+        const int64_t next = item + team.threads < s.items ? item + team.threads : item, end = items[item][2];
+        const Partials partials = Partials{at.tops, at.totals, at.mixed}.from(item * s.heads, s.d);
+        for (int64_t head = 0; head < s.heads; head++) partials.tops[head] = -3.0e38f, partials.totals[head] = 0;
+        memset(partials.mixed, 0, s.heads * s.d * sizeof(float));
+        Keys keys;
+        for (int64_t start = items[item][1]; start < end; start += KEY_TILE) {
+            keys.count = (int)(end - start < KEY_TILE ? end - start : KEY_TILE);
+            find_keys(pool, query[1], start, keys.count, keys.places);
+            if (start + KEY_TILE < end)
+                find_keys(pool, query[1], start + KEY_TILE, end - start - KEY_TILE, keys.later);
+            else
+                find_keys(pool, queries[items[next][0]][1], items[next][1], items[next][2] - items[next][1], keys.later);
+            for (int64_t kv_head = 0; kv_head < s.kv_heads; kv_head++)
+                attend_keys(pool, keys, kv_head, group, at.qkv + query[0] * width + kv_head * group * s.d,
+                            partials.from(kv_head * group, s.d));
         }
     });
     team.each(s.queries, [&](int64_t index) {
@@ -470,6 +473,7 @@ static void run_layers(const Step& s, Team& team) {
         watch.lap(QKV);
         team.each(s.tokens, [&](int64_t t) { place_token(s, layer, pool, at.qkv + t * width, t); });
         watch.lap(ROTATE);
+        if (index + 1 == s.layers && !s.is_read) return;
         if (s.chunks) attend_chunks(team, s, pool, at);
         watch.lap(CHUNKS);
         if (s.queries) attend_queries(team, s, pool, at);

@@ -22,18 +22,17 @@ from starlette.types import Scope
 from sessile.contract.corpora import CorpusUse, Source
 from sessile.errors import InvalidRequest, NotReady, UserError
 from sessile.server.auth import Asking, require_admin
-from sessile.server.body import Body, check_coding, field_fault, read_body, says, shortened, takes
+from sessile.server.body import Body, check_coding, field_fault, read_body, shortened, takes
 from sessile.server.calls import Service
 from sessile.server.corpora.budget import Size
 from sessile.server.corpora.sources import LineCheck, files_below, write_documents
 from sessile.server.corpora.store import Corpus, CorpusStore, Load, Place
 from sessile.server.keys import Caller
+from sessile.server.names import ID_CHARS_MAX, ID_PATTERN, GivenId
 from sessile.server.replies import JsonReply
 
 log = logging.getLogger(__name__)
 
-ID_CHARS_MAX = 128
-ID_PATTERN = rf"\A[A-Za-z0-9_.:@=+-]{{1,{ID_CHARS_MAX}}}\z"
 PATH_CHARS_MAX = 4096
 WRITE_BYTES = 1 << 20
 """An upload is written to the disk in such portions, in a thread."""
@@ -43,9 +42,7 @@ LINE_TYPES = frozenset({"application/jsonl", "application/x-jsonl", "application
                         "application/x-jsonlines", "application/ndjson"})  # fmt: skip
 """Content types of an upload: a document a line."""
 
-CorpusId = Annotated[
-    str, Field(pattern=ID_PATTERN), says(f"must be 1 to {ID_CHARS_MAX} letters, digits or characters of _.:@=+-")
-]
+CorpusId = GivenId
 CorpusPath = Annotated[str, PathField(max_length=ID_CHARS_MAX)]
 
 
@@ -162,7 +159,7 @@ def _add_resources(router: APIRouter, service: Service) -> None:
     async def add(
         request: Request,
         caller: Asking,
-        id: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+        id: Annotated[str | None, Query(pattern=ID_PATTERN, max_length=ID_CHARS_MAX)] = None,
         replace: bool = False,
         shared: bool | None = None,
     ) -> Response:
