@@ -108,7 +108,8 @@ class Reader:
         parts = []
         for positions in torch.arange(window.numel()).split(self._step_tokens):
             rows = StepRows(*(np.array([number], np.int32) for number in (0, int(positions[0]), positions.numel())))
-            parts.append(self._model.forward(window[positions], positions, positions + PAGE_SIZE, rows).clone())
+            slots = positions + PAGE_SIZE
+            parts.append(self._model.forward(window[positions], positions, slots, rows, is_read=True).clone())
         return torch.cat(parts)
 
 

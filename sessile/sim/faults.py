@@ -176,15 +176,6 @@ _FORKS = (
         "forking", "parked.lease, full), target", "parked.lease, max(0, full - 1)), target",
     ),
     _fault(
-        "copied while it is written", "H29, H64", "a fork copies a page that a step in flight still writes",
-        "forking", "is_written = parked.written_step > books.settled_step", "is_written = False",
-    ),
-    _fault(
-        "copied while it is copied to", "H29, H64", "a fork copies a page before the copy to it is settled",
-        "books", "session.parked.ready_step = session.parked.written_step = max(session.parked.ready_step, step)",
-        "session.parked.ready_step = max(session.parked.ready_step, step)",
-    ),
-    _fault(
         "fork shares its history", "H28", "parent and child append to the same history",
         "forking", "child.cut_history(parent.history.fork(tokens), parent.turn_ends)",
         "child.cut_history(parent.history if tokens == len(parent.history) else parent.history.fork(tokens), "
