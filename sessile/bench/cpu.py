@@ -11,6 +11,7 @@ A command prints a line "B=8 decode 123.4 tok/s" for each batch, and "prefill204
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ TOKENS = 128
 PREFILL_TOKENS = 2048
 PREFILL = f"prefill of {PREFILL_TOKENS:,}"
 PEER_TIMEOUT_S = 600
+WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -182,29 +184,32 @@ def measure_cpu(options: CpuBenchOptions) -> int:
     try:
         for number in range(options.rounds):
             for arm in arms if number % 2 == 0 else reversed(arms):
+                print(f"round {number + 1} of {options.rounds}: {arm.figures.name}", file=sys.stderr)
                 arm.run()
     finally:
         for arm in arms:
             arm.close()
-    Console().print(table_of([arm.figures for arm in arms], options.rounds))
+    console = Console()
+    # In a file or a pipe there is room for all of it.
+    width = console.width if console.is_terminal else WIDTH
+    console.print(table_of([arm.figures for arm in arms], options.rounds), width=width)
     return 0
 
 
 def table_of(arms: Sequence[Figures], rounds: int) -> Table:
-    """Medians, and of all but the first arm the ratio of the first to them, with its interval of 95 %."""
-    table = Table(box=None, title=f"tokens a second, median of {rounds} rounds; first arm ÷ arm [95 %]")
-    table.add_column("")
-    for arm in arms:
-        table.add_column(arm.name, justify="right")
+    """Medians, all that they are of, and how many times as fast the first arm is, with its interval of 95 %."""
+    table = Table(box=None, title=f"tokens a second, medians of {rounds} rounds")
+    for name in ("", "arm", "median", "first arm ÷ it [95 %]", "each round"):
+        table.add_column(name, justify="left" if name in ("", "arm") else "right", no_wrap=True)
     for what, firsts in arms[0].rates.items():
-        cells = [f"{np.median(firsts):,.0f}"]
-        for arm in arms[1:]:
+        for arm in arms:
             rates = arm.rates.get(what, [])
             if len(rates) != len(firsts):
-                cells.append("not measured")
+                table.add_row(what, arm.name, "not measured", "", "")
                 continue
             ratios = [first / rate for first, rate in zip(firsts, rates, strict=True)]
             low, high = median_interval(ratios)
-            cells.append(f"{np.median(rates):,.0f} · {np.median(ratios):.2f} [{low:.2f}–{high:.2f}]")
-        table.add_row(what, *cells)
+            compared = "" if arm is arms[0] else f"{np.median(ratios):.2f} [{low:.2f}–{high:.2f}]"
+            each = " ".join(f"{rate:.0f}" for rate in rates)
+            table.add_row(what, arm.name, f"{np.median(rates):,.0f}", compared, each)
     return table

@@ -33,7 +33,16 @@ def test_a_peer_that_cannot_be_measured_is_refused(entry: str, says: str) -> Non
 
 def test_arms_that_lack_a_figure_are_not_compared() -> None:
     table = table_of([Figures("ours", {"batch 1": [10.0, 20.0]}), Figures("theirs", {"batch 1": [10.0]})], 2)
-    assert [list(column.cells) for column in table.columns] == [["batch 1"], ["15"], ["not measured"]]
+    assert [list(column.cells) for column in table.columns] == [
+        ["batch 1", "batch 1"], ["ours", "theirs"], ["15", "not measured"], ["", ""], ["10 20", ""],
+    ]  # fmt: skip
+
+
+def test_a_ratio_is_taken_within_a_round() -> None:
+    ours, theirs = [10.0, 30.0, 20.0], [5.0, 15.0, 20.0]
+    table = table_of([Figures("ours", {"batch 1": ours}), Figures("theirs", {"batch 1": theirs})], 3)
+    row = [list(column.cells)[1] for column in table.columns]
+    assert row == ["batch 1", "theirs", "15", "2.00 [1.00–2.00]", "5 15 20"]
 
 
 def test_a_distribution_is_no_distance_from_itself() -> None:
