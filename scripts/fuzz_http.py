@@ -39,6 +39,8 @@ SETTINGS: dict[str, object] = {
     "responses-max": 64, "responses-bytes-max": 1 << 20,
 }  # fmt: skip
 CONNECTIONS = 16
+REQUEST_BYTES_MAX = 8 << 20
+"""Larger ones are refused unread, and whoever goes on sending them may be cut off before the answer is read."""
 MUTATED_SHARE = 0.95
 """Of the requests; the others are sent as they are described."""
 ANSWER_S_MAX = 60.0
@@ -122,7 +124,10 @@ async def send_some(port: int, seeds: list[bytes], rng: Random, count: int, find
         if len(findings.kept) >= FINDINGS_MAX:
             return
         raw = rng.choice(seeds)
-        await send_one(port, mutated_request(raw, rng) if rng.random() < MUTATED_SHARE else raw, findings)
+        if rng.random() < MUTATED_SHARE:
+            changed = mutated_request(raw, rng)
+            raw = changed if len(changed) <= REQUEST_BYTES_MAX else raw
+        await send_one(port, raw, findings)
 
 
 async def send_one(port: int, raw: bytes, findings: Findings) -> None:
