@@ -32,7 +32,7 @@ from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.errors import StartupError
 from sessile.model.config import ModelOptions
-from sessile.options import option
+from sessile.options import check_options, option
 from sessile.text.load import load_tokenizer
 
 TOKENS = 128
@@ -74,10 +74,7 @@ class OwnArm:
     """Our engine in this process. Owns its device until `close`."""
 
     def __init__(self, way: str, options: CpuBenchOptions, batches: Sequence[int]) -> None:
-        given = way.split(":")
-        kernels, dtype, quantize, activations = given + ["auto", "auto", "auto", "none"][len(given) :]
-        model = ModelOptions(options.model, dtype=dtype, quantize=quantize, quantize_activations=activations)
-        device = DeviceOptions(device="cpu", cpu_kernels=kernels)
+        model, device = _options_of(way, options.model)
         clock = MonotonicClock()
 
         def open_for(request: DeviceRequest) -> Device:
@@ -138,6 +135,25 @@ class OwnArm:
     def _turn(self) -> list[Batch]:
         self._loop.turn()
         return self._outbox.take()
+
+
+def _options_of(way: str, model: str) -> tuple[ModelOptions, DeviceOptions]:
+    """KERNELS:DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS. Raises StartupError for what `sessile serve` would not take."""
+    given = way.split(":")
+    parts = given + ["auto", "auto", "auto", "none"][len(given) :]
+    if len(parts) > 4:
+        raise StartupError(f"--arms: {way!r} has more than four parts.")
+    kernels, dtype, quantize, activations = parts
+    options = (
+        ModelOptions(model, dtype=dtype, quantize=quantize, quantize_activations=activations),
+        DeviceOptions(device="cpu", cpu_kernels=kernels),
+    )
+    for section in options:
+        try:
+            check_options(section)
+        except ValueError as error:
+            raise StartupError(f"--arms: {way!r}: {error}.") from None
+    return options
 
 
 class PeerArm:

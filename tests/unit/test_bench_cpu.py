@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from sessile.bench.cpu import PREFILL, Figures, PeerArm, read_rates, table_of
+from sessile.bench.cpu import PREFILL, CpuBenchOptions, Figures, OwnArm, PeerArm, read_rates, table_of
 from sessile.bench.quality import MEAN_KL_MAX, Distance, prose
 from sessile.errors import StartupError
 
@@ -29,6 +29,16 @@ def test_a_peer_is_run_once_a_round() -> None:
 def test_a_peer_that_cannot_be_measured_is_refused(entry: str, says: str) -> None:
     with pytest.raises(StartupError, match=says):
         PeerArm(entry).run()
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [("nosuch:auto", "nosuch:auto.*must be one of"), ("native:int7", "must be one of"),
+     ("native:auto:auto:none:more", "more than four")],
+)  # fmt: skip
+def test_ways_of_ours_that_are_none_are_refused(way: str, says: str) -> None:
+    with pytest.raises(StartupError, match=says):
+        OwnArm(way, CpuBenchOptions(), [1])
 
 
 def test_arms_that_lack_a_figure_are_not_compared() -> None:
