@@ -40,7 +40,8 @@ TOKENS = 128
 PREFILL_TOKENS = 2048
 PREFILL = f"prefill of {PREFILL_TOKENS:,}"
 PEER_TIMEOUT_S = 600
-WIDTH = 160
+WIDTH_IN_A_FILE = 160
+"""Columns of the table where nobody watches: room for every round."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,7 @@ def measure_cpu(options: CpuBenchOptions) -> int:
         for arm in arms:
             arm.close()
     console = Console()
-    # In a file or a pipe there is room for all of it.
-    width = console.width if console.is_terminal else WIDTH
+    width = console.width if console.is_terminal else WIDTH_IN_A_FILE
     console.print(table_of([arm.figures for arm in arms], options.rounds), width=width)
     return 0
 

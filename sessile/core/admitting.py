@@ -105,7 +105,7 @@ class Admitter:
         kv_tokens = request.prompt_tokens - 1
         assert len(request.pin.pages) == kv_tokens // size
         page = page_at(source.pin, source.lease, kv_tokens // size)
-        books.queue_copy(page, request.lease.pages[0], kv_tokens % size)
+        books.queue_copy(page, request.lease.pages[0], kv_tokens % size, ())
         books.marks[Mark.LEADER_COPIED] += 1
 
     def _match(self, request: Request) -> Match | None:

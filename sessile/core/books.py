@@ -7,7 +7,7 @@ still touch them.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -98,10 +98,8 @@ class Books:
         """Which running request is about to publish the page that a share key names."""
         self.copies: list[tuple[int, int, int]] = []
         """(source page, target page, tokens) to be copied by the next plan, before its writes: see `queue_copy`."""
-        self.copied_from: list[Session] = []
-        """Whose parked KV these copies read."""
-        self.copied_to: list[Session] = []
-        """Whose parked KV they write."""
+        self.copying: list[Session] = []
+        """The sessions at either end of these copies."""
         self.forecast = Forecast(limits.output_estimate_tokens)
         self.effects = Effects()
         self.events = EventRing()
@@ -313,32 +311,23 @@ class Books:
         self.tree.shorten(pin, tokens // size)
         return tokens // size * size
 
-    def queue_copy(
-        self, source: int, target: int, tokens: int, *, read: Session | None = None, written: Session | None = None
-    ) -> None:
+    def queue_copy(self, source: int, target: int, tokens: int, sessions: Sequence[Session]) -> None:
         """Have the next plan copy the first tokens of a page. Either page may be given up before: it waits in LIMBO.
 
-        read, written: whose parked KV the source and the target belong to, if it is anybody's.
+        sessions: whose parked KV the pages belong to.
         """
         self.copies.append((source, target, tokens))
         self.marks[Mark.COPIED] += 1
-        if read is not None:
-            self.copied_from.append(read)
-        if written is not None:
-            self.copied_to.append(written)
+        self.copying.extend(sessions)
         self.ledger.floor_step = self.planned_step + 1
 
     def take_copies(self, step: int) -> list[tuple[int, int, int]]:
         """The copies that this step carries; parked KV at either end is not written before it has settled."""
         copies, self.copies = self.copies, []
-        for session in self.copied_from:
+        for session in self.copying:
             if session.parked is not None:
                 session.parked.ready_step = max(session.parked.ready_step, step)
-        for session in self.copied_to:
-            if session.parked is not None:
-                session.parked.ready_step = session.parked.written_step = max(session.parked.ready_step, step)
-        self.copied_from.clear()
-        self.copied_to.clear()
+        self.copying.clear()
         self.ledger.floor_step = 0
         return copies
 

@@ -3,8 +3,8 @@
 Full pages are shared through the tree: the parent's are published and pinned for both. What is left is less than a
 page, and a page has one owner, so its tokens are copied: the copy travels with the next plan and runs before that
 plan's writes. Pages that are given up before then wait in LIMBO for that plan, so neither end of the copy can be
-drawn by anybody else. Without a free page for the copy, or while a step may still write to the parent's, the child
-recomputes less than a page.
+drawn by anybody else. Whatever a step in flight still writes to the parent's page lies behind what is copied. Without
+a free page for the copy the child recomputes less than a page.
 """
 
 from sessile.core.books import Books
@@ -36,14 +36,12 @@ def _share_kv(books: Books, parent: Session, child: Session, tokens: int) -> Non
     match = books.tree.match(parent.tenant.namespace, parent.history.slice(0, full * size), full)
     lease, pin = books.ledger.open(), books.tree.pin(match)
     shared_tokens = match.pages * size
-    # A copy that is on its way reads the page as we do; only what writes to it has to be over.
-    is_written = parked.written_step > books.settled_step
-    if shared_tokens < full * size or not kv_tokens % size or is_written or not books.ledger.free_pages:
+    if shared_tokens < full * size or not kv_tokens % size or not books.ledger.free_pages:
         books.marks[Mark.NOT_COPIED] += kv_tokens % size > 0
         books.park(child, lease, pin, shared_tokens)
         return
     target = books.ledger.draw(lease, 1)[0]
-    books.queue_copy(page_at(parked.pin, parked.lease, full), target, kv_tokens % size, read=parent, written=child)
+    books.queue_copy(page_at(parked.pin, parked.lease, full), target, kv_tokens % size, (parent, child))
     books.park(child, lease, pin, kv_tokens)
 
 
@@ -97,5 +95,5 @@ def _copy_behind(books: Books, session: Session, source: int, tokens: int) -> No
         books.parked_pages -= len(lease)
         session.parked = None
         books.harden(start)
-    books.queue_copy(source, books.ledger.draw(lease, 1)[0], tokens, written=session)
+    books.queue_copy(source, books.ledger.draw(lease, 1)[0], tokens, (session,))
     books.park(session, lease, start, held + tokens)

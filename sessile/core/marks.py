@@ -20,7 +20,7 @@ class Mark(StrEnum):
     ROLLED_BACK_QUEUED = "a queued turn rolled back"
     DRAINED = "a row outlived its request by a step"
     COPIED = "the head of a page copied for a fork or rewind"
-    NOT_COPIED = "no page free to copy to, or the source still written"
+    NOT_COPIED = "no page free to copy to"
     SHARE_WAITED = "an admission waited for a prefix that is being computed"
     LEADER_AWAITED = "an admission waited for another one of its group to compute their prompt"
     LEADER_COPIED = "less than a page of a prompt copied from another one of the group"

@@ -25,16 +25,15 @@ class ParkedKv:
     """KV at rest: a softly pinned tree prefix, the sequence's own pages behind it, and how many tokens they hold.
 
     ready_step: the newest step that may still touch the pages; a turn is admitted only once it has settled.
-    written_step: the newest that may still write to them, at most that; a copy of them is taken only once it has.
     """
 
-    __slots__ = ("lease", "pin", "ready_step", "tokens", "written_step")
+    __slots__ = ("lease", "pin", "ready_step", "tokens")
 
     def __init__(self, lease: Lease, pin: Pin, tokens: int, ready_step: int) -> None:
         self.lease = lease
         self.pin = pin
         self.tokens = tokens
-        self.ready_step = self.written_step = ready_step
+        self.ready_step = ready_step
 
 
 @dataclass(frozen=True, slots=True)

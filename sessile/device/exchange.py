@@ -72,7 +72,7 @@ class Crossing:
         self._slot.close()
 
     def settle(self) -> None:
-        """Wait for the device and bring the result out of the slot; nothing if that was done, or the step failed."""
+        """Wait for the device and bring the result out of the slot, unless that was done."""
         if self._slot is not None:
             self._results = self._slot.words(self._words)
             self._slot = None

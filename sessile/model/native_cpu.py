@@ -22,9 +22,9 @@ from sessile.model.layers import Decoder, Linear, RMSNorm
 from sessile.units import ceil_div
 
 SPLITS_TOKENS = ((1024, 128), (4096, 256))
-"""(Up to so many history tokens, of one work item): one row alone keeps all threads busy."""
+"""A row with at most so many history tokens is cut into work items of so many: alone, it keeps all threads busy."""
 SPLIT_TOKENS = 512
-"""Of longer ones: a longer item is more of what lies in order."""
+"""Tokens of a longer row's items: within one, memory is read in order."""
 KEY_TILE, QUERY_TILE = 64, 16
 """Keys and positions of one tile of a chunk's attention, as in cpp/attention.h."""
 

@@ -15,7 +15,7 @@ from sessile.contract.messages import Done, Stats
 from sessile.server.link import EngineLink
 from sessile.server.logs import lines_dropped
 
-OURS = "sessile_"
+OWN_PREFIX = "sessile_"
 SECONDS = (
     0.001,
     0.002,
@@ -243,7 +243,8 @@ class Metrics:
             *_engine_families(stats, model),
             *self._throughput(stats, model),
         ]
-        registry.register(_Collected([family for family in families if peers_names or family.name.startswith(OURS)]))
+        shown = [family for family in families if peers_names or family.name.startswith(OWN_PREFIX)]
+        registry.register(_Collected(shown))
         return generate_latest(registry)
 
     def _families(self, model: str, in_flight: int) -> Iterator[Metric]:

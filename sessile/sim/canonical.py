@@ -296,7 +296,7 @@ _RULES: dict[str, dict[str, Write | None]] = {
         "serial": lambda form, serial: form._serials.get(serial, -1),
         "turn": lambda form, key: None if key is None else form.request(key),
     },
-    "core.ParkedKv": {"ready_step": Form.step, "written_step": Form.step},
+    "core.ParkedKv": {"ready_step": Form.step},
     "core.Tenant": dict.fromkeys(("policy", "served")),
     "core.PromptPart": {"row": Form.row},
     "sim.Books": {

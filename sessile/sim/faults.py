@@ -432,8 +432,8 @@ _GROUPS = (
     ),
     _fault(
         "group copies too little", "H29", "the last token of what a group shares is left out of the copy",
-        "admitting", "request.lease.pages[0], kv_tokens % size)",
-        "request.lease.pages[0], max(1, kv_tokens % size - 1))",
+        "admitting", "request.lease.pages[0], kv_tokens % size, ())",
+        "request.lease.pages[0], max(1, kv_tokens % size - 1), ())",
     ),
 )
 

@@ -204,7 +204,7 @@ class SmallWorld:
         books = self._machine._books
         for session in books.sessions.values():
             parked = session.parked
-            if parked is None or session in books.copied_from or session in books.copied_to:
+            if parked is None or session in books.copying:
                 continue
             text = [*self._books.sessions[session.id].history]
             if session.turn is not None:
