@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ from sessile.options import option
 
 if TYPE_CHECKING:
     from sessile.shell import CommandLine
+    from sessile.text.tokenizer import Tokenizer
 
 QUIET_S = 2.0
 """What takes longer shows on standard error how it goes."""
@@ -52,16 +54,23 @@ class BatchOptions:
 
 def serve(config: Config, *, exit_with_stdin: bool = False) -> int:
     """Serve over HTTP until told to stop; with exit_with_stdin, also when standard input ends."""
-    from sessile.keyfile import read_keys
     from sessile.server.run import serve as run_server
-    from sessile.text.load import load_tokenizer
 
-    keys = read_keys(Path(config.server.keys)) if config.server.keys else None
-    if keys:
+    keys = None
+    if config.server.keys:
+        from sessile.keyfile import read_keys
+
+        keys = read_keys(Path(config.server.keys))
         config = dataclasses.replace(config, tenants=keys.policies)
+
+    def tokenizer() -> "Tokenizer":
+        from sessile.text.load import load_tokenizer
+
+        return load_tokenizer(config.model.model)
+
     return run_server(
         config.server,
-        lambda: load_tokenizer(config.model.model),
+        tokenizer,
         engine_argv=[sys.executable, "-m", "sessile", "engine"],
         engine_config=config.to_json(),
         builder_argv=[sys.executable, "-m", "sessile", "builder"],
@@ -75,6 +84,9 @@ def engine(address: str) -> int:
     """Be the engine process of a server that listens at address and holds our standard input."""
     # Ctrl-C reaches every process of the terminal; what it means is the server's to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A fifth of the time that importing torch takes is spent on looking for garbage, of which there is next to none. By
+    # the time that there is some, the engine collects it itself (engine/garbage.py).
+    gc.disable()
     from sessile.engine.compiled import use_compiled_core
 
     use_compiled_core()

@@ -23,7 +23,7 @@ from sessile.core.limits import SchedulerOptions, TenantPolicy
 from sessile.device.config import DeviceOptions
 from sessile.engine.config import EngineOptions
 from sessile.errors import StartupError
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.options import check_value
 from sessile.server.config import ServerOptions
 

@@ -195,7 +195,7 @@ class _Cursor:
         if kind == _ARRAY:
             kind, count = self.u32(), self.u64()
             if kind == _STRING:
-                return [self.text() for _ in range(count)]
+                return self._strings(count)
             return self._numbers(kind, count, key)
         return self._numbers(kind, 1, key)[0].item()
 
@@ -211,6 +211,19 @@ class _Cursor:
         if kind not in _SCALARS:
             self.corrupt(f"metadata key {shown(key)} has the unknown or nested type {kind}")
         return _SCALARS[kind]
+
+    def _strings(self, count: int) -> list[str]:
+        """Decode count strings, which have been walked over before; the loop is kept bare as the one below is."""
+        mapping, unpack, position = self.mapping, self._U64.unpack_from, self.position
+        strings = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + unpack(mapping, position)[0]
+                strings.append(mapping[start:position].decode())
+        except UnicodeDecodeError:
+            self.corrupt(f"the string at offset {start - 8} is not UTF-8")
+        return strings
 
     def _skip_strings(self, count: int) -> None:
         """Walk over count strings: a vocabulary has 50,000 to 250,000, so the loop is kept bare."""

@@ -23,8 +23,8 @@ from sessile.draft.shelf import OPERATOR, Shelf
 from sessile.errors import InvalidRequest, StartupError
 from sessile.gguf import GgufFile
 from sessile.keyfile import draw_key, read_keys
-from sessile.model.config import ModelOptions
 from sessile.model.layers import WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 from sessile.server.corpora.folder import Catalogue, Entry, StateFolder
 from sessile.server.corpora.sources import LineCheck

@@ -20,7 +20,7 @@ from sessile.core.limits import Limits
 from sessile.core.machine import Machine
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.units import ceil_div
 
 ROWS_MAX = 64

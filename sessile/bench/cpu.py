@@ -31,7 +31,7 @@ from sessile.engine.config import EngineOptions
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.errors import StartupError
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.options import check_options, option
 from sessile.text.load import load_tokenizer
 

@@ -36,7 +36,7 @@ from sessile.engine.config import EngineOptions
 from sessile.engine.drafting import MakeDrafter, lookup_drafter
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
 SHAPES: dict[str, dict[str, Any]] = {

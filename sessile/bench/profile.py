@@ -18,8 +18,9 @@ from sessile.device.kv_pool import KvPool
 from sessile.device.memory import available_cores
 from sessile.kernels.attention import PagedCache, StepRows
 from sessile.kernels.native import PHASES
-from sessile.model.config import ModelOptions, resolve_model_path
+from sessile.model.config import resolve_model_path
 from sessile.model.native_cpu import NativeCpuDecoder, native_decoder
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model, read_config
 from sessile.options import option
 from sessile.units import ceil_div

@@ -24,7 +24,8 @@ from sessile.device.memory import available_cores
 from sessile.device.worker import CpuModel
 from sessile.errors import StartupError
 from sessile.kernels.attention import PagedCache, StepRows
-from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.config import ModelConfig, resolve_model_path
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model, read_config
 from sessile.options import option
 from sessile.text.load import load_tokenizer

@@ -22,7 +22,7 @@ from sessile.bench.speculate_engine import Arm, Run, SpeculatingEngine
 from sessile.bench.speculate_loads import DISTRACTORS, LOADS, PROMPTS, Load, Texts
 from sessile.bench.speculate_record import DRAFTS_MAX, RecordedAnswer, Recording, recorded
 from sessile.errors import StartupError
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.options import option
 from sessile.text.load import load_tokenizer
 

@@ -24,7 +24,7 @@ from sessile.engine.config import EngineOptions
 from sessile.engine.drafting import OwnedDrafter, StepFacts, StepTable, lookup_drafter
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.text.tokenizer import Tokenizer
 
 TOP_IDS = 8

@@ -18,9 +18,10 @@ from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name, prepar
 from sessile.kernels.linear import cpu_multiplies_bfloat16
 from sessile.kernels.native import NativeKernels, available_native, native_kernels
 from sessile.kernels.sampling import prepare_sampling
-from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.config import ModelConfig, resolve_model_path
 from sessile.model.layers import WeightFormat
 from sessile.model.native_cpu import suits_native
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
 

@@ -16,9 +16,10 @@ from sessile.errors import OutOfMemory, StartupError
 from sessile.kernels.flash_attention3 import FlashAttention3, available_flash_attention3, unsuited
 from sessile.kernels.triton_launch import compiled_together
 from sessile.kernels.triton_weight import GROUP
-from sessile.model.config import ModelConfig, ModelOptions, resolve_model_path
+from sessile.model.config import ModelConfig, resolve_model_path
 from sessile.model.gpu_linear import scratch_bytes
 from sessile.model.layers import WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model, read_config, weight_bytes_estimate
 from sessile.units import ceil_div
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -96,6 +97,7 @@ def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Se
     try:
         engine = open_engine(clock)
         server.tell_events = lambda: log.error("the last events", extra={"events": engine.machine.event_lines()})
+        gc.freeze()  # What start-up made stays. Looking at it all once more would keep the first request waiting.
         outbox.send(engine.ready)
         drive(engine, SocketInbox(socket), outbox, clock)
     except StartupError as error:

@@ -3,7 +3,8 @@
 Each function takes uint8[blocks, bytes a block] and returns float32[blocks, weights a block]; scales are float16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from sessile.kernels.packing import BYTES, NIBBLES
 
 Blocks = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+_ROWS_AT_ONCE = 1024
 
 
 def dequantize(tensor: GgufTensor) -> Floats:
@@ -36,11 +39,21 @@ def dequantize(tensor: GgufTensor) -> Floats:
     return unpack(tensor.raw.reshape(-1, block_bytes)).reshape(tensor.shape)
 
 
+def dequantized_rows(tensor: GgufTensor) -> Iterator[Floats]:
+    """`dequantize` of a matrix, float32[some rows, columns] at a time."""
+    rows, columns = tensor.shape
+    row_bytes = tensor.raw.size // rows
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        count = min(_ROWS_AT_ONCE, rows - first)
+        raw = tensor.raw[first * row_bytes : (first + count) * row_bytes]
+        yield dequantize(replace(tensor, shape=(count, columns), raw=raw))
+
+
 Halves = npt.NDArray[np.float16]
 
 
 def stored_groups(tensor: GgufTensor) -> tuple[int, npt.NDArray[Any], Halves, Halves | None] | None:
-    """Kind, numbers [rows, groups, 32], scales and minima [rows, groups] as they are stored, for `packing.Groups`.
+    """Kind, numbers, scales and minima as they are stored, in the shapes of `packing.Groups`.
 
     None for a format that is no number × scale (+ minimum) of 32 weights each. Exact: nothing is rounded.
     """
@@ -56,11 +69,11 @@ def stored_groups(tensor: GgufTensor) -> tuple[int, npt.NDArray[Any], Halves, Ha
         return BYTES, fives.reshape(rows, -1, 32), scales, None
     if tensor.type == "Q4_1":
         minima = np.ascontiguousarray(blocks[:, 2:4]).view("<f2").reshape(rows, -1)
-        return NIBBLES, _nibbles(blocks[:, 4:]).reshape(rows, -1, 32), scales, minima
+        return NIBBLES, np.ascontiguousarray(blocks[:, 4:]).reshape(rows, -1, 16), scales, minima
     minima = scales * np.float16(-8)
     if not np.isfinite(minima).all():
         return None
-    return NIBBLES, _nibbles(blocks[:, 2:]).reshape(rows, -1, 32), scales, minima
+    return NIBBLES, np.ascontiguousarray(blocks[:, 2:]).reshape(rows, -1, 16), scales, minima
 
 
 _GROUPED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
@@ -83,7 +96,9 @@ def _fifth_bits(blocks: Blocks, start: int) -> npt.NDArray[np.uint8]:
 
 
 def _q8_0(blocks: Blocks) -> Floats:
-    return blocks[:, 2:].view(np.int8).astype(np.float32) * _half(blocks, 0)
+    weights = blocks[:, 2:].view(np.int8).astype(np.float32)
+    weights *= _half(blocks, 0)
+    return weights
 
 
 def _q4_0(blocks: Blocks) -> Floats:

@@ -15,12 +15,19 @@ from sessile.kernels.native import NativeKernels
 from sessile.kernels.packing import Groups, stack_groups
 from sessile.model.config import ModelConfig
 
+EMBEDDING = "model.embed_tokens.weight"
+"""Name of the tensor that is also the head where the two are tied."""
+
 
 class Checkpoint(Protocol):
     """Tensors by their Hugging Face name."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor on the CPU in a float dtype. Raises StartupError if it is missing, damaged or of another shape."""
+        ...
+
+    def read_embedding(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The tensor EMBEDDING, rounded to dtype. Raises as `read` does."""
         ...
 
     def groups(self, name: str, shape: tuple[int, ...]) -> Groups | None:
@@ -202,7 +209,7 @@ class Decoder(nn.Module, ABC):
     def load(self, checkpoint: Checkpoint, form: WeightFormat, progress: Callable[[float], None]) -> int:
         """Fill every weight from a checkpoint, in file order; return the bytes held. progress gets 0 … 1."""
         shape = (self.config.vocab_size, self.config.hidden_size)
-        self.embedding = checkpoint.read("model.embed_tokens.weight", shape).to(form.device, form.dtype)
+        self.embedding = checkpoint.read_embedding(shape, form.dtype).to(form.device)
         held = self._load_head(checkpoint, form)
         for index, layer in enumerate(self.layers):
             progress(index / len(self.layers))
@@ -226,7 +233,7 @@ class Decoder(nn.Module, ABC):
             return embedding_bytes + self.head.load(checkpoint, "", form)
         if form.quantize == "stored":
             shape = (self.config.vocab_size, self.config.hidden_size)
-            self.head.weight = load_linear(checkpoint, [("model.embed_tokens.weight", shape)], form)
+            self.head.weight = load_linear(checkpoint, [(EMBEDDING, shape)], form)
         else:
             self.head.weight = pack_linear(self.embedding, form.dtype, form.quantize, form.native)
         is_embedding = form.quantize == "none" and form.native is None

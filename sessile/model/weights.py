@@ -1,8 +1,9 @@
 """Read a model: find its folder or file, build the family's module, fill it from safetensors, GGUF or a seed."""
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from torch import Tensor
 from sessile.errors import StartupError
 from sessile.gguf import GgufFile, GgufTensor
 from sessile.kernels.packing import Groups
-from sessile.model.config import ModelConfig, ModelOptions, config_from_folder, config_from_gguf, resolve_model_path
-from sessile.model.dequantize import dequantize, stored_groups
-from sessile.model.layers import Checkpoint, Decoder, WeightFormat
+from sessile.model.config import ModelConfig, config_from_folder, config_from_gguf, resolve_model_path
+from sessile.model.dequantize import dequantize, dequantized_rows, stored_groups
+from sessile.model.layers import EMBEDDING, Checkpoint, Decoder, WeightFormat
 from sessile.model.llama import Llama
 from sessile.model.mistral import Mistral
+from sessile.model.options import ModelOptions
 from sessile.model.qwen2 import Qwen2
 from sessile.model.qwen3 import Qwen3
 from sessile.modelfile import read_json, shown
 
 FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
 
+_ONE_THREAD_WEIGHTS = 500_000_000
+"""A model of fewer is loaded by one thread, within a second or so. Several share each of thousands of small steps and
+wait for each other at its end: where another program has one of the cores that takes ten times as long."""
 _DUMMY_DEVIATION = 0.02
 _FILE_NAME_BYTES_MAX = 255
 
@@ -58,8 +63,21 @@ def load_model(options: ModelOptions, form: WeightFormat, progress: Callable[[st
     if options.load_format == "dummy":
         checkpoint = DummyCheckpoint(form.device)
     decoder = FAMILIES[config.architecture](config).eval()
-    held = decoder.load(checkpoint, form, lambda done: progress("loading weights", done))
+    with _threads_for(config):
+        held = decoder.load(checkpoint, form, lambda done: progress("loading weights", done))
     return LoadedModel(decoder, path, held)
+
+
+@contextlib.contextmanager
+def _threads_for(config: ModelConfig) -> Iterator[None]:
+    """One thread of torch's for the loading of a small model, all for that of a large one."""
+    threads = torch.get_num_threads()
+    if weight_bytes_estimate(config, 1.0) < _ONE_THREAD_WEIGHTS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def weight_bytes_estimate(config: ModelConfig, element_bytes: float, embedding_bytes: float | None = None) -> int:
@@ -97,6 +115,9 @@ class SafetensorsCheckpoint:
             raise StartupError(f"{self._folder}: tensor {name!r} is {tensor.dtype}; only float weights are supported.")
         return tensor
 
+    def read_embedding(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return self.read(EMBEDDING, shape).to(dtype)
+
     def groups(self, name: str, shape: tuple[int, ...]) -> None:
         """None: such files hold plain weights."""
 
@@ -131,9 +152,15 @@ class GgufCheckpoint:
         self._config = config
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        weights = self._in_our_order(name, dequantize(self._find(name, shape)))
-        # A view of the mapping is read-only, which torch cannot express: norms and biases are copied.
-        return torch.from_numpy(weights if weights.flags.writeable else weights.copy())
+        return _as_tensor(self._in_our_order(name, dequantize(self._find(name, shape))))
+
+    def read_embedding(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Some rows at a time: to take memory for float32 of them all costs more time than the arithmetic."""
+        embedding, first = torch.empty(shape, dtype=dtype), 0
+        for part in dequantized_rows(self._find(EMBEDDING, shape)):
+            embedding[first : first + len(part)] = _as_tensor(part)
+            first += len(part)
+        return embedding
 
     def groups(self, name: str, shape: tuple[int, ...]) -> Groups | None:
         stored = stored_groups(self._find(name, shape))
@@ -172,6 +199,9 @@ class DummyCheckpoint:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def read_embedding(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return self.read(EMBEDDING, shape).to(dtype)
+
     def groups(self, name: str, shape: tuple[int, ...]) -> None:
         """None: the weights are plain."""
 
@@ -209,6 +239,11 @@ def _gguf_name(name: str) -> str:
         layer, part = stem.removeprefix("model.layers.").split(".", 1)
         return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
     return f"{_GGUF_NAMES[stem]}.{kind}"
+
+
+def _as_tensor(weights: np.ndarray) -> Tensor:
+    """The array's memory as a tensor. A view of the mapping is read-only, which torch cannot express: it is copied."""
+    return torch.from_numpy(weights if weights.flags.writeable else weights.copy())
 
 
 def _pair_halves(weights: np.ndarray, heads: int) -> np.ndarray:

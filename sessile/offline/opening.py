@@ -15,7 +15,7 @@ from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.config import EngineOptions
 from sessile.engine.drafting import MakeDrafter, lookup_drafter
 from sessile.errors import StartupError
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.offline.driver import Driver
 from sessile.options import check_options
 from sessile.text.load import load_tokenizer

@@ -25,10 +25,17 @@ class Launcher:
         self._config = config
         self._folder = folder
         self._numbers = itertools.count(1)
+        self._newest: EngineProcess | None = None
 
     def launch(self) -> "EngineProcess":
         """Start an engine that will connect to its `address`."""
-        return EngineProcess(self._argv, self._config, f"ipc://{self._folder}/engine-{next(self._numbers)}")
+        self._newest = EngineProcess(self._argv, self._config, f"ipc://{self._folder}/engine-{next(self._numbers)}")
+        return self._newest
+
+    def stop(self) -> None:
+        """Make sure that the newest one is gone; another is only started where those before it are."""
+        if self._newest is not None:
+            self._newest.stop()
 
 
 class EngineProcess:

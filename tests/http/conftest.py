@@ -21,7 +21,8 @@ from sessile.server.app import create_app
 from sessile.server.calls import Service
 from sessile.server.config import ServerOptions
 from sessile.server.connections import bounded_http
-from sessile.server.corpora.opening import open_corpora, open_folder
+from sessile.server.corpora.folder import open_folder
+from sessile.server.corpora.opening import open_corpora
 from sessile.server.corpora.store import CorpusStore
 from sessile.server.histories import Histories
 from sessile.server.keys import Caller, Key, KeyRing, digest_of

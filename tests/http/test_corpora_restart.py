@@ -9,7 +9,7 @@ import pytest
 
 from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
-from sessile.server.corpora.opening import open_folder
+from sessile.server.corpora.folder import open_folder
 from tests.http.conftest import Running, running_server
 from tests.http.corpora_stage import added, files_of, listed, tokens_on_shelf, when_settled
 from tests.http.toy_engine import ToyEngine

@@ -166,7 +166,13 @@ def test_a_host_that_is_none_of_ours_is_one_line() -> None:
 
 
 def test_the_server_imports_no_torch() -> None:
-    code = "import sys, sessile.server.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, sessile.server.run, sessile.server.host; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_engine_is_started_before_what_takes_long_is_imported() -> None:
+    heavy = "{'fastapi', 'pydantic', 'uvicorn', 'tokenizers', 'numpy', 'zmq'}"
+    code = f"import sys, sessile.cli, sessile.server.run; sys.exit(len({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

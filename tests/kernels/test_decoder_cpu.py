@@ -10,9 +10,9 @@ import torch
 from sessile.kernels import reference
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, CpuAttentionStep, PagedCache, StepRows
 from sessile.model import fused_cpu
-from sessile.model.config import ModelOptions
 from sessile.model.fused_cpu import fuse_for_cpu, is_few_tokens, query_items
 from sessile.model.layers import Decoder, StepInputs, WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 from tests.parity.tiny_models import MODELS, VOCAB, Tiny, make_tiny
 

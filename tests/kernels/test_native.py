@@ -24,10 +24,10 @@ from sessile.kernels.native import (
     native_kernels,
     runnable_levels,
 )
-from sessile.model.config import ModelOptions
 from sessile.model.dequantize import dequantize, stored_groups
 from sessile.model.layers import Decoder, StepInputs, WeightFormat
 from sessile.model.native_cpu import native_decoder, suits_native, work_tables
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 from tests.parity.tiny_models import MODELS, VOCAB, Tiny, make_tiny
 

@@ -18,7 +18,7 @@ from sessile.kernels.flash_attention3 import FlashAttention3, ListedRows, availa
 from sessile.kernels.triton_attention import paged_attention
 from sessile.kernels.triton_plan import StepLayout, fill_work
 from sessile.kernels.triton_work import AttentionWork, HeadShape, Tile
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.kernels.fake_flash import PACKAGES, fake_flash_attention3
 from tests.kernels.layouts import DEVICE, Row, ints
 from tests.parity.driver import Driver, Run

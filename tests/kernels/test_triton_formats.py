@@ -17,9 +17,9 @@ from sessile.kernels import triton_few, triton_plan, triton_sampling
 from sessile.kernels.linear import Fp8Weight, Int4Weight, Int8Weight
 from sessile.kernels.triton_weight import Quantised
 from sessile.model import gpu_linear
-from sessile.model.config import ModelOptions
 from sessile.model.gpu_linear import as_kernels_see_it
 from sessile.model.layers import Linear, RMSNorm, WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 from tests.kernels.layouts import DEVICE
 from tests.parity.driver import Driver, Run

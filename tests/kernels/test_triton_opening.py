@@ -17,7 +17,7 @@ from sessile.device.gpu_factory import open_gpu
 from sessile.device.gpu_timing import verifying_plans
 from sessile.errors import NotReady, PlanError, StartupError
 from sessile.kernels.flash_attention3 import Availability
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.kernels.fake_flash import fake_flash_attention3
 from tests.kernels.layouts import DEVICE
 

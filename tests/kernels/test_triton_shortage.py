@@ -22,8 +22,8 @@ from sessile.device.row_parameters import RowParameters, TokenCounter
 from sessile.device.shortage import NO_LIMIT_TOKENS
 from sessile.device.splitting import halves_of
 from sessile.kernels import triton_plan, triton_sampling
-from sessile.model.config import ModelOptions
 from sessile.model.fused_gpu import FusedDecoder
+from sessile.model.options import ModelOptions
 from tests.kernels.layouts import DEVICE
 from tests.parity.driver import Driver, Run
 from tests.parity.tiny_models import MODELS, make_tiny

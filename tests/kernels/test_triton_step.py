@@ -13,7 +13,7 @@ from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.device.gpu_factory import open_gpu
 from sessile.kernels import triton_plan, triton_sampling
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.kernels.layouts import DEVICE
 from tests.parity.driver import Driver, Run
 from tests.parity.tiny_models import MODELS, Tiny, make_tiny

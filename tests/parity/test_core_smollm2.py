@@ -14,7 +14,7 @@ import torch
 
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.text.load import load_tokenizer
 from tests.parity.core_driver import Core, Twin, check_prompts, check_sessions
 from tests.parity.smollm2 import load_twin

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.parity.driver import Driver, Run
 from tests.parity.smollm2 import load_twin
 

@@ -14,7 +14,7 @@ from sessile.contract.model import ModelFacts
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.gguf import default_gguf_path
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.text.load import load_tokenizer
 from sessile.text.tokenizer import Tokenizer
 from tests.parity.speculation import ChanceDrafter, Clients, Script, Told

@@ -10,8 +10,8 @@ import torch
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.kernels.attention import CpuAttentionStep, PagedCache, StepRows
-from sessile.model.config import ModelOptions
 from sessile.model.layers import StepInputs, WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 from tests.parity.driver import Driver, Run
 from tests.parity.tiny_models import CONTEXT, MODELS, Tiny, make_tiny, prompts

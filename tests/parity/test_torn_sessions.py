@@ -11,7 +11,7 @@ import pytest
 
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.parity.core_driver import Core
 from tests.parity.tiny_models import CONTEXT, VOCAB, make_tiny
 

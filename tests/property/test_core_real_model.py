@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sessile.contract.messages import Branch
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.parity.core_driver import Core
 from tests.parity.tiny_models import CONTEXT, VOCAB, make_tiny
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from sessile.errors import InvalidRequest, StartupError
 from sessile.gguf import GgufFile
-from sessile.model.config import ModelOptions
 from sessile.model.layers import WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 from sessile.text.load import load_tokenizer
 from sessile.text.template import check_messages

@@ -9,7 +9,7 @@ from typing import Any
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.device.worker import Worker
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 
 VOCAB = 128
 CONFIG: dict[str, Any] = {

@@ -130,7 +130,7 @@ def test_help_of_the_program_lists_the_commands_but_not_the_child_process(capsys
 
 
 def test_help_needs_neither_torch_nor_a_web_framework() -> None:
-    heavy = "{'torch', 'numba', 'fastapi', 'uvicorn', 'transformers', 'tokenizers', 'zmq', 'httpx', 'yaml'}"
+    heavy = "{'torch', 'numpy', 'numba', 'fastapi', 'uvicorn', 'transformers', 'tokenizers', 'zmq', 'httpx', 'yaml'}"
     code = f"import sys, sessile.cli; print(sorted({heavy} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"

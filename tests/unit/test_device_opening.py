@@ -17,7 +17,7 @@ from sessile.device.kv_pool import auto_kv_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.errors import StartupError
 from sessile.kernels.native import NativeKernels
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from tests.parity.driver import Driver, Run
 from tests.unit.stage_device import CONFIG, VOCAB, small_device
 

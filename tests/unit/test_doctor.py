@@ -16,7 +16,7 @@ from sessile.config import Config
 from sessile.doctor import Finding, Level, examine, examine_accelerator, main, render
 from sessile.kernels import flash_attention3
 from sessile.kernels.flash_attention3 import Availability
-from sessile.model.config import ModelOptions
+from sessile.model.options import ModelOptions
 from sessile.server.config import ServerOptions
 from tests.kernels.fake_flash import fake_flash_attention3
 

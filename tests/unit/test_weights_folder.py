@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sessile.errors import StartupError
-from sessile.model.config import ModelOptions, config_from_folder, resolve_model_path
+from sessile.model.config import config_from_folder, resolve_model_path
 from sessile.model.layers import Decoder, WeightFormat
+from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
 
 CONFIG = {

@@ -9,7 +9,7 @@ from gguf.quants import dequantize as reference
 
 from sessile.errors import StartupError
 from sessile.gguf import GgufFile, GgufTensor
-from sessile.model.dequantize import dequantize
+from sessile.model.dequantize import dequantize, dequantized_rows
 
 BLOCKS = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144),
           "Q6_K": (256, 210)}  # fmt: skip
@@ -32,6 +32,15 @@ def test_blocks_are_unpacked_like_the_reference(kind: str) -> None:
     raw = random_blocks(kind, rows, blocks)
     unpacked = dequantize(GgufTensor("w", (rows, blocks * BLOCKS[kind][0]), kind, raw.reshape(-1)))
     np.testing.assert_allclose(unpacked, reference(raw, GGMLQuantizationType[kind]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_rows_that_are_unpacked_some_at_a_time_are_the_whole(kind: str) -> None:
+    rows, blocks = 2500, 1
+    tensor = GgufTensor("w", (rows, BLOCKS[kind][0]), kind, random_blocks(kind, rows, blocks).reshape(-1))
+    parts = list(dequantized_rows(tensor))
+    assert len(parts) > 1
+    np.testing.assert_array_equal(np.concatenate(parts), dequantize(tensor))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "<f4"), ("F16", "<f2")])

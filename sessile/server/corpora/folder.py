@@ -21,6 +21,8 @@ import msgspec
 
 from sessile.contract.corpora import INDEX_SUFFIX
 from sessile.errors import StartupError
+from sessile.server.config import ServerOptions
+from sessile.server.corpora.sources import STATE_FOLDER
 
 CATALOGUE_VERSION = 1
 OUR_FILE = re.compile(r"[0-9a-f]{24}" + re.escape(INDEX_SUFFIX))
@@ -140,3 +142,16 @@ class StateFolder:
         for part in path.parent.glob(f".{path.name}.*"):
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
+
+
+def open_folder(options: ServerOptions, private: str) -> StateFolder:
+    """The folder for indexes: below the operator's, if there is one, else below a private one that goes with us.
+
+    Raises StartupError with the remedy.
+    """
+    if options.corpora_dir is None:
+        return StateFolder(Path(private) / "corpora", is_kept=False)
+    directory = Path(options.corpora_dir).expanduser()
+    if not directory.is_dir():
+        raise StartupError(f"--corpora-dir {directory} is no folder: make it, or leave the setting out")
+    return StateFolder(directory / STATE_FOLDER, is_kept=True)

@@ -3,29 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sessile.errors import StartupError
 from sessile.server.config import ServerOptions
 from sessile.server.corpora.budget import Budget, CorpusLimits
 from sessile.server.corpora.builder import BuilderLink
 from sessile.server.corpora.folder import StateFolder
-from sessile.server.corpora.sources import STATE_FOLDER
 from sessile.server.corpora.store import CorpusStore
 from sessile.server.keys import KeyRing
 from sessile.server.link import EngineLink
 from sessile.text.tokenizer import Tokenizer
-
-
-def open_folder(options: ServerOptions, private: str) -> StateFolder:
-    """The folder for indexes: below the operator's, if there is one, else below a private one that goes with us.
-
-    Raises StartupError with the remedy.
-    """
-    if options.corpora_dir is None:
-        return StateFolder(Path(private) / "corpora", is_kept=False)
-    directory = Path(options.corpora_dir).expanduser()
-    if not directory.is_dir():
-        raise StartupError(f"--corpora-dir {directory} is no folder: make it, or leave the setting out")
-    return StateFolder(directory / STATE_FOLDER, is_kept=True)
 
 
 def open_corpora(
