@@ -139,15 +139,18 @@ class OwnArm:
 
 
 def _options_of(way: str, model: str) -> tuple[ModelOptions, DeviceOptions]:
-    """KERNELS:DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS. Raises StartupError for what `sessile serve` would not take."""
+    """KERNELS:DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS:KV_DTYPE.
+
+    Raises StartupError for what `sessile serve` would not take.
+    """
     given = way.split(":")
-    parts = given + ["auto", "auto", "auto", "none"][len(given) :]
-    if len(parts) > 4:
-        raise StartupError(f"--arms: {way!r} has more than four parts.")
-    kernels, dtype, quantize, activations = parts
+    parts = given + ["auto", "auto", "auto", "none", "auto"][len(given) :]
+    if len(parts) > 5:
+        raise StartupError(f"--arms: {way!r} has more than five parts.")
+    kernels, dtype, quantize, activations, kv_dtype = parts
     options = (
         ModelOptions(model, dtype=dtype, quantize=quantize, quantize_activations=activations),
-        DeviceOptions(device="cpu", cpu_kernels=kernels),
+        DeviceOptions(device="cpu", cpu_kernels=kernels, kv_dtype=kv_dtype),
     )
     for section in options:
         try:

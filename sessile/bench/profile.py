@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sessile.device.factory import choose_format, choose_native
+from sessile.device.config import DeviceOptions
+from sessile.device.factory import choose_format, choose_kv_dtype, choose_native
 from sessile.device.kv_pool import KvPool
 from sessile.device.memory import available_cores
-from sessile.kernels.attention import PagedCache, StepRows
+from sessile.kernels.attention import StepRows
 from sessile.kernels.native import PHASES
 from sessile.model.config import resolve_model_path
 from sessile.model.native_cpu import NativeCpuDecoder, native_decoder
@@ -40,7 +41,8 @@ class ProfileBenchOptions:
     dtype: str = option("auto", "As of `sessile serve`.", choices=("auto", "float32", "bfloat16"))
     quantize: str = option("auto", "As of `sessile serve`.", choices=("auto", "none", "int8", "int4"))
     quantize_activations: str = option("none", "As of `sessile serve`.", choices=("none", "int8"))
-    history: int = option(200, "Tokens before the one that is decoded.", unit="tokens", low=0, high=2000)
+    kv_dtype: str = option("auto", "As of `sessile serve`.", choices=("auto", "model", "int8"))
+    history: int = option(200, "Tokens before the one that is decoded.", unit="tokens", low=0, high=8000)
     steps: int = option(10, "Steps of each kind.", unit="steps", low=1)
 
 
@@ -56,14 +58,14 @@ class Steps:
         )  # fmt: skip
         self.form = choose_format(model, choose_native("native", config))
         self.decoder = load_model(model, self.form, lambda stage, share: None).decoder
+        self.kv_dtype = choose_kv_dtype(DeviceOptions(kv_dtype=options.kv_dtype), self.form)
         row_pages = ceil_div(max(CHUNK_TOKENS * CHUNKS, options.history + 1), PAGE_SIZE)
         rows = DECODING[-1]
-        pool = KvPool(config, row_pages * rows + 1, PAGE_SIZE, self.form.dtype, self.form.device)
-        pool.keys.fill_(0.1)
-        pool.values.fill_(0.1)
+        pool = KvPool(config, row_pages * rows + 1, PAGE_SIZE, self.kv_dtype, self.form.device)
+        pool.keys.fill_(0)
+        pool.values.fill_(0)
         self._table = torch.arange(1, row_pages * rows + 1, dtype=torch.int32).reshape(rows, row_pages)
-        cache = PagedCache(pool.keys, pool.values, self._table, PAGE_SIZE)
-        native = native_decoder(self.decoder, cache)
+        native = native_decoder(self.decoder, pool.cache(self._table))
         assert native is not None, "the kernels were demanded"
         self.native: NativeCpuDecoder = native
 
@@ -84,7 +86,8 @@ class Steps:
 def measure_profile(options: ProfileBenchOptions) -> int:
     """Run steps of each kind, print a table; the exit status. Raises StartupError."""
     steps = Steps(options)
-    title = f"{steps.form.dtype}, {steps.form.quantize}{', inputs in int8' if steps.form.int8_inputs else ''}"
+    inputs = ", inputs in int8" if steps.form.int8_inputs else ""
+    title = f"{steps.form.dtype}, {steps.form.quantize}, KV in {steps.kv_dtype}{inputs}"
     table = Table("ms", "layers", "head", *PHASES, box=None, title=title)
     kinds = [(f"batch {batch}", options.history, [1] * batch) for batch in DECODING]
     kinds += [(f"{CHUNK_TOKENS} after {start}", start, [CHUNK_TOKENS])

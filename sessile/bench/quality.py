@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sessile.device.factory import choose_format, choose_native
+from sessile.device.config import DeviceOptions
+from sessile.device.factory import choose_format, choose_kv_dtype, choose_native
 from sessile.device.kv_pool import KvPool
 from sessile.device.memory import available_cores
 from sessile.device.worker import CpuModel
 from sessile.errors import StartupError
-from sessile.kernels.attention import PagedCache, StepRows
+from sessile.kernels.attention import StepRows
 from sessile.model.config import ModelConfig, resolve_model_path
 from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model, read_config
@@ -45,9 +46,8 @@ class QualityBenchOptions:
 
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     ways: str = option(
-        "bfloat16:auto,bfloat16:auto:int8,bfloat16:none,bfloat16:int8,bfloat16:int4",
-        "What is compared with float32:none, as DTYPE:QUANTIZE or DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS, with commas "
-        "between.",
+        "bfloat16:auto,bfloat16:auto:none:model,bfloat16:auto:int8,bfloat16:none,bfloat16:int8,bfloat16:int4",
+        "What is compared with float32:none, as DTYPE:QUANTIZE[:QUANTIZE_ACTIVATIONS[:KV_DTYPE]], with commas between.",
     )
     cpu_kernels: str = option("auto", "As of `sessile serve`.", choices=("auto", "native", "numba"))
     tokens: int = option(20_000, "Of text, in all.", unit="tokens", low=100)
@@ -91,16 +91,18 @@ class Reader:
     """A model that reads windows of text in one way, a step at a time."""
 
     def __init__(
-        self, options: QualityBenchOptions, config: ModelConfig, dtype: str, quantize: str, activations: str = "none"
-    ) -> None:
+        self, options: QualityBenchOptions, config: ModelConfig, dtype: str, quantize: str, activations: str = "none",
+        kv_dtype: str = "auto",
+    ) -> None:  # fmt: skip
         native = choose_native(options.cpu_kernels, config)
         model = ModelOptions(options.model, dtype=dtype, quantize=quantize, quantize_activations=activations)
         self.form = choose_format(model, native)
+        self.kv_dtype = choose_kv_dtype(DeviceOptions(kv_dtype=kv_dtype), self.form)
         loaded = load_model(ModelOptions(options.model), self.form, lambda stage, share: None)
         pages = ceil_div(options.window, PAGE_SIZE)
-        pool = KvPool(config, pages + 1, PAGE_SIZE, self.form.dtype, self.form.device)
+        pool = KvPool(config, pages + 1, PAGE_SIZE, self.kv_dtype, self.form.device)
         table = torch.arange(1, pages + 1, dtype=torch.int32)[None]
-        self._model = CpuModel(loaded.decoder, PagedCache(pool.keys, pool.values, table, PAGE_SIZE))
+        self._model = CpuModel(loaded.decoder, pool.cache(table))
         self.decoder = loaded.decoder
         self._step_tokens = options.step_tokens
 
@@ -123,20 +125,25 @@ def measure_quality(options: QualityBenchOptions) -> int:
     table = Table("way", "mean KL", "same top token", "passes", box=None, title=f"{options.tokens:,} tokens of prose")
     failed = False
     for way in options.ways.split(","):
-        dtype, quantize, activations = (*way.split(":", 2), "auto")[:3] if ":" in way else ("", "", "")
-        if (
-            dtype not in ("float32", "bfloat16") or quantize not in ("auto", "none", "int8", "int4")
-            or activations not in ("auto", "none", "int8")
-        ):  # fmt: skip
-            raise StartupError(f"--ways: {way!r} is no DTYPE:QUANTIZE such as bfloat16:auto.")
-        reader = Reader(options, config, dtype, quantize, activations)
+        reader = Reader(options, config, *_parts_of(way))
         with torch.inference_mode():
             distance = compare(exact, reader, windows)
         failed |= not distance.passes
-        name = f"{dtype}, {reader.form.quantize}" + (", inputs in int8" if reader.form.int8_inputs else "")
+        name = f"{way.partition(':')[0]}, {reader.form.quantize}, KV in {str(reader.kv_dtype).removeprefix('torch.')}"
+        name += ", inputs in int8" if reader.form.int8_inputs else ""
         table.add_row(name, f"{distance.mean_kl:.5f}", f"{distance.top_1:.2%}", "yes" if distance.passes else "no")
     Console().print(table)
     return int(failed)
+
+
+def _parts_of(way: str) -> Sequence[str]:
+    """DTYPE, QUANTIZE, QUANTIZE_ACTIVATIONS and KV_DTYPE of a way. Raises StartupError."""
+    given = way.split(":")
+    parts = given + ["", "", "none", "auto"][len(given) :]
+    allowed = ("float32", "bfloat16"), ("auto", "none", "int8", "int4"), ("none", "int8"), ("auto", "model", "int8")
+    if len(parts) > len(allowed) or any(part not in some for part, some in zip(parts, allowed, strict=True)):
+        raise StartupError(f"--ways: {way!r} is no DTYPE:QUANTIZE such as bfloat16:auto.")
+    return parts
 
 
 def compare(exact: Reader, other: Reader, windows: Sequence[torch.Tensor]) -> Distance:

@@ -20,6 +20,12 @@ class DeviceOptions:
         "most a full context for every row, and on a CPU a quarter of what is free but no more than 8G, on a GPU nine "
         "tenths of what the weights leave, less 2G to compute in.",
     )
+    kv_dtype: str = option(
+        "auto",
+        "What K and V are kept in. model: --dtype. int8: half of that, with a scale for each head of a token, by the "
+        "C++ kernels on a CPU. auto: int8 where those compute in bfloat16, else as the model.",
+        choices=("auto", "model", "int8"), aliases=("kv-cache-dtype",),
+    )  # fmt: skip
     cpu_kernels: str = option(
         "auto",
         "What computes on the CPU. native: the C++ kernels of `make compile`. numba: kernels compiled at the first "

@@ -10,7 +10,7 @@ import torch
 
 from sessile.contract.plan import BIND_FLOATS, BIND_INTS, BIND_REPETITION, BIND_TOP_P, SAMPLE, Ints, StepPlan
 from sessile.device.config import DeviceOptions
-from sessile.device.kv_pool import KvPool, auto_kv_bytes, pool_pages
+from sessile.device.kv_pool import KvPool, auto_kv_bytes, kv_token_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts, StepRunner, Worker
 from sessile.errors import StartupError
@@ -69,11 +69,13 @@ def open_device(
     config = read_config(resolve_model_path(model_options.model))
     context = config.serving_context_tokens(context_tokens)
     form = choose_format(model_options, choose_native(device_options.cpu_kernels, config))
+    kv_dtype = choose_kv_dtype(device_options, form)
+    token_bytes = kv_token_bytes(config, kv_dtype)
     _check_memory(config, form)
-    _pool_pages(config, form, device_options, page_size, context, rows_max)  # Refused before the weights are read.
+    _pool_pages(device_options, token_bytes, page_size, context, rows_max)  # Refused before the weights are read.
     loaded = load_model(model_options, form, progress)
-    pages = _pool_pages(config, form, device_options, page_size, context, rows_max)
-    pool = KvPool(config, pages, page_size, form.dtype, form.device)
+    pages = _pool_pages(device_options, token_bytes, page_size, context, rows_max)
+    pool = KvPool(config, pages, page_size, kv_dtype, form.device)
     # A step in flight may write one token beyond the sequence's end, and its drafts.
     row_pages = ceil_div(context + drafts_max + 1, page_size)
     runner = StepRunner(loaded.decoder, pool, rows_max, row_pages)
@@ -87,10 +89,10 @@ def open_device(
     facts = DeviceFacts(
         model_path=str(loaded.path),
         architecture=config.architecture,
-        dtype=str(form.dtype).removeprefix("torch."),
+        dtype=_name(form.dtype),
         quantize=form.quantize,
         device="cpu",
-        attention=attention_name() if form.native is None else f"native ({form.native.level})",
+        attention=attention_name() if form.native is None else f"native ({form.native.level}, KV in {_name(kv_dtype)})",
         threads=threads,
         vocab_size=config.vocab_size,
         context_tokens=context,
@@ -166,6 +168,20 @@ def choose_format(options: ModelOptions, native: NativeKernels | None) -> Weight
             "kernels of `make compile`. Leave it out."
         )
     return WeightFormat(dtype, torch.device("cpu"), quantize, native, options.quantize_activations == "int8")
+
+
+def choose_kv_dtype(options: DeviceOptions, form: WeightFormat) -> torch.dtype:
+    """What K and V are kept in on a CPU. Raises StartupError for int8 without kernels that read it."""
+    if options.kv_dtype == "int8" and form.native is None:
+        raise StartupError(
+            "--kv-dtype int8: only the C++ kernels read it. Run `make compile` (needs g++), or leave it out."
+        )
+    is_int8 = form.native is not None and form.dtype == torch.bfloat16 and not form.int8_inputs
+    return torch.int8 if options.kv_dtype == "int8" or (options.kv_dtype == "auto" and is_int8) else form.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def warm_up(runner: StepRunner, page_size: int) -> None:
@@ -255,11 +271,8 @@ def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
         )
 
 
-def _pool_pages(
-    config: ModelConfig, form: WeightFormat, options: DeviceOptions, page_size: int, context: int, rows_max: int
-) -> int:
+def _pool_pages(options: DeviceOptions, token_bytes: int, page_size: int, context: int, rows_max: int) -> int:
     """Pages for the pool from the memory that is free now. Raises StartupError if that cannot be."""
-    token_bytes = config.kv_token_bytes(form.dtype.itemsize)
     available = available_bytes()
     if options.kv_memory == "auto":
         # One page beside the context is the scratch page.

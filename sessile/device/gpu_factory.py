@@ -9,7 +9,7 @@ from sessile.device.config import DeviceOptions
 from sessile.device.gpu_device import GpuDevice
 from sessile.device.gpu_runner import GpuRunner
 from sessile.device.gpu_timing import GpuStepTimes, blank_plan, time_gpu_steps, verifying_plans
-from sessile.device.kv_pool import KvPool, pool_pages
+from sessile.device.kv_pool import KvPool, kv_token_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts
 from sessile.errors import OutOfMemory, StartupError
@@ -52,6 +52,8 @@ def open_gpu(
     """
     config = read_config(resolve_model_path(model_options.model))
     _check_model(config, model_options, device)
+    if device_options.kv_dtype == "int8":
+        raise StartupError("--kv-dtype int8 works on the CPU only; leave it out.")
     context = config.serving_context_tokens(context_tokens)
     quantize = "none" if model_options.quantize == "auto" else model_options.quantize
     form = WeightFormat(choose_gpu_dtype(model_options.dtype, device), device, quantize)
@@ -59,7 +61,7 @@ def open_gpu(
     _check_memory(config, form)
     try:
         loaded = load_model(model_options, form, progress)
-        token_bytes = config.kv_token_bytes(form.dtype.itemsize)
+        token_bytes = kv_token_bytes(config, form.dtype)
         available = max(_free_bytes(device) - scratch_bytes(loaded.decoder), 0)
         kv_bytes = _kv_bytes(device_options, available, token_bytes, page_size, context, rows_max)
         pages = pool_pages(kv_bytes, available, token_bytes, page_size, context)

@@ -6,6 +6,7 @@ from torch import Tensor
 from sessile.contract.plan import Ints
 from sessile.device.memory import readable
 from sessile.errors import PlanError, StartupError
+from sessile.kernels.attention import PagedCache
 from sessile.kernels.native import advise_huge_pages
 from sessile.model.config import ModelConfig
 from sessile.units import ceil_div
@@ -15,7 +16,11 @@ _AUTO_BYTES_MAX = 8 << 30
 
 
 class KvPool:
-    """keys, values [layers, pages × page_size, kv_heads, head_dim]; memory is taken when a page is first written."""
+    """keys, values [layers, pages × page_size, kv_heads, head_dim]; memory is taken when a page is first written.
+
+    dtype: of K and V. In int8, which the C++ kernels of the CPU read, key_scales and value_scales float32[layers,
+    pages × page_size, kv_heads] say what to multiply a head with; else they are None.
+    """
 
     def __init__(
         self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -25,14 +30,23 @@ class KvPool:
         self.page_size = page_size
         self.keys: Tensor = torch.empty(shape, dtype=dtype, device=device)
         self.values: Tensor = torch.empty(shape, dtype=dtype, device=device)
+        scales = shape[:3] if dtype == torch.int8 else None
+        self.key_scales = None if scales is None else torch.empty(scales, dtype=torch.float32, device=device)
+        self.value_scales = None if scales is None else torch.empty(scales, dtype=torch.float32, device=device)
+        parts = self.keys, self.values, self.key_scales, self.value_scales
+        self._parts = [part for part in parts if part is not None]
         if device.type == "cpu":
-            advise_huge_pages(self.keys)
-            advise_huge_pages(self.values)
+            for part in self._parts:
+                advise_huge_pages(part)
 
     @property
     def bytes(self) -> int:
         """Size of the whole pool."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(part.numel() * part.element_size() for part in self._parts)
+
+    def cache(self, table: Tensor) -> PagedCache:
+        """What attention on the CPU reads and writes; table int32[rows_max, pages of a row]."""
+        return PagedCache(self.keys, self.values, table, self.page_size, self.key_scales, self.value_scales)
 
     def copy(self, copies: Ints) -> None:
         """Copy the KV of the first tokens of pages; copies int32[c, 3]: source page, target page, tokens."""
@@ -40,8 +54,14 @@ class KvPool:
             if not (0 < source < self.pages and 0 < target < self.pages and 0 < tokens <= self.page_size):
                 raise PlanError(f"copy of {tokens} tokens from page {source} to page {target} is out of bounds")
             source, target = source * self.page_size, target * self.page_size
-            for pool in (self.keys, self.values):
-                pool[:, target : target + tokens] = pool[:, source : source + tokens]
+            for part in self._parts:
+                part[:, target : target + tokens] = part[:, source : source + tokens]
+
+
+def kv_token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of K and V of one token in all layers, in int8 with their scales."""
+    scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * config.layers * config.kv_heads * (config.head_dim * dtype.itemsize + scale_bytes)
 
 
 def auto_kv_bytes(available: int, context_bytes: int, rows_max: int) -> int:

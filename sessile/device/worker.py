@@ -112,8 +112,7 @@ class StepRunner:
         self._table = PageTable(rows_max, row_pages, pool.pages, device)
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
-        cache = PagedCache(pool.keys, pool.values, self._table.pages, pool.page_size)
-        self._model = CpuModel(decoder, cache)
+        self._model = CpuModel(decoder, pool.cache(self._table.pages))
         self._row_tokens_max = row_pages * pool.page_size
 
     @property

@@ -50,13 +50,16 @@ class StepRows:
 class PagedCache:
     """Views of the pool that attention reads and writes; owned by the device.
 
-    keys, values: [layers, pages × page_size, kv_heads, head_dim]. table int32[rows_max, pages of a row].
+    keys, values: [layers, pages × page_size, kv_heads, head_dim]. table int32[rows_max, pages of a row]. key_scales,
+    value_scales float32[layers, pages × page_size, kv_heads]: of keys and values in int8, for the C++ kernels alone.
     """
 
     keys: Tensor
     values: Tensor
     table: Tensor
     page_size: int
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 @cache

@@ -61,6 +61,9 @@ class NativeBuild:
 FLOAT32_INPUTS, BFLOAT16_INPUTS, INT8_INPUTS = range(3)
 """What linear layers multiply weights with, as cpp/decoder.cpp numbers it."""
 
+POOL_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""What K and V are kept in, as cpp/decoder.cpp numbers it."""
+
 PHASES = ("prepare", "qkv", "rotate", "chunks", "queries", "output", "gate and up", "down")
 """What a step's time is told of, as cpp/decoder.cpp numbers it; "prepare" is norms and rounding of inputs."""
 
@@ -82,7 +85,8 @@ class Layer(ctypes.Structure):
     """One layer of a decoder, by addresses; 0 where the model has no such part."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "keys", "values")),
+        *((name, ctypes.c_int64) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_int64) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
     ]
 
@@ -94,7 +98,7 @@ class Step(ctypes.Structure):
         ("openmp", _OpenMp),
         *((name, ctypes.c_int64) for name in (
             "layers", "tokens", "hidden", "heads", "kv_heads", "d", "inner", "inputs",
-            "pool_is_bfloat16", "row_pages", "page_size",
+            "pool", "row_pages", "page_size",
         )),
         ("epsilon", ctypes.c_double),
         *((name, ctypes.c_int64) for name in (

@@ -65,10 +65,6 @@ class ModelConfig:
                 f"head dimension {self.head_dim} do not fit together."
             )
 
-    def kv_token_bytes(self, element_bytes: int) -> int:
-        """Bytes of K and V of one token in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
-
     def serving_context_tokens(self, asked: int | None) -> int:
         """Longest sequence to serve: what was asked for, or what the model allows. Refuses more than that."""
         allowed = self.context_tokens

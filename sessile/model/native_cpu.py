@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, PagedCache, StepRows
 from sessile.kernels.linear import PackedWeight
-from sessile.kernels.native import BFLOAT16_INPUTS, PHASES, Layer, NativeKernels, Step
+from sessile.kernels.native import BFLOAT16_INPUTS, PHASES, POOL_TYPES, Layer, NativeKernels, Step
 from sessile.kernels.native import Linear as PlacedLinear
 from sessile.kernels.packing import GROUP
 from sessile.model.config import ModelConfig
@@ -40,6 +40,7 @@ class NativeCpuDecoder:
     def __init__(self, decoder: Decoder, cache: PagedCache, kernels: NativeKernels) -> None:
         assert cache.keys.is_contiguous() and cache.values.is_contiguous() and cache.table.is_contiguous()
         assert cache.keys.shape == cache.values.shape and cache.table.dtype == torch.int32
+        assert (cache.key_scales is None) == (cache.value_scales is None) == (cache.keys.dtype != torch.int8)
         self._decoder, self._cache, self._kernels = decoder, cache, kernels
         self._kept: list[Tensor] = []
         self.nanoseconds: npt.NDArray[np.int64] = np.zeros(len(PHASES), np.int64)
@@ -54,6 +55,9 @@ class NativeCpuDecoder:
             if attention.head_norm:
                 layer.q_norm, layer.k_norm = self._place_norm(attention.q_norm), self._place_norm(attention.k_norm)
             layer.keys, layer.values = cache.keys[index].data_ptr(), cache.values[index].data_ptr()
+            if cache.key_scales is not None and cache.value_scales is not None:
+                layer.key_scales = cache.key_scales[index].data_ptr()
+                layer.value_scales = cache.value_scales[index].data_ptr()
             layer.qkv, layer.output = self._place(attention.qkv_proj), self._place(attention.o_proj)
             layer.gate_up, layer.down = self._place(block.mlp.gate_up_proj), self._place(block.mlp.down_proj)
 
@@ -73,7 +77,7 @@ class NativeCpuDecoder:
         self._kernels.step(Step(
             layers=config.layers, tokens=tokens.numel(), hidden=config.hidden_size, heads=config.heads,
             kv_heads=config.kv_heads, d=config.head_dim, inner=config.intermediate_size,
-            inputs=self._inputs, pool_is_bfloat16=cache.keys.dtype == torch.bfloat16,
+            inputs=self._inputs, pool=POOL_TYPES[cache.keys.dtype],
             row_pages=cache.table.shape[1], page_size=cache.page_size, epsilon=config.norm_epsilon,
             layer_table=ctypes.addressof(self._layers), residual=residual.data_ptr(), cosine=cosine.data_ptr(),
             sine=sine.data_ptr(), slots=slots.data_ptr(), table=cache.table.data_ptr(), queries=len(queries),

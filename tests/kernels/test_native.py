@@ -1,13 +1,15 @@
 """The C++ kernels compute what their twins in torch do, in every build that this processor runs."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts import compile_native
 from sessile import LLM
@@ -29,7 +31,7 @@ from sessile.model.layers import Decoder, StepInputs, WeightFormat
 from sessile.model.native_cpu import native_decoder, suits_native, work_tables
 from sessile.model.options import ModelOptions
 from sessile.model.weights import load_model
-from tests.parity.tiny_models import MODELS, VOCAB, Tiny, make_tiny
+from tests.parity.tiny_models import COMMON, MODELS, VOCAB, Tiny, make_tiny, save_tiny
 
 pytestmark = pytest.mark.long
 
@@ -240,6 +242,114 @@ def test_a_step_that_nobody_reads_leaves_the_same_keys_and_values(tiny: Tiny, ke
             whole.forward(tokens, positions, slots, rows, is_read=is_read)
         caches.append(cache)
     assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+
+
+HEADS = {16: "llama-untied", 24: "mistral", 32: "qwen3", 64: "", 128: ""}
+"""Sizes of heads, and a model that has them; wide ones are multiplied in bytes where the processor can."""
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def heads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    size, folder = request.param, tmp_path_factory.mktemp("heads")
+    if HEADS[size]:
+        return make_tiny(HEADS[size], folder)
+    torch.manual_seed(size)
+    return save_tiny(LlamaForCausalLM(LlamaConfig(**COMMON, head_dim=size, tie_word_embeddings=True)), folder)
+
+
+def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads [..., d] as int8, and the scale of each [...]."""
+    scale = x.abs().amax(-1) / 127
+    return (x / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8), scale
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """What heads are once they were in a pool of int8."""
+    whole, scale = rounded(x)
+    return whole.float() * scale[..., None]
+
+
+def int8_cache(decoder: Decoder) -> PagedCache:
+    """`filled_cache`, rounded."""
+    cache = filled_cache(decoder, torch.float32)
+    (keys, key_scales), (values, value_scales) = rounded(cache.keys), rounded(cache.values)
+    return replace(cache, keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
+
+
+class RoundedStep(CpuAttentionStep):
+    """The twin: attention in float32 over K and V that were rounded on their way to the pool."""
+
+    def run(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return super().run(layer, query, widened(key), widened(value))
+
+
+class Batch:
+    """Tokens of ROWS and where their K and V go."""
+
+    def __init__(self, cache: PagedCache, chosen: Sequence[int] = range(len(ROWS))) -> None:
+        tokens = torch.randint(0, VOCAB, (sum(COUNTS),), generator=torch.Generator().manual_seed(4)).split(COUNTS)
+        spans = [torch.arange(STARTS[i], STARTS[i] + COUNTS[i]) for i in chosen]
+        slots = [
+            reference.row_slots(cache.table, ROWS[i], STARTS[i] + COUNTS[i], PAGE_SIZE)[STARTS[i] :] for i in chosen
+        ]
+        columns = ([column[i] for i in chosen] for column in (ROWS, STARTS, COUNTS))
+        self.rows = StepRows(*(np.array(column, np.int32) for column in columns))
+        self.inputs = torch.cat([tokens[i] for i in chosen]), torch.cat(spans), torch.cat(slots)
+
+    @torch.inference_mode()
+    def run(self, decoder: Decoder, cache: PagedCache) -> torch.Tensor:
+        """Logits by the one call."""
+        whole = native_decoder(decoder, cache)
+        assert whole is not None
+        return decoder.logits(whole.forward(*self.inputs, self.rows))
+
+
+def test_over_int8_it_stays_as_near_to_its_twin_as_bytes_allow(heads: Tiny, kernels: NativeKernels) -> None:
+    decoder = load(heads.folder, torch.float32, "none", kernels)
+    cache = int8_cache(decoder)
+    batch = Batch(cache)
+    logits = batch.run(decoder, cache)
+    cache = filled_cache(decoder, torch.float32)
+    exact = batch.run(decoder, cache)
+    cache = filled_cache(decoder, torch.float32)
+    cache = replace(cache, keys=widened(cache.keys), values=widened(cache.values))
+    tokens, positions, slots = batch.inputs
+    with torch.inference_mode():
+        hidden = decoder(StepInputs(tokens, positions, RoundedStep(cache, batch.rows, slots)))
+    twin = decoder.logits(hidden)
+    # What rounding K and V changes at all; queries and weights in bytes change a fraction of it.
+    changed = (twin - exact).square().mean().sqrt()
+    in_bytes = kernels.multiplies_int8 and decoder.config.head_dim in (64, 128)
+    error = (logits - twin).square().mean().sqrt()
+    assert 0 < changed and error < (0.5 if in_bytes else 0.1) * changed
+
+
+def test_over_int8_a_row_is_the_same_bit_by_bit_whoever_is_beside_it(heads: Tiny, kernels: NativeKernels) -> None:
+    decoder = load(heads.folder, torch.float32, "none", kernels)
+    cache = int8_cache(decoder)
+    whole = Batch(cache).run(decoder, cache).split(COUNTS)
+    for i in range(len(ROWS)):
+        cache = int8_cache(decoder)
+        assert torch.equal(Batch(cache, [i]).run(decoder, cache), whole[i])
+
+
+@pytest.mark.parametrize("is_key", [True, False])
+def test_over_int8_what_is_not_finite_is_seen(heads: Tiny, kernels: NativeKernels, is_key: bool) -> None:
+    """In the history of one row of few tokens and of one chunk; and stored, where a step's own token is not."""
+    decoder = load(heads.folder, torch.float32, "none", kernels)
+    cache = int8_cache(decoder)
+    for row in (2, 5):
+        scales = cache.key_scales if is_key else cache.value_scales
+        assert scales is not None
+        scales[:, cache.table[ROWS[row], 5 // PAGE_SIZE] * PAGE_SIZE + 5 % PAGE_SIZE] = torch.nan
+    logits = Batch(cache).run(decoder, cache).split(COUNTS)
+    assert [bool(row.isfinite().all()) for row in logits] == [True, True, False, True, True, False]
+    cache = int8_cache(decoder)
+    batch = Batch(cache)
+    decoder.embedding.data[batch.inputs[0][0]] = torch.inf
+    batch.run(decoder, cache)
+    scales = cache.key_scales if is_key else cache.value_scales
+    assert scales is not None and not scales[0, batch.inputs[2][0]].isfinite().any()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])

@@ -26,14 +26,14 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "nu
 
 
 def opened(
-    folder: Path, *, kv_memory: str = "1M", options: dict[str, Any] | None = None, device: torch.device = DEVICE,
-    **config: Any,
+    folder: Path, *, kv_memory: str = "1M", kv_dtype: str = "auto", options: dict[str, Any] | None = None,
+    device: torch.device = DEVICE, **config: Any,
 ) -> Any:  # fmt: skip
     (folder / "config.json").write_text(json.dumps(SHAPES["8B"] | TINY | config), encoding="utf-8")
     model = replace(ModelOptions(model=str(folder), load_format="dummy", dtype="float32"), **(options or {}))
     return open_gpu(
-        model, DeviceOptions(kv_memory=kv_memory), page_size=16, context_tokens=None, rows_max=2, drafts_max=0,
-        progress=lambda stage, done: None, device=device,
+        model, DeviceOptions(kv_memory=kv_memory, kv_dtype=kv_dtype), page_size=16, context_tokens=None, rows_max=2,
+        drafts_max=0, progress=lambda stage, done: None, device=device,
     )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def no_warming(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"head_dim": 512}, "up to 256. Use --device cpu"),
         ({"options": {"quantize": "int4"}, "intermediate_size": 48}, "of 32 inputs; .* 32, 48. Use --quantize int8"),
         ({"options": {"quantize_activations": "int8"}}, "--quantize-activations int8 works on the CPU only"),
+        ({"kv_dtype": "int8"}, "--kv-dtype int8 works on the CPU only"),
         ({"kv_memory": "1K"}, "--kv-memory of 1.0 KiB holds"),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import (
 
 VOCAB = 211
 CONTEXT = 1024
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.15, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0,
@@ -31,17 +31,17 @@ _LLAMA3 = {
 }  # fmt: skip
 
 MODELS: dict[str, Any] = {
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**_COMMON, tie_word_embeddings=False)),
+    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=False)),
     "llama-tied-biases-rope3": lambda: LlamaForCausalLM(
-        LlamaConfig(**_COMMON, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3)
+        LlamaConfig(**COMMON, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3)
     ),
     "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**_COMMON, head_dim=24, sliding_window=None, tie_word_embeddings=False)
+        MistralConfig(**COMMON, head_dim=24, sliding_window=None, tie_word_embeddings=False)
     ),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**_COMMON, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=32, tie_word_embeddings=False)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=32, tie_word_embeddings=False)),
     "qwen3-tied-biases": lambda: Qwen3ForCausalLM(
-        Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=True, attention_bias=True)
+        Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True, attention_bias=True)
     ),
 }
 

@@ -13,11 +13,13 @@ import torch
 from sessile.device import factory
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
-from sessile.device.kv_pool import auto_kv_bytes, pool_pages
+from sessile.device.kv_pool import KvPool, auto_kv_bytes, kv_token_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.errors import StartupError
 from sessile.kernels.native import NativeKernels
+from sessile.model.config import resolve_model_path
 from sessile.model.options import ModelOptions
+from sessile.model.weights import read_config
 from tests.parity.driver import Driver, Run
 from tests.unit.stage_device import CONFIG, VOCAB, small_device
 
@@ -162,6 +164,44 @@ def test_inputs_are_in_int8_only_if_that_was_asked_for() -> None:
         options = ModelOptions("default", dtype="bfloat16", quantize=quantize)
         assert not factory.choose_format(options, native).int8_inputs
         assert factory.choose_format(replace(options, quantize_activations="int8"), native).int8_inputs
+
+
+def test_kv_is_int8_where_the_kernels_compute_in_bfloat16_and_nothing_else_is_rounded() -> None:
+    native = cast(NativeKernels, SimpleNamespace(multiplies_int8=True))
+    for kernels, dtype, activations, expected in (
+        (native, "bfloat16", "none", torch.int8),
+        (native, "bfloat16", "int8", torch.bfloat16),
+        (native, "float32", "none", torch.float32),
+        (None, "bfloat16", "none", torch.bfloat16),
+    ):
+        form = factory.choose_format(ModelOptions("default", dtype=dtype, quantize_activations=activations), kernels)
+        assert factory.choose_kv_dtype(DeviceOptions(), form) == expected
+        assert factory.choose_kv_dtype(DeviceOptions(kv_dtype="model"), form) == form.dtype
+        if kernels is not None:
+            assert factory.choose_kv_dtype(DeviceOptions(kv_dtype="int8"), form) == torch.int8
+
+
+def test_int8_kv_is_refused_without_kernels_that_read_it() -> None:
+    form = factory.choose_format(ModelOptions("default", dtype="float32"), None)
+    with pytest.raises(StartupError, match="--kv-dtype int8: only the C\\+\\+ kernels read it. Run `make compile`"):
+        factory.choose_kv_dtype(DeviceOptions(kv_dtype="int8"), form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_pool_copies_all_that_makes_up_a_token(dtype: torch.dtype) -> None:
+    config = read_config(resolve_model_path("default"))
+    pool = KvPool(config, 4, 8, dtype, torch.device("cpu"))
+    assert pool.bytes == 4 * 8 * kv_token_bytes(config, dtype)
+    cache = pool.cache(torch.zeros(1, 1, dtype=torch.int32))
+    parts = [part for part in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if part is not None]
+    assert len(parts) == (4 if dtype == torch.int8 else 2)
+    for part in parts:
+        part.copy_(torch.randint(-100, 100, part.shape))
+    before = [part.clone() for part in parts]
+    pool.copy(np.array([[1, 3, 5]], np.int32))
+    for part, old in zip(parts, before, strict=True):
+        assert torch.equal(part[:, 24:29], old[:, 8:13])
+        assert torch.equal(part[:, :24], old[:, :24]) and torch.equal(part[:, 29:], old[:, 29:])
 
 
 @pytest.mark.parametrize(("kv_memory", "message"), [("1K", "--kv-memory of 1.0 KiB holds"), ("900T", "too little")])

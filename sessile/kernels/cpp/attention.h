@@ -1,7 +1,7 @@
 // Attention over paged K and V: single queries in place, chunks of prompts in tiles.
 //
 // A slot of the pool is [kv_heads, d] of K or V; the page table says which page holds a row's tokens. P is the type of
-// the pool's elements: float, or the bits of bfloat16.
+// the pool's elements: float, or the bits of bfloat16, or int8 to be multiplied with a scale for each slot and head.
 
 #pragma once
 
@@ -19,9 +19,9 @@ constexpr float SLACK = 0;
 template <class P>
 struct Pool {
     P *keys, *values;
+    float *key_scales, *value_scales;  // [slots, kv_heads], of int8
     const int32_t* table;
     int64_t row_pages, page_size, kv_heads, d;
-
 };
 
 // Walks over the slots of a row, one position after the other: a division for each would cost more than its product.
@@ -43,7 +43,7 @@ class Walk {
     int64_t size_, within_;
 };
 
-// The next keys of a row, for all heads: where they are in the pool, for KV head 0, and where those are that come next.
+// The slots of the next keys of a row, times kv_heads, and of those that come next: heads [d] and scales lie there.
 struct Keys {
     int count;
     int64_t places[KEY_TILE], later[KEY_TILE];
@@ -53,7 +53,7 @@ struct Keys {
 template <class P>
 static void find_keys(const Pool<P>& pool, int64_t row, int64_t start, int64_t count, int64_t* places) {
     Walk<P> walk(pool, row, start);
-    for (int i = 0; i < KEY_TILE; i++) places[i] = i < count ? walk.next() * pool.kv_heads * pool.d : places[i - 1];
+    for (int i = 0; i < KEY_TILE; i++) places[i] = i < count ? walk.next() * pool.kv_heads : places[i - 1];
 }
 
 // What keys say to the heads of a query, so far: the largest score times log2 e, the sum of exponentials, and the
@@ -76,12 +76,17 @@ INLINE void load_32(const uint16_t* at, F16& first, F16& second) {
     second = high_halves(words);
 }
 
+INLINE void load_32(const int8_t* at, F16& first, F16& second) {
+    first = load_bytes(at);
+    second = load_bytes(at + 16);
+}
+
 // 32 float32 into the order in which `load_32` has elements of type P, and back.
 template <class P>
 INLINE void load_in_order(const float* at, F16& first, F16& second) {
     first = load(at);
     second = load(at + 16);
-    if (sizeof(P) == 4) return;
+    if (sizeof(P) != 2) return;
 #if defined(__AVX512F__)
     const __m512 a = (__m512)first.part[0], b = (__m512)second.part[0];
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -97,7 +102,7 @@ INLINE void load_in_order(const float* at, F16& first, F16& second) {
 
 template <class P>
 INLINE void store_in_order(float* at, F16 first, F16 second) {
-    if (sizeof(P) == 4) {
+    if (sizeof(P) != 2) {
         store(at, first);
         store(at + 16, second);
         return;
@@ -166,6 +171,11 @@ INLINE void ask_for(const P* at, int d) {
     for (int byte = 0; byte < d * (int)sizeof(P); byte += 64) __builtin_prefetch((const char*)at + byte, 0, 2);
 }
 
+// The scales of a tile of keys or values, of one head.
+INLINE void read_scales(const float* scales, const int64_t* places, float* out) {
+    for (int i = 0; i < KEY_TILE; i++) out[i] = scales[places[i]];
+}
+
 // H heads of one query and keys, for heads of 32 × C elements. What comes next is asked for one key at a time: asked
 // for all at once, most of it would be dropped, and pages lie anywhere, so that no processor foresees them.
 template <class P, int C, int H>
@@ -179,12 +189,13 @@ static void attend_vectors(const Pool<P>& pool, const Keys& at, int64_t kv_head,
             load_in_order<P>(query + h * D + c * 32, q[h][c][0], q[h][c][1]);
             load_in_order<P>(out.mixed + h * D + c * 32, mixed[h][c][0], mixed[h][c][1]);
         }
-    alignas(64) float scores[H][KEY_TILE];
+    alignas(64) float scores[H][KEY_TILE], scales[KEY_TILE];
+    if constexpr (sizeof(P) == 1) read_scales(pool.key_scales + kv_head, at.places, scales);
     F16 parts[H][16];
     for (int base = 0; base < at.count; base += 16) {
         for (int i = 0; i < 16; i++) {
-            const P* key = keys + at.places[base + i];
-            ask_for(keys + at.later[base + i], D);
+            const P* key = keys + at.places[base + i] * D;
+            ask_for(keys + at.later[base + i] * D, D);
             F16 dot[H];
             for (int h = 0; h < H; h++) dot[h] = splat(0);
             for (int c = 0; c < C; c++) {
@@ -197,20 +208,26 @@ static void attend_vectors(const Pool<P>& pool, const Keys& at, int64_t kv_head,
             }
             for (int h = 0; h < H; h++) parts[h][i] = dot[h];
         }
-        for (int h = 0; h < H; h++) store(scores[h] + base, sum_each(parts[h]));
+        for (int h = 0; h < H; h++) {
+            const F16 sums = sum_each(parts[h]);
+            store(scores[h] + base, sizeof(P) == 1 ? sums * load(scales + base) : sums);
+        }
     }
+    if constexpr (sizeof(P) == 1) read_scales(pool.value_scales + kv_head, at.places, scales);
     for (int h = 0; h < H; h++) {
         const float shrink = weigh(scores[h], at.count, scale, out.tops[h], out.totals[h]);
         for (int c = 0; c < C; c++) {
             mixed[h][c][0] = mixed[h][c][0] * splat(shrink);
             mixed[h][c][1] = mixed[h][c][1] * splat(shrink);
         }
+        if constexpr (sizeof(P) == 1)
+            for (int i = 0; i < at.count; i++) scores[h][i] *= scales[i];
     }
     for (int i = 0; i < at.count; i++) {
-        ask_for(values + at.later[i], D);
+        ask_for(values + at.later[i] * D, D);
         for (int c = 0; c < C; c++) {
             F16 low, high;
-            load_32(values + at.places[i] + c * 32, low, high);
+            load_32(values + at.places[i] * D + c * 32, low, high);
             for (int h = 0; h < H; h++) {
                 const F16 weight = splat(scores[h][i]);
                 mixed[h][c][0] = multiply_add(weight, low, mixed[h][c][0]);
@@ -222,7 +239,207 @@ static void attend_vectors(const Pool<P>& pool, const Keys& at, int64_t kv_head,
         for (int c = 0; c < C; c++) store_in_order<P>(out.mixed + h * D + c * 32, mixed[h][c][0], mixed[h][c][1]);
 }
 
+#if defined(__AVX512VNNI__)
+// Four times four words of 32 bits change places within each 128 bits.
+INLINE void transpose_words(__m512i* x) {
+    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    x[0] = _mm512_unpacklo_epi64(a, c);
+    x[1] = _mm512_unpackhi_epi64(a, c);
+    x[2] = _mm512_unpacklo_epi64(b, d);
+    x[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// The sums of each x's four times 128 bits, side by side.
+INLINE __m512i sum_quarters(const __m512i* x) {
+    const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0], x[1], 0x88), _mm512_shuffle_i32x4(x[0], x[1], 0xDD));
+    const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2], x[3], 0x88), _mm512_shuffle_i32x4(x[2], x[3], 0xDD));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+}
+
+// Bytes of a tile of keys, or of values: vectors of 64 bytes in which those of four keys lie side by side, by words of
+// four elements (keys), or by elements (values). For heads of 64 × B elements.
+template <int B>
+struct ByteTile {
+    __m512i fours[KEY_TILE / 4][4 * B];
+    float scales[KEY_TILE];  // of each key
+};
+
+// Byte i of word w of 128 bits number l is element 16 × l + 4 × e + i of key w; without sign, by 128 too much.
+template <int B>
+static void read_keys(const int8_t* keys, const Keys& at, ByteTile<B>& out) {
+    for (int i = 0; i < KEY_TILE; i += 4) {
+        for (int b = 0; b < B; b++) {
+            for (int j = 0; j < 4; j++)
+                out.fours[i / 4][4 * b + j] = _mm512_loadu_si512(keys + (at.places[i + j] * B + b) * 64) ^
+                                              _mm512_set1_epi8((char)128);
+            transpose_words(out.fours[i / 4] + 4 * b);
+        }
+    }
+}
+
+// Byte i of word w of 128 bits number l is element 16 × l + 4 × e + w of value i.
+template <int B>
+static void read_values(const int8_t* values, const Keys& at, ByteTile<B>& out) {
+    for (int i = 0; i < KEY_TILE; i += 4) {
+        for (int b = 0; b < B; b++) {
+            const __m512i v = _mm512_loadu_si512(values + (at.places[i] * B + b) * 64);
+            const __m512i w = _mm512_loadu_si512(values + (at.places[i + 1] * B + b) * 64);
+            const __m512i x = _mm512_loadu_si512(values + (at.places[i + 2] * B + b) * 64);
+            const __m512i y = _mm512_loadu_si512(values + (at.places[i + 3] * B + b) * 64);
+            const __m512i low[2] = {_mm512_unpacklo_epi8(v, w), _mm512_unpacklo_epi8(x, y)};
+            const __m512i high[2] = {_mm512_unpackhi_epi8(v, w), _mm512_unpackhi_epi8(x, y)};
+            __m512i* own = out.fours[i / 4] + 4 * b;
+            own[0] = _mm512_unpacklo_epi16(low[0], low[1]);
+            own[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+            own[2] = _mm512_unpacklo_epi16(high[0], high[1]);
+            own[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+        }
+    }
+}
+
+// A query head of d elements as whole numbers of 8 bits, times a scale.
+struct WholeQuery {
+    float scale;
+    int32_t zero;  // what 128 too much in each element of a key comes to
+    int8_t elements[];
+
+    static int64_t bytes(int64_t d) { return (int64_t)sizeof(WholeQuery) + d; }
+
+    void set(const float* query, int64_t d) {
+        F16 most = splat(0);
+        for (int64_t i = 0; i < d; i += 16)
+            most = maximum(most, maximum(load(query + i), splat(0) - load(query + i)));
+        const float top = largest(most), factor = top > 0 ? 127 / top : 0;
+        __m512i total = _mm512_setzero_si512();
+        for (int64_t i = 0; i < d; i += 16) {
+            const __m512i whole = _mm512_cvtps_epi32((__m512)(load(query + i) * splat(factor)).part[0]);
+            total = _mm512_add_epi32(total, whole);
+            _mm_storeu_si128((__m128i*)(elements + i), _mm512_cvtepi32_epi8(whole));
+        }
+        scale = top / 127;
+        zero = 128 * _mm512_reduce_add_epi32(total);
+    }
+};
+
+// Each word of 128 bits four times, as `read_keys` has those of four keys.
+INLINE void spread(const int8_t* at, __m512i* out) {
+    const __m512i x = _mm512_loadu_si512(at);
+    out[0] = _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0x00);
+    out[1] = _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0x55);
+    out[2] = _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0xAA);
+    out[3] = _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0xFF);
+}
+
+// A share of the heads that come next, to be asked for little by little beside the products of a tile.
+template <int B>
+struct Later {
+    const int8_t* heads;
+    const int64_t* places;
+    int count;
+
+    void ask(int four) const {
+        constexpr int FOURS = KEY_TILE / 4;
+        for (int i = count * four / FOURS; i < count * (four + 1) / FOURS; i++)
+            ask_for(heads + places[i] * B * 64, B * 64);
+    }
+};
+
+// Scores [KEY_TILE] of a query head, not yet times the scale of a softmax.
+template <int B>
+static void score_bytes(const ByteTile<B>& keys, const Later<B>& later, const WholeQuery& query, float* scores) {
+    __m512i words[4 * B], dots[KEY_TILE / 4];
+    for (int b = 0; b < B; b++) spread(query.elements + b * 64, words + 4 * b);
+    for (int four = 0; four < KEY_TILE / 4; four++) {
+        later.ask(four);
+        dots[four] = _mm512_setzero_si512();
+        for (int i = 0; i < 4 * B; i++) dots[four] = _mm512_dpbusd_epi32(dots[four], keys.fours[four][i], words[i]);
+    }
+    for (int i = 0; i < KEY_TILE; i += 16) {
+        F16 sums;
+        sums.part[0] = (Floats)_mm512_cvtepi32_ps(
+            _mm512_sub_epi32(sum_quarters(dots + i / 4), _mm512_set1_epi32(query.zero)));
+        store(scores + i, sums * load(keys.scales + i) * splat(query.scale));
+    }
+}
+
+// Weights float32[KEY_TILE] as whole numbers of 8 bits, the largest 255. Returns their scale.
+INLINE float whole_weights(const float* weights, uint8_t* out) {
+    F16 most = splat(0), poison = splat(0);  // as of `store_head`
+    for (int i = 0; i < KEY_TILE; i += 16) {
+        most = maximum(load(weights + i), most);
+        poison = multiply_add(load(weights + i), splat(0), poison);
+    }
+    const float top = largest(most), factor = top > 0 ? 255 / top : 0;
+    for (int i = 0; i < KEY_TILE; i += 16) {
+        const __m512i whole = _mm512_cvtps_epi32((__m512)(load(weights + i) * splat(factor)).part[0]);
+        _mm_store_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(whole));
+    }
+    return top / 255 + sum(poison);
+}
+
+// Four times 16 numbers in the order of `read_values` → in the order of elements.
+INLINE void straighten(const __m512i* x, __m512i* out) {
+    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[0], x[1], 0xEE);
+    const __m512i c = _mm512_shuffle_i32x4(x[2], x[3], 0x44), d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
+    out[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+    out[1] = _mm512_shuffle_i32x4(a, c, 0xDD);
+    out[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+    out[3] = _mm512_shuffle_i32x4(b, d, 0xDD);
+}
+
+// weights [KEY_TILE] times values, added to mixed [64 × B]. Sums of a tile are exact.
+template <int B>
+static void mix_bytes(const ByteTile<B>& values, const Later<B>& later, const float* weights, float* mixed) {
+    alignas(64) uint8_t whole[KEY_TILE];
+    const float scale = whole_weights(weights, whole);
+    for (int b = 0; b < B; b++) {
+        __m512i totals[4], ordered[4];
+        for (int e = 0; e < 4; e++) totals[e] = _mm512_setzero_si512();
+        for (int four = 0; four < KEY_TILE / 4; four++) {
+            if (b == 0) later.ask(four);
+            const __m512i weight = (__m512i)splat_word(whole + 4 * four).part[0];
+            for (int e = 0; e < 4; e++)
+                totals[e] = _mm512_dpbusd_epi32(totals[e], weight, values.fours[four][4 * b + e]);
+        }
+        straighten(totals, ordered);
+        for (int e = 0; e < 4; e++) {
+            float* own = mixed + b * 64 + e * 16;
+            F16 sums;
+            sums.part[0] = (Floats)_mm512_cvtepi32_ps(ordered[e]);
+            store(own, multiply_add(sums, splat(scale), load(own)));
+        }
+    }
+}
+
+// `group` query heads of 64 × B that share a KV head, over a pool of int8, whose bytes are multiplied with whole numbers.
+template <int B>
+static void attend_bytes(
+    const Pool<int8_t>& pool, const Keys& at, int64_t kv_head, int64_t group, const uint8_t* whole, Partials out) {
+    constexpr int D = B * 64;
+    const float scale = LOG2_E / __builtin_sqrtf((float)D);
+    ByteTile<B> keys, values;
+    read_keys<B>(pool.keys + kv_head * D, at, keys);
+    read_values<B>(pool.values + kv_head * D, at, values);
+    read_scales(pool.key_scales + kv_head, at.places, keys.scales);
+    read_scales(pool.value_scales + kv_head, at.places, values.scales);
+    for (int64_t h = 0; h < group; h++) {
+        alignas(64) float scores[KEY_TILE];
+        const Partials own = out.from(h, D);
+        const int64_t first = KEY_TILE * h / group, share = KEY_TILE * (h + 1) / group - first;
+        const Later<B> later{pool.keys + kv_head * D, at.later + first, (int)share};
+        score_bytes<B>(keys, later, *(const WholeQuery*)(whole + h * WholeQuery::bytes(D)), scores);
+        for (int i = at.count; i < KEY_TILE; i++) scores[i] = LOWEST;
+        const float shrink = weigh(scores, KEY_TILE, scale, *own.tops, *own.totals);
+        for (int i = 0; i < KEY_TILE; i += 16) store(scores + i, load(scores + i) * load(values.scales + i));
+        for (int i = 0; shrink != 1.0f && i < D; i += 16) store(own.mixed + i, load(own.mixed + i) * splat(shrink));
+        mix_bytes<B>(values, {pool.values + kv_head * D, at.later + first, (int)share}, scores, own.mixed);
+    }
+}
+#endif
+
 INLINE float as_float(float x) { return x; }
+INLINE float as_float(int8_t x) { return x; }
 INLINE float as_float(uint16_t x) { return widen(x); }
 
 // The same for one head of any size.
@@ -232,20 +449,48 @@ static void attend_any(const Pool<P>& pool, const Keys& at, int64_t kv_head, con
     const P *keys = pool.keys + kv_head * pool.d, *values = pool.values + kv_head * pool.d;
     alignas(64) float scores[KEY_TILE];
     for (int i = 0; i < at.count; i++) {
-        const P* key = keys + at.places[i];
+        const P* key = keys + at.places[i] * pool.d;
         scores[i] = 0;
         for (int64_t j = 0; j < pool.d; j++) scores[i] += query[j] * as_float(key[j]);
+        if constexpr (sizeof(P) == 1) scores[i] *= pool.key_scales[at.places[i] + kv_head];
     }
     const float shrink = weigh(scores, at.count, scale, *out.tops, *out.totals);
     for (int64_t j = 0; j < pool.d; j++) out.mixed[j] *= shrink;
-    for (int i = 0; i < at.count; i++)
-        for (int64_t j = 0; j < pool.d; j++) out.mixed[j] += scores[i] * as_float(values[at.places[i] + j]);
+    for (int i = 0; i < at.count; i++) {
+        if constexpr (sizeof(P) == 1) scores[i] *= pool.value_scales[at.places[i] + kv_head];
+        for (int64_t j = 0; j < pool.d; j++) out.mixed[j] += scores[i] * as_float(values[at.places[i] * pool.d + j]);
+    }
 }
+
+// What `attend_keys` needs of query heads beside them: nothing, or each as whole numbers.
+template <class P>
+struct WholeQueries {
+#if defined(__AVX512VNNI__)
+    static constexpr bool are_used(int64_t d) { return sizeof(P) == 1 && (d == 64 || d == 128); }
+    static int64_t bytes(int64_t heads, int64_t d) { return heads * WholeQuery::bytes(d); }
+
+    static void set(const float* query, int64_t heads, int64_t d, uint8_t* out) {
+        if (!are_used(d)) return;
+        for (int64_t h = 0; h < heads; h++) ((WholeQuery*)(out + h * WholeQuery::bytes(d)))->set(query + h * d, d);
+    }
+#else
+    static int64_t bytes(int64_t, int64_t) { return 0; }
+    static void set(const float*, int64_t, int64_t, uint8_t*) {}
+#endif
+};
 
 // The query heads [group, d] that share a KV head, and keys.
 template <class P>
 static void attend_keys(
-    const Pool<P>& pool, const Keys& at, int64_t kv_head, int64_t group, const float* query, Partials out) {
+    const Pool<P>& pool, const Keys& at, int64_t kv_head, int64_t group, const float* query, const uint8_t* whole,
+    Partials out) {
+#if defined(__AVX512VNNI__)
+    if constexpr (sizeof(P) == 1) {
+        whole += kv_head * WholeQueries<P>::bytes(group, pool.d);
+        if (pool.d == 64) return attend_bytes<1>(pool, at, kv_head, group, whole, out);
+        if (pool.d == 128) return attend_bytes<2>(pool, at, kv_head, group, whole, out);
+    }
+#endif
 #define ATTEND(C, H)                                                                             \
     if (pool.d == C * 32 && group - h >= H) {                                                    \
         attend_vectors<P, C, H>(pool, at, kv_head, query + h * pool.d, out.from(h, pool.d));     \
@@ -278,6 +523,26 @@ INLINE void convert(uint16_t x, float& out) { out = widen(x); }
 INLINE void convert(uint16_t x, uint16_t& out) { out = x; }
 INLINE void convert(float x, uint16_t& out) { out = narrow(x); }
 
+INLINE void store_as(float* at, F16 x) { store(at, x); }
+INLINE void store_as(uint16_t* at, F16 x) { store_bfloat16(at, x); }
+
+// A head of d elements into the pool; in int8 scaled so that the largest becomes 127.
+template <class P>
+INLINE void store_head(const float* x, int64_t d, P* out, float*) {
+    for (int64_t i = 0; i < d; i++) convert(x[i], out[i]);
+}
+
+INLINE void store_head(const float* x, int64_t d, int8_t* out, float* scale) {
+    float most = 0, poison = 0;  // NaN if anything is not finite: else int8 would hide it
+    for (int64_t i = 0; i < d; i++) {
+        most = __builtin_fabsf(x[i]) > most ? __builtin_fabsf(x[i]) : most;
+        poison += x[i] * 0;
+    }
+    const float factor = most > 0 ? 127 / most : 0;
+    *scale = most / 127 + poison;
+    for (int64_t i = 0; i < d; i++) out[i] = (int8_t)__builtin_lrintf(x[i] * factor);
+}
+
 #if defined(__AVX512F__)
 // `pack_tile` where all 64 keys are there, in bfloat16 as they are: keys by words, values two rows at once.
 static void pack_whole_tile(
@@ -297,31 +562,23 @@ static void pack_whole_tile(
 }
 #endif
 
+// Where heads lie, count of them → packed; of the rest of a tile nothing has any weight.
 template <class P, class X>
-static void pack_tile(
-    const Pool<P>& pool, int64_t row, int64_t kv_head, int64_t start, int64_t end, int64_t d_padded, X* keys,
-    X* values) {
-    const P *key[KEY_TILE], *value[KEY_TILE];
-    const int count = (int)(end - start < KEY_TILE ? end - start : KEY_TILE);
-    Walk<P> walk(pool, row, start);
-    for (int i = 0; i < count; i++) {
-        const int64_t place = (walk.next() * pool.kv_heads + kv_head) * pool.d;
-        key[i] = pool.keys + place;
-        value[i] = pool.values + place;
-    }
+static void pack_heads(
+    const P* const* key, const P* const* value, int count, int64_t d, int64_t d_padded, X* keys, X* values) {
     const X zero = 0;
 #if defined(__AVX512F__)
     if constexpr (sizeof(P) == 2 && sizeof(X) == 2) {
-        if (count == KEY_TILE && pool.d % 16 == 0) return pack_whole_tile(key, value, pool.d, keys, values);
+        if (count == KEY_TILE && d % 16 == 0) return pack_whole_tile(key, value, d, keys, values);
     }
 #endif
     for (int block = 0; block < UNIT_BLOCKS; block++)
         for (int lane = 0; lane < 16; lane++) {
             const int i = block * 16 + lane;
-            for (int64_t pair = 0; pair < pool.d / 2; pair++) {
+            for (int64_t pair = 0; pair < d / 2; pair++) {
                 X even = zero, odd = zero;
                 if (i < count) convert(key[i][2 * pair], even), convert(key[i][2 * pair + 1], odd);
-                put(keys + block * 16 * pool.d, pair, lane, even, odd);
+                put(keys + block * 16 * d, pair, lane, even, odd);
             }
         }
     for (int64_t block = 0; block < d_padded / 16; block++)
@@ -329,10 +586,47 @@ static void pack_tile(
             for (int lane = 0; lane < 16; lane++) {
                 const int64_t j = block * 16 + lane;
                 X even = zero, odd = zero;
-                if (j < pool.d && 2 * pair < count) convert(value[2 * pair][j], even);
-                if (j < pool.d && 2 * pair + 1 < count) convert(value[2 * pair + 1][j], odd);
+                if (j < d && 2 * pair < count) convert(value[2 * pair][j], even);
+                if (j < d && 2 * pair + 1 < count) convert(value[2 * pair + 1][j], odd);
                 put(values + block * 16 * KEY_TILE, pair, lane, even, odd);
             }
+}
+
+// d bytes as numbers.
+template <class X>
+static void widen_head(const int8_t* head, float scale, int64_t d, X* out) {
+    int64_t i = 0;
+    for (; i + 16 <= d; i += 16) store_as(out + i, load_bytes(head + i) * splat(scale));
+    for (; i < d; i++) convert((float)head[i] * scale, out[i]);
+}
+
+// A tile of keys and values of a KV head → packed. widened [2 × KEY_TILE, d]: scratch for pools of int8.
+template <class P, class X>
+static void pack_tile(
+    const Pool<P>& pool, int64_t row, int64_t kv_head, int64_t start, int64_t end, int64_t d_padded, X* widened,
+    X* keys, X* values) {
+    const int count = (int)(end - start < KEY_TILE ? end - start : KEY_TILE);
+    int64_t places[KEY_TILE];
+    find_keys(pool, row, start, count, places);
+    if constexpr (sizeof(P) == 1) {
+        const X *key[KEY_TILE], *value[KEY_TILE];
+        for (int i = 0; i < count; i++) {
+            const int64_t place = places[i] + kv_head;
+            X *own_key = widened + i * pool.d, *own_value = own_key + KEY_TILE * pool.d;
+            widen_head(pool.keys + place * pool.d, pool.key_scales[place], pool.d, own_key);
+            widen_head(pool.values + place * pool.d, pool.value_scales[place], pool.d, own_value);
+            key[i] = own_key;
+            value[i] = own_value;
+        }
+        pack_heads(key, value, count, pool.d, d_padded, keys, values);
+    } else {
+        const P *key[KEY_TILE], *value[KEY_TILE];
+        for (int i = 0; i < count; i++) {
+            key[i] = pool.keys + (places[i] + kv_head) * pool.d;
+            value[i] = pool.values + (places[i] + kv_head) * pool.d;
+        }
+        pack_heads(key, value, count, pool.d, d_padded, keys, values);
+    }
 }
 
 // What a tile of a chunk's queries keeps while it goes over the history of a KV head.
@@ -356,9 +650,6 @@ struct TileScratch {
         query = (X*)(tops + vectors);
     }
 };
-
-INLINE void store_as(float* at, F16 x) { store(at, x); }
-INLINE void store_as(uint16_t* at, F16 x) { store_bfloat16(at, x); }
 
 INLINE F16 weights_of(F16 x, float) { return power_of_two(x); }
 INLINE F16 weights_of(F16 x, uint16_t) { return roughly_power_of_two(x); }

@@ -11,13 +11,14 @@
 #include "attention.h"
 
 enum InputType { FLOAT32_INPUTS, BFLOAT16_INPUTS, INT8_INPUTS };
+enum PoolType { FLOAT32_POOL, BFLOAT16_POOL, INT8_POOL };
 
 struct Linear {
     int64_t kind, blocks, rows, k, bias;
 };
 
 struct Layer {
-    int64_t input_norm, post_norm, q_norm, k_norm, keys, values;
+    int64_t input_norm, post_norm, q_norm, k_norm, keys, values, key_scales, value_scales;
     Linear qkv, output, gate_up, down;
 };
 
@@ -87,7 +88,7 @@ struct OpenMp {
 struct Step {
     OpenMp openmp;
     int64_t layers, tokens, hidden, heads, kv_heads, d, inner;
-    int64_t inputs, pool_is_bfloat16;  // InputType of all its linear layers
+    int64_t inputs, pool;  // InputType of all its linear layers, and PoolType
     int64_t row_pages, page_size;
     double epsilon;
     int64_t layer_table, residual, cosine, sine, slots, table;
@@ -133,9 +134,9 @@ template <class X, class A>
 struct Layout {
     float *qkv, *attended, *tops, *totals, *mixed;
     X *normed, *gated;
-    A *keys, *values;
+    A *keys, *values, *widened;
     float *normed_sums, *gated_sums;
-    uint8_t *units, *tiles;
+    uint8_t *units, *tiles, *whole;
     X* own_inputs;
     float* own_sums;
     int64_t bytes = 0;
@@ -171,10 +172,14 @@ struct Layout {
         const int64_t tile_bytes = (TileScratch<A>::bytes(vectors, s.d) + 63) / 64 * 64;
         place(units, unit_bytes * threads);
         place(tiles, tile_bytes * threads);
+        place(whole, WholeQueries<int8_t>::bytes(s.heads, s.d) * threads);
+        place(widened, s.pool == INT8_POOL ? 2 * KEY_TILE * s.d * threads : 0);
         place(own_inputs, OWN_TOKENS * wide * threads);
         place(own_sums, own_sum_count * threads);
         units += thread * unit_bytes;
         tiles += thread * tile_bytes;
+        whole += thread * WholeQueries<int8_t>::bytes(s.heads, s.d);
+        widened += thread * 2 * KEY_TILE * s.d;
         own_inputs += thread * OWN_TOKENS * wide;
         own_sums += thread * own_sum_count;
     }
@@ -358,11 +363,11 @@ static void place_token(const Step& s, const Layer& layer, const Pool<P>& pool, 
         if (norm) norm_head(heads + head * s.d, (const float*)norm, s.d, (float)s.epsilon);
         rotate(heads + head * s.d, cosine, sine, s.d);
     }
-    const int64_t place = ((const int64_t*)s.slots)[t] * s.kv_heads * s.d;
     const float *key = heads + s.heads * s.d, *value = key + s.kv_heads * s.d;
-    for (int64_t i = 0; i < s.kv_heads * s.d; i++) {
-        convert(key[i], pool.keys[place + i]);
-        convert(value[i], pool.values[place + i]);
+    for (int64_t head = 0; head < s.kv_heads; head++) {
+        const int64_t place = ((const int64_t*)s.slots)[t] * s.kv_heads + head;
+        store_head(key + head * s.d, s.d, pool.keys + place * s.d, pool.key_scales + place);
+        store_head(value + head * s.d, s.d, pool.values + place * s.d, pool.value_scales + place);
     }
 }
 
@@ -395,6 +400,8 @@ static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layou
         const Partials partials = Partials{at.tops, at.totals, at.mixed}.from(item * s.heads, s.d);
         for (int64_t head = 0; head < s.heads; head++) partials.tops[head] = -3.0e38f, partials.totals[head] = 0;
         memset(partials.mixed, 0, s.heads * s.d * sizeof(float));
+        const float* heads = at.qkv + query[0] * width;
+        WholeQueries<P>::set(heads, s.heads, s.d, at.whole);
         Keys keys;
         for (int64_t start = items[item][1]; start < end; start += KEY_TILE) {
             keys.count = (int)(end - start < KEY_TILE ? end - start : KEY_TILE);
@@ -404,7 +411,7 @@ static void attend_queries(Team& team, const Step& s, const Pool<P>& pool, Layou
             else
                 find_keys(pool, queries[items[next][0]][1], items[next][1], items[next][2] - items[next][1], keys.later);
             for (int64_t kv_head = 0; kv_head < s.kv_heads; kv_head++)
-                attend_keys(pool, keys, kv_head, group, at.qkv + query[0] * width + kv_head * group * s.d,
+                attend_keys(pool, keys, kv_head, group, heads + kv_head * group * s.d, at.whole,
                             partials.from(kv_head * group, s.d));
         }
     });
@@ -428,7 +435,7 @@ static void attend_chunks(Team& team, const Step& s, const Pool<P>& pool, Layout
         const int64_t start = (tile - chunks[chunk][4]) * KEY_TILE, end = chunks[chunk][2] + chunks[chunk][3];
         const int64_t tiles = (end + KEY_TILE - 1) / KEY_TILE, base = chunks[chunk][4] * s.kv_heads + kv_head * tiles;
         const int64_t place = (base + tile - chunks[chunk][4]) * KEY_TILE;
-        pack_tile(pool, chunks[chunk][1], kv_head, start, end, at.d_padded, at.keys + place * s.d,
+        pack_tile(pool, chunks[chunk][1], kv_head, start, end, at.d_padded, at.widened, at.keys + place * s.d,
                   at.values + place * at.d_padded);
     });
     const int64_t jobs = s.query_tiles * s.kv_heads;
@@ -462,8 +469,8 @@ static void run_layers(const Step& s, Team& team) {
     Stopwatch watch(s.nanoseconds, team.thread);
     for (int64_t index = 0; index < s.layers; index++) {
         const Layer& layer = ((const Layer*)s.layer_table)[index];
-        const Pool<P> pool{(P*)layer.keys, (P*)layer.values, (const int32_t*)s.table, s.row_pages, s.page_size,
-                           s.kv_heads, s.d};
+        const Pool<P> pool{(P*)layer.keys, (P*)layer.values, (float*)layer.key_scales, (float*)layer.value_scales,
+                           (const int32_t*)s.table, s.row_pages, s.page_size, s.kv_heads, s.d};
         auto in = prepare(team, at, residual, (const float*)layer.input_norm, epsilon, s.tokens, s.hidden);
         watch.lap(PREPARE);
         multiply(team, in, s.tokens, layer.qkv, at.units,
@@ -489,6 +496,14 @@ static void run_layers(const Step& s, Team& team) {
         multiply(team, in, s.tokens, layer.down, at.units, add);
         watch.lap(DOWN);
     }
+}
+
+template <class X, class A>
+static void run_over_pool(const Step& s, Team& team) {
+    if (s.pool == INT8_POOL) return run_layers<X, A, int8_t>(s, team);
+    if (s.pool == BFLOAT16_POOL) return run_layers<X, A, uint16_t>(s, team);
+    if constexpr (sizeof(A) == 4) return run_layers<X, A, float>(s, team);
+    __builtin_trap();  // computed in bfloat16, K and V are kept in no more
 }
 
 struct Product {
@@ -558,11 +573,10 @@ int64_t sessile_product_bytes(const Product* p, int64_t threads) {
 void sessile_step(const Step* s) {
     Team team = s->openmp.team((int64_t*)s->counts);
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-    if (s->inputs == INT8_INPUTS) return run_layers<int8_t, uint16_t, uint16_t>(*s, team);
-    if (s->inputs == BFLOAT16_INPUTS) return run_layers<uint16_t, uint16_t, uint16_t>(*s, team);
+    if (s->inputs == INT8_INPUTS) return run_over_pool<int8_t, uint16_t>(*s, team);
+    if (s->inputs == BFLOAT16_INPUTS) return run_over_pool<uint16_t, uint16_t>(*s, team);
 #endif
-    if (s->pool_is_bfloat16) return run_layers<float, float, uint16_t>(*s, team);
-    run_layers<float, float, float>(*s, team);
+    run_over_pool<float, float>(*s, team);
 }
 
 void sessile_product(const Product* p) {

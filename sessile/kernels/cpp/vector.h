@@ -125,7 +125,7 @@ INLINE F16 power_of_two(F16 x) {
         const __m512 whole = _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const Floats r = (Floats)_mm512_sub_ps(a, whole);
 #else
-        const Floats a = x.part[p] > -126.0f ? x.part[p] : -126.0f - Floats{};
+        const Floats a = x.part[p] < -126.0f ? -126.0f - Floats{} : x.part[p];  // a NaN stays one
         const Ints whole = __builtin_convertvector(a - 0.5f, Ints);  // to zero: rounds, as a ≤ 0
         const Floats r = a - __builtin_convertvector(whole, Floats);
 #endif
@@ -192,6 +192,17 @@ INLINE F16 load_bfloat16(const uint16_t* at) {
         memcpy(&half, at + p * LANES, sizeof half);
         out.part[p] = (Floats)(__builtin_convertvector(half, Words) << 16);
     }
+    return out;
+}
+
+// 16 int8 as float32.
+INLINE F16 load_bytes(const int8_t* at) {
+    F16 out;
+#if defined(__AVX512F__)
+    out.part[0] = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)));
+#else
+    EACH_PART for (int i = 0; i < LANES; i++) out.part[p][i] = at[p * LANES + i];
+#endif
     return out;
 }
 
