@@ -55,12 +55,15 @@ Halves = npt.NDArray[np.float16]
 def stored_groups(tensor: GgufTensor) -> tuple[int, npt.NDArray[Any], Halves, Halves | None] | None:
     """Kind, numbers, scales and minima as they are stored, in the shapes of `packing.Groups`.
 
-    None for a format that is no number × scale (+ minimum) of 32 weights each. Exact: nothing is rounded.
+    None for a format that is no number × scale (+ minimum) of 32 weights each. Nothing is rounded but the scales and
+    minima of Q4_K, which are products of two numbers, to float16: sixteen times finer than its numbers are.
     """
     if tensor.type not in _GROUPED or len(tensor.shape) != 2:
         return None
     rows = tensor.shape[0]
     blocks = tensor.raw.reshape(-1, _BLOCKS[tensor.type][0])
+    if tensor.type == "Q4_K":
+        return _q4_k_groups(blocks, rows)
     scales = np.ascontiguousarray(blocks[:, :2]).view("<f2").reshape(rows, -1)
     if tensor.type == "Q8_0":
         return BYTES, np.ascontiguousarray(blocks[:, 2:]).view(np.int8).reshape(rows, -1, 32), scales, None
@@ -76,7 +79,19 @@ def stored_groups(tensor: GgufTensor) -> tuple[int, npt.NDArray[Any], Halves, Ha
     return NIBBLES, np.ascontiguousarray(blocks[:, 2:]).reshape(rows, -1, 16), scales, minima
 
 
-_GROUPED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
+_GROUPED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K")
+
+
+def _q4_k_groups(blocks: Blocks, rows: int) -> tuple[int, npt.NDArray[Any], Halves, Halves | None] | None:
+    """`stored_groups` of Q4_K: 64 weights lie in 32 bytes, those of one group below those of the next."""
+    with np.errstate(over="ignore"):
+        scales, minima = (part.astype(np.float16).reshape(rows, -1) for part in _q4_k_scales(blocks))
+    if not (np.isfinite(scales).all() and np.isfinite(minima).all()):
+        return None
+    quarters = blocks[:, 16:].reshape(-1, 4, 1, 2, 16)
+    first, second = quarters[..., 0, :], quarters[..., 1, :]
+    numbers = np.concatenate((first & 15 | second << 4, first >> 4 | second & 240), axis=2)
+    return NIBBLES, numbers.reshape(rows, -1, 16), scales, -minima
 
 
 def _half(blocks: Blocks, start: int) -> Floats:
@@ -123,15 +138,20 @@ def _q5_1(blocks: Blocks) -> Floats:
 
 
 def _q4_k(blocks: Blocks) -> Floats:
-    """256 weights: 8 groups of 32, each with a 6-bit scale and a 6-bit minimum, packed in 12 bytes."""
+    """256 weights: 8 groups of 32."""
+    scales, minima = _q4_k_scales(blocks)
+    quarters = blocks[:, 16:].reshape(-1, 4, 32)
+    fours = np.stack((quarters & 15, quarters >> 4), axis=2).reshape(-1, 8, 32).astype(np.float32)
+    return (fours * scales[:, :, None] - minima[:, :, None]).reshape(-1, 256)
+
+
+def _q4_k_scales(blocks: Blocks) -> tuple[Floats, Floats]:
+    """Scales and what is to be subtracted, of each group: two times eight 6-bit numbers are packed in 12 bytes."""
     packed = blocks[:, 4:16]
     low, high = packed[:, 8:] & 15, packed[:, 8:] >> 4
     scales = np.concatenate((packed[:, 0:4] & 63, low | (packed[:, 0:4] >> 6 << 4)), axis=1).astype(np.float32)
     minima = np.concatenate((packed[:, 4:8] & 63, high | (packed[:, 4:8] >> 6 << 4)), axis=1).astype(np.float32)
-    quarters = blocks[:, 16:].reshape(-1, 4, 32)
-    fours = np.stack((quarters & 15, quarters >> 4), axis=2).reshape(-1, 8, 32).astype(np.float32)
-    scaled = fours * (scales * _half(blocks, 0))[:, :, None]
-    return (scaled - (minima * _half(blocks, 2))[:, :, None]).reshape(-1, 256)
+    return scales * _half(blocks, 0), minima * _half(blocks, 2)
 
 
 def _q6_k(blocks: Blocks) -> Floats:

@@ -29,8 +29,8 @@ class ModelOptions:
     quantize: str = option(
         "auto",
         "How the linear layers' weights are kept. auto: as the file has them, where the C++ kernels compute with its "
-        "format (Q4_0, Q4_1, Q5_0, Q8_0 of GGUF), else in --dtype. none: in --dtype. int8, int4, and on a GPU fp8: "
-        "rounded while loading, for less memory and faster decoding at a little loss of quality.",
+        "format (Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K of GGUF), else in --dtype. none: in --dtype. int8, int4, and on a GPU "
+        "fp8: rounded while loading, for less memory and faster decoding at a little loss of quality.",
         choices=("auto", "none", "int8", "int4", "fp8"),
     )
     quantize_activations: str = option(

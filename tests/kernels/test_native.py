@@ -367,6 +367,23 @@ def test_weights_of_a_gguf_file_are_kept_exactly(kind: str) -> None:
     np.testing.assert_array_equal(packing.widen(groups).numpy(), dequantize(tensor))
 
 
+def test_weights_of_q4_k_are_kept_but_for_the_rounding_of_their_scales() -> None:
+    blocks = np.random.default_rng(5).integers(0, 256, (12, 2, 144), np.uint8)
+    blocks[:, :, :4] = np.random.default_rng(6).uniform(1e-4, 1e-3, (12, 2, 2)).astype(np.float16).view(np.uint8)
+    tensor = GgufTensor("w", (12, 512), "Q4_K", blocks.reshape(-1))
+    stored = stored_groups(tensor)
+    assert stored is not None
+    number, *parts = stored
+    groups = packing.Groups(number, *(None if part is None else torch.from_numpy(part) for part in parts))
+    assert groups.minima is not None
+    # Half a unit in the last place of a float16, of the largest number times its scale, and of the minimum.
+    error = (15 * groups.scales.float() + groups.minima.float().abs()) * 2.0**-11
+    difference = np.abs(packing.widen(groups).numpy() - dequantize(tensor)).reshape(12, 16, 32)
+    assert (difference <= error[:, :, None].numpy()).all() and difference.max() > 0
+    blocks[0, 0, :2] = np.float16(3e4).view(np.uint16).reshape(1).view(np.uint8)
+    assert stored_groups(GgufTensor("w", (12, 512), "Q4_K", blocks.reshape(-1))) is None
+
+
 def test_formats_that_are_no_groups_of_32_are_unpacked() -> None:
     assert stored_groups(GgufTensor("w", (1, 256), "Q6_K", np.zeros(210, np.uint8))) is None
 
