@@ -51,8 +51,8 @@ class CpuBenchOptions:
     model: str = option("default", "The model: a folder, a .gguf file, or `default`.")
     arms: str = option(
         "native:auto:auto:none,native:auto:auto:int8,numba:auto:none",
-        "Ways of ours, as KERNELS:DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS with commas between, what is left out as of "
-        "`sessile serve`; the others are compared with the first.",
+        "Ways of ours, as KERNELS:DTYPE:QUANTIZE:QUANTIZE_ACTIVATIONS:KV_DTYPE with commas between, what is left out "
+        "as of `sessile serve`; the others are compared with the first.",
     )
     peers: str = option("", "Other engines, as NAME=COMMAND with semicolons between; see the bench's own words.")
     batches: str = option("1,8,32", "Requests at once, with commas between.")

@@ -125,7 +125,7 @@ def measure_quality(options: QualityBenchOptions) -> int:
     table = Table("way", "mean KL", "same top token", "passes", box=None, title=f"{options.tokens:,} tokens of prose")
     failed = False
     for way in options.ways.split(","):
-        reader = Reader(options, config, *_parts_of(way))
+        reader = Reader(options, config, *parts_of(way))
         with torch.inference_mode():
             distance = compare(exact, reader, windows)
         failed |= not distance.passes
@@ -136,7 +136,7 @@ def measure_quality(options: QualityBenchOptions) -> int:
     return int(failed)
 
 
-def _parts_of(way: str) -> Sequence[str]:
+def parts_of(way: str) -> Sequence[str]:
     """DTYPE, QUANTIZE, QUANTIZE_ACTIVATIONS and KV_DTYPE of a way. Raises StartupError."""
     given = way.split(":")
     parts = given + ["", "", "none", "auto"][len(given) :]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sessile.bench.cpu import PREFILL, CpuBenchOptions, Figures, OwnArm, PeerArm, read_rates, table_of
-from sessile.bench.quality import MEAN_KL_MAX, Distance, prose
+from sessile.bench.quality import MEAN_KL_MAX, Distance, parts_of, prose
 from sessile.errors import StartupError
 
 
@@ -34,11 +34,24 @@ def test_a_peer_that_cannot_be_measured_is_refused(entry: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("way", "says"),
     [("nosuch:auto", "nosuch:auto.*must be one of"), ("native:int7", "must be one of"),
-     ("native:auto:auto:none:more", "more than four")],
+     ("native:auto:auto:none:int7", "must be one of"), ("native:auto:auto:none:auto:more", "more than five")],
 )  # fmt: skip
 def test_ways_of_ours_that_are_none_are_refused(way: str, says: str) -> None:
     with pytest.raises(StartupError, match=says):
         OwnArm(way, CpuBenchOptions(), [1])
+
+
+@pytest.mark.parametrize(
+    "way", ["", "float32", "bfloat16:int7", "bfloat16:auto:none:int7", "float32:none:none:auto:x"]
+)
+def test_ways_to_compare_that_are_none_are_refused(way: str) -> None:
+    with pytest.raises(StartupError, match="is no DTYPE:QUANTIZE"):
+        parts_of(way)
+
+
+def test_what_a_way_to_compare_leaves_out_is_nothing_that_rounds() -> None:
+    assert parts_of("bfloat16:auto") == ["bfloat16", "auto", "none", "auto"]
+    assert parts_of("float32:none:none:model") == ["float32", "none", "none", "model"]
 
 
 def test_arms_that_lack_a_figure_are_not_compared() -> None:
