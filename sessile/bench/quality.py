@@ -142,7 +142,7 @@ def parts_of(way: str) -> Sequence[str]:
     parts = given + ["", "", "none", "auto"][len(given) :]
     allowed = ("float32", "bfloat16"), ("auto", "none", "int8", "int4"), ("none", "int8"), ("auto", "model", "int8")
     if len(parts) > len(allowed) or any(part not in some for part, some in zip(parts, allowed, strict=True)):
-        raise StartupError(f"--ways: {way!r} is no DTYPE:QUANTIZE such as bfloat16:auto.")
+        raise StartupError(f"--ways: {way!r} is no DTYPE:QUANTIZE such as bfloat16:auto, with what may follow.")
     return parts
 
 

@@ -174,7 +174,8 @@ def choose_kv_dtype(options: DeviceOptions, form: WeightFormat) -> torch.dtype:
     """What K and V are kept in on a CPU. Raises StartupError for int8 without kernels that read it."""
     if options.kv_dtype == "int8" and form.native is None:
         raise StartupError(
-            "--kv-dtype int8: only the C++ kernels read it. Run `make compile` (needs g++), or leave it out."
+            "--kv-dtype int8: only the C++ kernels read it, which do not serve here. Build them by `make compile` and "
+            "leave --cpu-kernels at auto, or leave it out."
         )
     is_int8 = form.native is not None and form.dtype == torch.bfloat16 and not form.int8_inputs
     return torch.int8 if options.kv_dtype == "int8" or (options.kv_dtype == "auto" and is_int8) else form.dtype
