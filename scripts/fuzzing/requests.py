@@ -14,7 +14,8 @@ from scripts.fuzzing.mutations import mutated_bytes, mutated_json
 from scripts.fuzzing.target import Target
 from sessile.server.app import create_app
 from sessile.server.config import ServerOptions
-from sessile.server.corpora.opening import open_corpora, open_folder
+from sessile.server.corpora.folder import open_folder
+from sessile.server.corpora.opening import open_corpora
 from sessile.server.histories import Histories
 from sessile.server.link import EngineLink
 from tests.http.fake_engine import byte_tokenizer
