@@ -56,7 +56,7 @@ def stored_groups(tensor: GgufTensor) -> tuple[int, npt.NDArray[Any], Halves, Ha
     """Kind, numbers, scales and minima as they are stored, in the shapes of `packing.Groups`.
 
     None for a format that is no number × scale (+ minimum) of 32 weights each. Nothing is rounded but the scales and
-    minima of Q4_K, which are products of two numbers, to float16: sixteen times finer than its numbers are.
+    minima of Q4_K, which are products of two numbers, to float16: that moves a weight by a hundredth of its step.
     """
     if tensor.type not in _GROUPED or len(tensor.shape) != 2:
         return None

@@ -486,9 +486,11 @@ static void attend_keys(
     Partials out) {
 #if defined(__AVX512VNNI__)
     if constexpr (sizeof(P) == 1) {
-        whole += kv_head * WholeQueries<P>::bytes(group, pool.d);
-        if (pool.d == 64) return attend_bytes<1>(pool, at, kv_head, group, whole, out);
-        if (pool.d == 128) return attend_bytes<2>(pool, at, kv_head, group, whole, out);
+        if (WholeQueries<P>::are_used(pool.d)) {
+            whole += kv_head * WholeQueries<P>::bytes(group, pool.d);
+            if (pool.d == 64) return attend_bytes<1>(pool, at, kv_head, group, whole, out);
+            return attend_bytes<2>(pool, at, kv_head, group, whole, out);
+        }
     }
 #endif
 #define ATTEND(C, H)                                                                             \
