@@ -108,6 +108,8 @@ class ShapeEngine:
         started_ns = time.monotonic_ns()
         self.engine = self._open(model, scheduler, options, make_drafter)
         self.start_s = (time.monotonic_ns() - started_ns) / 1e9
+        while self.engine.device.prepare():
+            pass  # As an idle server does before its first requests.
         self.trace: TracedDevice | None = None
         if traced:
             assert isinstance(self.engine.device, GpuDevice), "only a GPU's steps are traced"

@@ -67,6 +67,10 @@ class TracedDevice:
         self.answered_ns += time.perf_counter_ns() - launched_ns + launching_ns - asked_ns
         return TracedTicket(ticket, step, self)
 
+    def prepare(self) -> bool:
+        """What the device does while nothing is in flight."""
+        return self._device.prepare()
+
     def close(self) -> None:
         """Close the device."""
         self._device.close()

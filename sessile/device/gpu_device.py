@@ -39,6 +39,10 @@ class GpuDevice:
                 self._broken = error
         return GpuTicket(None, self._broken)
 
+    def prepare(self) -> bool:
+        """Capture a graph that a later step may need, in some ten milliseconds; whether there was one to capture."""
+        return self._runner is not None and self._broken is None and self._runner.prepare_next()
+
     def close(self) -> None:
         """Finish what was launched and give the memory back. May be called again."""
         if self._runner is None:

@@ -130,23 +130,31 @@ def choose_flash_attention3(
 
 
 def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: int) -> None:
-    """Compile all kernels (or read them from Triton's cache), run one step of each kind, then capture common sizes.
+    """Compile all kernels (or read them from Triton's cache), run a step of each kind, then capture sizes that decode.
 
-    No row is bound: all read and write the scratch page.
+    Other common sizes are captured while the engine is idle, or when they are first needed. No row is bound: all read
+    and write the scratch page.
     """
     decoding = sorted({min(rows, rows_max) for rows in (1, *WARM_ROWS, rows_max)})
     plans = [blank_plan(rows, 1) for rows in decoding]
     plans += [blank_plan(1, min(tokens, context_tokens)) for tokens in WARM_PROMPT_TOKENS]
     if drafts_max:
         plans += verifying_plans(rows_max, drafts_max).values()
+    kinds = dict.fromkeys(map(runner.bucket_of, plans))
     common = [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)] if runner.captures else []
-    with compiled_together(available_cores()):
-        for bucket in dict.fromkeys([*map(runner.bucket_of, plans), *common]):
+    with compiled_together(available_cores()) as noted:
+        for bucket in kinds:
             runner.ask_for(bucket)
+        noted.begin()  # Most there is to compile: the others ask for few kernels that are not among them.
+        for bucket in common:
+            if bucket not in kinds:
+                runner.ask_for(bucket)
     for plan in plans:
         runner.start(plan).wait()
     for bucket in common:
-        runner.prepare(bucket)
+        if not bucket.has_wide:
+            runner.prepare(bucket)
+    runner.prepare_later(bucket for bucket in common if bucket.has_wide)
 
 
 def _check_model(config: ModelConfig, options: ModelOptions, device: torch.device) -> None:

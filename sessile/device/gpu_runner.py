@@ -1,10 +1,12 @@
 """Runs plans on a GPU: state, forward pass and sampling all stay there, and the host waits for nothing.
 
 Everything is queued on one stream in the order of the plans. A step of a common size is one CUDA graph, captured when
-the device opens. Other sizes run eagerly the first time and are captured the second.
+the device opens or while it has nothing to do. Other sizes run eagerly the first time and are captured the second.
 """
 
 import logging
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from sessile.contract.plan import NO_FLOATS, NO_INTS, Ints, StepPlan, encode_plan
 from sessile.device.buckets import Bucket, bucket_of
 from sessile.device.exchange import Crossing, Exchange
-from sessile.device.inputs import SamplePositions, check_plan, sample_positions
+from sessile.device.inputs import PlanCheck, SamplePositions, sample_positions
 from sessile.device.kv_pool import KvPool
 from sessile.device.page_table import check_runs
 from sessile.device.pending import PendingLogprobs, PendingStep
@@ -78,16 +80,18 @@ class GpuRunner:
         self._pool = pool
         self._rows_max = rows_max
         self._row_pages = row_pages
-        self._vocab_size = decoder.config.vocab_size
+        self._check = PlanCheck(rows_max, decoder.config.vocab_size, row_pages * pool.page_size)
         self.captures = captures and device.type == "cuda"
         self._seen_buckets: dict[Bucket, bool] = {}
+        self._due: deque[Bucket] = deque()
+        """Sizes of which `prepare_next` captures a graph."""
         self._has_settled = False
         """Whether the step that is being queued has changed what it reads itself: last tokens, and counts of tokens."""
         self._graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._state = RowState.empty(rows_max, row_pages, device)
         cache = GpuCache(pool.keys, pool.values, self._state.table, pool.page_size)
         self._decoder = FusedDecoder(decoder, cache, flash)
-        self._parameters = RowParameters(rows_max, self._vocab_size, device)
+        self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
         self._results = torch.zeros(3 * rows_max + rows_max * 256, dtype=torch.int32, device=device)
         self._exchange = Exchange(_UPLOAD_WORDS, self._results)
@@ -117,7 +121,7 @@ class GpuRunner:
         )
 
     def _start(self, plan: StepPlan) -> PendingStep:
-        check_plan(plan, self._rows_max, self._vocab_size, self._row_pages * self._pool.page_size)
+        self._check.check(plan)
         check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
         self._parameters.apply(plan)
         crossing = self._send(plan)
@@ -206,6 +210,22 @@ class GpuRunner:
         """Keep a graph of this size before a step needs it. Steps of its kind have run, so kernels are compiled."""
         if self.captures and bucket not in self.graphs:
             self._capture(bucket)
+
+    def prepare_later(self, buckets: Iterable[Bucket]) -> None:
+        """Keep graphs of these sizes too, in this order, by and by (`prepare_next`) or as soon as a step needs one."""
+        for bucket in buckets:
+            self._due.append(bucket)
+            self._seen_buckets[bucket] = True
+
+    @torch.inference_mode()
+    def prepare_next(self) -> bool:
+        """Capture one graph of those put off, while nothing is queued; whether there was one to capture."""
+        while self.captures and self._due:
+            bucket = self._due.popleft()
+            if bucket not in self.graphs:
+                self._captured_if_it_fits(bucket)
+                return True
+        return False
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)

@@ -42,21 +42,57 @@ class SamplePositions:
     firsts: Longs
 
 
-def check_plan(plan: StepPlan, rows_max: int, vocab_size: int, table_tokens: int) -> None:
-    """Raise PlanError for what would make the device read or write out of bounds."""
-    rows, starts, counts, tokens = plan.rows, plan.starts, plan.query_counts, plan.tokens
-    if not are_below(rows, rows_max) or not _are_distinct(rows, rows_max):
-        raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {rows_max}")
-    if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
-        raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
-    if rows.size and (np.minimum.reduce(starts) < 0 or not are_below(starts + counts, table_tokens + 1)):
-        raise PlanError(f"step {plan.step}: a row ends beyond the {table_tokens} tokens that its pages can hold")
-    if np.count_nonzero(plan.draft_counts) and not _have_their_tokens(plan):
-        raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
-    if not _are_known(plan, vocab_size):
-        raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {vocab_size}")
-    if plan.mask_queries.size or plan.mask_words.size:
-        _check_masks(plan, vocab_size)
+class PlanCheck:
+    """Whether a device may run a plan: PlanError for what would make it read or write out of bounds.
+
+    Most steps decode the rows of the step before once more: what a plan has in common with the last one that passed is
+    compared with it rather than looked at again. vocab_size in tokens; table_tokens: most that a row's pages can hold.
+    """
+
+    def __init__(self, rows_max: int, vocab_size: int, table_tokens: int) -> None:
+        self._rows_max = rows_max
+        self._vocab_size = vocab_size
+        self._table_tokens = table_tokens
+        self._passed: tuple[int, bytes, bytes, bytes, bytes] | None = None
+        """Of the last plan that passed: how many tokens, then rows, query counts, draft counts and flags."""
+        self._count_max = 0
+        """The largest of these query counts."""
+        self._are_tokens_own = False
+        """Whether by these flags all tokens are the device's own."""
+
+    def check(self, plan: StepPlan) -> None:
+        """Raise PlanError if the device must not run the plan."""
+        columns = (plan.rows, plan.query_counts, plan.draft_counts, plan.flags)
+        rows, counts, drafts, flags = [column.tobytes() for column in columns]
+        looked_at = (plan.tokens.size, rows, counts, drafts, flags)
+        if looked_at != self._passed:
+            self._passed = None
+            self._look(plan)
+            self._passed = looked_at
+        if not are_below(plan.starts, self._table_tokens + 1 - self._count_max):
+            # Some row is near the end of its pages, if not beyond it.
+            ends = plan.starts + plan.query_counts
+            if np.minimum.reduce(plan.starts) < 0 or not are_below(ends, self._table_tokens + 1):
+                raise PlanError(
+                    f"step {plan.step}: a row ends beyond the {self._table_tokens} tokens that its pages can hold"
+                )
+        if not self._are_tokens_own and not _are_known(plan, self._vocab_size):
+            raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {self._vocab_size}")
+        if plan.mask_queries.size or plan.mask_words.size:
+            _check_masks(plan, self._vocab_size)
+
+    def _look(self, plan: StepPlan) -> None:
+        """Check rows, counts, drafts and flags, and note what follows from them."""
+        rows, counts, tokens = plan.rows, plan.query_counts, plan.tokens
+        if not are_below(rows, self._rows_max) or not _are_distinct(rows, self._rows_max):
+            raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {self._rows_max}")
+        if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
+            raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
+        if np.count_nonzero(plan.draft_counts) and not _have_their_tokens(plan):
+            raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
+        self._count_max = int(np.maximum.reduce(counts)) if rows.size else 0
+        is_one_each = tokens.size == rows.size > 0
+        self._are_tokens_own = is_one_each and bool(np.bitwise_and.reduce(plan.flags) & FROM_DEVICE)
 
 
 def are_below(values: Ints, limit: int) -> bool:
@@ -79,14 +115,11 @@ def _have_their_tokens(plan: StepPlan) -> bool:
 
 def _are_known(plan: StepPlan, vocab_size: int) -> bool:
     """Whether all tokens are in the vocabulary but those that the device replaces by its own."""
-    is_one_each = plan.tokens.size == plan.rows.size
-    if is_one_each and plan.rows.size and np.bitwise_and.reduce(plan.flags) & FROM_DEVICE:
-        return True  # as in most steps that decode
     unknown = plan.tokens.view(np.uint32) >= vocab_size
     if not np.count_nonzero(unknown):
         return True
     from_device = (plan.flags & FROM_DEVICE) != 0
-    if is_one_each:
+    if plan.tokens.size == plan.rows.size:
         return not np.count_nonzero(unknown & ~from_device)
     allowed = np.zeros(plan.tokens.size, np.bool_)
     allowed[(np.cumsum(plan.query_counts) - plan.query_counts)[from_device]] = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sessile.contract.plan import StepPlan, StepResult
-from sessile.device.inputs import FlatStep, SamplePositions, check_plan, flatten_step, sample_positions
+from sessile.device.inputs import FlatStep, PlanCheck, SamplePositions, flatten_step, sample_positions
 from sessile.device.kv_pool import KvPool
 from sessile.device.logprobs import NO_LOGPROBS, Logprobs, chunked_logprobs, token_logprobs
 from sessile.device.page_table import PageTable
@@ -108,12 +108,11 @@ class StepRunner:
         device = pool.keys.device
         self._decoder = decoder
         self._pool = pool
-        self._rows_max = rows_max
         self._table = PageTable(rows_max, row_pages, pool.pages, device)
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
         self._model = CpuModel(decoder, pool.cache(self._table.pages))
-        self._row_tokens_max = row_pages * pool.page_size
+        self._check = PlanCheck(rows_max, decoder.config.vocab_size, row_pages * pool.page_size)
 
     @property
     def pages_total(self) -> int:
@@ -123,7 +122,7 @@ class StepRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Apply the plan's changes of state, run its rows, sample, and report."""
-        check_plan(plan, self._rows_max, self._decoder.config.vocab_size, self._row_tokens_max)
+        self._check.check(plan)
         self._table.apply(plan)
         self._parameters.apply(plan)
         self._parameters.clear_last_tokens(plan.bind_rows)
@@ -171,6 +170,10 @@ class Worker:
         ticket = Ticket()
         self._queue.put((plan, ticket))
         return ticket
+
+    def prepare(self) -> bool:
+        """Nothing: all that steps need is there when the device is opened."""
+        return False
 
     def close(self) -> None:
         """Finish what was launched, then end the thread. May be called again."""

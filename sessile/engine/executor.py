@@ -20,6 +20,10 @@ class Executor(Protocol):
         """Hand the step over and return at once. The plan's arrays belong to the executor until its result is taken."""
         ...
 
+    def prepare(self) -> bool:
+        """Do a little of what will make later steps faster; nothing is in flight. Returns whether anything was done."""
+        ...
+
     def close(self) -> None:
         """Stop the device's threads and give its memory back. Nothing may be launched after it."""
         ...

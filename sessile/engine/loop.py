@@ -137,8 +137,12 @@ class EngineLoop:
         self._drain_until_ns = until_ns if self._drain_until_ns is None else min(until_ns, self._drain_until_ns)
 
     def _take_in(self) -> None:
-        """Pass on what has come; with nothing to do, wait for it, until the machine's next timer at the latest."""
-        messages = self._inbox.take(self._wait_ns())
+        """Pass on what has come; with nothing to do, wait for it, until the machine's next timer at the latest.
+
+        Before it waits the device makes ready for steps to come, a little each turn: a request comes in between.
+        """
+        is_idle = not (self._turned or self._in_flight)
+        messages = self._inbox.take(0 if is_idle and self._executor.prepare() else self._wait_ns())
         if self._collector:
             # Who only looks, as a watchdog does all the time, does not keep the loop from being idle.
             is_used = self._turned or any(not isinstance(message, GetStats) for message in messages)

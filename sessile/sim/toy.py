@@ -235,6 +235,10 @@ class ToyDevice:
         self._flights.append(flight)
         return ToyTicket(self, flight, result)
 
+    def prepare(self) -> bool:
+        """Nothing to make ready."""
+        return False
+
     def take(self, flight: _Flight) -> None:
         """Settle the oldest step in flight: let the writes it held back land."""
         _require(bool(self._flights) and self._flights[0] is flight, "a step was taken twice or out of order")

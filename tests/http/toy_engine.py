@@ -44,6 +44,9 @@ class Paced:
         time.sleep(self.step_s)
         return self._device.launch(plan)
 
+    def prepare(self) -> bool:
+        return self._device.prepare()
+
     def close(self) -> None:
         self._device.close()
 

@@ -1,5 +1,6 @@
 """The GPU's step, whole, in the interpreter: what transformers and the CPU's sampler say, it says."""
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sessile.contract.plan import SCRATCH_PAGE
 from sessile.device import gpu_factory, gpu_timing
+from sessile.device.buckets import Bucket, decode_bucket
 from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.device.gpu_factory import open_gpu
@@ -122,6 +124,48 @@ def test_steps_are_timed_by_size_where_drafts_are_verified(device: Any) -> None:
     assert facts.step_ms[1][1] == facts.step_ms[2][1] and facts.step_ms[3][1] == facts.step_ms[4][1]
     assert [rows for rows, _ in facts.decode_ms][:2] == [1, 8]
     assert facts.late_ms >= 0 and all(ms > 0 for _, ms in (*facts.step_ms, *facts.decode_ms))
+
+
+class Rerun:
+    """Stands for a graph where there are none: runs the step once more."""
+
+    def __init__(self, runner: Any, bucket: Bucket) -> None:
+        self._runner, self._bucket = runner, bucket
+
+    def replay(self) -> None:
+        self._runner._run(self._bucket)
+
+
+def test_sizes_that_were_put_off_are_captured_one_by_one_or_as_soon_as_a_step_needs_one(
+    device: Any, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, captured = device._runner, []
+    capture = runner._capture
+    for name, value in {"captures": True, "graphs": {}, "_seen_buckets": {}, "_due": deque()}.items():
+        monkeypatch.setattr(runner, name, value)
+
+    def noted_capture(bucket: Bucket) -> Any:
+        captured.append(bucket)
+        if DEVICE.type == "cuda":
+            return capture(bucket)
+        return runner.graphs.setdefault(bucket, Rerun(runner, bucket))
+
+    monkeypatch.setattr(runner, "_capture", noted_capture)
+    mixed = [Bucket(tokens, 8, 8, True, True, True) for tokens in (16, 32, 64)]
+    runner.prepare_later(mixed)
+    assert device.prepare() and captured == mixed[:1]
+    # A prompt of 34 tokens: its size is captured when it comes, the first time, decoding ones the second time.
+    run = Run(PROMPTS[2], NEW_TOKENS)
+    Driver(device, chunk_tokens=64).run_all([run])
+    assert run.output == tiny.greedy(PROMPTS[2], NEW_TOKENS)
+    assert captured == [mixed[0], mixed[2], decode_bucket(1)]
+    assert device.prepare() and captured[-1] == mixed[1]
+    assert not device.prepare()
+    assert len(captured) == 4
+    # What is captured while idle has done nothing to the rows or to what the next step reads.
+    again = Run(PROMPTS[2], NEW_TOKENS)
+    Driver(device, chunk_tokens=24).run_all([again])
+    assert again.output == run.output
 
 
 def test_h72_padding_writes_to_the_scratch_page_alone(device: Any) -> None:

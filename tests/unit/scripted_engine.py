@@ -107,10 +107,19 @@ class ScriptedDevice:
     step_ns: int = 0
     shortages: int = 0
     """How often memory runs out in each step."""
+    preparations: int = 0
+    """How often there is something to make ready."""
 
     def launch(self, plan: StepPlan) -> "ScriptedTicket":
         self.log.append(f"launch {plan.step}")
         return ScriptedTicket(self, plan.step)
+
+    def prepare(self) -> bool:
+        if not self.preparations:
+            return False
+        self.preparations -= 1
+        self.log.append("prepare")
+        return True
 
     def close(self) -> None:
         self.log.append("close")

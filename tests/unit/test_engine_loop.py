@@ -206,6 +206,31 @@ def test_a_drain_that_takes_too_long_ends_in_an_abort() -> None:
     assert isinstance(r.machine.received[-1], CancelAll)
 
 
+def test_an_idle_loop_has_the_device_make_ready_before_it_waits_and_takes_in_between_what_comes() -> None:
+    r = rig()
+    r.device.preparations = 3
+    r.loop.turn()
+    r.inbox.put(submit(1))
+    for _ in range(3):
+        r.loop.turn()
+    assert r.calls().count("prepare") == 3
+    assert r.inbox.waits_ns == [0, 0, 0, IDLE_WAIT_NS_MAX]
+    assert [message.key for message in r.machine.received if isinstance(message, Submit)] == [1]
+
+
+def test_nothing_is_made_ready_while_steps_run() -> None:
+    r = rig(steps_left=3)
+    r.device.preparations = 9
+    r.loop.turn()  # Idle until here: one preparation.
+    for _ in range(3):
+        r.loop.turn()
+    assert r.calls().count("prepare") == 1
+    assert r.inbox.waits_ns == [0] * 4
+    r.loop.turn()
+    r.loop.turn()
+    assert r.calls().count("prepare") >= 2
+
+
 def test_a_failing_step_ends_the_loop_with_the_devices_own_error() -> None:
     r = rig(steps_left=5)
 

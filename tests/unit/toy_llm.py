@@ -48,6 +48,9 @@ class ToyEngineDevice:
             raise self.failure
         return self._toy.launch(plan)
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed += 1
 

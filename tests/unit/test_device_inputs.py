@@ -1,0 +1,102 @@
+"""What a device checks of a plan before it runs it: the same verdict, whichever plans it has seen before."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sessile.contract.plan import FROM_DEVICE, SAMPLE, Ints, StepPlan
+from sessile.device.inputs import PlanCheck
+from sessile.errors import PlanError
+
+ROWS_MAX, VOCAB, TABLE_TOKENS = 4, 10, 8
+
+
+def ints(values: list[int]) -> Ints:
+    return np.array(values, np.int32)
+
+
+def plan_of(
+    rows: list[int], starts: list[int], counts: list[int], flags: list[int], tokens: list[int], drafts: list[int]
+) -> StepPlan:
+    return StepPlan.empty(
+        1,
+        rows=ints(rows),
+        starts=ints(starts),
+        query_counts=ints(counts),
+        draft_counts=ints(drafts),
+        flags=ints(flags),
+        output_indices=ints([0] * len(rows)),
+        logprob_tops=ints([-1] * len(rows)),
+        tokens=ints(tokens),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    """Plans of few rows, right and wrong ones; wrong in one number at least as often as in many."""
+    count = draw(st.integers(0, 3))
+
+    def column(low: int, high: int, length: int = count) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=length, max_size=length))
+
+    counts = draw(st.sampled_from([[1] * count, column(0, 2)]))
+    tokens = sum(counts) + draw(st.sampled_from([0, 0, 0, 1]))
+    return plan_of(
+        draw(st.sampled_from([list(range(count)), column(-1, ROWS_MAX)])),
+        column(-1, TABLE_TOKENS),
+        counts,
+        draw(st.sampled_from([[SAMPLE | FROM_DEVICE] * count, column(0, 3)])),
+        draw(st.sampled_from([[1] * tokens, column(-1, VOCAB, tokens)])),
+        draw(st.sampled_from([[0] * count, column(-1, 2)])),
+    )
+
+
+def verdict(check: PlanCheck, plan: StepPlan) -> str:
+    """What is wrong with the plan, or nothing."""
+    try:
+        check.check(plan)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+ONE = plan_of([0], [7], [1], [SAMPLE | FROM_DEVICE], [-1], [0])
+
+
+@given(st.lists(plans(), min_size=2, max_size=5))
+@example([ONE, replace(ONE, starts=ints([8]))])
+@example([ONE, replace(ONE, starts=ints([-1]))])
+@example([ONE, replace(ONE, flags=ints([SAMPLE]))])
+@example([replace(ONE, rows=ints([9])), replace(ONE, rows=ints([9]))])
+@example([replace(ONE, tokens=ints([3, 3])), ONE, replace(ONE, tokens=ints([3, 3]))])
+def test_what_was_seen_before_does_not_change_the_verdict(sequence: list[StepPlan]) -> None:
+    check = PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS)
+    for plan in sequence:
+        assert verdict(check, plan) == verdict(PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS), plan)
+
+
+@given(plans())
+def test_a_plan_passes_if_and_only_if_all_of_it_is_in_bounds(plan: StepPlan) -> None:
+    rows, starts, counts = plan.rows.tolist(), plan.starts.tolist(), plan.query_counts.tolist()
+    flags, drafts, tokens = plan.flags.tolist(), plan.draft_counts.tolist(), plan.tokens.tolist()
+    is_right = len(set(rows)) == len(rows) and all(0 <= row < ROWS_MAX for row in rows)
+    is_right &= all(count >= 1 for count in counts) and sum(counts) == len(tokens)
+    place = 0
+    for start, count, flag, draft in zip(starts, counts, flags, drafts, strict=True):
+        is_right &= start >= 0 and start + count <= TABLE_TOKENS
+        is_right &= draft == 0 or (0 < draft < count and bool(flag & SAMPLE))
+        own = tokens[place : place + count]
+        is_right &= all(0 <= token < VOCAB for token in (own[1:] if flag & FROM_DEVICE else own))
+        place += count
+    assert (verdict(PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS), plan) == "") == is_right
+
+
+@pytest.mark.parametrize("changes", [{"starts": [6, 0]}, {"starts": [7, 0]}])
+def test_the_last_token_of_a_rows_pages_may_be_used_and_none_behind_it(changes: dict[str, list[int]]) -> None:
+    """The quick look at starts takes the largest count for all rows; a row with fewer tokens may begin later."""
+    plan = plan_of([0, 1], changes["starts"], [1, 3], [SAMPLE] * 2, [1] * 4, [0, 0])
+    assert verdict(PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS), plan) == ""
+    assert "beyond" in verdict(PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS), replace(plan, starts=ints([8, 0])))
