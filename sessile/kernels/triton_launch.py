@@ -44,8 +44,10 @@ def compiled_together(processes: int) -> "Iterator[Noted]":
     token = _asked.set(asked)
     try:
         with triton.AsyncCompileMode(noted):
-            yield noted
-            noted.finish()
+            try:
+                yield noted
+            finally:
+                noted.finish()  # Whatever happens: Triton waits for every result that it was promised.
     finally:
         _asked.reset(token)
     # Whoever first asks a kernel for its `run` loads it, and some releases of Triton build its launcher then, with a C
@@ -83,14 +85,15 @@ class Noted(Executor):
     def finish(self) -> None:
         """Wait until all calls are made there, then make them here."""
         self.begin()
-        for child in self._children:
-            os.waitpid(child, 0)
-        self._children.clear()
-        for job, future in self._jobs:
-            try:
-                future.set_result(job())
-            except Exception as error:
-                future.set_exception(error)
+        try:
+            while self._children:
+                os.waitpid(self._children.pop(), 0)
+        finally:
+            for job, future in self._jobs:
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
 
 
 def start_children(jobs: Sequence[Callable[[], Any]], processes: int) -> list[int]:

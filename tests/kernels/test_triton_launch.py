@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sessile.kernels.triton_launch import Noted, start_children
+from sessile.kernels.triton_launch import Noted, compiled_together, start_children
 
 
 def noting(folder: Path, index: int) -> Callable[[], int]:
@@ -100,3 +100,33 @@ def test_what_was_noted_is_begun_while_more_is_noted(tmp_path: Path) -> None:
     assert later.result() == 3
     there = [[process for process in by if process != os.getpid()] for by in makers(tmp_path, 4)]
     assert [len(by) for by in there] == [1] * 4
+
+
+def test_an_error_while_kernels_are_asked_for_is_raised_when_all_that_was_noted_has_its_result(tmp_path: Path) -> None:
+    futures = []
+
+    def ask_in_vain() -> None:
+        with compiled_together(2) as noted:
+            futures.append(noted.submit(noting(tmp_path, 0)))
+            noted.begin()
+            futures.append(noted.submit(noting(tmp_path, 1)))
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        ask_in_vain()
+    # Triton's own mode waits for them as it is left: without results it would wait for ever.
+    assert [future.result(timeout=0) for future in futures] == [0, 1]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_call_that_is_interrupted_leaves_no_other_without_a_result(tmp_path: Path) -> None:
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    noted = Noted(1)
+    interrupted, done = noted.submit(interrupt), noted.submit(noting(tmp_path, 0))
+    noted.finish()
+    assert done.result(timeout=0) == 0
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.result(timeout=0)
