@@ -142,10 +142,10 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: i
         plans += verifying_plans(rows_max, drafts_max).values()
     kinds = dict.fromkeys(map(runner.bucket_of, plans))
     common = [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)] if runner.captures else []
-    with compiled_together(available_cores()) as noted:
+    with compiled_together(available_cores()) as calls:
         for bucket in kinds:
             runner.ask_for(bucket)
-        noted.begin()  # Most there is to compile: the others ask for few kernels that are not among them.
+        calls.begin()  # Most there is to compile: the others ask for few kernels that are not among them.
         for bucket in common:
             if bucket not in kinds:
                 runner.ask_for(bucket)

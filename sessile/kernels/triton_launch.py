@@ -33,21 +33,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 @contextlib.contextmanager
-def compiled_together(processes: int) -> "Iterator[Noted]":
+def compiled_together(processes: int) -> "Iterator[ForkedCalls]":
     """Within it, what `launch` is asked for is only noted; at its end all is compiled by several processes and loaded.
 
-    What was noted until `Noted.begin` is called is compiled while more is asked for. The caller has no other thread at
+    What was noted before `ForkedCalls.begin` is compiled while more is asked for. The caller has no other thread at
     work that forked processes would have to wait for.
     """
     asked: list[Any] = []
-    noted = Noted(min(processes, _COMPILERS_MAX))
+    calls = ForkedCalls(min(processes, _COMPILERS_MAX))
     token = _asked.set(asked)
     try:
-        with triton.AsyncCompileMode(noted):
+        with triton.AsyncCompileMode(calls):
             try:
-                yield noted
+                yield calls
             finally:
-                noted.finish()  # Whatever happens: Triton waits for every result that it was promised.
+                calls.finish()  # Whatever happens: Triton waits for every result that it was promised.
     finally:
         _asked.reset(token)
     # Whoever first asks a kernel for its `run` loads it, and some releases of Triton build its launcher then, with a C
@@ -57,7 +57,7 @@ def compiled_together(processes: int) -> "Iterator[Noted]":
         list(pool.map(_load, kernels.values()))
 
 
-class Noted(Executor):
+class ForkedCalls(Executor):
     """Calls that are made by forked processes, for what they leave in files, and then once more here.
 
     So compiling does not wait in line for Python's lock, and what was compiled is found in Triton's cache. A call that

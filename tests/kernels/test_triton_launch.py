@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sessile.kernels.triton_launch import Noted, compiled_together, start_children
+from sessile.kernels.triton_launch import ForkedCalls, compiled_together, start_children
 
 
 def noting(folder: Path, index: int) -> Callable[[], int]:
@@ -65,10 +65,10 @@ def test_without_processes_nothing_is_done_elsewhere_but_all_of_it_here(
         raise OSError("Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refuse)
-    noted = Noted(4)
-    futures = [noted.submit(noting(tmp_path, index)) for index in range(5)]
+    calls = ForkedCalls(4)
+    futures = [calls.submit(noting(tmp_path, index)) for index in range(5)]
     assert not any(future.done() for future in futures)
-    noted.finish()
+    calls.finish()
     assert [future.result() for future in futures] == list(range(5))
     assert makers(tmp_path, 5) == [[os.getpid()]] * 5
 
@@ -77,9 +77,9 @@ def test_what_a_job_raises_is_raised_to_whoever_asks_for_its_result(tmp_path: Pa
     def fail(reason: str) -> int:
         raise ValueError(reason)
 
-    noted = Noted(2)
-    failed, done = noted.submit(fail, "no such kernel"), noted.submit(noting(tmp_path, 0))
-    noted.finish()
+    calls = ForkedCalls(2)
+    failed, done = calls.submit(fail, "no such kernel"), calls.submit(noting(tmp_path, 0))
+    calls.finish()
     assert done.result() == 0
     assert len(makers(tmp_path, 1)[0]) == 2  # once there, once here
     with pytest.raises(ValueError, match="no such kernel"):
@@ -87,16 +87,16 @@ def test_what_a_job_raises_is_raised_to_whoever_asks_for_its_result(tmp_path: Pa
 
 
 def test_what_was_noted_is_begun_while_more_is_noted(tmp_path: Path) -> None:
-    noted = Noted(2)
+    calls = ForkedCalls(2)
     for index in range(3):
-        noted.submit(noting(tmp_path, index))
-    noted.begin()
+        calls.submit(noting(tmp_path, index))
+    calls.begin()
     until_s = time.monotonic() + 30
     while not all(makers(tmp_path, 3)):
         assert time.monotonic() < until_s, "calls that were begun are made before anybody asks for their results"
         time.sleep(0.01)
-    later = noted.submit(noting(tmp_path, 3))
-    noted.finish()
+    later = calls.submit(noting(tmp_path, 3))
+    calls.finish()
     assert later.result() == 3
     there = [[process for process in by if process != os.getpid()] for by in makers(tmp_path, 4)]
     assert [len(by) for by in there] == [1] * 4
@@ -106,10 +106,10 @@ def test_an_error_while_kernels_are_asked_for_is_raised_when_all_that_was_noted_
     futures = []
 
     def ask_in_vain() -> None:
-        with compiled_together(2) as noted:
-            futures.append(noted.submit(noting(tmp_path, 0)))
-            noted.begin()
-            futures.append(noted.submit(noting(tmp_path, 1)))
+        with compiled_together(2) as calls:
+            futures.append(calls.submit(noting(tmp_path, 0)))
+            calls.begin()
+            futures.append(calls.submit(noting(tmp_path, 1)))
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
@@ -124,9 +124,9 @@ def test_a_call_that_is_interrupted_leaves_no_other_without_a_result(tmp_path: P
     def interrupt() -> int:
         raise KeyboardInterrupt
 
-    noted = Noted(1)
-    interrupted, done = noted.submit(interrupt), noted.submit(noting(tmp_path, 0))
-    noted.finish()
+    calls = ForkedCalls(1)
+    interrupted, done = calls.submit(interrupt), calls.submit(noting(tmp_path, 0))
+    calls.finish()
     assert done.result(timeout=0) == 0
     with pytest.raises(KeyboardInterrupt):
         interrupted.result(timeout=0)
