@@ -2,7 +2,7 @@
 
 The books are made by real operations: sessions of two turns whose first is in the prefix tree, plain prompts that
 ended and left their pages there, and running requests, until the pool is nearly full. Level 2 is a check of everything
-after every step; level 1 is a look at a few places a step, all of them in turn.
+after every step; level 1 is a look at a few places every few steps, all of them in turn.
 """
 
 import time
@@ -21,7 +21,7 @@ from sessile.core.audit import check
 from sessile.core.books import Books
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
-from sessile.core.rolling import RollingAudit
+from sessile.core.rolling import LOOK_STEPS, RollingAudit
 from sessile.engine.compiled import use_compiled_core
 from sessile.engine.garbage import IdleCollector
 from sessile.options import option
@@ -156,18 +156,20 @@ def measure_audit(options: AuditBenchOptions) -> int:
     )
     full_ms = float(np.median(times.full_ns)) / 1e6
     look_us = float(np.median(times.look_ns)) / 1e3
-    share, covered_s = look_us / 1e3 / STEP_MS, times.round_looks * STEP_MS / 1e3
+    looks_ms = LOOK_STEPS * STEP_MS
+    """From one look to the next."""
+    share, covered_s = look_us / 1e3 / looks_ms, times.round_looks * looks_ms / 1e3
     table = Table(box=None, pad_edge=False)
     for column in ("", "value", "target", ""):
         table.add_column(column, justify="left" if not column else "right")
     met = [
         _add(table, "level 2, p50 a step, ms", full_ms, LEVEL_2_MS, 2),
-        _add(table, f"level 1, share of a step of {STEP_MS:g} ms, %", share * 100, LEVEL_1_SHARE * 100, 3),
+        _add(table, f"level 1, share of steps of {STEP_MS:g} ms, %", share * 100, LEVEL_1_SHARE * 100, 3),
         _add(table, f"level 1, everything seen within, s at {STEP_MS:g} ms a step", covered_s, COVERAGE_S, 1),
     ]
     table.add_row("level 2, least, ms", f"{times.full_ns.min() / 1e6:.2f}")
     for name, value in (("p50", look_us), ("p99", np.percentile(times.look_ns, 99) / 1e3)):
-        table.add_row(f"level 1, {name} a step, µs", f"{value:.1f}")
+        table.add_row(f"level 1, {name} a look, every {LOOK_STEPS} steps, µs", f"{value:.1f}")
     console.print(table)
     return 0 if all(met) else 1
 

@@ -9,6 +9,7 @@ writes: bindings, page-table runs, copies. A device keeps, per row: the page tab
 for penalties, and the last token it sampled.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from struct import Struct
@@ -172,9 +173,14 @@ _HEADER = Struct(f"<{PLAN_HEADER_WORDS}i")
 _MAGIC = 0x5E551
 
 
-def encode_plan(plan: StepPlan) -> Ints:
-    """Pack a plan into one int32 buffer: magic, step, the length of each array, then the arrays (f32 as bits)."""
-    arrays = _arrays_of(plan)
+def encode_plan(plan: StepPlan, left_out: Sequence[int] = ()) -> Ints:
+    """Pack a plan into one int32 buffer: magic, step, the length of each array, then the arrays (f32 as bits).
+
+    left_out: arrays that are packed as if they were empty, as indices into PLAN_ARRAYS.
+    """
+    arrays = [*_arrays_of(plan)]
+    for index in left_out:
+        arrays[index] = NO_INTS
     lengths = [array.size for array in arrays]
     words = bytearray().join([_HEADER.pack(_MAGIC, plan.step, *lengths), *[array for array in arrays if array.size]])
     buffer = np.frombuffer(words, np.int32)

@@ -17,6 +17,7 @@ from sessile.contract.plan import (
     Floats,
     Ints,
     StepPlan,
+    encode_plan,
 )
 from sessile.core.books import Books
 from sessile.core.constraining import constrain
@@ -25,7 +26,7 @@ from sessile.core.history import TOKEN_BYTES, Packed
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.request import Phase, Request
-from sessile.core.rows import Column, Flags
+from sessile.core.rows import ONES, Column, Flags
 
 _NO_COPIES: Ints = np.empty((0, 3), np.int32)
 _ROW, _START, _COUNT, _DRAFTS, _FLAGS, _OUTPUT, _TOP = range(7)
@@ -54,6 +55,57 @@ class Flight:
     """Whether any row has drafts, and emits one token or more."""
     decodes: int
     parts: list[PromptPart]
+    is_steady: bool
+    """Whether all it does is to decode, without drafts, from tokens that are still on the device."""
+
+
+def goes_on(books: Books, planned: Planned, flight: Flight) -> bool:
+    """Whether a step only decodes the rows of the one in flight once more, each one position further.
+
+    The same requests sit in them: whoever takes a row runs a part of its prompt before it decodes.
+    """
+    return (
+        flight.is_steady
+        and planned.step == flight.plan.step + 1
+        and planned.draft_caps is None
+        and not (planned.parts or planned.bound or books.copies)
+        and (planned.decodes is flight.rows or planned.decodes.tobytes() == flight.rows.tobytes())
+    )
+
+
+def once_more(planned: Planned, flight: Flight) -> Flight:
+    """What `assemble` makes of a step that goes on, from the one in flight. What has not changed is its very arrays."""
+    before = flight.plan
+    plan = StepPlan(
+        planned.step,
+        *_NO_BINDINGS,
+        *_table(planned),
+        _NO_COPIES,
+        before.rows,
+        before.starts + 1,
+        before.query_counts,
+        before.draft_counts,
+        before.flags,
+        before.output_indices + 1,
+        before.logprob_tops,
+        before.tokens,
+        NO_INTS,
+        NO_INTS,
+        NO_INTS,
+        NO_INTS,
+        NO_INTS,
+    )
+    return Flight(plan, flight.rows, flight.allowed, planned.sampling, flight.samples, False, flight.decodes, [], True)
+
+
+def are_same(flight: Flight, other: Flight) -> bool:
+    """Whether two flights run the same and expect the same."""
+    return encode_plan(flight.plan).tobytes() == encode_plan(other.plan).tobytes() and all(
+        one.tobytes() == another.tobytes()
+        for one, another in (
+            (flight.rows, other.rows), (flight.allowed, other.allowed), (flight.sampling, other.sampling)
+        )
+    )  # fmt: skip
 
 
 def assemble(books: Books, planned: Planned) -> Flight | None:
@@ -70,14 +122,15 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
     if not total and not books.copies:
         return None
     counts, drafts, mask_queries, mask_words = _late_part(books, decodes, caps, parts)
-    rows = np.empty(total, np.int64)
     columns = np.zeros((7, total), np.int32)
     decoding = columns[:, :decode_count]
-    rows[:decode_count] = decoding[_ROW] = decodes
+    decoding[_ROW] = decodes
+    rows = decodes
     if caps is None:
         tokens = _decode_columns(books, decodes, decoding)
     else:
         tokens = _draft_columns(books, decodes, counts, drafts, decoding)
+    is_steady = caps is None and not parts and tokens == _ON_DEVICE * decode_count
     scores = _scores(parts, len(tokens) // TOKEN_BYTES)
     if parts:
         table = [
@@ -85,7 +138,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
             for part in parts
         ]
         columns[:, decode_count:] = np.frombuffer(b"".join(table), np.int32).reshape(-1, 7).T
-        rows[decode_count:] = columns[_ROW, decode_count:]
+        rows = columns[_ROW].astype(np.int64)
         tokens = b"".join([tokens, *[part.request.tokens(part.start, part.end) for part in parts]])
     allowed = columns[_FLAGS] & SAMPLE
     sampling, samples = planned.sampling, decode_count + sum([part.samples for part in parts])
@@ -94,8 +147,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
         is_drafted = bool(np.count_nonzero(columns[_DRAFTS]))
         allowed += columns[_DRAFTS]
         singles = rows[allowed == 1]
-        sampling, samples = np.zeros(books.rows.rows_max, np.bool_), len(singles)
-        sampling[singles] = True
+        sampling, samples = books.rows.flags_of(singles), len(singles)
     plan = StepPlan(
         planned.step,
         *_bindings(books, planned),
@@ -113,7 +165,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
         mask_queries,
         mask_words,
     )
-    return Flight(plan, rows, allowed, sampling, samples, is_drafted, decode_count, parts)
+    return Flight(plan, rows, allowed, sampling, samples, is_drafted, decode_count, parts, is_steady)
 
 
 def _late_part(
@@ -228,13 +280,17 @@ def _table(planned: Planned) -> tuple[Ints, Ints, Ints, Ints]:
         starts.append(start)
         counts.append(len(drawn))
         pages.extend(drawn)
-    if planned.grown_pages:
+    grown = len(planned.grown_pages)
+    if not table_rows:
+        if not grown:
+            return NO_INTS, NO_INTS, NO_INTS, NO_INTS
+        rows, slots = planned.grown.astype(np.int32), planned.grown_slots.astype(np.int32)
+        return rows, slots, ONES[:grown], np.frombuffer(planned.grown_pages, np.int32)
+    if grown:
         table_rows.frombytes(planned.grown.astype(np.int32).tobytes())
         starts.frombytes(planned.grown_slots.astype(np.int32).tobytes())
-        counts.extend(_ONE * len(planned.grown_pages))
+        counts.extend(_ONE * grown)
         pages.extend(planned.grown_pages)
-    if not table_rows:
-        return NO_INTS, NO_INTS, NO_INTS, NO_INTS
     return (
         np.frombuffer(table_rows, np.int32),
         np.frombuffer(starts, np.int32),

@@ -386,7 +386,7 @@ class Books:
             request.phase = Phase.ENDED
         else:
             self.rows.live[row] = 0
-            self.rows.plannable[row] = False
+            self.rows.stop_planning(row)
             request.phase = Phase.DRAINING
             self.draining.append(request)
             self.marks[Mark.DRAINED] += 1

@@ -16,6 +16,7 @@ class Effects:
     def deltas(self, keys: Column, counts: Ints, tokens: Ints) -> None:
         """New tokens of many requests: int64 keys [d], int32 counts [d], int32 tokens [sum counts]."""
         if len(keys):
+            assert keys.itemsize == 8 and counts.itemsize == 4 == tokens.itemsize, "what is sent is the very bytes"
             self._new.keys.append(keys)
             self._new.counts.append(counts)
             self._new.tokens.append(tokens)
@@ -58,9 +59,9 @@ class Effects:
         self._new = _Gathered()
         return Batch(
             step=step,
-            delta_keys=_joined(new.keys, np.int64),
-            delta_counts=_joined(new.counts, np.int32),
-            delta_tokens=_joined(new.tokens, np.int32),
+            delta_keys=_joined(new.keys),
+            delta_counts=_joined(new.counts),
+            delta_tokens=_joined(new.tokens),
             details=new.details,
             scores=new.scores,
             done=new.done,
@@ -86,7 +87,5 @@ class _Gathered:
         self.gone: list[SessionGone] = []
 
 
-def _joined(parts: "list[Column] | list[Ints]", dtype: type) -> bytes:
-    if not parts:
-        return b""
-    return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0], dtype).tobytes()
+def _joined(parts: "list[Column] | list[Ints]") -> bytes:
+    return parts[0].tobytes() if len(parts) == 1 else b"".join([part.tobytes() for part in parts])

@@ -12,6 +12,8 @@ from sessile.contract.messages import GetStats, RestoreSession, Submit, ToEngine
 from sessile.contract.plan import SAMPLE, Ints, StepPlan, StepResult
 
 EVENTS_KEPT = 1000
+STEPS_IN_FULL = 64
+"""Of older steps only the size is kept: the arrays of a thousand would not stay in a processor's cache."""
 
 Event = tuple[Any, ...]
 """A verb, and what it is about."""
@@ -21,7 +23,8 @@ class EventRing:
     """Takes events at the cost of an append; nothing is put into words before `lines` is asked."""
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._events: deque[Event | _Step] = deque(maxlen=EVENTS_KEPT)
+        self._in_full: deque[_Step] = deque()
 
     def received(self, message: ToEngine) -> None:
         """A message came in."""
@@ -37,14 +40,21 @@ class EventRing:
     def planned(self, plan: StepPlan) -> None:
         """A step is launched."""
         # Not the plan: its tokens and parameters are a client's, and many.
-        self._events.append((
+        step = _Step(
             "planned", plan.step, plan.rows, plan.starts, plan.query_counts, plan.draft_counts, plan.flags,
             plan.bind_rows, plan.table_rows, plan.table_starts, plan.table_counts, plan.table_pages, plan.copies,
-        ))  # fmt: skip
+        )  # fmt: skip
+        self._add_step(step)
 
     def settled(self, result: StepResult) -> None:
         """A step's result came."""
-        self._events.append(("settled", result.step, result.emitted, result.faulty))
+        self._add_step(_Step("settled", result.step, result.emitted, result.faulty))
+
+    def _add_step(self, step: "_Step") -> None:
+        self._events.append(step)
+        self._in_full.append(step)
+        if len(self._in_full) > 2 * STEPS_IN_FULL:
+            self._in_full.popleft().cut()
 
     def ended(self, key: int, reason: str, output_tokens: int, message: str) -> None:
         """A request ended."""
@@ -60,8 +70,22 @@ class EventRing:
         return [_told(event) for event in list(self._events)]
 
 
-def _told(event: Event) -> str:
-    verb, *facts = event
+class _Step:
+    """A plan or a result: its arrays at first, later only their length."""
+
+    __slots__ = ("facts",)
+
+    def __init__(self, *facts: Any) -> None:
+        self.facts: Event = facts
+
+    def cut(self) -> None:
+        """Let go of the arrays. At once: another thread may be reading."""
+        verb, step, rows = self.facts[:3]
+        self.facts = ("cut", verb, step, len(rows))
+
+
+def _told(event: "Event | _Step") -> str:
+    verb, *facts = event.facts if isinstance(event, _Step) else event
     match verb:
         case "submit":
             key, session, tokens, wanted = facts
@@ -77,6 +101,9 @@ def _told(event: Event) -> str:
             step, emitted, faulty = facts
             text = f"settled {step}: emitted {emitted.tolist()}"
             return text + (f", faulty {faulty.tolist()}" if np.count_nonzero(faulty) else "")
+        case "cut":
+            verb, step, rows = facts
+            return f"{verb} {step}: {rows} rows"
         case "ended":
             key, reason, tokens, message = facts
             return f"ended {key}: {reason} after {tokens} tokens{f': {message}' if message else ''}"

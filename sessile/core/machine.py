@@ -41,7 +41,7 @@ from sessile.contract.model import ModelFacts
 from sessile.contract.plan import StepPlan, StepResult
 from sessile.contract.pool import PoolView
 from sessile.core import audit, views
-from sessile.core.assembly import Flight, assemble
+from sessile.core.assembly import Flight, are_same, assemble, goes_on, once_more
 from sessile.core.books import Books
 from sessile.core.cold import or_cold
 from sessile.core.containment import abandon_plan, guarded
@@ -322,7 +322,7 @@ class Machine:
     def complete(self, planned: Planned) -> StepPlan | None:
         """The late part: what to launch. None if every row ended meanwhile. A late plan needs all steps settled."""
         assert not (planned.late and self._flights), "a late plan was completed before the step in flight settled"
-        flight = assemble(self._books, planned)
+        flight = self._flight_of(planned)
         if flight is None:
             # Nothing will run under this number, so nothing can touch what was stamped with it.
             self._books.settled_step = planned.step
@@ -331,6 +331,16 @@ class Machine:
         self._flights.append(flight)
         self._books.events.planned(flight.plan)
         return flight.plan
+
+    def _flight_of(self, planned: Planned) -> Flight | None:
+        """The arrays of a step, from those of the one in flight where it only goes on."""
+        if not self._flights or not goes_on(self._books, planned, self._flights[-1]):
+            return assemble(self._books, planned)
+        flight = once_more(planned, self._flights[-1])
+        if self._limits.audit_level >= 2:
+            anew = assemble(self._books, planned)
+            assert anew is not None and are_same(flight, anew), f"step {planned.step} does not just go on"
+        return flight
 
     def settle(self, result: StepResult) -> None:
         """Apply the result of the oldest launched step."""
@@ -341,7 +351,7 @@ class Machine:
         self._watch.settled()
 
     def look(self) -> None:
-        """The next part of the rolling audit, at level 1: once a step, when nobody waits for its effects any more."""
+        """Go on with the rolling audit, at level 1: once a step, when nobody waits for its effects any more."""
         self._watch.look()
 
     def take_effects(self) -> Batch | None:

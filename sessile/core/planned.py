@@ -55,7 +55,8 @@ class Planned:
         self.step = step
         self.decodes = NO_ROWS
         self.sampling = _NO_FLAGS
-        """bool[rows_max]: which rows sample in this step, without regard to drafts."""
+        """bool[rows_max]: which rows sample in this step, without regard to drafts. Steps share it: it is never written
+        to."""
         self.draft_caps: Column | None = None
         """None: no drafts, none in flight, and no decoding row with a grammar."""
         self.parts: list[PromptPart] = []

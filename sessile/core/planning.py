@@ -17,8 +17,23 @@ from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.request import Request
 from sessile.core.reserving import spend, top_up
-from sessile.core.rows import Column
+from sessile.core.rows import Column, Flags, RowTable
 from sessile.units import RowId, ceil_div
+
+
+class Steady:
+    """Rows that decode side by side, and nobody else: as it stays until somebody comes, goes, or is nearly done.
+
+    steps_left: so many more steps can each of them run. changes: those of the row table, as of then.
+    """
+
+    __slots__ = ("changes", "decodes", "sampling", "steps_left")
+
+    def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags) -> None:
+        self.decodes = decodes
+        self.sampling = sampling
+        self.changes = rows.changes
+        self.steps_left = int(np.minimum.reduce(rows.kv_goal[decodes] - rows.planned[decodes]))
 
 
 class Planner:
@@ -29,6 +44,7 @@ class Planner:
         self._retracted_step = 0
         self._decoded_last = False
         self._took_turns = False
+        self._steady: Steady | None = None
         self._denied: list[RowId] = []
         """Rows that got no page for what this plan was to run of them."""
         self.budget_tokens = books.limits.chunk_tokens
@@ -123,7 +139,7 @@ class Planner:
         books = self._books
         row = victim.row
         assert row is not None
-        books.rows.plannable[row] = False
+        books.rows.stop_planning(row)
         if books.rows.last_step[row] <= books.settled_step:
             books.preempt(victim)
             books.marks[Mark.PREEMPTED] += 1
@@ -135,7 +151,10 @@ class Planner:
 
     def _choose_running(self, planned: Planned) -> bool:
         """Share the budget among running rows, decoding first. Returns whether all of them got their pages."""
+        if self._goes_on(planned):
+            return self._draw_for_running(planned)
         rows = self._books.rows
+        self._steady = None
         # Over whole columns, free rows included: cheaper than gathering the rows that run.
         ahead = rows.known + rows.pending
         ahead -= rows.planned
@@ -164,12 +183,28 @@ class Planner:
         if len(decodes) > budget:
             decodes = self._fair_decodes(decodes, budget)
         if len(decodes) < single_count:
-            single[:] = False
-            single[decodes] = True
+            single = rows.flags_of(decodes)
+        elif not len(prompts) and self._books.limits.mixed_chunk and not self._denied:
+            self._steady = Steady(rows, decodes, single)
+        decodes.flags.writeable = False  # Flights and later plans have the very array.
         planned.decodes, planned.sampling = decodes, single
         self._choose_prompts(planned, prompts, budget - len(decodes))
         planned.tokens = len(decodes) + sum([part.count for part in planned.parts])
         return self._draw_for_running(planned)
+
+    def _goes_on(self, planned: Planned) -> bool:
+        """Choose the rows of the step before once more, if nothing has happened that could change who runs."""
+        steady, rows = self._steady, self._books.rows
+        if steady is None or steady.changes != rows.changes or steady.steps_left <= 0 or self._denied:
+            return False
+        if len(steady.decodes) > self._budget(True):
+            return False
+        planned.decodes, planned.sampling, planned.tokens = steady.decodes, steady.sampling, len(steady.decodes)
+        if self._books.limits.audit_level >= 2:
+            ready = rows.plannable & (rows.planned < rows.kv_goal)
+            ready_ahead = (rows.known + rows.pending - rows.planned)[ready]
+            assert (ready == steady.sampling).all() and (ready_ahead == 1).all(), "other rows could run"
+        return True
 
     def _fair_decodes(self, decodes: Column, budget: int) -> Column:
         """The decoding rows that run when not all can: those of tenants served least, then the oldest."""
@@ -259,9 +294,10 @@ class Planner:
             assert request is not None and request.lease is not None
             leases.append(request.lease)
         planned.grown = lacking
-        planned.grown_slots = rows.pages[lacking]
+        slots = rows.pages[lacking]
+        planned.grown_slots = slots
         planned.grown_pages = ledger.draw_each(leases)
-        rows.pages[lacking] += 1
+        rows.pages[lacking] = slots + 1
 
     def _draw(self, planned: Planned, row: RowId, pages: int) -> None:
         rows = self._books.rows
@@ -307,8 +343,7 @@ class Planner:
         size = books.limits.page_size
         kept = [row for row in planned.decodes.tolist() if rows.plannable[row] and row not in short]
         planned.decodes = np.array(kept, np.int64)
-        planned.sampling[:] = False
-        planned.sampling[planned.decodes] = True
+        planned.sampling = rows.flags_of(planned.decodes)
         parts = []
         for part in planned.parts:
             part.count = min(part.count, int(rows.pages[part.row]) * size - part.start)
@@ -396,6 +431,8 @@ class Planner:
         rows, sampling = self._books.rows, planned.sampling
         planned.is_counted = True
         rows.plan_one(sampling)
+        if self._steady is not None:
+            self._count_steady(planned)
         np.putmask(rows.last_step, sampling, planned.step)
         if planned.draft_caps is not None:
             rows.planned[planned.decodes] += planned.draft_caps
@@ -409,11 +446,19 @@ class Planner:
             rows.planned[row] = part.end
             rows.pending[row] += part.samples
             rows.last_step[row] = planned.step
-        for part in planned.parts:
-            if part.samples:
-                sampling[part.row] = True
+        ends = [part.row for part in planned.parts if part.samples]
+        if ends:
+            planned.sampling = sampling.copy()
+            planned.sampling[ends] = True
         beyond = rows.planned > rows.pages * self._books.limits.page_size
         assert not np.count_nonzero(beyond), "a row is planned beyond its pages (H22)"
+
+    def _count_steady(self, planned: Planned) -> None:
+        """One step less is left; with drafts or shortages nobody knows how many are."""
+        assert self._steady is not None
+        self._steady.steps_left -= 1
+        if planned.draft_caps is not None or planned.sampling is not self._steady.sampling:
+            self._steady = None
 
 
 def _add_parts(planned: Planned, books: Books, requests: Sequence[Request], budget: int) -> int:

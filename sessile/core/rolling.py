@@ -1,4 +1,5 @@
-"""Audit level 1: a look at a few places a step, all of them in turn, at a cost that does not depend on their number.
+"""Audit level 1: now and then a look at a few places, all of them in turn, at a cost that does not depend on their
+number.
 
 A place is a list of pages: the free list, the quarantine, limbo, each sequence's, each tree node's; and each batch row
 is one too. Every page that stays where it is is looked at once a round; one that moves was checked as it moved. What
@@ -26,9 +27,11 @@ from sessile.core.request import Phase
 from sessile.errors import AuditError
 from sessile.units import Account, ceil_div
 
-ROUND_STEPS = 4500
-"""Steps in which everything is looked at: 27 s at 6 ms."""
-LOOK_MIN = 32
+LOOK_STEPS = 4
+"""Steps from one look to the next: much of what a look costs is to begin with it."""
+ROUND_LOOKS = 1125
+"""Looks in which everything is looked at: 27 s of steps of 6 ms."""
+LOOK_MIN = 64
 """Pages and places of a look, at least."""
 ROW_COST = 16
 """What a row counts for: its figures take as long as so many pages."""
@@ -62,10 +65,10 @@ class RollingAudit:
 
     @property
     def look_size(self) -> int:
-        """Pages and places to look at in a step, as they are now."""
+        """Pages and places of a look, as they are now."""
         books = self._books
         places = books.ledger.slots + len(books.tree.places) + ROW_COST * books.rows.rows_max
-        return max(LOOK_MIN, ceil_div(books.limits.pages_total + places, ROUND_STEPS))
+        return max(LOOK_MIN, ceil_div(books.limits.pages_total + places, ROUND_LOOKS))
 
     def look(self) -> None:
         """Check the sums, then the next pages and places. Raises AuditError."""

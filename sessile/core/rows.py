@@ -25,6 +25,9 @@ STOP_COLUMNS = 4
 OUTPUT_COLUMNS = 64
 """Output tokens a row gathers before its request takes them over."""
 
+ONES: npt.NDArray[np.int32] = np.ones(4096, np.int32)
+"""Counts of one for each of several rows; as long as a batch can be."""
+
 
 COLUMNS = (
     "key", "live", "slow", "arrival", "known", "filled", "settled", "planned",
@@ -44,7 +47,7 @@ class RowTable(Generic[Occupant]):
     live: Column
     """1 while results count; 0 for a draining row, whose results are dropped."""
     plannable: Flags
-    """Whether the row may be planned: live and not about to be preempted."""
+    """Whether the row may be planned: live and not about to be preempted. Whatever changes it counts in `changes`."""
     slow: Column
     """1 if settling the row takes more than appending one token: stop strings, logprobs, many stop tokens, a grammar
     that failed."""
@@ -87,6 +90,9 @@ class RowTable(Generic[Occupant]):
         for index, name in enumerate(COLUMNS):
             setattr(self, name, self._columns[index])
         self.plannable = np.zeros(rows_max, np.bool_)
+        self.changes = 0
+        """How often who may be planned has changed."""
+        self._flags, self._ones = np.zeros(rows_max, np.bool_), np.zeros(rows_max, np.int64)
         self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
         """The newest output tokens of each row: appending to all rows at once costs one array operation."""
         self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
@@ -139,22 +145,44 @@ class RowTable(Generic[Occupant]):
         """Set all columns of rows that were taken, from `pack_row`: one array operation, however many they are."""
         self._columns[:, rows] = np.frombuffer(b"".join(starts), np.int64).reshape(len(rows), -1).T
         self.plannable[rows] = True
+        self.changes += 1
         if self.stop_columns:
             padded = [(*ids[:STOP_COLUMNS], *(-1,) * (STOP_COLUMNS - len(ids))) for ids in stops]
             self.stops[:, rows] = np.array(padded, np.int64).T
 
+    def flags_of(self, chosen: Column) -> Flags:
+        """bool[rows_max]: which rows are among those."""
+        flags = np.zeros(self.rows_max, np.bool_)
+        flags[chosen] = True
+        return flags
+
+    def stop_planning(self, row: int) -> None:
+        """The row is not to be planned any more."""
+        self.plannable[row] = False
+        self.changes += 1
+
     def plan_one(self, chosen: Flags) -> None:
         """Count one more planned and pending token for the rows that bool[rows_max] names."""
-        ones = chosen.astype(np.int64)  # Once here: numpy converts through a buffer of 64 KiB as it adds.
+        ones = self._as_ones(chosen)
         self.planned += ones
         self.pending += ones
+
+    def settle_one(self, chosen: Flags) -> None:
+        """One pending token less for these rows."""
+        self.pending -= self._as_ones(chosen)
 
     def grow(self, chosen: Flags) -> None:
         """Count one more known and gathered token for the rows that bool[rows_max] names; their KV is settled."""
         np.copyto(self.settled, self.known, where=chosen)
-        ones = chosen.astype(np.int64)
+        ones = self._as_ones(chosen)
         self.known += ones
         self.filled += ones
+
+    def _as_ones(self, flags: Flags) -> Column:
+        """int64 for bool: once for the same array, as numpy would convert through a buffer of 64 KiB as it adds."""
+        if flags is not self._flags:
+            self._flags, self._ones = flags, flags.astype(np.int64)
+        return self._ones
 
     def give_back(self, row: RowId, occupant: Occupant) -> None:
         """Free a row; raises OwnershipError if the occupant does not hold it."""
@@ -162,5 +190,5 @@ class RowTable(Generic[Occupant]):
             raise OwnershipError(f"row {row} was given back by somebody who does not hold it")
         self.occupants[row] = None
         self.live[row] = 0
-        self.plannable[row] = False
+        self.stop_planning(row)
         self._free.append(row)

@@ -18,12 +18,9 @@ from sessile.core.drafting import judge_drafts
 from sessile.core.ending import end_request
 from sessile.core.planned import PromptPart
 from sessile.core.request import Phase, Request
-from sessile.core.rows import OUTPUT_COLUMNS, Column, Flags
+from sessile.core.rows import ONES, OUTPUT_COLUMNS, Column, Flags
 from sessile.core.stop import StopFound
 from sessile.errors import PlanError
-
-ONES: Ints = np.ones(4096, np.int32)
-"""Counts of deltas that bring one token each; as long as a batch can be."""
 
 
 def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
@@ -33,7 +30,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     if flight.is_drafted:
         books.rows.pending[flight.rows] -= flight.allowed
     else:
-        books.rows.pending -= flight.sampling.astype(np.int64)
+        books.rows.settle_one(flight.sampling)
     _settle_prompts(books, flight, result)
     if np.count_nonzero(result.faulty):
         _settle_others(books, flight, result, range(len(flight.rows)))
@@ -50,7 +47,8 @@ def _validate(flight: Flight, result: StepResult) -> None:
     plan, allowed, emitted = flight.plan, flight.allowed, result.emitted
     if result.step != plan.step:
         raise PlanError(f"step {plan.step} is due but the device settled step {result.step}")
-    if result.rows.tobytes() != plan.rows.tobytes() or result.query_counts.tobytes() != plan.query_counts.tobytes():
+    same_rows = result.rows is plan.rows or result.rows.tobytes() == plan.rows.tobytes()
+    if not same_rows or result.query_counts.tobytes() != plan.query_counts.tobytes():
         raise PlanError(f"step {plan.step}: the device ran other rows or token counts than the plan asked for")
     # Where one token or none is allowed, that many must be emitted; with drafts, from one up.
     exact = emitted.tobytes() == allowed.tobytes()
@@ -81,10 +79,11 @@ def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
     rows = books.rows
     plain = rows.live > rows.slow
     plain &= flight.sampling
-    plain &= rows.settled >= rows.prompt
+    if not flight.is_steady:  # What goes on from a token on the device has its prompt behind it.
+        plain &= rows.settled >= rows.prompt
     count = int(np.count_nonzero(plain))
     if count == len(flight.rows):
-        _append_one(books, flight.rows, plain, result.tokens)
+        _append_one(books, flight.rows, flight.sampling, result.tokens)
         return
     chosen = plain[flight.rows]
     if count:
@@ -111,9 +110,8 @@ def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> Non
     rows.grow(plain)
     books.totals.generated_tokens += len(active)
     books.effects.deltas(rows.key[active], ONES[: len(active)], tokens)
-    full = filled == OUTPUT_COLUMNS - 1
-    if np.count_nonzero(full):
-        for row in active[full].tolist():
+    if np.maximum.reduce(filled, initial=0) == OUTPUT_COLUMNS - 1:
+        for row in active[filled == OUTPUT_COLUMNS - 1].tolist():
             books.collect_output(rows.occupant(row))
     ended = rows.known > rows.kv_goal
     ended &= plain

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sessile.core.audit import check
 from sessile.core.books import Books
 from sessile.core.containment import contain, restore
-from sessile.core.rolling import RollingAudit
+from sessile.core.rolling import LOOK_STEPS, RollingAudit
 from sessile.errors import AuditError
 
 
@@ -26,6 +26,7 @@ class Watch:
     def __init__(self, books: Books) -> None:
         self._books = books
         self._rolling = RollingAudit(books)
+        self._steps_since_look = 0
         self._reports: list[Report] = []
 
     def settled(self) -> None:
@@ -38,9 +39,13 @@ class Watch:
         self.planning()
 
     def look(self) -> None:
-        """Level 1: the next part of the rolling audit; contain what is found, or raise it."""
+        """Level 1: every few steps the next part of the rolling audit; contain what is found, or raise it."""
         if self._books.limits.audit_level != 1:
             return
+        self._steps_since_look += 1
+        if self._steps_since_look < LOOK_STEPS:
+            return
+        self._steps_since_look = 0
         try:
             self._rolling.look()
         except AuditError as error:

@@ -21,6 +21,8 @@ class Exchange:
     def __init__(self, words: int, source: Tensor) -> None:
         """words: most that a plan may have. source int32[s]: where results are left."""
         device = source.device
+        self.words = words
+        """Most words that a plan may have."""
         self.target: Tensor = torch.zeros(words, dtype=torch.int32, device=device)
         self._source = source
         self._mailbox = Mailbox.empty(words, source.numel(), device)
@@ -28,11 +30,6 @@ class Exchange:
         self._slots = [_Slot(self._mailbox, index, stream) for index in range(SLOTS)]
         self._next = 0
         self._is_lost = False
-
-    @property
-    def words(self) -> int:
-        """Most words that a plan may have."""
-        return self.target.numel()
 
     def send(self, packed: npt.NDArray[np.int32]) -> "Crossing":
         """Lay out a packed plan for the device to fetch. Waits for the oldest step if too many are on their way."""

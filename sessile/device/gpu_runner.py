@@ -6,16 +6,14 @@ the device opens or while it has nothing to do. Other sizes run eagerly the firs
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sessile.contract.plan import NO_FLOATS, NO_INTS, Ints, StepPlan, encode_plan
+from sessile.contract.plan import NO_INTS, PLAN_ARRAYS, Ints, StepPlan, encode_plan
 from sessile.device.buckets import Bucket, bucket_of
 from sessile.device.exchange import Crossing, Exchange
 from sessile.device.inputs import PlanCheck, SamplePositions, sample_positions
@@ -36,13 +34,15 @@ from sessile.model.layers import Decoder
 log = logging.getLogger("sessile.device")
 
 _UPLOAD_WORDS = 1 << 20
-_NOTHING_OTHERWISE: dict[str, Any] = {
-    "bias_tokens": NO_INTS, "bias_values": NO_FLOATS, "ban_tokens": NO_INTS, "seen_tokens": NO_INTS, "copies": NO_INTS,
-    "score_queries": NO_INTS, "score_targets": NO_INTS, "score_tops": NO_INTS, "mask_queries": NO_INTS,
-    "mask_words": NO_INTS,
-}  # fmt: skip
-"""Arrays of a plan that the step's own kernels do not read, empty."""
-_applied_otherwise = attrgetter(*_NOTHING_OTHERWISE)
+_APPLIED_OTHERWISE = [
+    PLAN_ARRAYS.index(name)
+    for name in (
+        "bias_tokens", "bias_values", "ban_tokens", "seen_tokens", "copies", "score_queries", "score_targets",
+        "score_tops", "mask_queries", "mask_words",
+    )
+]  # fmt: skip
+"""Arrays of a plan that the step's own kernels do not read: penalties, bias, bans, masks and scores are applied by
+other means, and only where a row has them."""
 _LAYERS_ASKED = 2
 """Layers that show all kernels of a step: the first one, which gets no other's output, and one behind it."""
 _SCORES_AT_ONCE = 64
@@ -96,7 +96,6 @@ class GpuRunner:
         self._results = torch.zeros(3 * rows_max + rows_max * 256, dtype=torch.int32, device=device)
         self._exchange = Exchange(_UPLOAD_WORDS, self._results)
 
-    @torch.inference_mode()
     def start(self, plan: StepPlan) -> PendingStep:
         """Queue a plan's changes of state, its rows and its sampling.
 
@@ -121,7 +120,7 @@ class GpuRunner:
         )
 
     def _start(self, plan: StepPlan) -> PendingStep:
-        self._check.check(plan)
+        facts = self._check.check(plan)
         check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
         self._parameters.apply(plan)
         crossing = self._send(plan)
@@ -130,11 +129,11 @@ class GpuRunner:
             self._exchange.fetch()
             apply_state(self._exchange.target, self._state)
             crossing.close(0)
-            return PendingStep(plan, crossing, self._rows_max)
+            return PendingStep(plan, facts, crossing, self._rows_max)
         bucket = self.bucket_of(plan)
-        scores: list[PendingLogprobs] = []
+        scores: Sequence[PendingLogprobs] = ()
         logprobs = None
-        has_extras = plan.score_queries.size or plan.mask_queries.size or np.maximum.reduce(plan.logprob_tops) >= 0
+        has_extras = facts.has_logprobs or plan.score_queries.size or plan.mask_queries.size
         if has_extras or (self._parameters.adjusted_rows and self._parameters.adjusted[plan.rows].any()):
             scores, logprobs = self._run_with_extras(plan, bucket)
         elif bucket.is_captured:
@@ -142,14 +141,11 @@ class GpuRunner:
         else:
             self._run(bucket)
         crossing.close(self._result_words(bucket.places))
-        return PendingStep(plan, crossing, self._rows_max, logprobs, scores)
+        return PendingStep(plan, facts, crossing, self._rows_max, logprobs, scores)
 
     def _send(self, plan: StepPlan) -> Crossing:
         """Lay out what the device reads of a plan."""
-        # Penalties, bias, bans, masks and scores are applied by other means, and only where a row has them.
-        if any([array.size for array in _applied_otherwise(plan)]):
-            plan = replace(plan, **_NOTHING_OTHERWISE)
-        packed = encode_plan(plan)
+        packed = encode_plan(plan, _APPLIED_OTHERWISE)
         if packed.size > self._exchange.words:
             # Binding very many pages at once is rare: change the state by itself, then send the rest.
             apply_state(to_device(packed, self._device), self._state)
@@ -157,7 +153,7 @@ class GpuRunner:
                 plan, bind_rows=NO_INTS, table_rows=NO_INTS, table_starts=NO_INTS, table_counts=NO_INTS,
                 table_pages=NO_INTS,
             )  # fmt: skip
-            packed = encode_plan(plan)
+            packed = encode_plan(plan, _APPLIED_OTHERWISE)
         return self._exchange.send(packed)
 
     def _note_shortage(self) -> None:
@@ -205,7 +201,6 @@ class GpuRunner:
         layout.place_tokens.zero_()
         self._choose(self._forward(layout, _LAYERS_ASKED), bucket)
 
-    @torch.inference_mode()
     def prepare(self, bucket: Bucket) -> None:
         """Keep a graph of this size before a step needs it. Steps of its kind have run, so kernels are compiled."""
         if self.captures and bucket not in self.graphs:
@@ -217,7 +212,6 @@ class GpuRunner:
             self._due.append(bucket)
             self._seen_buckets[bucket] = True
 
-    @torch.inference_mode()
     def prepare_next(self) -> bool:
         """Capture one graph of those put off, while nothing is queued; whether there was one to capture."""
         while self.captures and self._due:
@@ -239,6 +233,7 @@ class GpuRunner:
         self.graphs[bucket] = graph
         return graph
 
+    @torch.inference_mode()
     def _run(self, bucket: Bucket) -> None:
         """A whole step, as far as most steps go: what a graph holds."""
         self._choose(self._forward(self._layout(bucket)), bucket)
@@ -262,6 +257,7 @@ class GpuRunner:
         lay_out(self._exchange.target, self._state, layout, self._pool.page_size, self._decoder.shape.kv_heads)
         return Forward(layout, self._decoder.forward(layout, layers))
 
+    @torch.inference_mode()
     def _run_with_extras(self, plan: StepPlan, bucket: Bucket) -> tuple[list[PendingLogprobs], PendingLogprobs | None]:
         """A step with prompt scores, log-probabilities, masks, or rows whose logits are adjusted, without a graph."""
         forward = self._forward(self._layout(bucket))

@@ -42,6 +42,20 @@ class SamplePositions:
     firsts: Longs
 
 
+@dataclass(slots=True)  # As with a plan: not frozen, for speed only.
+class StepFacts:
+    """What follows from a plan's rows, query counts, draft counts, flags and logprob_tops."""
+
+    count_max: int
+    """The largest query count."""
+    samples: int
+    """How many rows sample."""
+    are_tokens_own: bool
+    """Whether all tokens are the device's own."""
+    has_drafts: bool
+    has_logprobs: bool
+
+
 class PlanCheck:
     """Whether a device may run a plan: PlanError for what would make it read or write out of bounds.
 
@@ -53,46 +67,65 @@ class PlanCheck:
         self._rows_max = rows_max
         self._vocab_size = vocab_size
         self._table_tokens = table_tokens
-        self._passed: tuple[int, bytes, bytes, bytes, bytes] | None = None
-        """Of the last plan that passed: how many tokens, then rows, query counts, draft counts and flags."""
-        self._count_max = 0
-        """The largest of these query counts."""
-        self._are_tokens_own = False
-        """Whether by these flags all tokens are the device's own."""
+        self._passed: StepPlan | None = None
+        """The last plan that passed. Its arrays do not change, as those of no plan do."""
+        self._facts = StepFacts(0, 0, False, False, False)
 
-    def check(self, plan: StepPlan) -> None:
-        """Raise PlanError if the device must not run the plan."""
-        columns = (plan.rows, plan.query_counts, plan.draft_counts, plan.flags)
-        rows, counts, drafts, flags = [column.tobytes() for column in columns]
-        looked_at = (plan.tokens.size, rows, counts, drafts, flags)
-        if looked_at != self._passed:
+    def check(self, plan: StepPlan) -> StepFacts:
+        """What follows from the plan, the same object for plans in a row that have it in common.
+
+        Raises PlanError if the device must not run the plan.
+        """
+        if self._passed is None or not _follows_the_same(plan, self._passed):
             self._passed = None
-            self._look(plan)
-            self._passed = looked_at
-        if not are_below(plan.starts, self._table_tokens + 1 - self._count_max):
+            self._facts = self._look(plan)
+        self._passed = plan
+        if not are_below(plan.starts, self._table_tokens + 1 - self._facts.count_max):
             # Some row is near the end of its pages, if not beyond it.
             ends = plan.starts + plan.query_counts
             if np.minimum.reduce(plan.starts) < 0 or not are_below(ends, self._table_tokens + 1):
                 raise PlanError(
                     f"step {plan.step}: a row ends beyond the {self._table_tokens} tokens that its pages can hold"
                 )
-        if not self._are_tokens_own and not _are_known(plan, self._vocab_size):
+        if not self._facts.are_tokens_own and not _are_known(plan, self._vocab_size):
             raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {self._vocab_size}")
         if plan.mask_queries.size or plan.mask_words.size:
             _check_masks(plan, self._vocab_size)
+        return self._facts
 
-    def _look(self, plan: StepPlan) -> None:
-        """Check rows, counts, drafts and flags, and note what follows from them."""
+    def _look(self, plan: StepPlan) -> StepFacts:
+        """Check rows, counts, drafts and flags, and find out what follows from them."""
         rows, counts, tokens = plan.rows, plan.query_counts, plan.tokens
         if not are_below(rows, self._rows_max) or not _are_distinct(rows, self._rows_max):
             raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {self._rows_max}")
         if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
             raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
-        if np.count_nonzero(plan.draft_counts) and not _have_their_tokens(plan):
+        has_drafts = bool(np.count_nonzero(plan.draft_counts))
+        if has_drafts and not _have_their_tokens(plan):
             raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
-        self._count_max = int(np.maximum.reduce(counts)) if rows.size else 0
         is_one_each = tokens.size == rows.size > 0
-        self._are_tokens_own = is_one_each and bool(np.bitwise_and.reduce(plan.flags) & FROM_DEVICE)
+        return StepFacts(
+            count_max=int(np.maximum.reduce(counts)) if rows.size else 0,
+            samples=int(np.count_nonzero(plan.flags & SAMPLE)),
+            are_tokens_own=is_one_each and bool(np.bitwise_and.reduce(plan.flags) & FROM_DEVICE),
+            has_drafts=has_drafts,
+            has_logprobs=bool(rows.size) and bool(np.maximum.reduce(plan.logprob_tops) >= 0),
+        )
+
+
+def _follows_the_same(plan: StepPlan, other: StepPlan) -> bool:
+    """Whether StepFacts of one plan are those of the other."""
+    return plan.tokens.size == other.tokens.size and (
+        _is_same(plan.rows, other.rows)
+        and _is_same(plan.query_counts, other.query_counts)
+        and _is_same(plan.draft_counts, other.draft_counts)
+        and _is_same(plan.flags, other.flags)
+        and _is_same(plan.logprob_tops, other.logprob_tops)
+    )
+
+
+def _is_same(one: Ints, other: Ints) -> bool:
+    return one is other or one.tobytes() == other.tobytes()
 
 
 def are_below(values: Ints, limit: int) -> bool:

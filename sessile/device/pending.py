@@ -1,16 +1,17 @@
 """A step that was queued on a GPU: what will be its result once the device has passed it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sessile.contract.plan import SAMPLE, Floats, Ints, StepPlan, StepResult
+from sessile.contract.plan import Floats, Ints, StepPlan, StepResult
 from sessile.device.exchange import Crossing
-from sessile.device.inputs import sample_positions
+from sessile.device.inputs import StepFacts, sample_positions
 from sessile.device.logprobs import NO_LOGPROBS, Logprobs, joined
-from sessile.device.shortage import StartedStep
+from sessile.device.shortage import Pending
 from sessile.device.staging import to_host
 from sessile.kernels.sampling import top_candidates
 
@@ -52,15 +53,16 @@ class PendingLogprobs:
         return Logprobs(self.chosen.numpy()[is_wanted], ids, tops)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # As with a plan: not frozen, for speed only.
 class PendingStep:
     """Everything that a result is made of. crossing: brings the results of `settle_rows`, no words if no rows ran."""
 
     plan: StepPlan
+    facts: StepFacts
     crossing: Crossing
     rows_max: int
     logprobs: PendingLogprobs | None = None
-    scores: list[PendingLogprobs] = field(default_factory=list)
+    scores: Sequence[PendingLogprobs] = ()
 
     def wait(self) -> StepResult:
         """Wait for the device and make the result. Raises what the device raised."""
@@ -68,9 +70,9 @@ class PendingStep:
         plan, count, rows_max = self.plan, self.plan.rows.size, self.rows_max
         emitted = results[rows_max : rows_max + count]
         tokens, logprobs = results[3 * rows_max :], NO_LOGPROBS
-        if self.logprobs is None and not np.count_nonzero(plan.draft_counts):
+        if self.logprobs is None and not self.facts.has_drafts:
             # Every place is emitted: one token of each row that samples.
-            tokens = tokens[: np.count_nonzero(plan.flags & SAMPLE)]
+            tokens = tokens[: self.facts.samples]
         else:
             places = sample_positions(plan)
             is_emitted = places.depths < emitted[places.row_indices]
@@ -78,7 +80,9 @@ class PendingStep:
             if self.logprobs is not None:
                 assert self.logprobs.places is not None, "log-probabilities of sampled tokens have places"
                 logprobs = self.logprobs.select(is_emitted[self.logprobs.places])
-        scores = joined([part.select(np.ones(part.counts.size, np.bool_)) for part in self.scores])
+        scores = NO_LOGPROBS
+        if self.scores:
+            scores = joined([part.select(np.ones(part.counts.size, np.bool_)) for part in self.scores])
         return StepResult(
             step=plan.step,
             rows=plan.rows,
@@ -98,7 +102,7 @@ class PendingStep:
 class GpuTicket:
     """The promise of one queued step; keeps the result, or the error, once it is there."""
 
-    def __init__(self, pending: StartedStep | None, error: BaseException | None = None) -> None:
+    def __init__(self, pending: Pending | None, error: BaseException | None = None) -> None:
         self._pending = pending
         self._error = error
         self._result: StepResult | None = None

@@ -42,7 +42,7 @@ class Runner(Protocol):
 
 
 class StartedStep:
-    """A step that was queued, whole or in parts: the last one, and the results of those before it.
+    """A step that was queued after memory ran out, whole or in parts: the last one, and the results of those before it.
 
     shortages: how often memory ran out meanwhile.
     """
@@ -69,7 +69,7 @@ class ShrinkingRunner:
         self._steps_since = 0
         self._has_warned = False
 
-    def start(self, plan: StepPlan) -> StartedStep:
+    def start(self, plan: StepPlan) -> Pending:
         """Queue a step. Raises what the runner does, OutOfMemory if a part does not fit that cannot be made smaller.
 
         Of parts at most two are queued at a time, and waited for here: each takes memory of its own on the host, and a
@@ -98,7 +98,8 @@ class ShrinkingRunner:
                     continue
             waiting += reversed(halves)
         assert last is not None, "a step has at least one part"
-        return StartedStep(plan, results, last, self._runner.shortages - before)
+        shortages = self._runner.shortages - before
+        return StartedStep(plan, results, last, shortages) if results or shortages else last
 
     def _shrink(self, tokens: int, error: OutOfMemory) -> None:
         """Try no step of so many tokens for some time, and say so the first time."""

@@ -267,7 +267,7 @@ _TENANTS = (
 _STEPS = (
     _fault(
         "wrong page id", "H08, H22", "a new page overwrites the last entry of the row's page table",
-        "planning", "planned.grown_slots = rows.pages[lacking]", "planned.grown_slots = rows.pages[lacking] - 1",
+        "planning", "planned.grown_slots = slots", "planned.grown_slots = slots - 1",
     ),
     _fault(
         "table without the shared part", "H31", "a row is bound with its own pages first, the shared ones behind",
@@ -425,6 +425,29 @@ _GRAMMARS = (
     ),
 )  # fmt: skip
 
+_STEADY = (
+    _fault(
+        "who leaves decodes on", "H24, H76", "a row that is not to be planned any more is still among the steady ones",
+        "rows",
+        "        self.plannable[row] = False\n        self.changes += 1\n",
+        "        self.plannable[row] = False\n",
+    ),
+    _fault(
+        "who comes is not seen", "H76", "a row that was given to a request does not end what is steady",
+        "rows",
+        "        self.plannable[rows] = True\n        self.changes += 1\n",
+        "        self.plannable[rows] = True\n",
+    ),
+    _fault(
+        "one step too many", "H22, H76", "steady rows decode once more when one of them has reached its goal",
+        "planning", "steady.steps_left <= 0", "steady.steps_left < 0",
+    ),
+    _fault(
+        "positions stand still", "H22, H76", "a step that goes on writes where the one before did",
+        "assembly", "        before.starts + 1,\n", "        before.starts,\n",
+    ),
+)  # fmt: skip
+
 _GROUPS = (
     _fault(
         "group follows too early", "H22, H29", "a prompt is gone on from before the one that computes it has",
@@ -439,6 +462,6 @@ _GROUPS = (
 
 MUTANTS: tuple[Mutant, ...] = (
     *_LEDGER, *_TREE, *_TURNS, *_FORKS, *_BRANCHES, *_RESERVATIONS, *_TENANTS, *_STEPS, *_DRAFTS,
-    *_GRAMMARS, *_GROUPS,
+    *_GRAMMARS, *_STEADY, *_GROUPS,
 )  # fmt: skip
 """Every fault, in the order of the table."""

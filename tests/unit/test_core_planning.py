@@ -1,5 +1,6 @@
 """What a step runs: the shared budget, who is admitted, who waits, who is preempted, and that all of them end."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -458,3 +459,65 @@ def test_a_partial_prompt_goes_on_when_the_budget_went_to_a_row_that_gets_no_pag
     stage.submit(2, new, tenant="new", max_new_tokens=15)
     stage.run()
     assert stage.output[1] == expected(old, 2) and stage.output[2] == expected(new, 15)
+
+
+# -- steps that go on ---------------------------------------------------------------------------------------------
+
+
+def goes_on(plan: StepPlan, before: StepPlan) -> bool:
+    """Whether a plan was made from the one before: what both have in common is the very same arrays."""
+    common = ("rows", "query_counts", "draft_counts", "flags", "logprob_tops", "tokens")
+    is_same = [getattr(plan, name) is getattr(before, name) for name in common]
+    assert all(is_same) or not any(is_same[:1])
+    return is_same[0]
+
+
+def test_rows_that_decode_on_are_planned_from_the_step_before() -> None:
+    stage = Stage(audit_level=0)
+    prompts = {1: prompt(1, 5), 2: prompt(2, 9)}
+    for key, tokens in prompts.items():
+        stage.submit(key, tokens, max_new_tokens=14)
+    stage.run()
+    pairs = [(plan, before) for before, plan in itertools.pairwise(stage.plans) if goes_on(plan, before)]
+    assert len(pairs) == len(stage.plans) - 2 == 12  # All but that of the prompts and the first that decodes.
+    for plan, before in pairs:
+        assert (plan.starts - before.starts).tolist() == [1, 1]
+        assert (plan.output_indices - before.output_indices).tolist() == [1, 1]
+    assert_said(stage, prompts, 14)
+
+
+@pytest.mark.parametrize("event", ["comes", "leaves", "ends", "preempted"])
+def test_whoever_comes_or_goes_ends_what_goes_on(event: str) -> None:
+    stage = Stage(audit_level=0, rows=4)
+    prompts = {1: prompt(1, 5), 2: prompt(2, 6)}
+    for key, tokens in prompts.items():
+        stage.submit(key, tokens, max_new_tokens=12 if (event, key) == ("ends", 2) else 30)
+    for _ in range(8):
+        stage.launch()
+    assert goes_on(stage.plans[-1], stage.plans[-2])
+    if event == "comes":
+        stage.submit(3, prompt(3, 7), max_new_tokens=10)
+    elif event == "leaves":
+        stage.send(Cancel(2))
+    elif event == "preempted":
+        stage.machine.preempt(2)
+    stage.run()
+    steady = [plan.rows.size for before, plan in itertools.pairwise(stage.plans) if goes_on(plan, before)]
+    assert set(steady) == {"comes": {2, 3}, "leaves": {1, 2}, "ends": {1, 2}, "preempted": {2}}[event]
+    assert stage.output[1] == expected(prompts[1], 30)
+    assert stage.output[2] == expected(prompts[2], len(stage.output[2]))
+    assert len(stage.output[2]) == {"leaves": 7, "ends": 12}.get(event, 30)
+
+
+def test_what_goes_on_keeps_to_a_budget_that_has_shrunk() -> None:
+    stage = Stage(audit_level=0, chunk=16)
+    prompts = {key: prompt(key, 4) for key in (1, 2, 3)}
+    for key, tokens in prompts.items():
+        stage.submit(key, tokens, max_new_tokens=20)
+    for _ in range(6):
+        stage.launch()
+    assert goes_on(stage.plans[-1], stage.plans[-2])
+    stage.machine.set_chunk_tokens(2)
+    stage.run()
+    assert max(plan.tokens.size for plan in stage.plans[6:]) == 2
+    assert_said(stage, prompts, 20)

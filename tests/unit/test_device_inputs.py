@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, Ints, StepPlan
 from sessile.device.inputs import PlanCheck
+from sessile.device.page_table import check_runs
 from sessile.errors import PlanError
 
 ROWS_MAX, VOCAB, TABLE_TOKENS = 4, 10, 8
@@ -100,3 +101,52 @@ def test_the_last_token_of_a_rows_pages_may_be_used_and_none_behind_it(changes: 
     plan = plan_of([0, 1], changes["starts"], [1, 3], [SAMPLE] * 2, [1] * 4, [0, 0])
     assert verdict(PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS), plan) == ""
     assert "beyond" in verdict(PlanCheck(ROWS_MAX, VOCAB, TABLE_TOKENS), replace(plan, starts=ints([8, 0])))
+
+
+# -- the page table's runs ----------------------------------------------------------------------------------------
+
+WIDTH, PAGES_TOTAL = 4, 9
+INT_MAX = 2**31 - 1
+
+
+def runs_plan(runs: list[tuple[int, int, int]], pages: list[int], bound: list[int]) -> StepPlan:
+    """runs: (row, first slot, count) of each."""
+    rows, starts, counts = [list(column) for column in zip(*runs, strict=True)] if runs else ([], [], [])
+    return StepPlan.empty(
+        1, bind_rows=ints(bound), table_rows=ints(rows), table_starts=ints(starts), table_counts=ints(counts),
+        table_pages=ints(pages),
+    )  # fmt: skip
+
+
+@st.composite
+def runs_plans(draw: st.DrawFn) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
+    """Runs, pages and bound rows, of which often all are right, and often each run has one page."""
+    slot = st.sampled_from([0, 1, WIDTH - 1]) | st.sampled_from([-1, WIDTH, INT_MAX])
+    count = st.just(1) | st.sampled_from([0, 1, 2, WIDTH, -1, INT_MAX])
+    row = st.integers(0, ROWS_MAX - 1) | st.sampled_from([-1, ROWS_MAX])
+    runs = draw(st.lists(st.tuples(row, slot, count), max_size=3))
+    named = sum(count for _, _, count in runs if 0 < count <= WIDTH) + draw(st.sampled_from([0, 0, 0, 1]))
+    page = st.integers(1, PAGES_TOTAL - 1) | st.sampled_from([0, -1, PAGES_TOTAL])
+    pages = draw(st.lists(page, min_size=named if runs else 0, max_size=named if runs else 0))
+    return runs, pages, draw(st.lists(row, max_size=2))
+
+
+@given(runs_plans())
+@example(([(0, 0, 1), (1, 3, 1)], [1, 8], []))
+@example(([(0, 0, 1), (1, 4, 1)], [1, 8], []))
+@example(([(0, 2, 2), (1, 3, 1)], [1, 2, 8], [3]))
+@example(([(0, INT_MAX, INT_MAX)], [], []))
+@example(([(0, 1, -1)], [], []))
+def test_runs_pass_if_and_only_if_all_of_them_are_in_bounds(
+    case: tuple[list[tuple[int, int, int]], list[int], list[int]],
+) -> None:
+    runs, pages, bound = case
+    is_right = all(0 <= row < ROWS_MAX for row in [*bound, *(row for row, _, _ in runs)])
+    is_right &= all(start in range(WIDTH) and count >= 0 and start + count <= WIDTH for _, start, count in runs)
+    is_right &= sum(count for _, _, count in runs) == len(pages) and all(0 < page < PAGES_TOTAL for page in pages)
+    try:
+        check_runs(runs_plan(runs, pages, bound), ROWS_MAX, WIDTH, PAGES_TOTAL)
+        passed = True
+    except PlanError:
+        passed = False
+    assert passed == is_right

@@ -62,6 +62,14 @@ def prompt_plan(tokens: int, drafts: int = 0) -> StepPlan:
     )  # fmt: skip
 
 
+def test_a_step_that_memory_suffices_for_is_the_runners_own() -> None:
+    """Nothing is put around it: the host's time of a step is short."""
+    runner = ShortRunner(8)
+    started = ShrinkingRunner(runner).start(prompt_plan(8))
+    assert isinstance(started, Ready)
+    assert started.wait().shortages == 0
+
+
 def test_a_step_that_does_not_fit_is_halved_until_it_does() -> None:
     short = ShortRunner(30)
     result = ShrinkingRunner(short).start(prompt_plan(100)).wait()
