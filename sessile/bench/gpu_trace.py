@@ -33,6 +33,10 @@ class TracedTicket:
     def __init__(self, ticket: GpuTicket, step: TracedStep, device: "TracedDevice") -> None:
         self._ticket, self._step, self._device = ticket, step, device
 
+    def is_done(self) -> bool:
+        """Whether the step is done."""
+        return self._ticket.is_done()
+
     def result(self) -> StepResult:
         """Wait for the step and return its result, or raise what the device raised."""
         self._step.host_ms = (time.perf_counter_ns() - self._device.answered_ns) / 1e6

@@ -74,6 +74,10 @@ class Crossing:
             self._results = self._slot.words(self._words)
             self._slot = None
 
+    def is_done(self) -> bool:
+        """Whether all that was queued before `close` is done."""
+        return self._slot is None or self._slot.is_passed()
+
     def take(self) -> npt.NDArray[np.int32]:
         """Wait for all that was queued before `close` and return the words. Raises what the device raised."""
         self.settle()
@@ -108,6 +112,10 @@ class _Slot:
         self.is_closed = True
         if self._passed is not None:
             self._passed.record(self._stream)
+
+    def is_passed(self) -> bool:
+        """Whether the device has passed the end that was noted."""
+        return self._passed is None or bool(self._passed.query())
 
     def words(self, words: int) -> npt.NDArray[np.int32]:
         """Wait for the end that was noted and return a copy of the first words."""

@@ -64,6 +64,10 @@ class PendingStep:
     logprobs: PendingLogprobs | None = None
     scores: Sequence[PendingLogprobs] = ()
 
+    def is_done(self) -> bool:
+        """Whether the device has passed the step."""
+        return self.crossing.is_done()
+
     def wait(self) -> StepResult:
         """Wait for the device and make the result. Raises what the device raised."""
         results = self.crossing.take()
@@ -106,6 +110,10 @@ class GpuTicket:
         self._pending = pending
         self._error = error
         self._result: StepResult | None = None
+
+    def is_done(self) -> bool:
+        """Whether `result` would not block."""
+        return self._pending is None or self._pending.is_done()
 
     def result(self) -> StepResult:
         """Wait for the step and return its result, or raise what the device raised."""

@@ -23,6 +23,10 @@ come back. Where it has not, one step in so many is run for nothing."""
 class Pending(Protocol):
     """A step that was queued."""
 
+    def is_done(self) -> bool:
+        """Whether the device has passed it."""
+        ...
+
     def wait(self) -> StepResult:
         """Wait for the device and return the step's result, once; raises what the device raised."""
         ...
@@ -49,6 +53,10 @@ class StartedStep:
 
     def __init__(self, plan: StepPlan, results: list[StepResult], last: Pending, shortages: int) -> None:
         self._plan, self._results, self._last, self._shortages = plan, results, last, shortages
+
+    def is_done(self) -> bool:
+        """Whether the device has passed all parts."""
+        return self._last.is_done()
 
     def wait(self) -> StepResult:
         """Wait for the device and return the result, once. Raises what the device raised."""

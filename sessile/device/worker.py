@@ -60,6 +60,10 @@ class Ticket:
         self._result: StepResult | None = None
         self._error: BaseException | None = None
 
+    def is_done(self) -> bool:
+        """Whether the step is done, or has failed."""
+        return self._done.is_set()
+
     def result(self) -> StepResult:
         """Wait for the step and return its result, or raise what the device raised."""
         self._done.wait()

@@ -18,6 +18,7 @@ from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.grammars import GrammarDesk
 from sessile.engine.inbox import Inbox
+from sessile.engine.launch_time import LaunchTime
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
@@ -110,8 +111,15 @@ class Engine:
         if self.drafter is not None:
             self.drafter.close()
 
-    def loop(self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None) -> EngineLoop:
-        """The loop that drives this engine with the given ends and clock."""
+    def loop(
+        self, inbox: Inbox, outbox: Outbox, clock: Clock, collector: IdleCollector | None = None, *,
+        just_in_time: bool = False,
+    ) -> EngineLoop:  # fmt: skip
+        """The loop that drives this engine with the given ends and clock.
+
+        just_in_time: on a GPU, plan each step as late as it allows. The thread that runs the loop does not sleep then
+        while a step runs: for a process of its own.
+        """
         on_cpu = self.device.facts.device == "cpu"
         limit_ms = self.options.step_limit_ms
         if limit_ms is None:
@@ -129,6 +137,8 @@ class Engine:
             drafter=self.drafter,
             corpora=self.corpora,
             grammars=self.grammars,
+            # On a CPU the device would have to share its cores with a host that does not sleep.
+            launch_time=LaunchTime() if just_in_time and not on_cpu else None,
         )
 
 

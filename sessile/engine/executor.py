@@ -8,6 +8,10 @@ from sessile.contract.plan import StepPlan, StepResult
 class Ticket(Protocol):
     """The promise of one launched step's result."""
 
+    def is_done(self) -> bool:
+        """Whether `result` would not block."""
+        ...
+
     def result(self) -> StepResult:
         """Block until the step is done and return what it produced; raises what the device raised."""
         ...

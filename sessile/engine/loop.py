@@ -28,6 +28,7 @@ from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.grammars import GrammarDesk
 from sessile.engine.inbox import Inbox
+from sessile.engine.launch_time import LaunchTime
 from sessile.engine.metrics import StepTimes
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
@@ -74,10 +75,11 @@ class EngineLoop:
         drafter: TimedDrafter | None = None,
         corpora: CorpusDesk | None = None,
         grammars: GrammarDesk | None = None,
+        launch_time: LaunchTime | None = None,
     ) -> None:
         """drafter: the machine's, if it has one, to tell how long it took. corpora: what it drafts from; None where
         nobody drafts, and nobody asks for corpora then. grammars: where requests wait for theirs; None where the
-        machine follows none, and says so.
+        machine follows none, and says so. launch_time: learns when steps must be planned; None: at once.
         """
         self._machine = machine
         self._executor = executor
@@ -89,6 +91,7 @@ class EngineLoop:
         self._collector = collector
         self._corpora = corpora
         self._grammars = grammars
+        self._launch_time = launch_time if overlap else None
         self._times = StepTimes(drafter)
         self._in_flight: StepInFlight | None = None
         self._settled_ns = 0
@@ -104,17 +107,22 @@ class EngineLoop:
             self.turn()
 
     def turn(self) -> None:
-        """Take in what has come, plan and launch a step while the last one runs, settle that, send all effects.
+        """Take in what comes, plan and launch a step while the last one runs, settle that, send all effects.
 
         A plan with a late part (drafts) waits for the tokens of the step in flight: settle first, then launch.
         """
         self._take_in()
-        self._machine.tick(self._clock.now_ns())  # After the wait: stamps what was just taken in (H70).
+        if self._launch_time and self._in_flight:
+            self._take_in_until_due(self._launch_time, self._in_flight)
+        begun_ns = self._clock.now_ns()
+        self._machine.tick(begun_ns)  # After the wait: stamps what was just taken in (H70).
         planned = self._plan()
         self._turned = planned is not None or self._in_flight is not None
         if planned is None or planned.late:
             self._settle()
         launched = self._launch(planned)
+        if self._launch_time and launched and self._in_flight:
+            self._launch_time.observe_host(self._clock.now_ns() - begun_ns)
         self._settle()
         self._in_flight = launched
         if not self._overlap:
@@ -148,6 +156,21 @@ class EngineLoop:
             is_used = self._turned or any(not isinstance(message, GetStats) for message in messages)
             note = self._collector.note_use if is_used else self._collector.note_idle
             note(self._clock.now_ns())
+        self._receive_all(messages)
+
+    def _take_in_until_due(self, launch_time: LaunchTime, step: StepInFlight) -> None:
+        """Take in what comes until the step in flight is so near its end that the next one must be planned.
+
+        Or at its end, if that is sooner than expected. The thread does not sleep: it would wake too late for steps of
+        a millisecond.
+        """
+        due_ns = launch_time.due_ns(step.plan, max(step.launched_ns, self._settled_ns))
+        while self._clock.now_ns() < due_ns and not step.ticket.is_done():
+            if messages := self._inbox.take(0):
+                self._receive_all(messages)
+
+    def _receive_all(self, messages: list[ToEngine]) -> None:
+        """Pass messages on to the machine, and with them requests whose grammar has become ready."""
         for message in messages:
             self._receive(message)
         if self._grammars:
@@ -220,6 +243,8 @@ class EngineLoop:
         step_ns = done_ns - max(step.launched_ns, self._settled_ns)
         self._machine.settle(result)
         self._settled_ns = done_ns
+        if self._launch_time:
+            self._launch_time.observe_step(step.plan, step_ns)
         self._times.step_ns_total += step_ns
         self._times.shortages_total += result.shortages
         self._times.plan_ns_total += self._clock.now_ns() - done_ns

@@ -116,7 +116,7 @@ def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Se
 def drive(engine: Engine, inbox: SocketInbox, outbox: SocketOutbox, clock: Clock) -> None:
     """Run the engine's loop to its end, with SIGTERM as a drain, then close the device."""
     collector = IdleCollector()
-    loop = engine.loop(inbox, outbox, clock, collector)
+    loop = engine.loop(inbox, outbox, clock, collector, just_in_time=True)
     drain_on_sigterm(loop)
     collector.take_over()
     try:

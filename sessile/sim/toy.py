@@ -168,6 +168,10 @@ class ToyTicket:
         self.outcome = result
         """What the result will be, without taking it."""
 
+    def is_done(self) -> bool:
+        """Always: nothing is computed when the result is taken."""
+        return True
+
     def result(self) -> StepResult:
         """The step's result; steps must be taken in order, each once."""
         self._device.take(self._flight)

@@ -73,7 +73,7 @@ class ScriptedEngine:
     def close(self) -> None:
         self.device.close()
 
-    def loop(self, *ends: object) -> object:
+    def loop(self, *ends: object, just_in_time: bool) -> object:
         from sessile.engine.loop import EngineLoop
 
         inbox, outbox, clock, collector = ends

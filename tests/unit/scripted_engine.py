@@ -129,6 +129,10 @@ class ScriptedDevice:
 class ScriptedTicket:
     device: ScriptedDevice
     step: int
+    done: bool = False
+
+    def is_done(self) -> bool:
+        return self.done
 
     def result(self) -> StepResult:
         self.device.clock.time_ns += self.device.step_ns

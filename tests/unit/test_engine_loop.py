@@ -9,6 +9,7 @@ from sessile.contract.plan import StepPlan
 from sessile.core.watch import Report
 from sessile.engine.build import CPU_CHUNK_TOKENS_MIN
 from sessile.engine.inbox import LocalInbox
+from sessile.engine.launch_time import LaunchTime
 from sessile.engine.loop import IDLE_WAIT_NS_MAX, STUCK_WAIT_NS_MAX, EngineLoop
 from sessile.engine.outbox import LocalOutbox
 from sessile.engine.pace import Pace
@@ -43,11 +44,16 @@ class Rig:
         return [line for line in self.log if not line.startswith("tick")]
 
 
-def rig(*messages: object, overlap: bool = True, step_ns: int = 0, pace: Pace | None = None, **script: object) -> Rig:
+def rig(
+    *messages: object, overlap: bool = True, step_ns: int = 0, pace: Pace | None = None,
+    launch_time: LaunchTime | None = None, **script: object,
+) -> Rig:  # fmt: skip
     log: list[str] = []
     machine, clock = ScriptedMachine(log, **script), ManualClock()  # type: ignore[arg-type]
     device, inbox, outbox = ScriptedDevice(log, clock, step_ns), WatchedInbox(messages), LocalOutbox()
-    loop = EngineLoop(machine, device, inbox, outbox, clock, overlap=overlap, pace=pace)  # type: ignore[arg-type]
+    loop = EngineLoop(
+        machine, device, inbox, outbox, clock, overlap=overlap, pace=pace, launch_time=launch_time  # type: ignore[arg-type]
+    )  # fmt: skip
     return Rig(log, machine, device, clock, inbox, outbox, loop)
 
 
@@ -253,3 +259,72 @@ def test_h07_a_contained_violation_is_one_line_in_the_log_with_the_events_before
     fields = vars(line)
     assert (fields["found"], fields["quarantined_pages"]) == (["pages: page 7 is held twice"], 3)
     assert fields["events"] == ["planned 1", "settled 1"]
+
+
+# -- just in time -------------------------------------------------------------------------------------------------
+
+STEP_NS = 2_000_000
+POLL_NS = 100_000
+
+
+class PolledInbox(WatchedInbox):
+    """A clock moves on each time that somebody looks; what is to come comes at its time."""
+
+    def __init__(self, clock: ManualClock, log: list[str]) -> None:
+        super().__init__()
+        self.coming: list[tuple[int, object]] = []
+        self._clock, self._log = clock, log
+
+    def take(self, wait_ns: int) -> list[object]:  # type: ignore[override]
+        self._clock.time_ns += POLL_NS
+        here = [message for time_ns, message in self.coming if time_ns <= self._clock.time_ns]
+        self.coming = [(time_ns, message) for time_ns, message in self.coming if time_ns > self._clock.time_ns]
+        self._log.extend("take" for _ in here)
+        return [*super().take(wait_ns), *here]
+
+
+def rig_in_time(**script: object) -> tuple[Rig, PolledInbox]:
+    """A loop that plans just in time; a step takes 2 ms, and the clock stands still but for looks and results."""
+    r = rig(launch_time=LaunchTime(), step_ns=STEP_NS, **script)
+    inbox = PolledInbox(r.clock, r.log)
+    r.loop._inbox = inbox  # type: ignore[assignment]
+    return r, inbox
+
+
+def test_who_comes_while_a_step_runs_is_there_when_the_next_one_is_planned() -> None:
+    r, inbox = rig_in_time(steps_left=6)
+    for _ in range(3):
+        r.loop.turn()
+    begun_ns = r.clock.time_ns
+    inbox.coming = [(begun_ns + STEP_NS // 2, submit(1)), (begun_ns + STEP_NS, submit(2))]
+    del r.log[:]
+    r.loop.turn()
+    assert r.calls()[:3] == ["take", "plan 4", "complete 4"]  # The second came when it was time to plan.
+    assert [message.key for message in r.machine.received] == [1]  # type: ignore[attr-defined]
+    r.loop.turn()
+    assert [message.key for message in r.machine.received] == [1, 2]  # type: ignore[attr-defined]
+
+
+def test_a_step_that_ends_sooner_than_expected_ends_the_wait() -> None:
+    r, inbox = rig_in_time(steps_left=6)
+    for _ in range(3):
+        r.loop.turn()
+    looks, ticket = len(inbox.waits_ns), r.loop._in_flight.ticket  # type: ignore[union-attr]
+    ticket.done = True  # type: ignore[attr-defined]
+    r.loop.turn()
+    assert len(inbox.waits_ns) - looks == 1
+
+
+def test_steps_of_a_size_that_was_not_seen_are_followed_at_once() -> None:
+    r, inbox = rig_in_time(steps_left=2)
+    for _ in range(2):
+        r.loop.turn()
+    assert len(inbox.waits_ns) == 2
+    assert r.calls() == ["plan 1", "complete 1", "launch 1", "plan 2", "complete 2", "launch 2", "settle 1"]
+
+
+def test_without_overlap_nothing_is_put_off() -> None:
+    r, inbox = rig_in_time(steps_left=5, overlap=False)
+    for _ in range(4):
+        r.loop.turn()
+    assert len(inbox.waits_ns) == 4
