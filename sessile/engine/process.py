@@ -98,7 +98,6 @@ def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Se
         engine = open_engine(clock)
         server.tell_events = lambda: log.error("the last events", extra={"events": engine.machine.event_lines()})
         gc.freeze()  # What start-up made stays. Looking at it all once more would keep the first request waiting.
-        outbox.send(engine.ready)
         drive(engine, SocketInbox(socket), outbox, clock)
     except StartupError as error:
         outbox.send(EngineFailed(str(error)))
@@ -114,10 +113,11 @@ def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Se
 
 
 def drive(engine: Engine, inbox: SocketInbox, outbox: SocketOutbox, clock: Clock) -> None:
-    """Run the engine's loop to its end, with SIGTERM as a drain, then close the device."""
+    """Say that the engine is ready, run its loop to its end, with SIGTERM as a drain, then close the device."""
     collector = IdleCollector()
     loop = engine.loop(inbox, outbox, clock, collector, just_in_time=True)
     drain_on_sigterm(loop)
+    outbox.send(engine.ready)  # Not before a signal would be a drain.
     collector.take_over()
     try:
         loop.run()
