@@ -95,7 +95,17 @@ def once_more(planned: Planned, flight: Flight) -> Flight:
         NO_INTS,
         NO_INTS,
     )
-    return Flight(plan, flight.rows, flight.allowed, planned.sampling, flight.samples, False, flight.decodes, [], True)
+    return Flight(
+        plan,
+        flight.rows,
+        flight.allowed,
+        planned.sampling,
+        flight.samples,
+        is_drafted=False,
+        decodes=flight.decodes,
+        parts=[],
+        is_steady=True,
+    )
 
 
 def are_same(flight: Flight, other: Flight) -> bool:

@@ -27,6 +27,7 @@ OUTPUT_COLUMNS = 64
 
 ONES: npt.NDArray[np.int32] = np.ones(4096, np.int32)
 """Counts of one for each of several rows; as long as a batch can be."""
+ONES.flags.writeable = False
 
 
 COLUMNS = (

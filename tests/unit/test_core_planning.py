@@ -1,6 +1,8 @@
 """What a step runs: the shared budget, who is admitted, who waits, who is preempted, and that all of them end."""
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from sessile.contract.messages import Cancel
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, StepPlan
+from sessile.core import rows
 from sessile.core.limits import TenantPolicy
 from tests.unit.drafters import PerfectDrafter
 from tests.unit.stage import Stage, expected
@@ -521,3 +524,12 @@ def test_what_goes_on_keeps_to_a_budget_that_has_shrunk() -> None:
     stage.run()
     assert max(plan.tokens.size for plan in stage.plans[6:]) == 2
     assert_said(stage, prompts, 20)
+
+
+def test_only_the_row_table_says_who_may_be_planned() -> None:
+    """It counts each change there, and what goes on is asked whether any has happened."""
+    is_written = re.compile(r"\.plannable(\[[^]]*\])? [|&]?= ")
+    writers = {
+        path.stem for path in Path(rows.__file__).parent.glob("*.py") if is_written.search(path.read_text("utf-8"))
+    }
+    assert writers == {"rows"}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sessile.contract.plan import FROM_DEVICE, SAMPLE, StepPlan, StepResult, decode_plan, encode_plan
+from sessile.contract.plan import FROM_DEVICE, PLAN_ARRAYS, SAMPLE, StepPlan, StepResult, decode_plan, encode_plan
 from sessile.device.worker import Worker
 from sessile.errors import NotReady, PlanError
 from tests.parity.driver import Driver, Run
@@ -72,6 +72,17 @@ def test_a_plan_that_crossed_a_wire_gives_the_same_result(device: Worker) -> Non
     (direct,) = run(device, prompt_plan())
     (crossed,) = run(device, decode_plan(encode_plan(prompt_plan())))
     assert crossed.tokens.tolist() == direct.tokens.tolist()
+
+
+def test_arrays_that_are_left_out_cross_as_if_they_were_empty() -> None:
+    plan = prompt_plan()
+    crossed = decode_plan(encode_plan(plan, left_out=[PLAN_ARRAYS.index("tokens"), PLAN_ARRAYS.index("bind_floats")]))
+    assert (crossed.tokens.size, crossed.bind_floats.shape) == (0, (0, 6))
+    assert all(
+        (getattr(crossed, name) == getattr(plan, name)).all()
+        for name in PLAN_ARRAYS
+        if name not in ("tokens", "bind_floats")
+    )
 
 
 def test_without_sample_a_row_emits_nothing_but_counts(device: Worker) -> None:
