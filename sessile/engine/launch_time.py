@@ -14,6 +14,8 @@ RECENT_STEPS = 8
 """The shortest of so many steps of a size says how long the next one takes at least."""
 SIZES_MAX = 1024
 """Sizes that are remembered."""
+ROWS_MAX = 64
+"""Larger steps are followed at once: up to here it was measured that the device does not wait."""
 PEAK_FADES_BY = 4
 """Of what the host needed more than now, a part in so many is forgotten each step."""
 
@@ -42,9 +44,9 @@ class LaunchTime:
     def due_ns(self, plan: StepPlan, begun_ns: int) -> int:
         """When planning must begin, of what follows a step that the device began at begun_ns.
 
-        In the past, which means at once, if no step of this size has been seen.
+        In the past, which means at once, if no step of this size has been seen, or it has too many rows.
         """
         recent = self._durations_ns.get((plan.tokens.size, plan.rows.size))
-        if recent is None:
+        if recent is None or plan.rows.size > ROWS_MAX:
             return begun_ns
         return begun_ns + min(recent) - self._host_ns - MARGIN_NS

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sessile.contract.plan import StepPlan
-from sessile.engine.launch_time import MARGIN_NS, RECENT_STEPS, SIZES_MAX, LaunchTime
+from sessile.engine.launch_time import MARGIN_NS, RECENT_STEPS, ROWS_MAX, SIZES_MAX, LaunchTime
 
 MS = 1_000_000
 
@@ -20,6 +20,14 @@ def test_a_size_that_was_not_seen_is_due_at_once() -> None:
     times.observe_step(DECODE, 5 * MS)
     assert times.due_ns(PROMPT, 70 * MS) == 70 * MS
     assert times.due_ns(DECODE, 70 * MS) == 75 * MS - MARGIN_NS
+
+
+def test_steps_of_many_rows_are_followed_at_once() -> None:
+    times = LaunchTime()
+    for rows in (ROWS_MAX, ROWS_MAX + 1):
+        times.observe_step(plan_of(rows, rows), 5 * MS)
+    assert times.due_ns(plan_of(ROWS_MAX, ROWS_MAX), 0) == 5 * MS - MARGIN_NS
+    assert times.due_ns(plan_of(ROWS_MAX + 1, ROWS_MAX + 1), 0) == 0
 
 
 def test_the_shortest_of_the_last_steps_counts() -> None:
