@@ -183,7 +183,7 @@ def test_an_answer_that_was_made_again_otherwise_ends_the_stream(server: Running
     with BrokenWire(server.url) as wire, Client(wire.url) as client:
         wire.breaks = [900]
         stream = client.stream("x", max_new_tokens=12)
-        assert next(stream).text == "f"
+        assert "first answer".startswith(next(stream).text)  # One token, or two where the machine is busy.
         server.engine.script = [*b"other answer"]
         with pytest.raises(AnswerChanged):
             list(stream)
