@@ -15,7 +15,7 @@ RECENT_STEPS = 8
 SIZES_MAX = 1024
 """Sizes that are remembered."""
 ROWS_MAX = 64
-"""Larger steps are followed at once: up to here it was measured that the device does not wait."""
+"""Larger steps are followed at once: up to here turns were seen to take no longer."""
 PEAK_FADES_BY = 4
 """Of what the host needed more than now, a part in so many is forgotten each step."""
 
@@ -28,7 +28,9 @@ class LaunchTime:
         self._host_ns = 0
 
     def observe_step(self, plan: StepPlan, step_ns: int) -> None:
-        """A step took so long on the device, or less."""
+        """A step took so long on the device, or less. Nothing is learned of one with too many rows."""
+        if plan.rows.size > ROWS_MAX:
+            return
         size = (plan.tokens.size, plan.rows.size)
         recent = self._durations_ns.get(size)
         if recent is None:
@@ -38,15 +40,15 @@ class LaunchTime:
         recent.append(step_ns)
 
     def observe_host(self, host_ns: int) -> None:
-        """So long it took to plan a step and to launch it. The worst of late counts, and fades."""
+        """So long it took to plan a step and to launch it. The longest of the last ones counts, and fades."""
         self._host_ns = max(host_ns, self._host_ns - (self._host_ns - host_ns) // PEAK_FADES_BY)
 
     def due_ns(self, plan: StepPlan, begun_ns: int) -> int:
         """When planning must begin, of what follows a step that the device began at begun_ns.
 
-        In the past, which means at once, if no step of this size has been seen, or it has too many rows.
+        In the past, which means at once, if nothing is known of this size.
         """
         recent = self._durations_ns.get((plan.tokens.size, plan.rows.size))
-        if recent is None or plan.rows.size > ROWS_MAX:
+        if recent is None:
             return begun_ns
         return begun_ns + min(recent) - self._host_ns - MARGIN_NS

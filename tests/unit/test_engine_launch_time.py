@@ -55,6 +55,6 @@ def test_a_slow_host_is_believed_at_once_and_a_quick_one_by_and_by() -> None:
 
 def test_sizes_are_forgotten_before_they_are_too_many() -> None:
     times = LaunchTime()
-    for rows in range(SIZES_MAX + 1):
-        times.observe_step(plan_of(rows, rows), MS)
+    for tokens in range(SIZES_MAX + 1):
+        times.observe_step(plan_of(tokens, 1), MS)
     assert len(times._durations_ns) == 1
