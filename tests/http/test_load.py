@@ -1,6 +1,7 @@
 """Everything that clients can pile up has a bound: connections, requests, waiting, silence, and what nobody reads."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -166,12 +167,16 @@ def test_h53_a_client_that_reads_nothing_loses_its_connection_and_the_log_says_w
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connections, "UNREAD_TIMEOUT_S", 0.2)
-    with running_server(stream_lag_tokens_max=20) as server, connected(server) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with running_server(stream_lag_tokens_max=20) as server, contextlib.ExitStack() as clients:
         server.engine.script = [ord("x")] * 500
         with caplog.at_level(logging.INFO, "sessile.server.calls"):
-            for _ in range(20):  # all on one connection, none of them read
-                posted(client, text="a", stream=True, return_logprob=True, top_logprobs_num=5, sampling_params=ENDLESS)
+            # One that is stopped in its last 20 tokens does not lag: answers of other sizes are stopped elsewhere.
+            for tops in (2, 3, 4, 5):
+                client = clients.enter_context(connected(server))
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                wish = {"return_logprob": True, "top_logprobs_num": tops, "sampling_params": ENDLESS}
+                for _ in range(25):  # all on one connection, none of them read
+                    posted(client, text="a", stream=True, **wish)
             told = "reads too slowly"  # the first answers may still have fitted into the buffers on the way
             server.wait_until(lambda: any(told in vars(record).get("error", "") for record in caplog.records))
             server.wait_until(lambda: server.service.link.in_flight == 0 and not server.service.keys_by_rid)
