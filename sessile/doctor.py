@@ -134,6 +134,10 @@ def examine_torch() -> Finding:
         return Finding("PyTorch", Level.PROBLEM, f"{found}; it multiplies wrongly", remedy)
     if not TORCH_MIN <= version < TORCH_BELOW:
         return Finding("PyTorch", Level.WARNING, f"{found}; not tested with this version", remedy)
+    bytecode = torch.__spec__.cached if torch.__spec__ else None
+    if torch.__file__ and not (bytecode and Path(bytecode).exists()):
+        remedy = f"Run `python -m compileall -q {Path(torch.__file__).parent}`."
+        return Finding("PyTorch", Level.WARNING, f"{found}; without bytecode: compiled anew at each start", remedy)
     return Finding("PyTorch", Level.OK, found)
 
 

@@ -143,7 +143,7 @@ def warm_up(runner: GpuRunner, rows_max: int, context_tokens: int, drafts_max: i
     kinds = dict.fromkeys(map(runner.bucket_of, plans))
     common = [*common_buckets(rows_max), *verifying_buckets(rows_max, drafts_max)] if runner.captures else []
     with compiled_together(available_cores()) as calls:
-        for bucket in kinds:
+        for bucket in reversed(kinds):  # Kernels that attend with prompts take longest to compile.
             runner.ask_for(bucket)
         calls.begin()  # Most there is to compile: the others ask for few kernels that are not among them.
         for bucket in common:

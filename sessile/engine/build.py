@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sessile.contract.messages import EngineReady
 from sessile.contract.model import ModelFacts
 from sessile.core.limits import Limits, SchedulerOptions, TenantPolicy
 from sessile.core.machine import Machine
-from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.engine.config import EngineOptions
-from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import MakeDrafter, StepFacts, TimedDrafter, can_pay, lookup_drafter
 from sessile.engine.executor import Executor
 from sessile.engine.garbage import IdleCollector
@@ -24,6 +22,9 @@ from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
 from sessile.grammar.compiler import GrammarCompiler, Tokenize
 from sessile.grammar.following import CompiledGrammars
+
+if TYPE_CHECKING:
+    from sessile.engine.corpora import CorpusDesk
 
 CPU_STEP_LIMIT_MS, GPU_STEP_LIMIT_MS = 250.0, 100.0
 CPU_ROWS_MAX, GPU_ROWS_MAX = 64, 256
@@ -100,7 +101,7 @@ class Engine:
     ready: EngineReady
     options: EngineOptions
     drafter: TimedDrafter | None = None
-    corpora: CorpusDesk | None = None
+    corpora: "CorpusDesk | None" = None
     """None where nobody drafts."""
     grammars: GrammarDesk | None = None
     """None where outputs follow no grammar, because nothing would end them."""
@@ -164,9 +165,15 @@ def open_engine(
     drafts_max = 0 if options.speculate == "off" else options.drafts_max
     device = open_device(DeviceRequest(scheduler.page_size, scheduler.context_tokens, rows_max, drafts_max))
     facts = device.facts
-    shelf, drafter = Shelf(), None
+    drafter, corpora = None, None
     if options.speculate == "on" or (drafts_max and can_pay(facts.step_ms, drafts_max)):
+        # Here, because an engine that drafts nothing starts sooner without what is compiled there.
+        from sessile.draft.shelf import Shelf
+        from sessile.engine.corpora import CorpusDesk
+
+        shelf = Shelf()
         drafter = TimedDrafter(make_drafter(shelf, facts), clock)
+        corpora = CorpusDesk(shelf, facts.vocab_size)
     limits = limits_for(
         scheduler, facts, rows_max, on_cpu=on_cpu, tenants=tenants, drafts_max=drafts_max if drafter else 0
     )
@@ -195,7 +202,6 @@ def open_engine(
         weight_bytes=facts.weight_bytes,
         start_s=clock.now_ns() / 1e9,
     )
-    corpora = CorpusDesk(shelf, facts.vocab_size) if drafter else None
     return Engine(machine, device, ready, options, drafter, corpora, desk)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
-from sessile.draft.shelf import Shelf
 from sessile.engine.clock import Clock
 from sessile.units import TokenId
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # An engine that drafts nothing starts sooner without what is compiled there.
     from sessile.draft.pace import StepTimes
+    from sessile.draft.shelf import Shelf
 
 StepTable = Sequence[tuple[int, float]]
 """(tokens of a step, its milliseconds), fewest tokens first, as the device measured them at its start."""
@@ -48,7 +48,7 @@ class StepFacts(Protocol):
         ...
 
 
-MakeDrafter = Callable[[Shelf, StepFacts], "OwnedDrafter"]
+MakeDrafter = Callable[["Shelf", StepFacts], "OwnedDrafter"]
 """A drafter for a device with these step times, which finds its corpora on that shelf."""
 
 
@@ -61,9 +61,8 @@ def can_pay(table: StepTable, drafts_max: int) -> bool:
     return bool(costs) and min(costs) <= PAYS_BELOW * alone_ms
 
 
-def lookup_drafter(shelf: Shelf, facts: StepFacts) -> "OwnedDrafter":
+def lookup_drafter(shelf: "Shelf", facts: StepFacts) -> "OwnedDrafter":
     """The drafter of sessile/draft, ready to be asked; it remembers what it may within the default bounds."""
-    # Here, because an engine that drafts nothing has no use for what is compiled there.
     from sessile.draft.drafter import LookupDrafter
     from sessile.draft.history import History, HistoryLimits
 

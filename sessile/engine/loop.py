@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sessile.contract.corpora import CorpusOperation
 from sessile.contract.messages import (
@@ -22,7 +23,6 @@ from sessile.core.machine import Machine
 from sessile.core.planned import Planned
 from sessile.core.watch import Report
 from sessile.engine.clock import Clock
-from sessile.engine.corpora import CorpusDesk
 from sessile.engine.drafting import TimedDrafter
 from sessile.engine.executor import Executor, Ticket
 from sessile.engine.garbage import IdleCollector
@@ -33,6 +33,9 @@ from sessile.engine.metrics import StepTimes
 from sessile.engine.outbox import Outbox
 from sessile.engine.pace import Pace
 from sessile.errors import NotReady
+
+if TYPE_CHECKING:
+    from sessile.engine.corpora import CorpusDesk
 
 log = logging.getLogger("sessile.engine")
 
@@ -73,7 +76,7 @@ class EngineLoop:
         pace: Pace | None = None,
         collector: IdleCollector | None = None,
         drafter: TimedDrafter | None = None,
-        corpora: CorpusDesk | None = None,
+        corpora: "CorpusDesk | None" = None,
         grammars: GrammarDesk | None = None,
         launch_time: LaunchTime | None = None,
     ) -> None:

@@ -40,7 +40,7 @@ def compiled_together(processes: int) -> "Iterator[ForkedCalls]":
     work that forked processes would have to wait for.
     """
     asked: list[Any] = []
-    calls = ForkedCalls(min(processes, _COMPILERS_MAX))
+    calls = ForkedCalls(min(processes, _COMPILERS_MAX), also=_build_launcher)
     token = _asked.set(asked)
     try:
         with triton.AsyncCompileMode(calls):
@@ -51,7 +51,7 @@ def compiled_together(processes: int) -> "Iterator[ForkedCalls]":
     finally:
         _asked.reset(token)
     # Whoever first asks a kernel for its `run` loads it, and some releases of Triton build its launcher then, with a C
-    # compiler. The interpreter has nothing to load.
+    # compiler, unless they find it in their cache. The interpreter has nothing to load.
     kernels = {id(kernel): kernel for kernel in asked if kernel is not None}
     with ThreadPoolExecutor(min(processes, _COMPILERS_MAX), initializer=_use_device_of_caller()) as pool:
         list(pool.map(_load, kernels.values()))
@@ -64,8 +64,10 @@ class ForkedCalls(Executor):
     fails there fails here too, and is told by its future. Owns the processes from `begin` to `finish`.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, also: Callable[[Any], object] = lambda result: None) -> None:
+        """also: what the processes, and they alone, do with the result of each call."""
         self._processes = processes
+        self._also = also
         self._jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._begun = 0
         self._children: list[int] = []
@@ -78,9 +80,12 @@ class ForkedCalls(Executor):
 
     def begin(self) -> None:
         """Start processes that make the calls noted since the last time. Does not wait for them."""
-        jobs = [job for job, _ in self._jobs[self._begun :]]
+        jobs = [self._there(job) for job, _ in self._jobs[self._begun :]]
         self._begun = len(self._jobs)
         self._children += start_children(jobs, self._processes)
+
+    def _there(self, job: Callable[[], Any]) -> Callable[[], object]:
+        return lambda: self._also(job())
 
     def finish(self) -> None:
         """Wait until all calls are made there, then make them here."""
@@ -133,6 +138,11 @@ def _run_and_exit(jobs: Sequence[Callable[[], Any]], reading: int, parent: int) 
                 jobs[int.from_bytes(number)]()
     finally:
         os._exit(0)
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Leave what launches a compiled kernel in Triton's cache too, where a release of Triton keeps it there."""
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def _load(kernel: Any) -> None:

@@ -15,6 +15,7 @@ from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.config import EngineOptions
 from sessile.engine.drafting import MakeDrafter, lookup_drafter
 from sessile.errors import StartupError
+from sessile.kernels.triton_start import head_start
 from sessile.model.options import ModelOptions
 from sessile.offline.driver import Driver
 from sessile.options import check_options
@@ -48,10 +49,11 @@ def open_configured_engine(
     report: is given a line for each part of a long start. tenants: those with limits of their own. make_drafter: as in
     `open_engine`. Raises StartupError.
     """
-    # Here, because importing torch takes longer than finding out that there is no such model.
-    tokenizer = tokenizer or load_tokenizer(model.model)
-    report("importing torch")
-    from sessile.device.factory import chosen_kind, open_device
+    with head_start(wanted=device.device != "cpu"):
+        # Here, because importing torch takes longer than finding out that there is no such model.
+        tokenizer = tokenizer or load_tokenizer(model.model)
+        report("importing torch")
+        from sessile.device.factory import chosen_kind, open_device
 
     def open_for(request: DeviceRequest) -> Device:
         return open_device(

@@ -71,6 +71,15 @@ def test_a_torch_that_breaks_while_it_is_imported_is_a_finding(monkeypatch: pyte
     assert torch.found == "cannot import it: libgomp.so.1: cannot open shared object file"
 
 
+def test_a_torch_without_bytecode_is_slow_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert torch.__spec__ is not None
+    monkeypatch.setattr(torch.__spec__, "cached", str(tmp_path / "__init__.cpython-311.pyc"))
+    found = finding(examine(SOUND), "PyTorch")
+    assert found.level is Level.WARNING
+    assert "without bytecode" in found.found
+    assert f"compileall -q {Path(str(torch.__file__)).parent}" in found.remedy
+
+
 def test_a_missing_numba_is_slow_but_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "numba")
     assert finding(examine(SOUND), "numba").level is Level.WARNING
