@@ -11,7 +11,7 @@ for penalties, and the last token it sampled.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from operator import attrgetter, is_
 from struct import Struct
 from typing import Any
 
@@ -159,6 +159,9 @@ class StepResult:
 PLAN_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
 """The arrays of a plan in the order in which `encode_plan` packs them."""
 _arrays_of = attrgetter(*PLAN_ARRAYS)
+_ADVANCED = ("starts", "output_indices")
+"""All that is new in a plan, beside its step, if it only goes on from the one before."""
+_shared_of = attrgetter(*[name for name in PLAN_ARRAYS if name not in _ADVANCED])
 PLAN_HEADER_WORDS = 2 + len(PLAN_ARRAYS)
 """Words before the first array: magic, step, and the length of each array."""
 _FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
@@ -186,6 +189,43 @@ def encode_plan(plan: StepPlan, left_out: Sequence[int] = ()) -> Ints:
     buffer = np.frombuffer(words, np.int32)
     assert buffer.size == PLAN_HEADER_WORDS + sum(lengths), "an array of a plan is not of 32-bit words"
     return buffer
+
+
+class PlanEncoder:
+    """Packs plan after plan as `encode_plan` does. Of one that shares its arrays with the last, only what is new."""
+
+    def __init__(self, left_out: Sequence[int] = ()) -> None:
+        """left_out: as for `encode_plan`."""
+        self._left_out = left_out
+        self._shared: tuple[npt.NDArray[Any], ...] = ()
+        """Of the last plan, the arrays that a step which goes on from another has in common with it."""
+        self._words = NO_INTS
+        self._advanced: list[tuple[str, slice]] = []
+        """The others, and where they are in the words."""
+
+    def encode(self, plan: StepPlan) -> Ints:
+        """The words of a plan; they are valid until the next call."""
+        shared = _shared_of(plan)
+        if len(self._shared) != len(shared) or not all(map(is_, shared, self._shared)):
+            self._begin(plan, shared)
+            return self._words
+        words = self._words
+        words[1] = plan.step
+        for name, part in self._advanced:
+            array = getattr(plan, name)
+            assert array.size == part.stop - part.start, f"{name} of a plan that goes on are more or fewer than before"
+            words[part] = array
+        return words
+
+    def _begin(self, plan: StepPlan, shared: tuple[npt.NDArray[Any], ...]) -> None:
+        self._words = encode_plan(plan, self._left_out)
+        sizes = self._words[2:PLAN_HEADER_WORDS].tolist()
+        self._advanced.clear()
+        for name in _ADVANCED:
+            index = PLAN_ARRAYS.index(name)
+            start = PLAN_HEADER_WORDS + sum(sizes[:index])
+            self._advanced.append((name, slice(start, start + sizes[index])))
+        self._shared = shared
 
 
 def decode_plan(buffer: Ints) -> StepPlan:

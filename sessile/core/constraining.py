@@ -95,7 +95,7 @@ def constrain(
         if line.failure:
             assert request.row is not None
             # Its masks mean nothing. It ends when the step settles: no step may take its row for a plain one then.
-            rows.slow[request.row] = 1
+            rows.make_slow(request.row)
             books.marks[Mark.STRAYED] += 1
     if len(drafts):
         counts, drafts = _cut(books, decodes, counts, drafts, dict(zip(indices, allowed, strict=False)))

@@ -24,15 +24,17 @@ from sessile.units import RowId, ceil_div
 class Steady:
     """Rows that decode side by side, and nobody else: as it stays until somebody comes, goes, or is nearly done.
 
-    steps_left: so many more steps can each of them run. changes: those of the row table, as of then.
+    steps_left: so many more steps can each of them run. steps_fitting: so many more are known to lack no page.
+    changes: those of the row table, as of then.
     """
 
-    __slots__ = ("changes", "decodes", "sampling", "steps_left")
+    __slots__ = ("changes", "decodes", "sampling", "steps_fitting", "steps_left")
 
     def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags) -> None:
         self.decodes = decodes
         self.sampling = sampling
         self.changes = rows.changes
+        self.steps_fitting = 0
         self.steps_left = int(np.minimum.reduce(rows.kv_goal[decodes] - rows.planned[decodes]))
 
 
@@ -151,8 +153,8 @@ class Planner:
 
     def _choose_running(self, planned: Planned) -> bool:
         """Share the budget among running rows, decoding first. Returns whether all of them got their pages."""
-        if self._goes_on(planned):
-            return self._draw_for_running(planned)
+        if self._steady is not None and self._goes_on(planned):
+            return self._fits(self._steady) or self._draw_for_running(planned)
         rows = self._books.rows
         self._steady = None
         # Over whole columns, free rows included: cheaper than gathering the rows that run.
@@ -206,6 +208,16 @@ class Planner:
             assert (ready == steady.sampling).all() and (ready_ahead == 1).all(), "other rows could run"
         return True
 
+    def _fits(self, steady: Steady) -> bool:
+        """Whether a step that goes on is known to lack no page."""
+        rows, size = self._books.rows, self._books.limits.page_size
+        if steady.steps_fitting <= 0:
+            return False
+        if self._books.limits.audit_level >= 2:
+            room = np.minimum.reduce((rows.pages * size - rows.planned)[steady.decodes])
+            assert room == steady.steps_fitting, "a row has other pages, or other tokens are planned for it"
+        return True
+
     def _fair_decodes(self, decodes: Column, budget: int) -> Column:
         """The decoding rows that run when not all can: those of tenants served least, then the oldest."""
         rows, tenants = self._books.rows, self._books.tenants
@@ -252,7 +264,9 @@ class Planner:
         """Draw the pages that running rows need in this step; rows that get none are taken out of the plan."""
         books, rows = self._books, self._books.rows
         size = books.limits.page_size
-        full = rows.planned >= rows.pages * size
+        room = rows.pages * size
+        room -= rows.planned
+        full = room <= 0
         full &= planned.sampling
         lacking = full.nonzero()[0]
         wants: list[tuple[int, RowId, int]] = []
@@ -260,6 +274,9 @@ class Planner:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
+        if self._steady is not None and not len(lacking):
+            self._steady.steps_fitting = int(np.minimum.reduce(room[planned.decodes]))
+            return True
         if books.reserving:
             self._spend_reserves(lacking, wants)
         total = len(lacking) + sum([pages for _, _, pages in wants])
@@ -457,6 +474,7 @@ class Planner:
         """One step less is left; with drafts or shortages nobody knows how many are."""
         assert self._steady is not None
         self._steady.steps_left -= 1
+        self._steady.steps_fitting -= 1
         if planned.draft_caps is not None or planned.sampling is not self._steady.sampling:
             self._steady = None
 

@@ -51,7 +51,7 @@ class RowTable(Generic[Occupant]):
     """Whether the row may be planned: live and not about to be preempted. Whatever changes it counts in `changes`."""
     slow: Column
     """1 if settling the row takes more than appending one token: stop strings, logprobs, many stop tokens, a grammar
-    that failed."""
+    that failed. Whatever sets it in a row that is held counts in `changes`."""
     arrival: Column
     """Order of arrival of the request; survives preemption."""
     known: Column
@@ -92,7 +92,8 @@ class RowTable(Generic[Occupant]):
             setattr(self, name, self._columns[index])
         self.plannable = np.zeros(rows_max, np.bool_)
         self.changes = 0
-        """How often who may be planned has changed."""
+        """How often who may be planned, or is slow, has changed."""
+        self._plain, self._plain_since = np.zeros(rows_max, np.bool_), -1
         self._flags, self._ones = np.zeros(rows_max, np.bool_), np.zeros(rows_max, np.int64)
         self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
         """The newest output tokens of each row: appending to all rows at once costs one array operation."""
@@ -161,6 +162,19 @@ class RowTable(Generic[Occupant]):
         """The row is not to be planned any more."""
         self.plannable[row] = False
         self.changes += 1
+
+    def make_slow(self, row: int) -> None:
+        """From now on settling the row takes more than appending one token."""
+        self.slow[row] = 1
+        self.changes += 1
+
+    def note_plain(self, chosen: Flags) -> None:
+        """All of the rows that bool[rows_max] names are live, and none is slow."""
+        self._plain, self._plain_since = chosen, self.changes
+
+    def are_plain(self, chosen: Flags) -> bool:
+        """Whether that was noted of the very array, and nothing has changed since; False may mean nothing."""
+        return chosen is self._plain and self._plain_since == self.changes
 
     def plan_one(self, chosen: Flags) -> None:
         """Count one more planned and pending token for the rows that bool[rows_max] names."""

@@ -77,14 +77,20 @@ def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
     rows whose request has ended. The rows of a step with a faulty row all go the long way.
     """
     rows = books.rows
+    if flight.is_steady and rows.are_plain(flight.sampling) and books.limits.audit_level < 2:
+        _append_one(books, flight.rows, flight.sampling, result.tokens)
+        return
     plain = rows.live > rows.slow
     plain &= flight.sampling
     if not flight.is_steady:  # What goes on from a token on the device has its prompt behind it.
         plain &= rows.settled >= rows.prompt
     count = int(np.count_nonzero(plain))
     if count == len(flight.rows):
+        if flight.is_steady:
+            rows.note_plain(flight.sampling)
         _append_one(books, flight.rows, flight.sampling, result.tokens)
         return
+    assert not rows.are_plain(flight.sampling), "rows that were plain have changed without being counted"
     chosen = plain[flight.rows]
     if count:
         if flight.is_drafted:
@@ -103,6 +109,8 @@ def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> Non
 
     active [d]: the plain rows in the order of their tokens [d]. plain: the same as bool[rows_max].
     """
+    if not len(active):
+        return
     rows = books.rows
     filled = rows.filled[active]
     rows.outputs[active, filled] = tokens
@@ -110,7 +118,7 @@ def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> Non
     rows.grow(plain)
     books.totals.generated_tokens += len(active)
     books.effects.deltas(rows.key[active], ONES[: len(active)], tokens)
-    if np.maximum.reduce(filled, initial=0) == OUTPUT_COLUMNS - 1:
+    if np.maximum.reduce(filled) == OUTPUT_COLUMNS - 1:
         for row in active[filled == OUTPUT_COLUMNS - 1].tolist():
             books.collect_output(rows.occupant(row))
     ended = rows.known > rows.kv_goal

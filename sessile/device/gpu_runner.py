@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sessile.contract.plan import NO_INTS, PLAN_ARRAYS, Ints, StepPlan, encode_plan
+from sessile.contract.plan import NO_INTS, PLAN_ARRAYS, Ints, PlanEncoder, StepPlan
 from sessile.device.buckets import Bucket, bucket_of
 from sessile.device.exchange import Crossing, Exchange
 from sessile.device.inputs import PlanCheck, SamplePositions, sample_positions
@@ -95,6 +95,7 @@ class GpuRunner:
         self._sampler = Sampler(self._parameters)
         self._results = torch.zeros(3 * rows_max + rows_max * 256, dtype=torch.int32, device=device)
         self._exchange = Exchange(_UPLOAD_WORDS, self._results)
+        self._encoder = PlanEncoder(_APPLIED_OTHERWISE)
 
     def start(self, plan: StepPlan) -> PendingStep:
         """Queue a plan's changes of state, its rows and its sampling.
@@ -145,7 +146,7 @@ class GpuRunner:
 
     def _send(self, plan: StepPlan) -> Crossing:
         """Lay out what the device reads of a plan."""
-        packed = encode_plan(plan, _APPLIED_OTHERWISE)
+        packed = self._encoder.encode(plan)
         if packed.size > self._exchange.words:
             # Binding very many pages at once is rare: change the state by itself, then send the rest.
             apply_state(to_device(packed, self._device), self._state)
@@ -153,7 +154,7 @@ class GpuRunner:
                 plan, bind_rows=NO_INTS, table_rows=NO_INTS, table_starts=NO_INTS, table_counts=NO_INTS,
                 table_pages=NO_INTS,
             )  # fmt: skip
-            packed = encode_plan(plan, _APPLIED_OTHERWISE)
+            packed = self._encoder.encode(plan)
         return self._exchange.send(packed)
 
     def _note_shortage(self) -> None:
