@@ -102,8 +102,25 @@ class TracedDevice:
                 f"{device_ms[at].sum():6.0f} {gaps_ms[at].sum():17.1f} {host:13.3f}"
             )
         wall_ms = steps[0].begin.elapsed_time(steps[-1].end)
-        lines.append(f"{len(steps)} steps in {wall_ms:.0f} ms; idle between them {gaps_ms.sum() / wall_ms:.2%}")
+        lines.append(
+            f"{len(steps)} steps in {wall_ms:.0f} ms; idle between them {gaps_ms.sum() / wall_ms:.2%}; "
+            f"the host adds 256 numbers in {addition_us():.2f} µs"
+        )
         return lines
+
+
+def addition_us(rounds: int = 20, additions: int = 1000) -> float:
+    """How long numpy takes to add 1 to each of 256 numbers, in µs: the pace that a machine has right now.
+
+    On shared machines it varies by a factor of two, and with it what a host takes for a step.
+    """
+    numbers, took_ns = np.zeros(256, np.int64), []
+    for _ in range(rounds):
+        begun_ns = time.perf_counter_ns()
+        for _ in range(additions):
+            np.add(numbers, 1, out=numbers)
+        took_ns.append(time.perf_counter_ns() - begun_ns)
+    return float(np.median(took_ns)) / additions / 1e3
 
 
 def kind_of(plan: StepPlan) -> str:
