@@ -443,6 +443,14 @@ _STEADY = (
         "planning", "steady.steps_left <= 0", "steady.steps_left < 0",
     ),
     _fault(
+        "no end of a page", "H22", "steps that go on are planned beyond the pages that their rows have",
+        "planning", "        self._steady.steps_fitting -= 1\n", "",
+    ),
+    _fault(
+        "once plain, always plain", "H24", "a row whose request has ended gets the tokens of a step that goes on",
+        "rows", "chosen is self._plain and self._plain_since == self.changes", "chosen is self._plain",
+    ),
+    _fault(
         "positions stand still", "H22, H76", "a step that goes on writes where the one before did",
         "assembly", "        before.starts + 1,\n", "        before.starts,\n",
     ),

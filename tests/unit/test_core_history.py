@@ -1,5 +1,6 @@
 """Histories: append-only, shared by forks, cut anywhere; and the counters of a batch row."""
 
+import numpy as np
 import pytest
 
 from sessile.contract.messages import pack_tokens, unpack_tokens
@@ -119,6 +120,27 @@ def test_a_row_given_back_is_neither_live_nor_plannable() -> None:
     row = take(rows, "holder", (), 1)
     rows.give_back(row, "holder")
     assert (rows.live[row], rows.plannable[row]) == (0, 0)
+
+
+@pytest.mark.parametrize("change", ["seat", "give back", "stop planning", "make slow"])
+def test_rows_that_are_plain_are_so_until_any_change(change: str) -> None:
+    rows: RowTable[str] = RowTable(2)
+    row = take(rows, "holder", (), 1)
+    chosen = rows.flags_of(np.array([row]))
+    assert not rows.are_plain(chosen)
+    rows.note_plain(chosen)
+    assert rows.are_plain(chosen)
+    assert not rows.are_plain(chosen.copy())
+    if change == "seat":
+        take(rows, "other", (), 5)
+    elif change == "give back":
+        rows.give_back(row, "holder")
+    elif change == "stop planning":
+        rows.stop_planning(row)
+    else:
+        rows.make_slow(row)
+        assert rows.slow[row] == 1
+    assert not rows.are_plain(chosen)
 
 
 def test_a_row_is_given_back_once() -> None:

@@ -512,6 +512,36 @@ def test_whoever_comes_or_goes_ends_what_goes_on(event: str) -> None:
     assert len(stage.output[2]) == {"leaves": 7, "ends": 12}.get(event, 30)
 
 
+@pytest.mark.parametrize("audit_level", [0, 2])
+def test_a_long_prompt_is_read_beside_rows_that_went_on(audit_level: int) -> None:
+    stage = Stage(audit_level=audit_level, rows=4, chunk=32, mixed_chunk_tokens=6)
+    stage.submit(1, prompt(1, 5), max_new_tokens=30)
+    stage.submit(2, prompt(2, 6), max_new_tokens=30)
+    for _ in range(8):
+        stage.launch()
+    assert goes_on(stage.plans[-1], stage.plans[-2])
+    stage.submit(3, prompt(3, 20), max_new_tokens=5)
+    stage.run()
+    assert [plan.query_counts.tolist() for plan in stage.plans[8:14]] == [[1, 1, 4]] * 5 + [[1, 1, 1]]
+    assert_said(stage, {1: prompt(1, 5), 2: prompt(2, 6)}, 30)
+    assert_said(stage, {3: prompt(3, 20)}, 5)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8])
+def test_what_goes_on_draws_its_pages_when_it_comes_to_their_ends(page_size: int) -> None:
+    stage = Stage(audit_level=0, pages=128, page_size=page_size)
+    prompts = {key: prompt(key, 3 + key) for key in (1, 2, 3)}
+    for key, tokens in prompts.items():
+        stage.submit(key, tokens, max_new_tokens=30)
+    stage.run()
+    steady = [plan for before, plan in itertools.pairwise(stage.plans) if goes_on(plan, before)]
+    assert len(steady) == 28
+    for plan in steady:
+        ends = {int(row): int(start) for row, start in zip(plan.rows, plan.starts, strict=True)}
+        assert plan.table_rows.tolist() == [row for row, start in ends.items() if start % page_size == 0]
+    assert_said(stage, prompts, 30)
+
+
 def test_what_goes_on_keeps_to_a_budget_that_has_shrunk() -> None:
     stage = Stage(audit_level=0, chunk=16)
     prompts = {key: prompt(key, 4) for key in (1, 2, 3)}

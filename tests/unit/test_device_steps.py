@@ -1,13 +1,25 @@
 """What a device does with a plan: every promise of contract/plan.py, seen through results."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sessile.contract.plan import FROM_DEVICE, PLAN_ARRAYS, SAMPLE, StepPlan, StepResult, decode_plan, encode_plan
+from sessile.contract.plan import (
+    FROM_DEVICE,
+    PLAN_ARRAYS,
+    SAMPLE,
+    PlanEncoder,
+    StepPlan,
+    StepResult,
+    decode_plan,
+    encode_plan,
+)
 from sessile.device.worker import Worker
 from sessile.errors import NotReady, PlanError
 from tests.parity.driver import Driver, Run
@@ -83,6 +95,41 @@ def test_arrays_that_are_left_out_cross_as_if_they_were_empty() -> None:
         for name in PLAN_ARRAYS
         if name not in ("tokens", "bind_floats")
     )
+
+
+CHANGES = ("goes on", "stands still", "copied", "changed", "shrunk", "another")
+
+
+@given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(PLAN_ARRAYS)), max_size=12), st.booleans())
+def test_an_encoder_gives_the_words_of_each_plan_whatever_it_has_in_common_with_the_last(
+    changes: list[tuple[str, str]], leaves_out: bool
+) -> None:
+    left_out = [PLAN_ARRAYS.index("bind_ints"), PLAN_ARRAYS.index("flags")] if leaves_out else []
+    encoder, plan = PlanEncoder(left_out), prompt_plan(row=1)
+    assert encoder.encode(plan).tolist() == encode_plan(plan, left_out).tolist()
+    for change, name in changes:
+        array = getattr(plan, name)
+        if change == "goes on":
+            arrays = {"starts": plan.starts + 1, "output_indices": plan.output_indices + 1}
+        elif change == "copied":
+            arrays = {name: array.copy()}
+        elif change == "changed":
+            arrays = {name: array + 1}
+        elif change == "shrunk" and name not in ("starts", "output_indices"):
+            arrays = {name: array[:0]}
+        elif change == "another":
+            arrays = {other: getattr(decode_step(1, 7, 5), other) for other in PLAN_ARRAYS}
+        else:
+            arrays = {}
+        plan = replace(plan, step=plan.step + 1, **arrays)
+        assert encoder.encode(plan).tolist() == encode_plan(plan, left_out).tolist()
+
+
+def test_a_plan_that_goes_on_with_other_rows_than_it_says_is_no_plan() -> None:
+    encoder, plan = PlanEncoder(), prompt_plan()
+    encoder.encode(plan)
+    with pytest.raises(AssertionError, match="starts of a plan that goes on are more or fewer than before"):
+        encoder.encode(replace(plan, starts=ints(1, 2)))
 
 
 def test_without_sample_a_row_emits_nothing_but_counts(device: Worker) -> None:
