@@ -34,6 +34,7 @@ from sessile.engine.build import Device, DeviceRequest, Engine, open_engine
 from sessile.engine.clock import MonotonicClock
 from sessile.engine.config import EngineOptions
 from sessile.engine.drafting import MakeDrafter, lookup_drafter
+from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import LocalInbox
 from sessile.engine.outbox import LocalOutbox
 from sessile.model.options import ModelOptions
@@ -116,7 +117,10 @@ class ShapeEngine:
             self.engine.device = self.trace = TracedDevice(self.engine.device)
         self.vocab_size = self.engine.device.facts.vocab_size
         self._inbox, self._outbox = LocalInbox(), LocalOutbox()
-        self._loop = self.engine.loop(self._inbox, self._outbox, MonotonicClock())
+        # As in an engine process: garbage is collected while nothing runs.
+        self._collector = IdleCollector()
+        self._collector.take_over()
+        self._loop = self.engine.loop(self._inbox, self._outbox, MonotonicClock(), self._collector)
         self._numbers = itertools.count(1)
         self._random = np.random.default_rng(0)
 
@@ -186,7 +190,8 @@ class ShapeEngine:
         return turns
 
     def close(self) -> None:
-        """Give the device back."""
+        """Give the device back, and the collector."""
+        self._collector.release()
         self.engine.close()
 
     def _open(

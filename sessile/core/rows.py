@@ -90,6 +90,7 @@ class RowTable(Generic[Occupant]):
         self._columns = np.zeros((len(COLUMNS), rows_max), np.int64)
         for index, name in enumerate(COLUMNS):
             setattr(self, name, self._columns[index])
+        self._told, self._ahead = self._pair("known", "filled"), self._pair("planned", "pending")
         self.plannable = np.zeros(rows_max, np.bool_)
         self.changes = 0
         """How often who may be planned, or is slow, has changed."""
@@ -107,6 +108,12 @@ class RowTable(Generic[Occupant]):
         """Whether any request ever had a grammar."""
         self.occupants: list[Occupant | None] = [None] * rows_max
         self._free = list(range(rows_max - 1, -1, -1))
+
+    def _pair(self, name: str, next_name: str) -> Column:
+        """Two columns side by side, [2, rows_max]: one array operation counts in both."""
+        index = COLUMNS.index(name)
+        assert COLUMNS[index + 1] == next_name
+        return self._columns[index : index + 2]
 
     @property
     def free_rows(self) -> int:
@@ -178,9 +185,7 @@ class RowTable(Generic[Occupant]):
 
     def plan_one(self, chosen: Flags) -> None:
         """Count one more planned and pending token for the rows that bool[rows_max] names."""
-        ones = self._as_ones(chosen)
-        self.planned += ones
-        self.pending += ones
+        self._ahead += self._as_ones(chosen)
 
     def settle_one(self, chosen: Flags) -> None:
         """One pending token less for these rows."""
@@ -189,9 +194,7 @@ class RowTable(Generic[Occupant]):
     def grow(self, chosen: Flags) -> None:
         """Count one more known and gathered token for the rows that bool[rows_max] names; their KV is settled."""
         np.copyto(self.settled, self.known, where=chosen)
-        ones = self._as_ones(chosen)
-        self.known += ones
-        self.filled += ones
+        self._told += self._as_ones(chosen)
 
     def _as_ones(self, flags: Flags) -> Column:
         """int64 for bool: once for the same array, as numpy would convert through a buffer of 64 KiB as it adds."""

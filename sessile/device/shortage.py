@@ -84,30 +84,35 @@ class ShrinkingRunner:
         step may need a thousand of them.
         """
         before = self._runner.shortages
-        waiting: list[StepPlan] = [plan]
+        last = self._start_whole(plan)
         results: list[StepResult] = []
-        last: Pending | None = None
+        waiting = _reversed_halves(plan) if last is None else []
         while waiting:
             part = waiting.pop()
-            halves = halves_of(part) if part.tokens.size > self.tokens_max else None
-            if halves is None:
-                try:
-                    started = self._runner.start(part)
-                except OutOfMemory as error:
-                    halves = halves_of(part)
-                    if halves is None:
-                        raise
-                    self._shrink(part.tokens.size, error)
-                else:
-                    self._grow()
-                    if last is not None:
-                        results.append(last.wait())
-                    last = started
-                    continue
-            waiting += reversed(halves)
+            started = self._start_whole(part)
+            if started is None:
+                waiting += _reversed_halves(part)
+                continue
+            if last is not None:
+                results.append(last.wait())
+            last = started
         assert last is not None, "a step has at least one part"
         shortages = self._runner.shortages - before
         return StartedStep(plan, results, last, shortages) if results or shortages else last
+
+    def _start_whole(self, part: StepPlan) -> Pending | None:
+        """Queue a part as it is; None if it is too large, and there are halves. Raises what the runner does."""
+        if part.tokens.size > self.tokens_max and halves_of(part) is not None:
+            return None
+        try:
+            started = self._runner.start(part)
+        except OutOfMemory as error:
+            if halves_of(part) is None:
+                raise
+            self._shrink(part.tokens.size, error)
+            return None
+        self._grow()
+        return started
 
     def _shrink(self, tokens: int, error: OutOfMemory) -> None:
         """Try no step of so many tokens for some time, and say so the first time."""
@@ -122,6 +127,13 @@ class ShrinkingRunner:
             self._steps_since += 1
             if self._steps_since >= STEPS_BEFORE_GROWTH:
                 self.tokens_max, self._steps_since = min(self.tokens_max * 2, NO_LIMIT_TOKENS), 0
+
+
+def _reversed_halves(part: StepPlan) -> list[StepPlan]:
+    """The halves of a part that has two, the one that runs first at the end."""
+    halves = halves_of(part)
+    assert halves is not None, "a part that is not started whole has halves"
+    return [*reversed(halves)]
 
 
 def is_out_of_memory(error: Exception) -> bool:
