@@ -197,35 +197,42 @@ class PlanEncoder:
     def __init__(self, left_out: Sequence[int] = ()) -> None:
         """left_out: as for `encode_plan`."""
         self._left_out = left_out
-        self._shared: tuple[npt.NDArray[Any], ...] = ()
-        """Of the last plan, the arrays that a step which goes on from another has in common with it."""
+        self._last: StepPlan | None = None
         self._words = NO_INTS
-        self._advanced: list[tuple[str, slice]] = []
-        """The others, and where they are in the words."""
+        self._new: list[tuple[str, slice]] = []
+        """Where in the words is what each plan that goes on has of its own; empty until there is one."""
 
     def encode(self, plan: StepPlan) -> Ints:
         """The words of a plan; they are valid until the next call."""
-        shared = _shared_of(plan)
-        if len(self._shared) != len(shared) or not all(map(is_, shared, self._shared)):
-            self._begin(plan, shared)
+        last, self._last = self._last, plan
+        if last is None or not _goes_on(plan, last):
+            self._words = encode_plan(plan, self._left_out)
+            self._new = []
             return self._words
         words = self._words
+        if not self._new:
+            self._new = _places(words, _ADVANCED)
         words[1] = plan.step
-        for name, part in self._advanced:
+        for name, part in self._new:
             array = getattr(plan, name)
             assert array.size == part.stop - part.start, f"{name} of a plan that goes on are more or fewer than before"
             words[part] = array
         return words
 
-    def _begin(self, plan: StepPlan, shared: tuple[npt.NDArray[Any], ...]) -> None:
-        self._words = encode_plan(plan, self._left_out)
-        sizes = self._words[2:PLAN_HEADER_WORDS].tolist()
-        self._advanced.clear()
-        for name in _ADVANCED:
-            index = PLAN_ARRAYS.index(name)
-            start = PLAN_HEADER_WORDS + sum(sizes[:index])
-            self._advanced.append((name, slice(start, start + sizes[index])))
-        self._shared = shared
+
+def _goes_on(plan: StepPlan, last: StepPlan) -> bool:
+    """Whether all arrays are those of the last plan but `_ADVANCED`. Most plans that do not go on bring pages."""
+    return plan.table_rows is last.table_rows and all(map(is_, _shared_of(plan), _shared_of(last)))
+
+
+def _places(words: Ints, names: Sequence[str]) -> list[tuple[str, slice]]:
+    """Where arrays are in the words of a plan."""
+    sizes, places = words[2:PLAN_HEADER_WORDS].tolist(), []
+    for name in names:
+        index = PLAN_ARRAYS.index(name)
+        start = PLAN_HEADER_WORDS + sum(sizes[:index])
+        places.append((name, slice(start, start + sizes[index])))
+    return places
 
 
 def decode_plan(buffer: Ints) -> StepPlan:
