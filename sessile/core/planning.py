@@ -274,7 +274,7 @@ class Planner:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
-        if self._steady is not None and not len(lacking):
+        if self._steady is not None and not (len(lacking) or wants):
             self._steady.steps_fitting = int(np.minimum.reduce(room[planned.decodes]))
             return True
         if books.reserving:
