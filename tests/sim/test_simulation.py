@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from sessile.sim.records import Report
 from sessile.sim.run import EXPECTED, missing_totals
 from sessile.sim.shrink import shrink
 from sessile.sim.simulation import Simulation
-from sessile.sim.world import FAULTS, make_world
+from sessile.sim.world import FAULTS, World, make_world
 
 SEEDS = range(1000, 1040)
 STEPS = 400
@@ -39,6 +40,30 @@ def test_no_seed_of_the_sample_finds_anything(reports: Sequence[Report]) -> None
 def test_seeds_that_found_something_once_find_nothing_any_more(seed: int, steps: int) -> None:
     """A branch whose parent was dropped; a turn that ended before its KV was reclaimed; one that ended and was run."""
     assert Simulation(make_world(seed)).run(steps).failure is None
+
+
+def plain_world(seed: int) -> World:
+    """A world of requests that ask for nothing unusual, with long prompts and answers and room for all of them.
+
+    What many steps in a row have in common is looked at once: only here they have, while prompts are read in parts.
+    """
+    world = make_world(seed, frozenset({"cancel", "fork"}))
+    limits = replace(
+        world.limits, pages_total=260, page_size=4, rows_max=6, context_tokens=200, chunk_tokens=64, mixed_chunk=True,
+        mixed_chunk_tokens=(7, 9, 12)[seed % 3], admissions_max=64, tenants=(),
+    )  # fmt: skip
+    temper = replace(
+        world.temper, live_max=5, submit_rate=0.2, prompt_tokens_max=60, cancel_rate=0.01, pace_rate=0.0,
+        nonsense_rate=0.0, logprob_rate=0.0, sampling_variety=0.0, grammar_rate=0.0, group_rate=0.0,
+    )  # fmt: skip
+    return replace(world, facts=replace(world.facts, context_tokens=200), limits=limits, temper=temper, overlap=True)
+
+
+def test_prompts_are_read_in_parts_beside_requests_that_go_on() -> None:
+    reports = [Simulation(plain_world(seed)).run(300) for seed in range(30)]
+    failures = [report.failure for report in reports if report.failure]
+    assert [f"seed {found.seed} step {found.step} ({found.checker}): {found.message}" for found in failures] == []
+    assert sum(report.steps for report in reports) > 30 * 300
 
 
 def test_every_seed_runs_its_steps_or_all_that_its_clients_ask_for(reports: Sequence[Report]) -> None:
