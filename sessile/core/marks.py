@@ -32,7 +32,7 @@ class Mark(StrEnum):
     WAITED_FOR_DRAFTS = "a row sat out a step because drafts in flight may turn out to be wrong"
     DRAFTS_FORBIDDEN = "drafts cut because a grammar forbids them"
     STRAYED = "a grammar could not be followed any further"
-    DRAFT_PAGES_GIVEN_UP = "pages drawn for drafts given up before anybody was preempted"
+    SPARE_PAGES_GIVEN_UP = "pages drawn for drafts or later steps given up before anybody was preempted"
     RESERVE_SPENT = "pages of a reserve set free for their session"
     RESERVE_OWED = "a reserve waited for pages"
     REPLAYED = "a lost reply said again"

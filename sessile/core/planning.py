@@ -153,7 +153,7 @@ class Planner:
 
     def _choose_running(self, planned: Planned) -> bool:
         """Share the budget among running rows, decoding first. Returns whether all of them got their pages."""
-        if self._steady is not None and self._goes_on(planned):
+        if self._steady is not None and self._goes_on(self._steady, planned):
             return self._fits(self._steady) or self._draw_for_running(planned)
         rows = self._books.rows
         self._steady = None
@@ -194,10 +194,10 @@ class Planner:
         planned.tokens = len(decodes) + sum([part.count for part in planned.parts])
         return self._draw_for_running(planned)
 
-    def _goes_on(self, planned: Planned) -> bool:
+    def _goes_on(self, steady: Steady, planned: Planned) -> bool:
         """Choose the rows of the step before once more, if nothing has happened that could change who runs."""
-        steady, rows = self._steady, self._books.rows
-        if steady is None or steady.changes != rows.changes or steady.steps_left <= 0 or self._denied:
+        rows = self._books.rows
+        if steady.changes != rows.changes or steady.steps_left <= 0 or self._denied:
             return False
         if len(steady.decodes) > self._budget(True):
             return False
@@ -274,9 +274,14 @@ class Planner:
             pages = ceil_div(part.start + part.count, size) - int(rows.pages[part.row])
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
-        if self._steady is not None and not (len(lacking) or wants):
-            self._steady.steps_fitting = int(np.minimum.reduce(room[planned.decodes]))
-            return True
+        if self._steady is not None and not wants and not (len(lacking) and books.reserving):
+            if len(lacking) and books.drafter is None:  # With drafts every step draws pages of its own.
+                lacking = self._lacking_soon(lacking, room)
+            if len(lacking) <= books.ledger.free_pages:
+                self._draw_one_each(planned, lacking)
+                room[lacking] += size
+                self._steady.steps_fitting = int(np.minimum.reduce(room[planned.decodes]))
+                return True
         if books.reserving:
             self._spend_reserves(lacking, wants)
         total = len(lacking) + sum([pages for _, _, pages in wants])
@@ -291,6 +296,21 @@ class Planner:
         wants.extend((int(rows.arrival[row]), RowId(row), 1) for row in lacking.tolist())
         self._draw_what_there_is(planned, sorted(wants))
         return False
+
+    def _lacking_soon(self, lacking: Column, room: Column) -> Column:
+        """With rows that lack a page in a step that goes on, those that will within half a page, if all can get one.
+
+        One step in so many draws pages then, instead of each of them for a few rows.
+        """
+        books, rows = self._books, self._books.rows
+        assert self._steady is not None
+        soon = room <= books.limits.page_size // 2
+        soon &= room < rows.kv_goal - rows.planned
+        soon &= self._steady.sampling
+        more: Column = soon.nonzero()[0]
+        if len(more) > books.ledger.free_pages:
+            books.reclaim(len(more) - books.ledger.free_pages)
+        return more if len(more) <= books.ledger.free_pages else lacking
 
     def _spend_reserves(self, lacking: Column, wants: list[tuple[int, RowId, int]]) -> None:
         """Set free what rows with a reservation are about to draw."""
@@ -336,7 +356,7 @@ class Planner:
             if total <= free + books.ledger.limbo_pages + self._pages_of_victims():
                 books.marks[Mark.LIMBO_SHORTAGE] += total > free
                 break
-            if books.drafter is not None and self._give_up_draft_pages(planned):
+            if self._give_up_spare_pages(planned):
                 continue
             if np.count_nonzero(rows.pending[rows.plannable] > 1):
                 # Some of the drafts in flight may be wrong; a step that is short has none, so this comes to an end.
@@ -369,8 +389,9 @@ class Planner:
         planned.parts = parts
         planned.tokens = len(kept) + sum(part.count for part in parts)
 
-    def _give_up_draft_pages(self, planned: Planned) -> bool:
-        """Let go of the pages that rows drew for drafts and do not need in this step; whether there were any (H48)."""
+    def _give_up_spare_pages(self, planned: Planned) -> bool:
+        """Let go of pages that rows drew for drafts or steps to come, and do not need in this one; whether there were
+        any (H48)."""
         books, rows = self._books, self._books.rows
         needed = rows.planned + planned.sampling
         spare = rows.pages + -needed // books.limits.page_size
@@ -383,7 +404,7 @@ class Planner:
             # A step in flight may still write drafts there.
             books.ledger.drop_tail(lease, len(lease) - int(spare[row]), books.planned_step)
         rows.pages[given_up] -= spare[given_up]
-        books.marks[Mark.DRAFT_PAGES_GIVEN_UP] += len(given_up) > 0
+        books.marks[Mark.SPARE_PAGES_GIVEN_UP] += len(given_up) > 0
         return len(given_up) > 0
 
     def _pages_of_victims(self) -> int:
@@ -446,16 +467,16 @@ class Planner:
     def _advance(self, planned: Planned) -> None:
         """Count what is planned: from here on the step exists. Rows that were seated in it count it already."""
         rows, sampling = self._books.rows, planned.sampling
+        if self._books.tenants.active > 1:
+            self._charge(planned)
         planned.is_counted = True
-        rows.plan_one(sampling)
-        if self._steady is not None:
-            self._count_steady(planned)
-        np.putmask(rows.last_step, sampling, planned.step)
+        if self._steady is not None and self._just_goes_on(self._steady, planned):
+            rows.plan_once_more(sampling, planned.step)
+            return
+        rows.plan_one(sampling, planned.step)
         if planned.draft_caps is not None:
             rows.planned[planned.decodes] += planned.draft_caps
             rows.pending[planned.decodes] += planned.draft_caps
-        if self._books.tenants.active > 1:
-            self._charge(planned)
         seated = len(planned.parts) - len(planned.bound)
         for part in planned.parts[:seated]:
             row = part.row
@@ -470,13 +491,17 @@ class Planner:
         beyond = rows.planned > rows.pages * self._books.limits.page_size
         assert not np.count_nonzero(beyond), "a row is planned beyond its pages (H22)"
 
-    def _count_steady(self, planned: Planned) -> None:
-        """One step less is left; with drafts or shortages nobody knows how many are."""
-        assert self._steady is not None
-        self._steady.steps_left -= 1
-        self._steady.steps_fitting -= 1
-        if planned.draft_caps is not None or planned.sampling is not self._steady.sampling:
+    def _just_goes_on(self, steady: Steady, planned: Planned) -> bool:
+        """Whether all that is planned is a step less of what is steady; then nobody runs beyond its pages (H22).
+
+        With drafts or shortages nobody knows how many are left.
+        """
+        steady.steps_left -= 1
+        steady.steps_fitting -= 1
+        if planned.draft_caps is not None or planned.sampling is not steady.sampling:
             self._steady = None
+            return False
+        return steady.steps_fitting >= 0 and not planned.parts
 
 
 def _add_parts(planned: Planned, books: Books, requests: Sequence[Request], budget: int) -> int:

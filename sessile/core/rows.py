@@ -22,9 +22,10 @@ STOP_COLUMNS = 4
 """Stop tokens that are compared for all rows at once; a request with more pays for a look of its own."""
 
 
-OUTPUT_COLUMNS = 64
+OUTPUT_COLUMNS = 256
 """Output tokens a row gathers before its request takes them over."""
 
+_NO_COLUMN: Column = np.empty(0, np.int64)
 ONES: npt.NDArray[np.int32] = np.ones(4096, np.int32)
 """Counts of one for each of several rows; as long as a batch can be."""
 ONES.flags.writeable = False
@@ -36,15 +37,49 @@ COLUMNS = (
     "drafts", "constrained",
 )  # fmt: skip
 """The columns that a request sets when it takes a row, in the order of `pack_row`; RowTable describes them."""
+COUNTED = frozenset(("known", "filled", "settled", "planned", "pending", "last_token", "last_step"))
+"""Those in which a step that goes on counts: properties, which write what was only noted."""
 pack_row = Struct(f"<{len(COLUMNS)}q").pack
 """A number for each of COLUMNS, as the bytes that `RowTable.seat` takes."""
 
 
+class _Run:
+    """Steps in a row in which the same rows, and all of them plain, decode one token each: counted, not yet written.
+
+    chosen bool[rows_max]: the rows. planned: so many steps were planned, the newest of them `newest_step`. tokens:
+    those of each step that has settled, in the order of `rows`. room: so many may settle before a row's output is full
+    or at its goal.
+    """
+
+    __slots__ = ("chosen", "keys", "newest_step", "planned", "room", "rows", "stops", "tokens")
+
+    def __init__(self, chosen: Flags) -> None:
+        self.chosen = chosen
+        self.planned = 0
+        self.newest_step = 0
+        self.tokens: list[npt.NDArray[np.int32]] = []
+        self.rows: Column | None = None
+        self.keys: Column = _NO_COLUMN
+        self.stops: list[Column] = []
+        self.room = 0
+
+
 class RowTable(Generic[Occupant]):
-    """rows_max batch rows. Lengths in tokens; settled ≤ planned ≤ pages × page size, settled < known ≤ goal."""
+    """rows_max batch rows. Lengths in tokens; settled ≤ planned ≤ pages × page size, settled < known ≤ goal.
+
+    Most steps only count one up in the columns of all who run. Such steps are noted (`plan_once_more`,
+    `append_once_more`), and written, all together, before anybody sees one of these columns.
+    """
 
     key: Column
     """Request key."""
+    _known: Column
+    _filled: Column
+    _settled: Column
+    _planned: Column
+    _pending: Column
+    _last_token: Column
+    _last_step: Column
     live: Column
     """1 while results count; 0 for a draining row, whose results are dropped."""
     plannable: Flags
@@ -54,14 +89,6 @@ class RowTable(Generic[Occupant]):
     that failed. Whatever sets it in a row that is held counts in `changes`."""
     arrival: Column
     """Order of arrival of the request; survives preemption."""
-    known: Column
-    """Tokens known on the host: history, prompt and output so far."""
-    settled: Column
-    """Tokens whose KV is known to be right."""
-    planned: Column
-    """settled, and what the steps in flight or being planned add, drafts included."""
-    pending: Column
-    """Tokens that steps in flight may sample, at most."""
     kv_goal: Column
     """prompt + max_new_tokens - 1: with this many KV tokens nothing is left to compute; it ends when known is above."""
     pages: Column
@@ -70,10 +97,6 @@ class RowTable(Generic[Occupant]):
     """Of these, pages of the tree that the row reads under its pin."""
     prompt: Column
     """Prompt tokens, a session's history included."""
-    last_token: Column
-    """The last known token."""
-    last_step: Column
-    """The newest step that reads or writes the row."""
     logprobs: Column
     """-1, or how many of the most likely tokens are wanted beside each output token."""
     tenant: Column
@@ -82,22 +105,20 @@ class RowTable(Generic[Occupant]):
     """Most drafts that the request may have in a step."""
     constrained: Column
     """1 if a grammar says which tokens its output may have."""
-    filled: Column
-    """Output tokens in `outputs` that the request has not taken over yet."""
 
     def __init__(self, rows_max: int) -> None:
         self.rows_max = rows_max
         self._columns = np.zeros((len(COLUMNS), rows_max), np.int64)
         for index, name in enumerate(COLUMNS):
-            setattr(self, name, self._columns[index])
-        self._told, self._ahead = self._pair("known", "filled"), self._pair("planned", "pending")
+            setattr(self, f"_{name}" if name in COUNTED else name, self._columns[index])
+        self._told = self._pair("known", "filled")
+        self._run: _Run | None = None
         self.plannable = np.zeros(rows_max, np.bool_)
         self.changes = 0
         """How often who may be planned, or is slow, has changed."""
         self._plain, self._plain_since = np.zeros(rows_max, np.bool_), -1
         self._flags, self._ones = np.zeros(rows_max, np.bool_), np.zeros(rows_max, np.int64)
-        self.outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
-        """The newest output tokens of each row: appending to all rows at once costs one array operation."""
+        self._outputs: npt.NDArray[np.int32] = np.zeros((rows_max, OUTPUT_COLUMNS), np.int32)
         self.stops: npt.NDArray[np.int64] = np.full((STOP_COLUMNS, rows_max), -1, np.int64)
         """Token ids that end a row's output, by column and row; -1 where unused."""
         self.stop_columns = 0
@@ -114,6 +135,62 @@ class RowTable(Generic[Occupant]):
         index = COLUMNS.index(name)
         assert COLUMNS[index + 1] == next_name
         return self._columns[index : index + 2]
+
+    @property
+    def known(self) -> Column:
+        """Tokens known on the host: history, prompt and output so far."""
+        if self._run is not None:
+            self._write_run()
+        return self._known
+
+    @property
+    def filled(self) -> Column:
+        """Output tokens in `outputs` that the request has not taken over yet."""
+        if self._run is not None:
+            self._write_run()
+        return self._filled
+
+    @property
+    def settled(self) -> Column:
+        """Tokens whose KV is known to be right."""
+        if self._run is not None:
+            self._write_run()
+        return self._settled
+
+    @property
+    def planned(self) -> Column:
+        """settled, and what the steps in flight or being planned add, drafts included."""
+        if self._run is not None:
+            self._write_run()
+        return self._planned
+
+    @property
+    def pending(self) -> Column:
+        """Tokens that steps in flight may sample, at most."""
+        if self._run is not None:
+            self._write_run()
+        return self._pending
+
+    @property
+    def last_token(self) -> Column:
+        """The last known token."""
+        if self._run is not None:
+            self._write_run()
+        return self._last_token
+
+    @property
+    def last_step(self) -> Column:
+        """The newest step that reads or writes the row."""
+        if self._run is not None:
+            self._write_run()
+        return self._last_step
+
+    @property
+    def outputs(self) -> npt.NDArray[np.int32]:
+        """int32[rows_max, OUTPUT_COLUMNS]: the newest output tokens of each row, as many as `filled` says."""
+        if self._run is not None:
+            self._write_run()
+        return self._outputs
 
     @property
     def free_rows(self) -> int:
@@ -152,6 +229,8 @@ class RowTable(Generic[Occupant]):
 
     def seat(self, rows: Sequence[RowId], starts: Sequence[bytes], stops: Sequence[tuple[int, ...]]) -> None:
         """Set all columns of rows that were taken, from `pack_row`: one array operation, however many they are."""
+        if self._run is not None:
+            self._write_run()
         self._columns[:, rows] = np.frombuffer(b"".join(starts), np.int64).reshape(len(rows), -1).T
         self.plannable[rows] = True
         self.changes += 1
@@ -183,18 +262,88 @@ class RowTable(Generic[Occupant]):
         """Whether that was noted of the very array, and nothing has changed since; False may mean nothing."""
         return chosen is self._plain and self._plain_since == self.changes
 
-    def plan_one(self, chosen: Flags) -> None:
-        """Count one more planned and pending token for the rows that bool[rows_max] names."""
-        self._ahead += self._as_ones(chosen)
+    def plan_one(self, chosen: Flags, step: int) -> None:
+        """Count one more planned and pending token for the rows that bool[rows_max] names, and the step as theirs."""
+        ones = self._as_ones(chosen)
+        planned = self.planned
+        planned += ones
+        self._pending += ones
+        np.putmask(self._last_step, chosen, step)
 
     def settle_one(self, chosen: Flags) -> None:
         """One pending token less for these rows."""
-        self.pending -= self._as_ones(chosen)
+        pending = self.pending
+        pending -= self._as_ones(chosen)
 
-    def grow(self, chosen: Flags) -> None:
-        """Count one more known and gathered token for the rows that bool[rows_max] names; their KV is settled."""
-        np.copyto(self.settled, self.known, where=chosen)
+    def append_one(self, active: Column, chosen: Flags, tokens: npt.NDArray[np.int32]) -> None:
+        """One token more for each of the rows, which are named twice; the KV of what they had before is settled.
+
+        active [d]: the rows, in the order of tokens [d]. chosen: the same as bool[rows_max]. None of them is full.
+        """
+        filled = self.filled[active]
+        self._outputs[active, filled] = tokens
+        self._last_token[active] = tokens
+        np.copyto(self._settled, self._known, where=chosen)
         self._told += self._as_ones(chosen)
+
+    # -- steps that go on -----------------------------------------------------------------------------------------
+
+    def plan_once_more(self, chosen: Flags, step: int) -> None:
+        """As `plan_one`, noted until somebody looks."""
+        run = self._run_of(chosen)
+        run.planned += 1
+        run.newest_step = step
+
+    def append_once_more(self, active: Column, chosen: Flags, tokens: npt.NDArray[np.int32]) -> Column | None:
+        """As `settle_one` and `append_one` for plain rows, noted until somebody looks. Returns their keys [d].
+
+        None, with nothing noted, if that is not all: some row may not be plain, ends with this token, or is full.
+        """
+        if not self.are_plain(chosen):
+            return None
+        run = self._run_of(chosen)
+        if run.rows is not active:
+            self._begin_to_append(run, active)
+        if len(run.tokens) >= run.room:
+            return None
+        for stops in run.stops:
+            if np.count_nonzero(stops == tokens):
+                return None
+        run.tokens.append(tokens)
+        return run.keys
+
+    def _run_of(self, chosen: Flags) -> _Run:
+        """What is noted of steps of these rows; what was noted of others is written."""
+        if self._run is not None and self._run.chosen is not chosen:
+            self._write_run()
+        if self._run is None:
+            self._run = _Run(chosen)
+        return self._run
+
+    def _begin_to_append(self, run: _Run, active: Column) -> None:
+        assert not run.tokens, "the rows of a run change their order"
+        run.rows, run.keys = active, self.key[active]
+        left = np.minimum(self.kv_goal - self._known, OUTPUT_COLUMNS - 1 - self._filled)
+        run.room = int(np.minimum.reduce(left[active]))
+        run.stops = [stops[active] for stops in self.stops[: self.stop_columns]]
+
+    def _write_run(self) -> None:
+        """Count in the columns what was noted."""
+        run, self._run = self._run, None
+        assert run is not None
+        ones, appended = self._as_ones(run.chosen), len(run.tokens)
+        if run.planned:
+            self._planned += ones * run.planned
+            np.putmask(self._last_step, run.chosen, run.newest_step)
+        self._pending += ones * (run.planned - appended)
+        if appended:
+            rows = run.rows
+            assert rows is not None
+            places = self._filled[rows][:, np.newaxis] + np.arange(appended)
+            self._outputs[rows[:, np.newaxis], places] = np.array(run.tokens).T
+            self._last_token[rows] = run.tokens[-1]
+            self._told += ones * appended
+            np.copyto(self._settled, self._known - 1, where=run.chosen)
 
     def _as_ones(self, flags: Flags) -> Column:
         """int64 for bool: once for the same array, as numpy would convert through a buffer of 64 KiB as it adds."""

@@ -27,15 +27,17 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     """Apply a result to the books. Raises PlanError, with nothing changed, if it does not answer the plan."""
     _validate(flight, result)
     books.settled_step = flight.plan.step
-    if flight.is_drafted:
-        books.rows.pending[flight.rows] -= flight.allowed
-    else:
-        books.rows.settle_one(flight.sampling)
-    _settle_prompts(books, flight, result)
-    if np.count_nonzero(result.faulty):
-        _settle_others(books, flight, result, range(len(flight.rows)))
-    else:
-        _settle_plain(books, flight, result)
+    is_faulty = np.count_nonzero(result.faulty) > 0
+    if is_faulty or not flight.is_steady or not _went_on(books, flight, result):
+        if flight.is_drafted:
+            books.rows.pending[flight.rows] -= flight.allowed
+        else:
+            books.rows.settle_one(flight.sampling)
+        _settle_prompts(books, flight, result)
+        if is_faulty:
+            _settle_others(books, flight, result, range(len(flight.rows)))
+        else:
+            _settle_plain(books, flight, result)
     for request in books.victims:
         if request.phase is Phase.RUNNING:
             guarded(books, request, books.preempt, request)
@@ -62,6 +64,27 @@ def _validate(flight: Flight, result: StepResult) -> None:
         raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
 
 
+def _went_on(books: Books, flight: Flight, result: StepResult) -> bool:
+    """Whether a step only appended one token to each row, with nothing else to do for any of them; it is settled then.
+
+    The row table notes it. Most steps are such.
+    """
+    rows = books.rows
+    if books.limits.audit_level >= 2 and rows.are_plain(flight.sampling):
+        assert (rows.live > rows.slow)[flight.rows].all(), "rows were changed without being counted"
+    keys = rows.append_once_more(flight.rows, flight.sampling, result.tokens)
+    if keys is None:
+        return False
+    _tell(books, keys, result.tokens)
+    return True
+
+
+def _tell(books: Books, keys: Column, tokens: Ints) -> None:
+    """One new token of each request."""
+    books.totals.generated_tokens += len(keys)
+    books.effects.deltas(keys, ONES[: len(keys)], tokens)
+
+
 def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
     scores = _score_offsets(flight) if len(result.score_logprobs) else {}
     for index, part in enumerate(flight.parts, flight.decodes):
@@ -77,9 +100,6 @@ def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
     rows whose request has ended. The rows of a step with a faulty row all go the long way.
     """
     rows = books.rows
-    if flight.is_steady and rows.are_plain(flight.sampling) and books.limits.audit_level < 2:
-        _append_one(books, flight.rows, flight.sampling, result.tokens)
-        return
     plain = rows.live > rows.slow
     plain &= flight.sampling
     if not flight.is_steady:  # What goes on from a token on the device has its prompt behind it.
@@ -90,7 +110,6 @@ def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
             rows.note_plain(flight.sampling)
         _append_one(books, flight.rows, flight.sampling, result.tokens)
         return
-    assert not (flight.is_steady and rows.are_plain(flight.sampling)), "rows were changed without being counted"
     chosen = plain[flight.rows]
     if count:
         if flight.is_drafted:
@@ -112,14 +131,12 @@ def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> Non
     if not len(active):
         return
     rows = books.rows
+    rows.append_one(active, plain, tokens)
+    _tell(books, rows.key[active], tokens)
     filled = rows.filled[active]
-    rows.outputs[active, filled] = tokens
-    rows.last_token[active] = tokens.astype(np.int64)
-    rows.grow(plain)
-    books.totals.generated_tokens += len(active)
-    books.effects.deltas(rows.key[active], ONES[: len(active)], tokens)
-    if np.maximum.reduce(filled) == OUTPUT_COLUMNS - 1:
-        for row in active[filled == OUTPUT_COLUMNS - 1].tolist():
+    if np.maximum.reduce(filled) == OUTPUT_COLUMNS:
+        # Whoever is half full too: with rows that began at different times every few steps would stop for some.
+        for row in active[filled >= OUTPUT_COLUMNS // 2].tolist():
             books.collect_output(rows.occupant(row))
     ended = rows.known > rows.kv_goal
     ended &= plain

@@ -30,6 +30,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sessile.core.rows import COUNTED
 from sessile.sim.twin import fields_of
 
 Write = Callable[["Form", Any], object]
@@ -153,10 +154,10 @@ class Form:
         """The columns of rows that are held; what a free row has is overwritten before it is read."""
         held = [row for row in self._row_order if rows.occupants[row] is not None]
         columns: list[object] = [len(rows.free_list)]
-        for name, values in sorted(vars(rows).items()):
-            if name in _ROW_NAMES or not isinstance(values, np.ndarray) or name.startswith("_"):
-                continue
-            columns.append(values[..., held].tolist() if name != "outputs" else None)
+        for name in sorted({*vars(rows), *COUNTED} - _ROW_NAMES):
+            values = getattr(rows, name)
+            if isinstance(values, np.ndarray) and not name.startswith("_"):
+                columns.append(values[..., held].tolist())
         for row in held:
             columns.append((
                 self.request(int(rows.key[row])),

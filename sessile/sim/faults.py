@@ -444,11 +444,29 @@ _STEADY = (
     ),
     _fault(
         "no end of a page", "H22", "steps that go on are planned beyond the pages that their rows have",
-        "planning", "        self._steady.steps_fitting -= 1\n", "",
+        "planning", "        steady.steps_fitting -= 1\n", "",
     ),
     _fault(
         "once plain, always plain", "H24", "a row whose request has ended gets the tokens of a step that goes on",
         "rows", "chosen is self._plain and self._plain_since == self.changes", "chosen is self._plain",
+    ),
+    _fault(
+        "steps noted, one written", "H22, H76", "of several steps that were only noted, one is counted as planned",
+        "rows", "self._planned += ones * run.planned", "self._planned += ones",
+    ),
+    _fault(
+        "a column that is behind", "H22", "who looks at what is planned does not see steps that were only noted",
+        "rows",
+        "        if self._run is not None:\n            self._write_run()\n        return self._planned\n",
+        "        return self._planned\n",
+    ),
+    _fault(
+        "noted beyond the goal", "H58, H76", "a row that goes on gets one token more than its request may have",
+        "rows", "len(run.tokens) >= run.room", "len(run.tokens) > run.room",
+    ),
+    _fault(
+        "noted beyond a stop", "H58", "a row that goes on does not end at a token that ends it",
+        "rows", "            if np.count_nonzero(stops == tokens):\n", "            if False:\n",
     ),
     _fault(
         "positions stand still", "H22, H76", "a step that goes on writes where the one before did",

@@ -113,7 +113,7 @@ class Simulation:
             self._settle()
         self._collect()
         if moved or messages:
-            if not self._audited:
+            if not self._audited and self._turn % self._world.audit_turns == 0:
                 self._machine.audit()
             check_stats(self._machine.stats(), self._world, self._books, self._books.totals)
             if self._drafter is not None:

@@ -85,14 +85,17 @@ class World:
     overlap: bool
     strict: bool
     temper: Temper
+    audit_turns: int = 1
+    """Every so many turns the simulation checks everything, whatever the machine does by itself. Not always after each:
+    who looks at rows makes the core write what it had only noted."""
 
 
 def make_world(seed: int, faults: frozenset[str] = frozenset(FAULTS)) -> World:
     """The world of a seed, with only the named faults at work."""
     draw = Random(f"world {seed}")
     facts = _facts(draw)
-    # The simulation checks everything after each turn of the loop, whatever the machine does by itself.
-    limits = _limits(draw, facts, faults, audit_level=Random(f"audit {seed}").choice([1, 2]))
+    audits = Random(f"audit {seed}")
+    limits = _limits(draw, facts, faults, audit_level=audits.choice([1, 2]))
     return World(
         seed=seed,
         limits=limits,
@@ -100,6 +103,7 @@ def make_world(seed: int, faults: frozenset[str] = frozenset(FAULTS)) -> World:
         overlap=draw.random() < 0.8,
         strict=draw.random() < 0.5,
         temper=_temper(draw, limits, faults),
+        audit_turns=audits.choice([1, 1, 4, 16]),
     )
 
 

@@ -20,7 +20,7 @@ SEEDS = range(1000, 1040)
 STEPS = 400
 RARE = frozenset({
     "turns found ahead", "refused 410", "done error", f"mark: {Mark.WAITED_FOR_DRAFTS.value}",
-    f"mark: {Mark.DRAFT_PAGES_GIVEN_UP.value}", f"mark: {Mark.RESERVE_OWED.value}", "replaced parents",
+    f"mark: {Mark.SPARE_PAGES_GIVEN_UP.value}", f"mark: {Mark.RESERVE_OWED.value}", "replaced parents",
     f"mark: {Mark.REPLACED_RUNNING.value}",
 })  # fmt: skip
 """Totals that a sample of this size may miss."""

@@ -304,7 +304,7 @@ def test_h48_pages_drawn_for_drafts_are_given_up_before_anybody_is_preempted(ove
         stage.launch()
         if not overlap:
             stage.settle()
-    assert stage.machine.marks[Mark.DRAFT_PAGES_GIVEN_UP] > 0
+    assert stage.machine.marks[Mark.SPARE_PAGES_GIVEN_UP] > 0
     assert stage.stats().preemptions_total == 0
     for key, tokens, count in ((1, prompt(1, 8), 8), (2, prompt(2, 6), 4)):
         assert stage.output[key] == expected(tokens, count)

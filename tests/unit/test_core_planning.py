@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sessile.contract.messages import Cancel
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, StepPlan
 from sessile.core import rows
 from sessile.core.limits import TenantPolicy
+from sessile.core.marks import Mark
 from tests.unit.drafters import PerfectDrafter
 from tests.unit.stage import Stage, expected
 
@@ -528,18 +530,41 @@ def test_a_long_prompt_is_read_beside_rows_that_went_on(audit_level: int) -> Non
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 8])
-def test_what_goes_on_draws_its_pages_when_it_comes_to_their_ends(page_size: int) -> None:
+def test_what_goes_on_draws_its_pages_when_one_row_comes_to_their_end(page_size: int) -> None:
     stage = Stage(audit_level=0, pages=128, page_size=page_size)
     prompts = {key: prompt(key, 3 + key) for key in (1, 2, 3)}
     for key, tokens in prompts.items():
         stage.submit(key, tokens, max_new_tokens=30)
     stage.run()
-    steady = [plan for before, plan in itertools.pairwise(stage.plans) if goes_on(plan, before)]
-    assert len(steady) == 28
-    for plan in steady:
-        ends = {int(row): int(start) for row, start in zip(plan.rows, plan.starts, strict=True)}
-        assert plan.table_rows.tolist() == [row for row, start in ends.items() if start % page_size == 0]
+    pages: Counter[int] = Counter()
+    draws = 0
+    for before, plan in itertools.pairwise([stage.plans[0], *stage.plans]):
+        if goes_on(plan, before) and plan is not before:
+            starts = dict(zip(plan.rows.tolist(), plan.starts.tolist(), strict=True))
+            room = {row: pages[row] * page_size - start for row, start in starts.items()}
+            # Rows are taken in order of arrival, so row r has key r + 1.
+            left = {row: len(prompts[row + 1]) + 29 - start for row, start in starts.items()}
+            soon = [row for row in room if room[row] <= page_size // 2 and room[row] < left[row]]
+            assert plan.table_rows.tolist() == (soon if min(room.values()) == 0 else [])
+            draws += plan.table_rows.size > 0
+        pages.update(dict(zip(plan.table_rows.tolist(), plan.table_counts.tolist(), strict=True)))
+    assert draws == {1: 28, 3: 14, 8: 4}[page_size]
     assert_said(stage, prompts, 30)
+
+
+def test_pages_drawn_for_steps_to_come_are_given_up_before_anybody_is_preempted() -> None:
+    # The older row comes to the end of its page and draws one for the other too, which the newcomer needs sooner.
+    stage = Stage(pages=12, page_size=4, rows=4, chunk=32, mixed_chunk_tokens=8, output_estimate_tokens=1)
+    stage.submit(1, prompt(1, 8), max_new_tokens=12)
+    stage.submit(2, prompt(2, 6), max_new_tokens=12)
+    for _ in range(9):
+        stage.launch()
+    stage.submit(3, prompt(3, 4), max_new_tokens=4)
+    stage.run()
+    assert stage.machine.marks[Mark.SPARE_PAGES_GIVEN_UP] == 1
+    assert stage.stats().preemptions_total == 0
+    for key, tokens, count in ((1, prompt(1, 8), 12), (2, prompt(2, 6), 12), (3, prompt(3, 4), 4)):
+        assert stage.output[key] == expected(tokens, count)
 
 
 def test_what_goes_on_keeps_to_a_budget_that_has_shrunk() -> None:
