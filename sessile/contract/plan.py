@@ -160,8 +160,10 @@ PLAN_ARRAYS = tuple(f.name for f in fields(StepPlan) if f.name != "step")
 """The arrays of a plan in the order in which `encode_plan` packs them."""
 _arrays_of = attrgetter(*PLAN_ARRAYS)
 _ADVANCED = ("starts", "output_indices")
-"""All that is new in a plan, beside its step, if it only goes on from the one before."""
-_shared_of = attrgetter(*[name for name in PLAN_ARRAYS if name not in _ADVANCED])
+"""What is new in each plan, beside its step, that only goes on from the one before."""
+_PAGED = ("table_rows", "table_starts", "table_counts", "table_pages")
+"""What is new in it if it brings pages."""
+_shared_of = attrgetter(*[name for name in PLAN_ARRAYS if name not in (*_ADVANCED, *_PAGED)])
 PLAN_HEADER_WORDS = 2 + len(PLAN_ARRAYS)
 """Words before the first array: magic, step, and the length of each array."""
 _FLOAT_ARRAYS = frozenset({"bind_floats", "bias_values"})
@@ -191,38 +193,36 @@ def encode_plan(plan: StepPlan, left_out: Sequence[int] = ()) -> Ints:
     return buffer
 
 
-class PlanEncoder:
-    """Packs plan after plan as `encode_plan` does. Of one that shares its arrays with the last, only what is new."""
+def goes_on_from(plan: StepPlan, last: StepPlan) -> bool:
+    """Whether a plan has new positions and output indices, and maybe pages, and of all else the last one's very arrays.
+    """
+    return plan.rows is last.rows and all(map(is_, _shared_of(plan), _shared_of(last)))
+
+
+class NextPlans:
+    """Packs plans that go on from one another and bring no pages as `encode_plan` does: of each only what is new."""
 
     def __init__(self, left_out: Sequence[int] = ()) -> None:
         """left_out: as for `encode_plan`."""
         self._left_out = left_out
-        self._last: StepPlan | None = None
         self._words = NO_INTS
         self._new: list[tuple[str, slice]] = []
-        """Where in the words is what each plan that goes on has of its own; empty until there is one."""
+        """Where in the words is what each plan has of its own."""
 
     def encode(self, plan: StepPlan) -> Ints:
         """The words of a plan; they are valid until the next call."""
-        last, self._last = self._last, plan
-        if last is None or not _goes_on(plan, last):
+        assert not plan.table_rows.size, "a plan that brings pages is packed by itself"
+        if not self._words.size:
             self._words = encode_plan(plan, self._left_out)
-            self._new = []
+            self._new = _places(self._words, _ADVANCED)
             return self._words
         words = self._words
-        if not self._new:
-            self._new = _places(words, _ADVANCED)
         words[1] = plan.step
         for name, part in self._new:
             array = getattr(plan, name)
             assert array.size == part.stop - part.start, f"{name} of a plan that goes on are more or fewer than before"
             words[part] = array
         return words
-
-
-def _goes_on(plan: StepPlan, last: StepPlan) -> bool:
-    """Whether all arrays are those of the last plan but `_ADVANCED`. Most plans that do not go on bring pages."""
-    return plan.table_rows is last.table_rows and all(map(is_, _shared_of(plan), _shared_of(last)))
 
 
 def _places(words: Ints, names: Sequence[str]) -> list[tuple[str, slice]]:

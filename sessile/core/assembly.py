@@ -36,6 +36,24 @@ _ZERO, _ONE = array("i", [0]), array("i", [1])
 _ON_DEVICE = pack_tokens([-1])
 
 
+AHEAD_STEPS = 16
+"""Steps that go on whose positions are counted at once."""
+_AHEAD: Ints = np.arange(1, AHEAD_STEPS + 1, dtype=np.int32)[:, np.newaxis]
+
+
+class Ahead:
+    """Positions and output indices of the next steps that go on, int32[AHEAD_STEPS, n] each; `taken` have theirs."""
+
+    __slots__ = ("output_indices", "starts", "taken")
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.starts: Ints = plan.starts + _AHEAD
+        self.output_indices: Ints = plan.output_indices + _AHEAD
+        for block in (self.starts, self.output_indices):
+            block.flags.writeable = False  # A device may look at all of it at once.
+        self.taken = 0
+
+
 @dataclass(slots=True)
 class Flight:
     """A step on its way. The first `decodes` rows of the plan decode, the others run `parts`, in this order.
@@ -57,6 +75,8 @@ class Flight:
     parts: list[PromptPart]
     is_steady: bool
     """Whether all it does is to decode, without drafts, from tokens that are still on the device."""
+    ahead: Ahead | None = None
+    """Of the steps behind it; None if it does not go on from another."""
 
 
 def goes_on(books: Books, planned: Planned, flight: Flight) -> bool:
@@ -75,18 +95,22 @@ def goes_on(books: Books, planned: Planned, flight: Flight) -> bool:
 
 def once_more(planned: Planned, flight: Flight) -> Flight:
     """What `assemble` makes of a step that goes on, from the one in flight. What has not changed is its very arrays."""
-    before = flight.plan
+    before, ahead = flight.plan, flight.ahead
+    if ahead is None or ahead.taken == AHEAD_STEPS:
+        ahead = Ahead(before)
+    index = ahead.taken
+    ahead.taken += 1
     plan = StepPlan(
         planned.step,
         *_NO_BINDINGS,
         *_table(planned),
         _NO_COPIES,
         before.rows,
-        before.starts + 1,
+        ahead.starts[index],
         before.query_counts,
         before.draft_counts,
         before.flags,
-        before.output_indices + 1,
+        ahead.output_indices[index],
         before.logprob_tops,
         before.tokens,
         NO_INTS,
@@ -105,6 +129,7 @@ def once_more(planned: Planned, flight: Flight) -> Flight:
         decodes=flight.decodes,
         parts=[],
         is_steady=True,
+        ahead=ahead,
     )
 
 

@@ -27,9 +27,9 @@ from sessile.core.request import Phase
 from sessile.errors import AuditError
 from sessile.units import Account, ceil_div
 
-LOOK_STEPS = 4
+LOOK_STEPS = 8
 """Steps from one look to the next: much of what a look costs is to begin with it."""
-ROUND_LOOKS = 1125
+ROUND_LOOKS = 563
 """Looks in which everything is looked at: 27 s of steps of 6 ms."""
 LOOK_MIN = 64
 """Pages and places of a look, at least."""

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sessile.contract.plan import NO_INTS, PLAN_ARRAYS, Ints, PlanEncoder, StepPlan
+from sessile.contract.plan import NO_INTS, PLAN_ARRAYS, Ints, NextPlans, StepPlan, encode_plan, goes_on_from
 from sessile.device.buckets import Bucket, bucket_of
 from sessile.device.exchange import Crossing, Exchange
-from sessile.device.inputs import PlanCheck, SamplePositions, sample_positions
+from sessile.device.inputs import SamplePositions, StepFacts, check_ends, check_plan, positions_around, sample_positions
 from sessile.device.kv_pool import KvPool
 from sessile.device.page_table import check_runs
 from sessile.device.pending import PendingLogprobs, PendingStep
@@ -56,6 +56,19 @@ class Forward:
     residual: Tensor
 
 
+@dataclass(slots=True)
+class Replayed:
+    """A step that was one graph's work and bound no rows, for the next one to go on from. next_plans: packs those."""
+
+    plan: StepPlan
+    facts: StepFacts
+    graph: torch.cuda.CUDAGraph
+    result_words: int
+    next_plans: NextPlans
+    positions: Ints | None = None
+    """Those of several steps in one array that nobody can write to, all of them within the rows' pages."""
+
+
 class GpuRunner:
     """The state of one GPU and how a plan changes it. `start` queues a step and returns what its result will be.
 
@@ -80,7 +93,7 @@ class GpuRunner:
         self._pool = pool
         self._rows_max = rows_max
         self._row_pages = row_pages
-        self._check = PlanCheck(rows_max, decoder.config.vocab_size, row_pages * pool.page_size)
+        self._vocab_size, self._table_tokens = decoder.config.vocab_size, row_pages * pool.page_size
         self.captures = captures and device.type == "cuda"
         self._seen_buckets: dict[Bucket, bool] = {}
         self._due: deque[Bucket] = deque()
@@ -95,7 +108,7 @@ class GpuRunner:
         self._sampler = Sampler(self._parameters)
         self._results = torch.zeros(3 * rows_max + rows_max * 256, dtype=torch.int32, device=device)
         self._exchange = Exchange(_UPLOAD_WORDS, self._results)
-        self._encoder = PlanEncoder(_APPLIED_OTHERWISE)
+        self._replayed: Replayed | None = None
 
     def start(self, plan: StepPlan) -> PendingStep:
         """Queue a plan's changes of state, its rows and its sampling.
@@ -103,7 +116,10 @@ class GpuRunner:
         Raises OutOfMemory where the same plan may be started again, whole or in parts, once there is memory for it.
         """
         self._has_settled = False
+        last, self._replayed = self._replayed, None
         try:
+            if last is not None and goes_on_from(plan, last.plan):
+                return self._start_next(plan, last)
             return self._start(plan)
         except Exception as error:
             # Until rows are settled, whatever a plan does can be done again, and in parts: rows get the same occupants,
@@ -121,7 +137,7 @@ class GpuRunner:
         )
 
     def _start(self, plan: StepPlan) -> PendingStep:
-        facts = self._check.check(plan)
+        facts = check_plan(plan, self._rows_max, self._vocab_size, self._table_tokens)
         check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
         self._parameters.apply(plan)
         crossing = self._send(plan)
@@ -138,15 +154,34 @@ class GpuRunner:
         if has_extras or (self._parameters.adjusted_rows and self._parameters.adjusted[plan.rows].any()):
             scores, logprobs = self._run_with_extras(plan, bucket)
         elif bucket.is_captured:
-            self._run_captured(bucket)
+            graph = self._run_captured(bucket)
+            if graph is not None and not (plan.bind_rows.size or plan.copies.size):
+                words = self._result_words(bucket.places)
+                self._replayed = Replayed(plan, facts, graph, words, NextPlans(_APPLIED_OTHERWISE))
         else:
             self._run(bucket)
         crossing.close(self._result_words(bucket.places))
         return PendingStep(plan, facts, crossing, self._rows_max, logprobs, scores)
 
+    def _start_next(self, plan: StepPlan, last: Replayed) -> PendingStep:
+        """A plan that goes on from the last one, which was a graph's work and no more: so is this one."""
+        if last.positions is None or plan.starts.base is not last.positions:
+            check_ends(plan, last.facts, self._table_tokens)
+            last.positions = positions_around(plan, self._table_tokens)
+        if plan.table_rows.size:
+            check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
+            crossing = self._send(plan)
+        else:
+            crossing = self._exchange.send(last.next_plans.encode(plan))
+        last.graph.replay()
+        self._has_settled = True
+        crossing.close(last.result_words)
+        last.plan, self._replayed = plan, last
+        return PendingStep(plan, last.facts, crossing, self._rows_max)
+
     def _send(self, plan: StepPlan) -> Crossing:
         """Lay out what the device reads of a plan."""
-        packed = self._encoder.encode(plan)
+        packed = encode_plan(plan, _APPLIED_OTHERWISE)
         if packed.size > self._exchange.words:
             # Binding very many pages at once is rare: change the state by itself, then send the rest.
             apply_state(to_device(packed, self._device), self._state)
@@ -154,7 +189,7 @@ class GpuRunner:
                 plan, bind_rows=NO_INTS, table_rows=NO_INTS, table_starts=NO_INTS, table_counts=NO_INTS,
                 table_pages=NO_INTS,
             )  # fmt: skip
-            packed = self._encoder.encode(plan)
+            packed = encode_plan(plan, _APPLIED_OTHERWISE)
         return self._exchange.send(packed)
 
     def _note_shortage(self) -> None:
@@ -164,17 +199,19 @@ class GpuRunner:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
-    def _run_captured(self, bucket: Bucket) -> None:
-        """A step of a size that is kept as a graph, unless graphs are off or it is the first of its size."""
+    def _run_captured(self, bucket: Bucket) -> torch.cuda.CUDAGraph | None:
+        """A step of a size that is kept as a graph, which is returned; None if graphs are off, or it is the first of
+        its size."""
         graph = self.graphs.get(bucket)
         if graph is None and self.captures and bucket in self._seen_buckets:
             graph = self._captured_if_it_fits(bucket)
         if graph is None:
             self._seen_buckets[bucket] = True
             self._run(bucket)
-            return
+            return None
         graph.replay()
         self._has_settled = True
+        return graph
 
     def _captured_if_it_fits(self, bucket: Bucket) -> torch.cuda.CUDAGraph | None:
         """A new graph; None if memory ran out. What a graph has taken stays taken, so none is tried after that."""

@@ -56,76 +56,60 @@ class StepFacts:
     has_logprobs: bool
 
 
-class PlanCheck:
-    """Whether a device may run a plan: PlanError for what would make it read or write out of bounds.
+def check_plan(plan: StepPlan, rows_max: int, vocab_size: int, table_tokens: int) -> StepFacts:
+    """What follows from a plan. Raises PlanError for what would make a device read or write out of bounds.
 
-    Most steps decode the rows of the step before once more: what a plan has in common with the last one that passed is
-    compared with it rather than looked at again. vocab_size in tokens; table_tokens: most that a row's pages can hold.
+    vocab_size in tokens; table_tokens: most that a row's pages can hold.
     """
-
-    def __init__(self, rows_max: int, vocab_size: int, table_tokens: int) -> None:
-        self._rows_max = rows_max
-        self._vocab_size = vocab_size
-        self._table_tokens = table_tokens
-        self._passed: StepPlan | None = None
-        """The last plan that passed. Its arrays do not change, as those of no plan do."""
-        self._facts = StepFacts(0, 0, False, False, False)
-
-    def check(self, plan: StepPlan) -> StepFacts:
-        """What follows from the plan, the same object for plans in a row that have it in common.
-
-        Raises PlanError if the device must not run the plan.
-        """
-        if self._passed is None or not _follows_the_same(plan, self._passed):
-            self._passed = None
-            self._facts = self._look(plan)
-        self._passed = plan
-        if not are_below(plan.starts, self._table_tokens + 1 - self._facts.count_max):
-            # Some row is near the end of its pages, if not beyond it.
-            ends = plan.starts + plan.query_counts
-            if np.minimum.reduce(plan.starts) < 0 or not are_below(ends, self._table_tokens + 1):
-                raise PlanError(
-                    f"step {plan.step}: a row ends beyond the {self._table_tokens} tokens that its pages can hold"
-                )
-        if not self._facts.are_tokens_own and not _are_known(plan, self._vocab_size):
-            raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {self._vocab_size}")
-        if plan.mask_queries.size or plan.mask_words.size:
-            _check_masks(plan, self._vocab_size)
-        return self._facts
-
-    def _look(self, plan: StepPlan) -> StepFacts:
-        """Check rows, counts, drafts and flags, and find out what follows from them."""
-        rows, counts, tokens = plan.rows, plan.query_counts, plan.tokens
-        if not are_below(rows, self._rows_max) or not _are_distinct(rows, self._rows_max):
-            raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {self._rows_max}")
-        if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
-            raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
-        has_drafts = bool(np.count_nonzero(plan.draft_counts))
-        if has_drafts and not _have_their_tokens(plan):
-            raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
-        is_one_each = tokens.size == rows.size > 0
-        return StepFacts(
-            count_max=int(np.maximum.reduce(counts)) if rows.size else 0,
-            samples=int(np.count_nonzero(plan.flags & SAMPLE)),
-            are_tokens_own=is_one_each and bool(np.bitwise_and.reduce(plan.flags) & FROM_DEVICE),
-            has_drafts=has_drafts,
-            has_logprobs=bool(rows.size) and bool(np.maximum.reduce(plan.logprob_tops) >= 0),
-        )
+    facts = _look(plan, rows_max)
+    check_ends(plan, facts, table_tokens)
+    if not facts.are_tokens_own and not _are_known(plan, vocab_size):
+        raise PlanError(f"step {plan.step}: a token id is not in the vocabulary of {vocab_size}")
+    if plan.mask_queries.size or plan.mask_words.size:
+        _check_masks(plan, vocab_size)
+    return facts
 
 
-def _follows_the_same(plan: StepPlan, other: StepPlan) -> bool:
-    """Whether StepFacts of one plan are those of the other."""
-    return plan.tokens.size == other.tokens.size and (
-        _is_same(plan.rows, other.rows)
-        and _is_same(plan.query_counts, other.query_counts)
-        and _is_same(plan.draft_counts, other.draft_counts)
-        and _is_same(plan.flags, other.flags)
-        and _is_same(plan.logprob_tops, other.logprob_tops)
+def check_ends(plan: StepPlan, facts: StepFacts, table_tokens: int) -> None:
+    """Raise PlanError if a row begins before its first page or ends beyond its last: all that can go wrong with a plan
+    that goes on from one that passed."""
+    if are_below(plan.starts, table_tokens + 1 - facts.count_max):
+        return
+    # Some row is near the end of its pages, if not beyond it.
+    ends = plan.starts + plan.query_counts
+    if np.minimum.reduce(plan.starts) < 0 or not are_below(ends, table_tokens + 1):
+        raise PlanError(f"step {plan.step}: a row ends beyond the {table_tokens} tokens that its pages can hold")
+
+
+def positions_around(plan: StepPlan, table_tokens: int) -> Ints | None:
+    """The array whose part `plan.starts` is, if at all of its positions a token has a place in its row's pages.
+
+    None as well if somebody could write to it: then it would have to be looked at again.
+    """
+    whole = plan.starts.base
+    if not isinstance(whole, np.ndarray) or whole.dtype != np.int32 or whole.base is not None or whole.flags.writeable:
+        return None
+    return whole if are_below(whole.reshape(-1), table_tokens) else None
+
+
+def _look(plan: StepPlan, rows_max: int) -> StepFacts:
+    """Check rows, counts, drafts and flags, and find out what follows from them."""
+    rows, counts, tokens = plan.rows, plan.query_counts, plan.tokens
+    if not are_below(rows, rows_max) or not _are_distinct(rows, rows_max):
+        raise PlanError(f"step {plan.step}: rows {rows.tolist()} are not distinct rows below {rows_max}")
+    if int(np.add.reduce(counts)) != tokens.size or (rows.size and np.minimum.reduce(counts) < 1):
+        raise PlanError(f"step {plan.step}: query counts {counts.tolist()} do not match {tokens.size} tokens")
+    has_drafts = bool(np.count_nonzero(plan.draft_counts))
+    if has_drafts and not _have_their_tokens(plan):
+        raise PlanError(f"step {plan.step}: drafts {plan.draft_counts.tolist()} without a token to follow")
+    is_one_each = tokens.size == rows.size > 0
+    return StepFacts(
+        count_max=int(np.maximum.reduce(counts)) if rows.size else 0,
+        samples=int(np.count_nonzero(plan.flags & SAMPLE)),
+        are_tokens_own=is_one_each and bool(np.bitwise_and.reduce(plan.flags) & FROM_DEVICE),
+        has_drafts=has_drafts,
+        has_logprobs=bool(rows.size) and bool(np.maximum.reduce(plan.logprob_tops) >= 0),
     )
-
-
-def _is_same(one: Ints, other: Ints) -> bool:
-    return one is other or one.tobytes() == other.tobytes()
 
 
 def are_below(values: Ints, limit: int) -> bool:

@@ -15,6 +15,10 @@ from sessile.device.shortage import Pending
 from sessile.device.staging import to_host
 from sessile.kernels.sampling import top_candidates
 
+_NONE_FAULTY = np.zeros(4096, np.bool_)
+"""Of as many rows as a batch can have."""
+_NONE_FAULTY.flags.writeable = False
+
 
 @dataclass(frozen=True)
 class PendingLogprobs:
@@ -72,7 +76,7 @@ class PendingStep:
         """Wait for the device and make the result. Raises what the device raised."""
         results = self.crossing.take()
         plan, count, rows_max = self.plan, self.plan.rows.size, self.rows_max
-        emitted = results[rows_max : rows_max + count]
+        emitted, faulty = results[rows_max : rows_max + count], results[2 * rows_max : 2 * rows_max + count]
         tokens, logprobs = results[3 * rows_max :], NO_LOGPROBS
         if self.logprobs is None and not self.facts.has_drafts:
             # Every place is emitted: one token of each row that samples.
@@ -93,7 +97,7 @@ class PendingStep:
             query_counts=results[:count],
             emitted=emitted,
             tokens=tokens,
-            faulty=results[2 * rows_max : 2 * rows_max + count] != 0,
+            faulty=faulty != 0 if np.count_nonzero(faulty) else _NONE_FAULTY[:count],
             logprobs=logprobs.chosen,
             top_ids=logprobs.top_ids,
             top_logprobs=logprobs.tops,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sessile.contract.plan import StepPlan, StepResult
-from sessile.device.inputs import FlatStep, PlanCheck, SamplePositions, flatten_step, sample_positions
+from sessile.device.inputs import FlatStep, SamplePositions, check_plan, flatten_step, sample_positions
 from sessile.device.kv_pool import KvPool
 from sessile.device.logprobs import NO_LOGPROBS, Logprobs, chunked_logprobs, token_logprobs
 from sessile.device.page_table import PageTable
@@ -116,7 +116,7 @@ class StepRunner:
         self._parameters = RowParameters(rows_max, decoder.config.vocab_size, device)
         self._sampler = Sampler(self._parameters)
         self._model = CpuModel(decoder, pool.cache(self._table.pages))
-        self._check = PlanCheck(rows_max, decoder.config.vocab_size, row_pages * pool.page_size)
+        self._bounds = rows_max, decoder.config.vocab_size, row_pages * pool.page_size
 
     @property
     def pages_total(self) -> int:
@@ -126,7 +126,7 @@ class StepRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Apply the plan's changes of state, run its rows, sample, and report."""
-        self._check.check(plan)
+        check_plan(plan, *self._bounds)
         self._table.apply(plan)
         self._parameters.apply(plan)
         self._parameters.clear_last_tokens(plan.bind_rows)

@@ -470,7 +470,7 @@ _STEADY = (
     ),
     _fault(
         "positions stand still", "H22, H76", "a step that goes on writes where the one before did",
-        "assembly", "        before.starts + 1,\n", "        before.starts,\n",
+        "assembly", "        ahead.starts[index],\n", "        before.starts,\n",
     ),
 )  # fmt: skip
 

@@ -2,13 +2,24 @@
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from sessile.contract.plan import SCRATCH_PAGE
+from sessile.contract.plan import (
+    BIND_FLOATS,
+    BIND_INTS,
+    BIND_REPETITION,
+    BIND_TOP_P,
+    FROM_DEVICE,
+    SAMPLE,
+    SCRATCH_PAGE,
+    StepPlan,
+)
 from sessile.device import gpu_factory, gpu_timing
 from sessile.device.buckets import Bucket, decode_bucket
 from sessile.device.config import DeviceOptions
@@ -23,6 +34,7 @@ from tests.parity.tiny_models import MODELS, Tiny, make_tiny
 pytestmark = pytest.mark.long
 
 NEW_TOKENS = 3
+LONG_PROMPT = [*range(40, 54)]
 PROMPTS = [[5], [17, 9, 33, 8, 120, 64], [*range(30, 64)]]
 SMALL = Qwen3Config(
     vocab_size=160, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -166,6 +178,52 @@ def test_sizes_that_were_put_off_are_captured_one_by_one_or_as_soon_as_a_step_ne
     again = Run(PROMPTS[2], NEW_TOKENS)
     Driver(device, chunk_tokens=24).run_all([again])
     assert again.output == run.output
+
+
+def going_on(pages: list[int]) -> list[StepPlan]:
+    """A prompt of 14 tokens on a page of 16, then steps that go on from one another; the third of them brings a page.
+
+    All on row 3, greedily.
+    """
+    none, one, row = np.zeros(1, np.int32), np.ones(1, np.int32), np.full(1, 3, np.int32)
+    floats = np.zeros((1, BIND_FLOATS), np.float32)
+    floats[:, [BIND_TOP_P, BIND_REPETITION]] = 1.0
+    prompt = StepPlan.empty(
+        1, bind_rows=row, bind_ints=np.zeros((1, BIND_INTS), np.int32), bind_floats=floats, bias_counts=none,
+        ban_counts=none, prompt_counts=none, output_counts=none, table_rows=row, table_starts=none, table_counts=one,
+        table_pages=none + pages[0], rows=row, starts=none, query_counts=one * len(LONG_PROMPT), draft_counts=none,
+        flags=one * SAMPLE, output_indices=none, logprob_tops=-one, tokens=np.array(LONG_PROMPT, np.int32),
+    )  # fmt: skip
+    step = StepPlan.empty(
+        2, rows=row, starts=one * len(LONG_PROMPT), query_counts=one, draft_counts=none,
+        flags=one * (SAMPLE | FROM_DEVICE), output_indices=one, logprob_tops=-one, tokens=-one,
+    )  # fmt: skip
+    paged = {"table_rows": row, "table_starts": one, "table_counts": one, "table_pages": none + pages[1]}
+    plans = [prompt, step]
+    for ahead in range(1, 6):
+        advanced = {"starts": step.starts + ahead, "output_indices": step.output_indices + ahead}
+        plans.append(replace(step, step=2 + ahead, **advanced, **(paged if ahead == 2 else {})))
+    return plans
+
+
+def test_steps_that_go_on_are_a_graph_and_what_is_new_in_them(
+    device: Any, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, started = device._runner, []
+    for name, value in {"captures": True, "graphs": {}, "_seen_buckets": {}, "_due": deque()}.items():
+        monkeypatch.setattr(runner, name, value)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(runner, "_capture", lambda size: runner.graphs.setdefault(size, Rerun(runner, size)))
+    for name in ("_start", "_start_next"):
+        call = getattr(runner, name)
+        monkeypatch.setattr(
+            runner, name, lambda plan, *last, name=name, call=call: (started.append(name), call(plan, *last))[1]
+        )
+    plans = going_on([5, 2])
+    said = [device.launch(plan).result().tokens.tolist() for plan in plans]
+    assert [token for tokens in said for token in tokens] == tiny.greedy(LONG_PROMPT, len(plans))
+    # The prompt, the first step of its size, which is run, and the second, which is captured.
+    assert started == ["_start"] * 3 + ["_start_next"] * 4
 
 
 def test_h72_padding_writes_to_the_scratch_page_alone(device: Any) -> None:

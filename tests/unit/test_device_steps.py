@@ -14,11 +14,12 @@ from sessile.contract.plan import (
     FROM_DEVICE,
     PLAN_ARRAYS,
     SAMPLE,
-    PlanEncoder,
+    NextPlans,
     StepPlan,
     StepResult,
     decode_plan,
     encode_plan,
+    goes_on_from,
 )
 from sessile.device.worker import Worker
 from sessile.errors import NotReady, PlanError
@@ -97,39 +98,33 @@ def test_arrays_that_are_left_out_cross_as_if_they_were_empty() -> None:
     )
 
 
-CHANGES = ("goes on", "stands still", "copied", "changed", "shrunk", "another")
-
-
-@given(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(PLAN_ARRAYS)), max_size=12), st.booleans())
-def test_an_encoder_gives_the_words_of_each_plan_whatever_it_has_in_common_with_the_last(
-    changes: list[tuple[str, str]], leaves_out: bool
-) -> None:
-    left_out = [PLAN_ARRAYS.index("bind_ints"), PLAN_ARRAYS.index("flags")] if leaves_out else []
-    encoder, plan = PlanEncoder(left_out), prompt_plan(row=1)
+@given(st.lists(st.integers(1, 1 << 20), max_size=6), st.booleans())
+def test_plans_that_go_on_are_packed_like_any_others(advances: list[int], leaves_out: bool) -> None:
+    left_out = [PLAN_ARRAYS.index("tokens"), PLAN_ARRAYS.index("flags")] if leaves_out else []
+    encoder, plan = NextPlans(left_out), decode_step(3, 7, -1, row=2)
     assert encoder.encode(plan).tolist() == encode_plan(plan, left_out).tolist()
-    for change, name in changes:
-        array = getattr(plan, name)
-        if change == "goes on":
-            arrays = {"starts": plan.starts + 1, "output_indices": plan.output_indices + 1}
-        elif change == "copied":
-            arrays = {name: array.copy()}
-        elif change == "changed":
-            arrays = {name: array + 1}
-        elif change == "shrunk" and name not in ("starts", "output_indices"):
-            arrays = {name: array[:0]}
-        elif change == "another":
-            arrays = {other: getattr(decode_step(1, 7, 5), other) for other in PLAN_ARRAYS}
-        else:
-            arrays = {}
-        plan = replace(plan, step=plan.step + 1, **arrays)
+    for advance in advances:
+        plan = replace(
+            plan, step=plan.step + 1, starts=plan.starts + advance, output_indices=plan.output_indices + advance
+        )
         assert encoder.encode(plan).tolist() == encode_plan(plan, left_out).tolist()
 
 
+@pytest.mark.parametrize("name", PLAN_ARRAYS)
+def test_a_plan_goes_on_only_if_all_else_is_the_very_same(name: str) -> None:
+    last = prompt_plan(row=1)
+    assert goes_on_from(replace(last, step=2), last)
+    may_differ = name in ("starts", "output_indices") or name.startswith("table_")
+    assert goes_on_from(replace(last, **{name: getattr(last, name).copy()}), last) == may_differ
+
+
 def test_a_plan_that_goes_on_with_other_rows_than_it_says_is_no_plan() -> None:
-    encoder, plan = PlanEncoder(), prompt_plan()
+    encoder, plan = NextPlans(), decode_step(1, 7, 5)
     encoder.encode(plan)
     with pytest.raises(AssertionError, match="starts of a plan that goes on are more or fewer than before"):
         encoder.encode(replace(plan, starts=ints(1, 2)))
+    with pytest.raises(AssertionError, match="brings pages"):
+        encoder.encode(prompt_plan())
 
 
 def test_without_sample_a_row_emits_nothing_but_counts(device: Worker) -> None:
