@@ -91,15 +91,18 @@ class TracedDevice:
         for index, step in enumerate(steps):
             kinds[step.kind].append(index)
         kind = "kind, tokens × rows"
-        lines = [f"{kind:28s} steps  tokens   rows  ms on device    sum  idle before, sum  longest  host, median"]
+        lines = [
+            f"{kind:28s} steps  tokens   rows  ms on device    sum  idle before, sum  longest  host, median     mean"
+        ]
         for kind in sorted(kinds, key=lambda kind: -device_ms[kinds[kind]].sum()):
             at = kinds[kind]
             tokens = np.mean([steps[index].tokens for index in at])
             rows = np.mean([steps[index].rows for index in at])
-            host = np.median([steps[index].host_ms for index in at])
+            host = [steps[index].host_ms for index in at]
             lines.append(
                 f"{kind:28s} {len(at):5d} {tokens:7.1f} {rows:6.1f} {device_ms[at].mean():13.3f} "
-                f"{device_ms[at].sum():6.0f} {gaps_ms[at].sum():17.1f} {gaps_ms[at].max():8.2f} {host:13.3f}"
+                f"{device_ms[at].sum():6.0f} {gaps_ms[at].sum():17.1f} {gaps_ms[at].max():8.2f} "
+                f"{np.median(host):13.3f} {np.mean(host):8.3f}"
             )
         wall_ms = steps[0].begin.elapsed_time(steps[-1].end)
         lines.append(

@@ -308,8 +308,8 @@ class Planner:
         soon &= room < rows.kv_goal - rows.planned
         soon &= self._steady.sampling
         more: Column = soon.nonzero()[0]
-        if len(more) > books.ledger.free_pages:
-            books.reclaim(len(more) - books.ledger.free_pages)
+        if len(more) > books.ledger.free_pages and not books.waiting:  # Who waits may have KV that would be next.
+            books.reclaim(len(more) - books.ledger.free_pages - books.ledger.limbo_pages)
         return more if len(more) <= books.ledger.free_pages else lacking
 
     def _spend_reserves(self, lacking: Column, wants: list[tuple[int, RowId, int]]) -> None:

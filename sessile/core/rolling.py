@@ -31,7 +31,7 @@ LOOK_STEPS = 8
 """Steps from one look to the next: much of what a look costs is to begin with it."""
 ROUND_LOOKS = 563
 """Looks in which everything is looked at: 27 s of steps of 6 ms."""
-LOOK_MIN = 64
+LOOK_MIN = 128
 """Pages and places of a look, at least."""
 ROW_COST = 16
 """What a row counts for: its figures take as long as so many pages."""

@@ -303,6 +303,9 @@ class RowTable(Generic[Occupant]):
             return None
         run = self._run_of(chosen)
         if run.rows is not active:
+            if run.tokens:
+                self._write_run()
+                run = self._run_of(chosen)
             self._begin_to_append(run, active)
         if len(run.tokens) >= run.room:
             return None
@@ -321,7 +324,6 @@ class RowTable(Generic[Occupant]):
         return self._run
 
     def _begin_to_append(self, run: _Run, active: Column) -> None:
-        assert not run.tokens, "the rows of a run change their order"
         run.rows, run.keys = active, self.key[active]
         left = np.minimum(self.kv_goal - self._known, OUTPUT_COLUMNS - 1 - self._filled)
         run.room = int(np.minimum.reduce(left[active]))

@@ -128,6 +128,16 @@ def test_steps_of_other_rows_are_noted_behind_what_was_noted_of_some() -> None:
     assert table.outputs[1, 3:5].tolist() == [9, 10]
 
 
+def test_the_same_rows_may_come_in_another_order() -> None:
+    table = seated()
+    _, chosen = choose([1, 2])
+    table.note_plain(chosen)
+    for order, said in (([1, 2], [8, 9]), ([2, 1], [10, 11]), ([2, 1], [12, 13])):
+        assert table.append_once_more(np.array(order, np.int64), chosen, np.array(said, np.int32)) is not None
+    assert table.outputs[1, 3:6].tolist() == [8, 11, 13]
+    assert table.outputs[2, 6:9].tolist() == [9, 10, 12]
+
+
 def test_a_row_that_is_taken_meanwhile_counts_from_where_it_begins() -> None:
     table = seated()
     _, chosen = choose([0, 1])

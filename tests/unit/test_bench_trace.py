@@ -38,9 +38,9 @@ def test_a_report_tells_each_kinds_time_its_waits_and_the_longest_of_them(device
         step("decode, 8 × 8", 8, 21.0, 23.0, 0.125),
     ]
     heading, mixed, decode, total = device.report()
-    assert heading.split()[-5:] == ["before,", "sum", "longest", "host,", "median"]
-    assert mixed.split()[-7:] == ["64.0", "8.0", "10.000", "10", "0.0", "0.00", "3.000"]
-    assert decode.split()[-8:] == ["3", "8.0", "8.0", "1.917", "6", "7.2", "7.00", "0.250"]
+    assert heading.split()[-6:] == ["before,", "sum", "longest", "host,", "median", "mean"]
+    assert mixed.split()[-8:] == ["64.0", "8.0", "10.000", "10", "0.0", "0.00", "3.000", "3.000"]
+    assert decode.split()[-9:] == ["3", "8.0", "8.0", "1.917", "6", "7.2", "7.00", "0.250", "0.292"]
     assert len(heading) == len(mixed) == len(decode)
     assert total.startswith("4 steps in 23 ms; idle between them 31.52%; the host adds 256 numbers in ")
     assert device.report() == ["no steps"]

@@ -9,6 +9,7 @@ from sessile.contract.messages import Cancel, pack_tokens
 from sessile.core.books import Books
 from sessile.core.ledger import FREE, QUARANTINE, SCRATCH
 from sessile.core.request import Request
+from sessile.core.rolling import LOOK_STEPS
 from sessile.core.session import ParkedKv
 from sessile.errors import AuditError
 from tests.unit.stage import Stage
@@ -379,7 +380,7 @@ def test_h07_a_rolling_audit_finds_a_violation_within_a_round_of_all_holders() -
     stage.step(3)
     two_tags_are_swapped_in(books_of(stage), 0, 7)
     with pytest.raises(AuditError, match="holds pages that are tagged otherwise"):
-        stage.step(9)
+        stage.step(3 * LOOK_STEPS)
     assert stage.stats().audit_failures_total == 1
 
 
