@@ -78,29 +78,35 @@ class StepTimes:
 
 
 def _nothing() -> Floats:
-    return np.zeros(len(MATCH_LENGTHS))
+    return np.zeros((2, len(MATCH_LENGTHS)))
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """What became of a line's drafts, by class of match: float64 counts that fade."""
+    """What became of a line's drafts, by class of match: counts that fade.
 
-    accepted: Floats = field(default_factory=_nothing)
-    judged: Floats = field(default_factory=_nothing)
+    counts float64[2, classes]: accepted, and judged, as they were `rests` steps without a draft ago.
+    """
+
+    counts: Floats = field(default_factory=_nothing)
+    rests: int = 0
 
     def judge(self, match: int, is_accepted: bool) -> None:
         """One draft behind a match of so many tokens, drafts before it included."""
+        if self.rests:
+            self.counts *= REST_FADE**self.rests
+            self.rests = 0
         kind = bisect_right(MATCH_LENGTHS, match) - 1
-        if self.judged[kind] >= JUDGED_MAX:
-            self.accepted[kind] /= 2
-            self.judged[kind] /= 2
-        self.judged[kind] += 1
-        self.accepted[kind] += is_accepted
+        accepted, judged = self.counts
+        if judged[kind] >= JUDGED_MAX:
+            accepted[kind] /= 2
+            judged[kind] /= 2
+        judged[kind] += 1
+        accepted[kind] += is_accepted
 
     def rest(self) -> None:
         """A step passed without a draft."""
-        self.accepted *= REST_FADE
-        self.judged *= REST_FADE
+        self.rests += 1
 
 
 def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], drafts: int) -> Floats:
@@ -108,8 +114,9 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
 
     A draft that is accepted makes the match longer by one.
     """
-    accepted = np.array([line.accepted for line in lines])
-    judged = np.array([line.judged for line in lines])
+    counts = np.array([line.counts for line in lines])
+    counts *= (REST_FADE ** np.array([line.rests for line in lines], np.float64))[:, np.newaxis, np.newaxis]
+    accepted, judged = counts[:, 0], counts[:, 1]
     each = (accepted + EXPECTED_WEIGHT * EXPECTED) / (judged + EXPECTED_WEIGHT)
     reach = matches[:, None] + np.arange(drafts)
     kinds = np.maximum(np.searchsorted(MATCH_LENGTHS, reach, side="right") - 1, 0)
@@ -156,6 +163,7 @@ def affordable(
     chances = path_chances(lines, matches, int(allowed.max()))
     chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
     limits = worthwhile(chances, tokens, times, begins=begins)
-    for line in (line for line, limit in zip(lines, limits, strict=True) if limit == 0):
-        line.rest()
+    for line, limit in zip(lines, limits.tolist(), strict=True):
+        if not limit:
+            line.rest()
     return limits

@@ -159,4 +159,18 @@ def test_a_line_is_offered_no_more_than_it_allows_and_rests_where_it_is_offered_
         line.judge(9, is_accepted=True)
     matches, allowed = np.array([9, 9, 0], np.int32), np.array([2, 5, 5], np.int32)
     assert affordable(lines, matches, allowed, 3, FREE, begins=True).tolist() == [2, 5, 0]
-    assert [float(line.judged.sum()) == 1.0 for line in lines] == [True, True, False]
+    assert [line.rests for line in lines] == [0, 0, 1]
+
+
+def test_what_a_line_learned_fades_as_much_before_it_is_judged_again_as_behind_it() -> None:
+    line, other = Acceptance(), Acceptance()
+    for _ in range(5):
+        line.judge(9, is_accepted=True)
+        other.judge(9, is_accepted=True)
+    for _ in range(40):
+        line.rest()
+    before = chances_of(line, match=9)[0]
+    assert chances_of(Acceptance(), match=9)[0] < before < chances_of(other, match=9)[0]
+    line.judge(1, is_accepted=False)  # of another class: of this one nothing is learned
+    assert line.rests == 0
+    assert chances_of(line, match=9)[0] == pytest.approx(before, abs=1e-12)
