@@ -470,7 +470,7 @@ class Planner:
         if self._books.tenants.active > 1:
             self._charge(planned)
         planned.is_counted = True
-        if self._steady is not None and self._just_goes_on(self._steady, planned):
+        if self._steady is not None and self._count_steady(self._steady, planned):
             rows.plan_once_more(sampling, planned.step)
             return
         rows.plan_one(sampling, planned.step)
@@ -491,10 +491,10 @@ class Planner:
         beyond = rows.planned > rows.pages * self._books.limits.page_size
         assert not np.count_nonzero(beyond), "a row is planned beyond its pages (H22)"
 
-    def _just_goes_on(self, steady: Steady, planned: Planned) -> bool:
-        """Whether all that is planned is a step less of what is steady; then nobody runs beyond its pages (H22).
+    def _count_steady(self, steady: Steady, planned: Planned) -> bool:
+        """One step less is left; with drafts or shortages nobody knows how many are.
 
-        With drafts or shortages nobody knows how many are left.
+        Returns whether all that is planned is that step, and all have pages for it (H22).
         """
         steady.steps_left -= 1
         steady.steps_fitting -= 1

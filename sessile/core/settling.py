@@ -28,7 +28,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     _validate(flight, result)
     books.settled_step = flight.plan.step
     is_faulty = np.count_nonzero(result.faulty) > 0
-    if is_faulty or not flight.is_steady or not _went_on(books, flight, result):
+    if is_faulty or not flight.is_steady or not _settle_by_note(books, flight, result):
         if flight.is_drafted:
             books.rows.pending[flight.rows] -= flight.allowed
         else:
@@ -64,11 +64,9 @@ def _validate(flight: Flight, result: StepResult) -> None:
         raise PlanError(f"step {plan.step}: the result's arrays do not have the plan's lengths")
 
 
-def _went_on(books: Books, flight: Flight, result: StepResult) -> bool:
-    """Whether a step only appended one token to each row, with nothing else to do for any of them; it is settled then.
-
-    The row table notes it. Most steps are such.
-    """
+def _settle_by_note(books: Books, flight: Flight, result: StepResult) -> bool:
+    """Have the row table note a step that only appends one token to each row, as most do. Returns whether it is such:
+    if not, nothing was settled."""
     rows = books.rows
     if books.limits.audit_level >= 2 and rows.are_plain(flight.sampling):
         assert (rows.live > rows.slow)[flight.rows].all(), "rows were changed without being counted"
