@@ -167,7 +167,7 @@ class GpuRunner:
         """A plan that goes on from the last one, which was a graph's work and no more: so is this one."""
         if last.positions is None or plan.starts.base is not last.positions:
             check_ends(plan, last.facts, self._table_tokens)
-            last.positions = positions_around(plan, self._table_tokens)
+            last.positions = positions_around(plan, last.facts, self._table_tokens)
         if plan.table_rows.size:
             check_runs(plan, self._rows_max, self._row_pages, self._pool.pages)
             crossing = self._send(plan)

@@ -81,15 +81,15 @@ def check_ends(plan: StepPlan, facts: StepFacts, table_tokens: int) -> None:
         raise PlanError(f"step {plan.step}: a row ends beyond the {table_tokens} tokens that its pages can hold")
 
 
-def positions_around(plan: StepPlan, table_tokens: int) -> Ints | None:
-    """The array whose part `plan.starts` is, if at all of its positions a token has a place in its row's pages.
+def positions_around(plan: StepPlan, facts: StepFacts, table_tokens: int) -> Ints | None:
+    """The array whose part `plan.starts` is, if rows that begin at any of its positions end within their pages.
 
     None as well if somebody could write to it: then it would have to be looked at again.
     """
     whole = plan.starts.base
     if not isinstance(whole, np.ndarray) or whole.dtype != np.int32 or whole.base is not None or whole.flags.writeable:
         return None
-    return whole if are_below(whole.reshape(-1), table_tokens) else None
+    return whole if are_below(whole.reshape(-1), table_tokens + 1 - facts.count_max) else None
 
 
 def _look(plan: StepPlan, rows_max: int) -> StepFacts:

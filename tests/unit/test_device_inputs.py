@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sessile.contract.plan import FROM_DEVICE, SAMPLE, Ints, StepPlan
-from sessile.device.inputs import check_plan, positions_around
+from sessile.device.inputs import StepFacts, check_plan, positions_around
 from sessile.device.page_table import check_runs
 from sessile.errors import PlanError
 
@@ -88,11 +88,16 @@ def test_the_last_token_of_a_rows_pages_may_be_used_and_none_behind_it(changes: 
     assert "beyond" in verdict(replace(plan, starts=ints([8, 0])))
 
 
+ONE_EACH = StepFacts(count_max=1, samples=2, are_tokens_own=False, has_drafts=False, has_logprobs=False)
+
+
 def test_positions_of_several_steps_are_looked_at_once_if_nobody_can_write_to_them() -> None:
     block = ints([[3, 4], [6, TABLE_TOKENS - 1]])
     block.flags.writeable = False
     plan = plan_of([0, 1], [3, 4], [1, 1], [SAMPLE] * 2, [1] * 2, [0, 0])
-    assert positions_around(replace(plan, starts=block[0]), TABLE_TOKENS) is block
+    assert positions_around(replace(plan, starts=block[0]), ONE_EACH, TABLE_TOKENS) is block
+    two_each = replace(ONE_EACH, count_max=2)
+    assert positions_around(replace(plan, starts=block[0]), two_each, TABLE_TOKENS) is None, "the last would end beyond"
 
 
 @pytest.mark.parametrize("values", [[[3, 4], [6, TABLE_TOKENS]], [[3, 4], [-1, 5]]])
@@ -100,7 +105,7 @@ def test_an_array_with_a_position_out_of_bounds_is_not_taken_for_several_steps(v
     block = ints(values)
     block.flags.writeable = False
     plan = plan_of([0, 1], [3, 4], [1, 1], [SAMPLE] * 2, [1] * 2, [0, 0])
-    assert positions_around(replace(plan, starts=block[0]), TABLE_TOKENS) is None
+    assert positions_around(replace(plan, starts=block[0]), ONE_EACH, TABLE_TOKENS) is None
 
 
 def test_an_array_that_may_change_is_not_taken_for_several_steps() -> None:
@@ -109,7 +114,7 @@ def test_an_array_that_may_change_is_not_taken_for_several_steps() -> None:
     wider = ints([[3, 4], [5, 6]]).view()
     wider.flags.writeable = False
     for starts in (plan.starts, block[0], wider[0], np.frombuffer(bytes(8), np.int32)):
-        assert positions_around(replace(plan, starts=starts), TABLE_TOKENS) is None
+        assert positions_around(replace(plan, starts=starts), ONE_EACH, TABLE_TOKENS) is None
 
 
 # -- the page table's runs ----------------------------------------------------------------------------------------
