@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sessile.bench.speculate_record import RecordedAnswer
-from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, SourceUse
+from sessile.contract.drafting import Counts as TokenCounts
+from sessile.contract.drafting import DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.draft.drafter import LookupDrafter
 from sessile.draft.pace import Acceptance, StepTimes, affordable
 from sessile.errors import NotFound
@@ -138,6 +139,10 @@ class ReplayingDrafter:
         looked_up = self._lookup.start(index, DraftWish(wish.tenant, (), wish.drafts_max))
         return ReplayedLine(looked_up, self.expected[wish.corpora[0]], wish.drafts_max)
 
+    def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: TokenCounts) -> None:
+        """The lookup's."""
+        self._lookup.extend([_ours(line).looked_up for line in lines], tokens, counts)
+
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         """Most drafts worth verifying, by what was recorded and by the pace."""
         ours = [_ours(line) for line in lines]
@@ -147,8 +152,8 @@ class ReplayingDrafter:
         allowed = np.array([line.drafts_max for line in ours], np.int32)
         begins = not any(line.has_drafts for line in ours)
         learned = [line.acceptance for line in ours]
-        limits = affordable(learned, matches, allowed, tokens, self.times, begins=begins)
-        return [int(limit) for limit in limits]
+        limits: list[int] = affordable(learned, matches, allowed, tokens, self.times, begins=begins).tolist()
+        return limits
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
         """What was recorded where each line is now."""

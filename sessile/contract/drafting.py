@@ -22,6 +22,7 @@ import numpy.typing as npt
 from sessile.units import TokenId
 
 Ints = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class DraftLine(Protocol):
 
     @property
     def index(self) -> SequenceIndex:
-        """That of the request's sequence; the core extends it before it asks for drafts."""
+        """That of the request's sequence; the core has it extended before it asks for drafts."""
         ...
 
     def uses(self) -> Sequence[SourceUse]:
@@ -94,6 +95,10 @@ class Drafter(Protocol):
 
     def start(self, index: SequenceIndex, wish: DraftWish) -> DraftLine:
         """A request begins whose sequence `index` is of."""
+        ...
+
+    def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
+        """Settled tokens at the end of the indexes of these lines: `counts[i]` ≥ 0 of `tokens` for line i, in order."""
         ...
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:

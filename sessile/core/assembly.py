@@ -65,6 +65,8 @@ class Flight:
     rows: Column
     allowed: Ints
     """Most tokens each row may emit: 0 without SAMPLE, else 1 + drafts."""
+    counted: Ints
+    """How many of them count as pending: one less where all of them would end the request, as not all may come."""
     sampling: Flags
     """bool[rows_max]: the rows with SAMPLE and no drafts, each of which emits one token."""
     samples: int
@@ -123,6 +125,7 @@ def once_more(planned: Planned, flight: Flight) -> Flight:
         plan,
         flight.rows,
         flight.allowed,
+        flight.counted,
         planned.sampling,
         flight.samples,
         is_drafted=False,
@@ -175,12 +178,16 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
         columns[:, decode_count:] = np.frombuffer(b"".join(table), np.int32).reshape(-1, 7).T
         rows = columns[_ROW].astype(np.int64)
         tokens = b"".join([tokens, *[part.request.tokens(part.start, part.end) for part in parts]])
-    allowed = columns[_FLAGS] & SAMPLE
+    allowed = counted = columns[_FLAGS] & SAMPLE
     sampling, samples = planned.sampling, decode_count + sum([part.samples for part in parts])
     is_drafted = False
     if caps is not None:
         is_drafted = bool(np.count_nonzero(columns[_DRAFTS]))
         allowed += columns[_DRAFTS]
+        if is_drafted:
+            books.drafted_step = planned.step
+            counted = allowed.copy()
+            counted[:decode_count] = books.rows.pending[decodes]
         singles = rows[allowed == 1]
         sampling, samples = books.rows.flags_of(singles), len(singles)
     plan = StepPlan(
@@ -200,7 +207,7 @@ def assemble(books: Books, planned: Planned) -> Flight | None:
         mask_queries,
         mask_words,
     )
-    return Flight(plan, rows, allowed, sampling, samples, is_drafted, decode_count, parts, is_steady)
+    return Flight(plan, rows, allowed, counted, sampling, samples, is_drafted, decode_count, parts, is_steady)
 
 
 def _late_part(
@@ -247,12 +254,17 @@ def _decode_columns(books: Books, decodes: Column, columns: Ints) -> Packed:
 def _draft_columns(books: Books, decodes: Column, counts: Column, drafts: Column, columns: Ints) -> Packed:
     """Fill the columns [7, d] of rows that decode with drafts; returns their tokens, drafts included.
 
-    Everything before has settled: positions and tokens are known, and the caps have shrunk to what is proposed.
+    Everything before has settled: positions and tokens are known, and the caps have shrunk to what is proposed. A row
+    that would be done if all its drafts were right is planned one token less far: so the next step, which waits for
+    this one, has a place for it, and a wrong draft costs it no step.
     """
     rows = books.rows
     starts = rows.settled[decodes]
-    rows.planned[decodes] = starts + 1 + counts
-    rows.pending[decodes] = 1 + counts
+    reach = starts + 1 + counts
+    uncounted: Flags = reach >= rows.kv_goal[decodes]
+    uncounted &= counts > 0
+    rows.planned[decodes] = reach - uncounted
+    rows.pending[decodes] = 1 + counts - uncounted
     books.totals.drafts_offered += len(drafts)
     books.totals.verifications += int(np.count_nonzero(counts))
     columns[_START] = starts

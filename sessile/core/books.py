@@ -112,6 +112,8 @@ class Books:
         """How often each rare branch was taken."""
         self.now_ns = 0
         self.settled_step = 0
+        self.drafted_step = 0
+        """The newest step with drafts."""
         self.arrivals = 0
         self.bound_pages = 0
         """Pages that running requests can come to need by their goals: a running counter for admission."""
@@ -142,6 +144,11 @@ class Books:
     @planned_step.setter
     def planned_step(self, step: int) -> None:
         self.tree.step = step
+
+    @property
+    def has_drafts_in_flight(self) -> bool:
+        """Whether positions of rows depend on which drafts are right."""
+        return self.drafted_step > self.settled_step
 
     @property
     def reclaimable_pages(self) -> int:

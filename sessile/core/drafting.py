@@ -14,7 +14,7 @@ from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceInd
 from sessile.contract.messages import Done, SourceFigures, Submit, with_drafts
 from sessile.core.books import Books
 from sessile.core.request import Drafts, Request
-from sessile.core.rows import Column
+from sessile.core.rows import Column, RowTable
 from sessile.core.session import Session
 from sessile.core.tenants import Tenant
 from sessile.errors import InvalidRequest
@@ -82,44 +82,64 @@ def end_line(books: Books, request: Request, done: Done) -> Done:
     return with_drafts(done, drafts.offered, drafts.accepted, sources)
 
 
-def caught_up(books: Books, request: Request) -> DraftLine:
-    """The line of a running request, its index told all tokens that have settled."""
+def caught_up(books: Books, asked: Column) -> list[DraftLine]:
+    """The lines of running rows int64[d], their indexes told all tokens that have settled."""
+    drafter, rows = books.drafter, books.rows
+    assert drafter is not None
+    lines = [_line_of(rows.occupant(row)) for row in asked.tolist()]
+    behind = rows.known[asked] - np.array([line.index.tokens for line in lines], np.int64)
+    gathered = rows.filled[asked]
+    for i in (behind > gathered).nonzero()[0].tolist():
+        request, index = rows.occupant(int(asked[i])), lines[i].index
+        index.extend(request.tokens(index.tokens, request.known_tokens))
+    # The audit, not this, says of an index that is ahead of its sequence whose it is.
+    newest = np.maximum(np.minimum(behind, gathered), 0)
+    if np.count_nonzero(newest):
+        drafter.extend(lines, rows.newest(asked, newest), newest)
+    return lines
+
+
+def _line_of(request: Request) -> DraftLine:
     line = request.drafts.line
     assert line is not None, f"request {request.key} was asked for drafts and has no line"
-    books.collect_output(request)
-    index, known = line.index, request.known_tokens
-    if index.tokens < known:
-        index.extend(request.tokens(index.tokens, known))
     return line
 
 
 def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
-    """The most drafts worth verifying for each decoding row, int64[d], in a step of so many tokens without them."""
+    """The most drafts worth verifying for each decoding row, int64[d], in a step of so many tokens without them.
+
+    Of those in flight maybe none is right: so it may be more than turns out to be left of a request.
+    """
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
-    # `planned` counts what is in flight as accepted, so no later settlement brings the end nearer than this. The last
-    # token needs no successor.
-    caps: Column = np.minimum(rows.drafts[decodes], rows.kv_goal[decodes] - rows.planned[decodes] - 1)
-    np.maximum(caps, 0, out=caps)
+    kv_tokens = rows.known[decodes] - 1 + np.minimum(rows.pending[decodes], 1)
+    caps: Column = np.minimum(rows.drafts[decodes], most_that_can_follow(rows, decodes, kv_tokens))
     asked = caps.nonzero()[0]
     if len(asked):
-        lines = [caught_up(books, rows.occupant(row)) for row in decodes[asked].tolist()]
+        lines = caught_up(books, decodes[asked])
         limits = np.array(drafter.limits(lines, tokens), np.int64)
         assert limits.shape == asked.shape and limits.min() >= 0, "a drafter gave other limits than it was asked for"
         caps[asked] = np.minimum(caps[asked], limits)
     return caps
 
 
+def most_that_can_follow(rows: RowTable[Request], decodes: Column, kv_tokens: Column) -> Column:
+    """The most drafts that rows with so much KV have a use for: a request's last token needs no successor."""
+    most: Column = np.maximum(rows.kv_goal[decodes] - kv_tokens - 1, 0)
+    return most
+
+
 def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Column]:
     """(how many drafts each decoding row gets int64[d], all of them end to end int64); every step has settled."""
     drafter, rows = books.drafter, books.rows
     counts = np.zeros(len(decodes), np.int64)
+    caps = np.minimum(caps, most_that_can_follow(rows, decodes, rows.settled[decodes]))
     asked = (caps > 0).nonzero()[0]
     if not len(asked):
         return counts, counts[:0]
     assert drafter is not None
     wanted = caps[asked].tolist()
-    lines = [caught_up(books, rows.occupant(row)) for row in decodes[asked].tolist()]
+    lines = caught_up(books, decodes[asked])
     proposed: list[Sequence[int]] = list(drafter.draft(lines, wanted))
     counts[asked] = [len(each) for each in proposed]
     assert len(proposed) == len(lines) and (counts <= caps).all(), "a drafter proposed more than it was asked for"

@@ -25,15 +25,16 @@ class Steady:
     """Rows that decode side by side, and nobody else: as it stays until somebody comes, goes, or is nearly done.
 
     steps_left: so many more steps can each of them run. steps_fitting: so many more are known to lack no page.
-    changes: those of the row table, as of then.
+    changes: those of the row table, as of then. is_asked: whether any has to be asked for drafts or masks.
     """
 
-    __slots__ = ("changes", "decodes", "sampling", "steps_fitting", "steps_left")
+    __slots__ = ("changes", "decodes", "is_asked", "sampling", "steps_fitting", "steps_left")
 
     def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags) -> None:
         self.decodes = decodes
         self.sampling = sampling
         self.changes = rows.changes
+        self.is_asked = bool(np.count_nonzero(rows.drafts[decodes]) or np.count_nonzero(rows.constrained[decodes]))
         self.steps_fitting = 0
         self.steps_left = int(np.minimum.reduce(rows.kv_goal[decodes] - rows.planned[decodes]))
 
@@ -275,7 +276,7 @@ class Planner:
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
         if self._steady is not None and not wants and not (len(lacking) and books.reserving):
-            if len(lacking) and books.drafter is None:  # With drafts every step draws pages of its own.
+            if len(lacking) and not self._steady.is_asked:  # With drafts every step draws pages of its own.
                 lacking = self._lacking_soon(lacking, room)
             if len(lacking) <= books.ledger.free_pages:
                 self._draw_one_each(planned, lacking)
@@ -358,7 +359,7 @@ class Planner:
                 break
             if self._give_up_spare_pages(planned):
                 continue
-            if np.count_nonzero(rows.pending[rows.plannable] > 1):
+            if books.has_drafts_in_flight:
                 # Some of the drafts in flight may be wrong; a step that is short has none, so this comes to an end.
                 books.marks[Mark.WAITED_FOR_DRAFTS] += 1
                 break
@@ -423,14 +424,14 @@ class Planner:
     def _offer_drafts(self, planned: Planned) -> None:
         """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
         decodes, books = planned.decodes, self._books
-        if not len(decodes):
+        if not len(decodes) or (self._steady is not None and not self._steady.is_asked):
             return
         # Behind drafts in flight a row's position, and behind any token in flight what a grammar allows, is known only
         # when they have settled.
         is_late = are_any(books, decodes)
         caps = NO_ROWS
         if books.drafter is not None:
-            is_late = is_late or bool(np.count_nonzero(books.rows.pending[decodes] > 1))
+            is_late = is_late or books.has_drafts_in_flight
             budget = self._budget(True) - planned.tokens
             if budget > 0 and not planned.is_short:
                 caps = most_drafts(books, decodes, planned.tokens)
@@ -446,7 +447,7 @@ class Planner:
         books, rows, decodes = self._books, self._books.rows, planned.decodes
         size = books.limits.page_size
         after = rows.planned[decodes] + 1
-        wanted = -(-(after + caps) // size) - rows.pages[decodes]
+        wanted = -(-np.minimum(after + caps, rows.kv_goal[decodes]) // size) - rows.pages[decodes]
         for index in (wanted > 0).nonzero()[0].tolist():
             row, pages = RowId(int(decodes[index])), int(wanted[index])
             granted = min(pages, books.ledger.free_pages)
@@ -475,8 +476,10 @@ class Planner:
             return
         rows.plan_one(sampling, planned.step)
         if planned.draft_caps is not None:
-            rows.planned[planned.decodes] += planned.draft_caps
-            rows.pending[planned.decodes] += planned.draft_caps
+            decodes = planned.decodes
+            counted = np.minimum(planned.draft_caps, rows.kv_goal[decodes] - rows.planned[decodes])
+            rows.planned[decodes] += counted
+            rows.pending[decodes] += counted
         seated = len(planned.parts) - len(planned.bound)
         for part in planned.parts[:seated]:
             row = part.row

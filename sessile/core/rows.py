@@ -43,6 +43,13 @@ pack_row = Struct(f"<{len(COLUMNS)}q").pack
 """A number for each of COLUMNS, as the bytes that `RowTable.seat` takes."""
 
 
+def spread(counts: Column) -> tuple[Column, Column]:
+    """Of runs of so many elements, end to end: (which run each element is of, its place in that)."""
+    which = np.arange(len(counts)).repeat(counts)
+    places = np.arange(len(which)) - (counts.cumsum() - counts)[which]
+    return which, places
+
+
 class _Run:
     """Steps in a row in which the same rows, and all of them plain, decode one token each: counted, not yet written.
 
@@ -285,6 +292,25 @@ class RowTable(Generic[Occupant]):
         self._last_token[active] = tokens
         np.copyto(self._settled, self._known, where=chosen)
         self._told += self._as_ones(chosen)
+
+    def append_several(self, active: Column, counts: Column, settled: Column, tokens: npt.NDArray[np.int32]) -> None:
+        """Append `counts` tokens to each of the rows, of which so many tokens have right KV then; none is full by that.
+
+        active, counts, settled [d]. tokens: end to end.
+        """
+        which, places = spread(counts)
+        places += self.filled[active][which]
+        self._outputs[active[which], places] = tokens
+        self._last_token[active] = tokens[counts.cumsum() - 1]
+        self._settled[active] = settled
+        self._told[:, active] += counts
+
+    def newest(self, active: Column, counts: Column) -> npt.NDArray[np.int32]:
+        """The last `counts` tokens in `outputs` of each of the rows, end to end."""
+        which, places = spread(counts)
+        places += (self.filled[active] - counts)[which]
+        newest: npt.NDArray[np.int32] = self._outputs[active[which], places]
+        return newest
 
     # -- steps that go on -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from sessile.core.drafting import judge_drafts
 from sessile.core.ending import end_request
 from sessile.core.planned import PromptPart
 from sessile.core.request import Phase, Request
-from sessile.core.rows import ONES, OUTPUT_COLUMNS, Column, Flags
+from sessile.core.rows import ONES, OUTPUT_COLUMNS, Column, Flags, spread
 from sessile.core.stop import StopFound
 from sessile.errors import PlanError
 
@@ -30,7 +30,7 @@ def settle_step(books: Books, flight: Flight, result: StepResult) -> None:
     is_faulty = np.count_nonzero(result.faulty) > 0
     if is_faulty or not flight.is_steady or not _settle_by_note(books, flight, result):
         if flight.is_drafted:
-            books.rows.pending[flight.rows] -= flight.allowed
+            books.rows.pending[flight.rows] -= flight.counted
         else:
             books.rows.settle_one(flight.sampling)
         _settle_prompts(books, flight, result)
@@ -94,8 +94,8 @@ def _settle_prompts(books: Books, flight: Flight, result: StepResult) -> None:
 def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
     """Rows that append one token with nothing to look at but stop tokens and length go together, others one by one.
 
-    Not plain: rows with drafts, stop strings, log-probabilities, a least output; a prompt of which one token was left;
-    rows whose request has ended. The rows of a step with a faulty row all go the long way.
+    Not plain: rows with stop strings, log-probabilities, a least output; a prompt of which one token was left; rows
+    whose request has ended. The rows of a step with a faulty row all go the long way.
     """
     rows = books.rows
     plain = rows.live > rows.slow
@@ -117,8 +117,42 @@ def _settle_plain(books: Books, flight: Flight, result: StepResult) -> None:
         else:
             tokens = result.tokens[chosen[(flight.allowed > 0).nonzero()[0]]]
         _append_one(books, flight.rows[chosen], plain, tokens)
+    if flight.is_drafted:
+        chosen |= _settle_drafted(books, flight, result)
     if count < flight.samples or flight.is_drafted:
         _settle_others(books, flight, result, (~chosen).nonzero()[0].tolist())
+
+
+def _settle_drafted(books: Books, flight: Flight, result: StepResult) -> Flags:
+    """Rows with drafts that append what was accepted, with nothing more to look at, together. Returns bool[n]: which.
+
+    Not those that end with it: which of their tokens are the last takes a look at each.
+    """
+    rows, plan = books.rows, flight.plan
+    goes_on = rows.live > rows.slow
+    goes_on &= rows.settled >= rows.prompt
+    handled: Flags = goes_on[flight.rows]
+    handled &= plan.draft_counts > 0
+    room = np.minimum(rows.kv_goal - rows.known, OUTPUT_COLUMNS - 1 - rows.filled)
+    handled &= result.emitted <= room[flight.rows]
+    which, _ = spread(result.emitted.astype(np.int64))
+    for stops in rows.stops[: rows.stop_columns]:
+        handled[which[stops[flight.rows][which] == result.tokens]] = False
+    active = flight.rows[handled]
+    if not len(active):
+        return handled
+    emitted, tokens = result.emitted[handled].astype(np.int64), result.tokens[handled[which]]
+    settled = plan.starts[handled] + emitted
+    rows.append_several(active, emitted, settled, tokens)
+    current = rows.last_step[active] == plan.step
+    rows.planned[active[current]] = settled[current]
+    books.totals.generated_tokens += len(tokens)
+    books.effects.deltas(rows.key[active], emitted.astype(np.int32), tokens)
+    offered = plan.draft_counts[handled].tolist()
+    for row, drafts, accepted in zip(active.tolist(), offered, (emitted - 1).tolist(), strict=True):
+        request = rows.occupant(row)
+        guarded(books, request, judge_drafts, books, request, drafts, accepted)
+    return handled
 
 
 def _append_one(books: Books, active: Column, plain: Flags, tokens: Ints) -> None:

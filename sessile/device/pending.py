@@ -74,15 +74,16 @@ class PendingStep:
 
     def wait(self) -> StepResult:
         """Wait for the device and make the result. Raises what the device raised."""
-        results = self.crossing.take()
         plan, count, rows_max = self.plan, self.plan.rows.size, self.rows_max
+        # Counted while the device is still at it.
+        places = sample_positions(plan) if self.logprobs is not None or self.facts.has_drafts else None
+        results = self.crossing.take()
         emitted, faulty = results[rows_max : rows_max + count], results[2 * rows_max : 2 * rows_max + count]
         tokens, logprobs = results[3 * rows_max :], NO_LOGPROBS
-        if self.logprobs is None and not self.facts.has_drafts:
+        if places is None:
             # Every place is emitted: one token of each row that samples.
             tokens = tokens[: self.facts.samples]
         else:
-            places = sample_positions(plan)
             is_emitted = places.depths < emitted[places.row_indices]
             tokens = tokens[: places.flat.size][is_emitted]
             if self.logprobs is not None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, SourceUse
+from sessile.contract.drafting import Counts, DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.draft.history import History
-from sessile.draft.lookup import NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE
+from sessile.draft.lookup import NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE, append_to_texts
 from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
 from sessile.draft.pace import Acceptance, StepTimes, affordable
 from sessile.draft.session_index import SessionIndex
@@ -64,6 +64,8 @@ class _Shown:
     version: tuple[int, int]
     parts: tuple[tuple[int, int], ...]
     sources: tuple[SourceKey, ...]
+    numbers: dict[SourceKey, int]
+    """Of the sources, by key."""
 
 
 class LookupLine:
@@ -76,15 +78,19 @@ class LookupLine:
         self._index = index
         self._records: dict[SourceKey, _Record] = {}
         self._shown: _Shown | None = None
+        self.shown_as_of = (-1, -1)
+        """Changes of the shelf and of all history when it was last shown its parts."""
+        self.parts = 0
+        """How many it may look into, its own index included."""
         self._priors = np.empty(0, np.int64)
         self._record = np.empty(0, np.int64)
-        self._address = 0
-        """Of the record; asking numpy for it takes a microsecond."""
+        self.address = 0
+        """Of its record for compiled code; asking numpy for it takes a microsecond."""
         self._last: list[tuple[SourceKey, int]] = []
         """Source and match of each of the last drafts."""
 
     @property
-    def index(self) -> SequenceIndex:
+    def index(self) -> SessionIndex:
         """That of the request's sequence."""
         return self._index
 
@@ -102,18 +108,18 @@ class LookupLine:
             totals[name] = (offered + record.offered, taken + record.taken)
         return [SourceUse(name, offered, taken) for name, (offered, taken) in totals.items() if offered]
 
-    def show(self, shown: _Shown) -> tuple[int, int]:
-        """(address of the line's record for compiled code, number of its parts), with these parts and its priors."""
-        if shown is not self._shown:
-            own = int(self._index.part.ctypes.data)
-            self._shown = shown
-            self._priors = np.empty(len(shown.sources), np.int64)
-            parts = [number for part in ((own, 0), *shown.parts) for number in part]
-            record = [int(self._priors.ctypes.data), len(parts) // 2, *parts]
-            self._record = np.array([own, *record], np.int64)
-            self._address = int(self._record.ctypes.data)
-            self._weigh()
-        return self._address, 1 + len(shown.parts)
+    def show(self, shown: _Shown, as_of: tuple[int, int]) -> None:
+        """Make the line's record for compiled code, of these parts and its priors, if they are others."""
+        self.shown_as_of = as_of
+        if shown is self._shown:
+            return
+        own = self._index.address
+        self._shown = shown
+        self.parts = 1 + len(shown.parts)
+        self._priors = np.array([self._prior(key) for key in shown.sources], np.int64)
+        parts = [number for part in ((own, 0), *shown.parts) for number in part]
+        self._record = np.array([own, int(self._priors.ctypes.data), self.parts, *parts], np.int64)
+        self.address = int(self._record.ctypes.data)
 
     def offer(self, nodes: Sequence[Sequence[int]]) -> list[TokenId]:
         """Take down what is offered from a tree's nodes; returns the tokens."""
@@ -135,25 +141,25 @@ class LookupLine:
 
     def judge(self, accepted: int) -> None:
         """The first `accepted` of the last drafts were right, the next one, if there is one, was wrong."""
-        assert 0 <= accepted <= len(self._last), f"{accepted} drafts accepted of {len(self._last)}"
-        for number, (key, match) in enumerate(self._last[: accepted + 1]):
+        last, self._last = self._last, []
+        assert 0 <= accepted <= len(last), f"{accepted} drafts accepted of {len(last)}"
+        for number, (key, match) in enumerate(last[: accepted + 1]):
             is_accepted = number < accepted
             record = self._records[key]
             record.judge(is_accepted)
             record.taken += is_accepted
             self.acceptance.judge(match + number, is_accepted)
-        if self._last:
-            self._weigh()
-        self._last = []
+        for key in {key for key, _ in last[: accepted + 1]}:
+            assert self._shown is not None, "what was offered was shown"
+            source = self._shown.numbers.get(key)
+            if source is not None:  # A corpus may have gone meanwhile.
+                self._priors[source] = self._prior(key)
 
-    def _weigh(self) -> None:
-        """Write the priors that follow from what was learned."""
-        assert self._shown is not None
-        bases = (self._rules.session_prior * PRIOR_ONE, self._rules.history_prior * PRIOR_ONE, PRIOR_ONE)
-        records = self._records
-        self._priors[:] = [
-            records[key].prior(bases[key[0]]) if key in records else bases[key[0]] for key in self._shown.sources
-        ]
+    def _prior(self, key: SourceKey) -> int:
+        """A source's weight, as it follows from what was learned of it."""
+        base = (self._rules.session_prior, self._rules.history_prior, 1)[key[0]] * PRIOR_ONE
+        record = self._records.get(key)
+        return record.prior(base) if record else base
 
 
 class LookupDrafter:
@@ -197,6 +203,16 @@ class LookupDrafter:
         assert isinstance(index, SessionIndex), "an index of another drafter"
         return LookupLine(index, wish, self._rules)
 
+    def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
+        """Settled tokens at the end of the indexes of these lines: `counts[i]` ≥ 0 of `tokens` for line i, in order.
+
+        tokens, counts: writable, as compiled code is compiled for that alone.
+        """
+        indexes = [_ours(line).index for line in lines]
+        for index, count in zip(indexes, counts.tolist(), strict=True):
+            index.provide_for(count)
+        append_to_texts(np.array([index.address for index in indexes], np.int64), tokens, counts)
+
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         """Most drafts worth verifying for each line in a step that runs `tokens` tokens without them.
 
@@ -209,8 +225,8 @@ class LookupDrafter:
         matches = self._matches(ours, allowed > 0)
         begins = not any(line.has_drafts for line in ours)
         learned = [line.acceptance for line in ours]
-        limits = affordable(learned, matches, allowed, tokens, self._step_times, begins=begins)
-        return [int(limit) for limit in limits]
+        limits: list[int] = affordable(learned, matches, allowed, tokens, self._step_times, begins=begins).tolist()
+        return limits
 
     def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:
         """The longest match of each line, in tokens, in all that it may look into: a search, and no more."""
@@ -223,9 +239,9 @@ class LookupDrafter:
         budgets = [min(cap, line.wish.drafts_max) or -1 for cap, line in zip(caps, ours, strict=True)]
         trees = self._merge(ours, np.array(budgets, np.int32), self._shelf.snapshot)
         drafts: list[list[TokenId]] = []
-        for number, line in enumerate(ours):
-            nodes = trees.nodes[number, : trees.counts[number]].tolist()
-            drafts.append(line.offer([nodes[i] for i in chain_of(nodes)]))
+        for line, nodes, count in zip(ours, trees.nodes.tolist(), trees.counts.tolist(), strict=True):
+            taken = nodes[:count]
+            drafts.append(line.offer([taken[i] for i in chain_of(taken)]))
         return drafts
 
     def settled(self, line: DraftLine, accepted: int) -> None:
@@ -246,6 +262,7 @@ class LookupDrafter:
         index.extend(np.arange(8, dtype=np.int32).tobytes())
         index.truncate(4)
         line = self.start(index, DraftWish("", (), 1))
+        self.extend([line], np.ones(1, np.int32), np.ones(1, np.int64))
         self.draft([line], [1])
 
     def close(self) -> None:
@@ -261,12 +278,12 @@ class LookupDrafter:
 
     def _merge(self, lines: Sequence[LookupLine], budgets: npt.NDArray[np.int32], snapshot: Snapshot) -> Trees:
         """Drafts of all lines from one snapshot, which lives until they are made."""
-        records: Words = np.empty(len(lines), np.int64)
-        parts = 0
-        for number, line in enumerate(lines):
-            records[number], of_line = line.show(self._shown_to(line.wish, snapshot))
-            parts += of_line
-        return self._merger.draft(records, budgets, parts)
+        as_of = (snapshot.version, self._history.changes if self._history else 0)
+        for line in lines:
+            if line.shown_as_of != as_of:
+                line.show(self._shown_to(line.wish, snapshot), as_of)
+        records: Words = np.array([line.address for line in lines], np.int64)
+        return self._merger.draft(records, budgets, sum([line.parts for line in lines]))
 
     def _shown_to(self, wish: DraftWish, snapshot: Snapshot) -> _Shown:
         """The parts that a wish may look into, made anew only when the shelf or the history has changed."""
@@ -279,7 +296,8 @@ class LookupDrafter:
             parts = [(int(part.ctypes.data), 1) for part in past]
             parts += [(int(entry.index.part.ctypes.data), 2 + i) for i, entry in enumerate(entries)]
             keys = [(2, entry.tenant, entry.corpus_id) for entry in entries]
-            shown = _Shown(version, tuple(parts), (SEQUENCE_KEY, HISTORY_KEY, *keys))
+            sources = (SEQUENCE_KEY, HISTORY_KEY, *keys)
+            shown = _Shown(version, tuple(parts), sources, {key: number for number, key in enumerate(sources)})
             if len(self._shown) >= WISHES_MAX:
                 self._shown.clear()
             self._shown[wanted] = shown

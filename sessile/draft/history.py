@@ -9,7 +9,7 @@ was (H45). Beyond the budget the oldest segments go.
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,8 @@ class History:
         self._limits = limits
         self._pasts: OrderedDict[str, _Past] = OrderedDict()
         self._sealer = ThreadPoolExecutor(1, "history")
-        self._versions = count(1)
+        self.changes = 0
+        """How often what there is to search has changed, of any tenant."""
 
     @property
     def resident_bytes(self) -> int:
@@ -83,7 +84,7 @@ class History:
         room = self._limits.tail_tokens
         text = np.concatenate((tokens[max(len(tokens) - room + 2, 0) :], np.array([SEPARATOR], np.int32)))
         if tenant not in self._pasts:
-            self._pasts[tenant] = _Past(_new_tail(), next(self._versions))
+            self._pasts[tenant] = _Past(_new_tail(), self._next_version())
         past = self._pasts[tenant]
         self._pasts.move_to_end(tenant)
         if past.tail.tokens + len(text) > room:
@@ -115,7 +116,7 @@ class History:
             past.segments.append(past.segment.result())
             del past.segments[:-SEGMENTS_MAX]
         past.sealed, past.tail = past.tail, _new_tail()
-        past.version = next(self._versions)
+        past.version = self._next_version()
         past.segment = self._sealer.submit(_segment_of, past.sealed.text)
 
     def _drop_oldest(self) -> None:
@@ -123,9 +124,14 @@ class History:
         tenant, past = next(iter(self._pasts.items()))
         if past.segments:
             del past.segments[0]
-            past.version = next(self._versions)
+            past.version = self._next_version()
         else:
             del self._pasts[tenant]
+            self.changes += 1
+
+    def _next_version(self) -> int:
+        self.changes += 1
+        return self.changes
 
 
 def _new_tail() -> SessionIndex:

@@ -43,14 +43,39 @@ def gram_hash(tokens, end, bits):  # type: ignore[no-untyped-def]
     return np.int64(mixed >> np.uint64(64 - bits))
 
 
-@entry
-def link_places(tokens, older, heads, bits, first, last):  # type: ignore[no-untyped-def]
-    """Put the places first … last - 1 at the heads of their chains, in this order."""
+@piece
+def _link(tokens, older, heads, bits, first, last):  # type: ignore[no-untyped-def]
     for place in range(max(first, GRAM_TOKENS), last):
         bucket = gram_hash(tokens, place, bits) if tokens[place] != SEPARATOR else np.int64(-1)
         if bucket >= 0:
             older[place] = heads[bucket]
             heads[bucket] = place
+
+
+@entry
+def link_places(tokens, older, heads, bits, first, last):  # type: ignore[no-untyped-def]
+    """Put the places first … last - 1 at the heads of their chains, in this order."""
+    _link(tokens, older, heads, bits, first, last)
+
+
+@entry
+def append_to_texts(parts, tokens, counts):  # type: ignore[no-untyped-def]
+    """Append counts[i] of `tokens`, which are end to end, to the text with chains of parts[i], which has room for them.
+
+    parts int64[n]: addresses. tokens int32, counts int64[n].
+    """
+    at = 0
+    for i in range(parts.size):
+        part = carray(pointer(parts[i]), (PART_FIELDS,), np.int64)
+        text = carray(pointer(part[TOKENS_AT]), (part[PLACES],), np.int32)
+        older = carray(pointer(part[PLACES_AT]), (part[PLACES],), np.int32)
+        heads = carray(pointer(part[HEADS_AT]), (np.int64(1) << part[HEAD_BITS],), np.int32)
+        first = part[TOKENS]
+        for j in range(counts[i]):
+            text[first + j] = tokens[at + j]
+        _link(text, older, heads, part[HEAD_BITS], first, first + counts[i])
+        part[TOKENS] = first + counts[i]
+        at += counts[i]
 
 
 @entry

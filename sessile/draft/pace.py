@@ -47,6 +47,8 @@ class StepTimes:
     late_line_ns: int = 0
     plain_tokens: tuple[int, ...] = ()
     plain_times_ns: tuple[int, ...] = ()
+    _curve: tuple[Floats, Floats] = field(init=False, repr=False, compare=False)
+    _plain_curve: tuple[Floats, Floats] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.times_ns) >= 2, "a table of step times has two points or more"
@@ -55,49 +57,54 @@ class StepTimes:
             assert all(low < high for low, high in pairwise(tokens)), "tokens must ascend"
         assert min(*self.times_ns, *self.plain_times_ns) > 0, "a step takes time"
         assert min(self.late_ns, self.late_line_ns) >= 0, "a late part makes no step shorter"
+        object.__setattr__(self, "_curve", _ascending(self.tokens, self.times_ns))
+        object.__setattr__(self, "_plain_curve", _ascending(self.plain_tokens, self.plain_times_ns))
 
     def plain_ns(self, tokens: int) -> float:
         """Of a step of so many tokens without drafts. Beyond the last that was measured it holds prompts too, and runs
         like one that verifies."""
         if not self.plain_tokens or tokens > self.plain_tokens[-1]:
             return float(self.time_ns(np.array([tokens], np.int64))[0])
-        times = np.maximum.accumulate(np.array(self.plain_times_ns, np.float64))
-        return float(np.interp(tokens, np.array(self.plain_tokens, np.float64), times))
+        return float(np.interp(tokens, *self._plain_curve))
 
     def time_ns(self, tokens: npt.NDArray[np.int64]) -> Floats:
-        """Of steps of so many tokens: between two points along a line, beyond the last one along the last line.
-
-        A larger step that was measured to be faster is taken to be as slow as the smaller one.
-        """
-        at = np.array(self.tokens, np.float64)
-        times = np.maximum.accumulate(np.array(self.times_ns, np.float64))
+        """Of steps of so many tokens: between two points along a line, beyond the last one along the last line."""
+        at, times = self._curve
         slope = (times[-1] - times[-2]) / (at[-1] - at[-2])
         beyond: Floats = np.maximum(tokens - at[-1], 0.0) * slope
         inside: Floats = np.interp(tokens, at, times)
         return inside + beyond
 
 
-def _nothing() -> Floats:
-    return np.zeros((2, len(MATCH_LENGTHS)))
+def _ascending(tokens: tuple[int, ...], times_ns: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """(tokens, times): a larger step that was measured to be faster is taken to be as slow as the smaller one."""
+    return np.array(tokens, np.float64), np.maximum.accumulate(np.array(times_ns, np.float64))
+
+
+def _nothing() -> list[float]:
+    return [0.0] * len(MATCH_LENGTHS)
 
 
 @dataclass(slots=True)
 class Acceptance:
     """What became of a line's drafts, by class of match: counts that fade.
 
-    counts float64[2, classes]: accepted, and judged, as they were `rests` steps without a draft ago.
+    accepted, judged: as they were `rests` steps without a draft ago.
     """
 
-    counts: Floats = field(default_factory=_nothing)
+    accepted: list[float] = field(default_factory=_nothing)
+    judged: list[float] = field(default_factory=_nothing)
     rests: int = 0
 
     def judge(self, match: int, is_accepted: bool) -> None:
         """One draft behind a match of so many tokens, drafts before it included."""
+        accepted, judged = self.accepted, self.judged
         if self.rests:
-            self.counts *= REST_FADE**self.rests
+            left = REST_FADE**self.rests
+            accepted[:] = [count * left for count in accepted]
+            judged[:] = [count * left for count in judged]
             self.rests = 0
         kind = bisect_right(MATCH_LENGTHS, match) - 1
-        accepted, judged = self.counts
         if judged[kind] >= JUDGED_MAX:
             accepted[kind] /= 2
             judged[kind] /= 2
@@ -114,7 +121,7 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
 
     A draft that is accepted makes the match longer by one.
     """
-    counts = np.array([line.counts for line in lines])
+    counts = np.array([(line.accepted, line.judged) for line in lines])
     counts *= (REST_FADE ** np.array([line.rests for line in lines], np.float64))[:, np.newaxis, np.newaxis]
     accepted, judged = counts[:, 0], counts[:, 1]
     each = (accepted + EXPECTED_WEIGHT * EXPECTED) / (judged + EXPECTED_WEIGHT)
@@ -126,19 +133,20 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
 
 
 def worthwhile(
-    chances: Floats, tokens: int, times: StepTimes, *, begins: bool = False
+    chances: Floats, lines: int, tokens: int, times: StepTimes, *, begins: bool = False
 ) -> npt.NDArray[np.int32]:  # fmt: skip
-    """int32[lines]: how many drafts of each line a step that runs `tokens` tokens without them should verify.
+    """int32[n]: how many drafts of each line a step that runs `tokens` tokens without them should verify.
 
-    chances: of `path_chances`, not rising along a line; 0 where a line allows no more. begins: the step in flight has
-    no drafts. The step behind drafts has to wait for them in any case; so of steps with drafts in a row each pays for
-    one late part, and the first pays for that of the step behind the last one as well.
+    chances: of `path_chances`, not rising along a line; 0 where a line allows no more. lines: ≥ n, all that the step
+    serves; it verifies nothing for the others. begins: the step in flight has no drafts. The step behind drafts has to
+    wait for them in any case; so of steps with drafts in a row each pays for one late part, and the first pays for that
+    of the step behind the last one as well.
     """
-    lines, drafts = chances.shape
+    count, drafts = chances.shape
     # Stable: of equal chances the lower line's, and of a line's the nearer, so that what is taken is the first of each.
     order = np.argsort(-chances, axis=None, kind="stable")
     order = order[: int(np.count_nonzero(chances))]
-    limits = np.zeros(lines, np.int32)
+    limits = np.zeros(count, np.int32)
     if not len(order):
         return limits
     steps = times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
@@ -147,7 +155,7 @@ def worthwhile(
     rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + late)
     if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
-        limits += np.bincount(taken // drafts, minlength=lines).astype(np.int32)
+        limits += np.bincount(taken // drafts, minlength=count).astype(np.int32)
     return limits
 
 
@@ -157,12 +165,16 @@ def affordable(
 ) -> npt.NDArray[np.int32]:  # fmt: skip
     """int32[lines]: most drafts worth verifying of each line, and no more than it allows; 0 is a step's rest for it.
 
-    matches, allowed int32[lines], of which some line allows one. tokens: of the step without drafts.
-    begins: as in `worthwhile`.
+    matches, allowed int32[lines]. tokens: of the step without drafts. begins: as in `worthwhile`.
     """
-    chances = path_chances(lines, matches, int(allowed.max()))
-    chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
-    limits = worthwhile(chances, tokens, times, begins=begins)
+    limits = np.zeros(len(lines), np.int32)
+    # Most lines match nothing: they are not weighed.
+    matching = np.minimum(matches, allowed).nonzero()[0]
+    if len(matching):
+        allowed = allowed[matching]
+        chances = path_chances([lines[i] for i in matching.tolist()], matches[matching], int(allowed.max()))
+        chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
+        limits[matching] = worthwhile(chances, len(lines), tokens, times, begins=begins)
     for line, limit in zip(lines, limits.tolist(), strict=True):
         if not limit:
             line.rest()

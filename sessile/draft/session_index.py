@@ -41,18 +41,18 @@ class SessionIndex:
         self._older = np.empty(0, np.int32)
         self._heads = np.empty(0, np.int32)
         self._bits = 0
-        self._tokens = 0
-        self._reserve(CAPACITY_MIN)
+        self.address = int(self.part.ctypes.data)
+        """Of `part`; asking numpy for it takes a microsecond."""
 
     @property
     def tokens(self) -> int:
         """How many tokens it holds."""
-        return self._tokens
+        return int(self.part.item(TOKENS))
 
     @property
     def text(self) -> Ints:
         """Those tokens, to be read before the next change."""
-        return self._text[: self._tokens]
+        return self._text[: self.tokens]
 
     @property
     def resident_bytes(self) -> int:
@@ -65,30 +65,34 @@ class SessionIndex:
 
     def append(self, tokens: Ints) -> None:
         """Tokens at the end; a SEPARATOR among them is never matched or crossed."""
-        first, last = self._tokens, self._tokens + len(tokens)
-        if last > len(self._text):
-            self._reserve(last)
+        self.provide_for(len(tokens))
+        first, last = self.tokens, self.tokens + len(tokens)
         self._text[first:last] = tokens
         link_places(self._text, self._older, self._heads, self._bits, first, last)
-        self._set_tokens(last)
+        self.part[TOKENS] = last
+
+    def provide_for(self, tokens: int) -> None:
+        """Make room for so many more."""
+        if self.tokens + tokens > len(self._text):
+            self._reserve(self.tokens + tokens)
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens`, 0 ≤ tokens ≤ self.tokens."""
-        if not 0 <= tokens <= self._tokens:
-            raise InvariantError(f"an index of {self._tokens} tokens cannot be cut to {tokens}")
-        unlink_places(self._text, self._older, self._heads, self._bits, tokens, self._tokens)
-        self._set_tokens(tokens)
+        if not 0 <= tokens <= self.tokens:
+            raise InvariantError(f"an index of {self.tokens} tokens cannot be cut to {tokens}")
+        unlink_places(self._text, self._older, self._heads, self._bits, tokens, self.tokens)
+        self.part[TOKENS] = tokens
 
     def fork(self, tokens: int) -> "SessionIndex":
         """An index of the first `tokens`, independent of this one from here on: a copy, the rest of it cut."""
-        if not 0 <= tokens <= self._tokens:
-            raise InvariantError(f"an index of {self._tokens} tokens has no first {tokens}")
+        if not 0 <= tokens <= self.tokens:
+            raise InvariantError(f"an index of {self.tokens} tokens has no first {tokens}")
         twin = SessionIndex()
-        if 2 * tokens < self._tokens:
+        if 2 * tokens < self.tokens:
             twin.append(self._text[:tokens])
             return twin
         twin._take_arrays(self._text.copy(), self._older.copy(), self._heads.copy(), self._bits)
-        twin._set_tokens(self._tokens)
+        twin.part[TOKENS] = self.tokens
         twin.truncate(tokens)
         return twin
 
@@ -97,16 +101,12 @@ class SessionIndex:
         bits = max(tokens, 2 * len(self._text), CAPACITY_MIN) - 1
         bits = bits.bit_length()
         text, older = np.zeros((2, 1 << bits), np.int32)
-        text[: self._tokens] = self.text
+        text[: self.tokens] = self.text
         self._take_arrays(text, older, np.zeros(1 << bits, np.int32), bits)
-        link_places(text, older, self._heads, bits, 0, self._tokens)
+        link_places(text, older, self._heads, bits, 0, self.tokens)
 
     def _take_arrays(self, text: Ints, older: Ints, heads: Ints, bits: int) -> None:
         self._text, self._older, self._heads, self._bits = text, older, heads, bits
         self.part[[TOKENS_AT, PLACES_AT, PLACES, HEADS_AT, HEAD_BITS]] = (
             text.ctypes.data, older.ctypes.data, len(older), heads.ctypes.data, bits,
         )  # fmt: skip
-
-    def _set_tokens(self, tokens: int) -> None:
-        self._tokens = tokens
-        self.part[TOKENS] = tokens

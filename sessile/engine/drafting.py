@@ -6,7 +6,7 @@ The core knows no clock and the drafter no device, so both questions are answere
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
+from sessile.contract.drafting import Counts, Drafter, DraftLine, DraftWish, Ints, SequenceIndex
 from sessile.engine.clock import Clock
 from sessile.units import TokenId
 
@@ -114,6 +114,12 @@ class TimedDrafter:
     def start(self, index: SequenceIndex, wish: DraftWish) -> DraftLine:
         """The drafter's."""
         return self._drafter.start(index, wish)
+
+    def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
+        """The drafter's, timed."""
+        started_ns = self._clock.now_ns()
+        self._drafter.extend(lines, tokens, counts)
+        self.ns_total += self._clock.now_ns() - started_ns
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         """The drafter's, timed."""

@@ -254,6 +254,7 @@ _RULES: dict[str, dict[str, Write | None]] = {
             "limits", "facts", "drafter", "totals", "forecast", "effects", "events", "marks", "now_ns", "settled_step",
             "arrivals", "session_serials", "idle_deadlines", "_parked_order",
         )),
+        "drafted_step": Form.step,
         "suspects": Form.pages,
         "requests": Form.values,
         "computing": Form.computing,

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
-from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, SourceUse
+import numpy as np
+
+from sessile.contract.drafting import Counts, DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.errors import NotFound
 from sessile.sim import hashing
 from sessile.sim.books import Books
@@ -50,6 +52,15 @@ class ListIndex:
             if known[place] == known[-1]:
                 return [TokenId(token) for token in known[place + 1 : place + 1 + most]]
         return []
+
+
+def extend_each(lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
+    """`Drafter.extend`, one index after the other."""
+    ends = np.cumsum(counts).tolist()
+    assert len(ends) == len(lines) and ends[-1] == len(tokens), "tokens of other lines than those"
+    for line, first, last in zip(lines, [0, *ends], ends, strict=False):
+        if first < last:
+            line.index.extend(tokens[first:last].tobytes())
 
 
 @dataclass
@@ -93,6 +104,10 @@ class ToyDrafter:
         """A request begins: which one, the corpus that it names tells."""
         by_corpus = {corpus_of(key): key for key in self.books.live}
         return ToyLine(index, by_corpus[wish.corpora[0]] if wish.corpora else None)
+
+    def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
+        """Each index gets its own."""
+        extend_each(lines, tokens, counts)
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         """0 to drafts_max for each, differing from step to step; the most they can be every other time."""

@@ -366,8 +366,12 @@ _DRAFTS = (
     ),
     _fault(
         "index told of what is in flight", "H49", "the index is shown the last token twice",
-        "drafting", "index.extend(request.tokens(index.tokens, known))",
-        "index.extend(request.tokens(max(0, index.tokens - 1), known))",
+        "drafting", "    newest = np.maximum(np.minimum(behind, gathered), 0)\n",
+        "    newest = np.minimum(behind + 1, gathered)\n",
+    ),
+    _fault(
+        "index told less than it lacks", "H49", "an index that is far behind is told the newest output alone",
+        "drafting", "        index.extend(request.tokens(index.tokens, request.known_tokens))\n", "",
     ),
     _fault(
         "branch looks up beyond its offset", "H11", "a branch's index begins with all of what it goes on from",
@@ -376,7 +380,21 @@ _DRAFTS = (
     ),
     _fault(
         "rejected drafts count as settled", "H10, H30", "KV of drafts that were wrong is taken for right",
+        "settling", "    settled = plan.starts[handled] + emitted\n",
+        "    settled = plan.starts[handled] + 1 + plan.draft_counts[handled].astype(np.int64)\n",
+    ),
+    _fault(
+        "rejected drafts of a last step settled", "H10, H30", "so is it in the step that ends a request",
         "settling", "    settled = start + 1 + accepted\n", "    settled = start + 1 + drafts\n",
+    ),
+    _fault(
+        "several tokens past a stop", "H58", "rows whose drafts were right do not look for a stop token",
+        "settling", "stops[flight.rows][which] == result.tokens", "stops[flight.rows][which] == -2",
+    ),
+    _fault(
+        "several tokens past the length", "H11", "rows whose drafts were right do not look how many tokens they may have",
+        "settling", "np.minimum(rows.kv_goal - rows.known, OUTPUT_COLUMNS - 1 - rows.filled)",
+        "OUTPUT_COLUMNS - 1 - rows.filled",
     ),
     _fault(
         "rejected draft in the history", "H11, H30", "a draft that was wrong is emitted behind the right ones",
@@ -388,8 +406,7 @@ _DRAFTS = (
     ),
     _fault(
         "drafts beyond the last token", "H11", "the number of drafts does not look at what the request may still say",
-        "drafting", "np.minimum(rows.drafts[decodes], rows.kv_goal[decodes] - rows.planned[decodes] - 1)",
-        "rows.drafts[decodes]",
+        "drafting", "    caps = np.minimum(caps, most_that_can_follow(rows, decodes, rows.settled[decodes]))\n", "",
     ),
     _fault(
         "drafts beyond the budget", "H15, H50", "drafts are not counted against what a step may run",

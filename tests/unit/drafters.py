@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sessile.contract.drafting import DraftLine, DraftWish, SequenceIndex, SourceUse
+from sessile.contract.drafting import Counts, DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.errors import NotFound
-from sessile.sim.drafter import ListIndex
+from sessile.sim.drafter import ListIndex, extend_each
 from tests.unit.stage import expected
 
 CORPORA = ("python", "letters")
@@ -52,6 +52,9 @@ class ToldDrafter:
     def start(self, index: SequenceIndex, wish: DraftWish) -> Line:
         self.lines.append(Line(index, wish))
         return self.lines[-1]
+
+    def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
+        extend_each(lines, tokens, counts)
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         self.limit_calls.append((len(lines), tokens))

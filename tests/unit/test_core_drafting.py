@@ -298,16 +298,65 @@ def test_h50_only_what_is_proposed_is_verified() -> None:
 def test_h48_pages_drawn_for_drafts_are_given_up_before_anybody_is_preempted(overlap: bool) -> None:
     # Row 1 holds a page for drafts that were wrong; row 2, older, needs the last page of the pool.
     stage, _ = drafting(right=0, limit=8, drafts_max=8, pages=7, page_size=4, output_estimate_tokens=1)
-    stage.submit(1, prompt(1, 8), max_new_tokens=8)
-    stage.submit(2, prompt(2, 6), max_new_tokens=4)
+    stage.submit(1, prompt(1, 6), max_new_tokens=8)
+    stage.submit(2, prompt(2, 6), max_new_tokens=5)
     while stage.machine.has_work:
         stage.launch()
         if not overlap:
             stage.settle()
     assert stage.machine.marks[Mark.SPARE_PAGES_GIVEN_UP] > 0
     assert stage.stats().preemptions_total == 0
-    for key, tokens, count in ((1, prompt(1, 8), 8), (2, prompt(2, 6), 4)):
+    for key, tokens, count in ((1, prompt(1, 6), 8), (2, prompt(2, 6), 5)):
         assert stage.output[key] == expected(tokens, count)
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 9])
+def test_wrong_drafts_near_the_end_of_a_request_cost_it_no_step(right: int) -> None:
+    """Were its place given away on the guess that all are right, it would sit a step out whenever one is wrong."""
+    stage, _ = drafting(right=right, limit=8, drafts_max=8)
+    stage.submit(1, prompt(1, 6), max_new_tokens=6)
+    steps = 0
+    while 1 not in stage.done:
+        stage.launch()
+        steps += 1
+    # One for the prompt, one for each 1 + right of the other five, and one that is behind the end of it.
+    assert steps <= 1 + -(-5 // (1 + right)) + 1
+    assert stage.output[1] == expected(prompt(1, 6), 6)
+
+
+def test_rows_whose_drafts_were_right_are_told_of_together_and_get_what_each_is_owed() -> None:
+    stage, drafter = drafting(limit=3, drafts_max=3)
+    for key in range(1, 5):
+        stage.submit(key, prompt(key, 6), max_new_tokens=30, speculate=None if key < 4 else False)
+    effects, together = stage.machine._books.effects, []
+    tell = effects.deltas
+
+    def deltas(keys: Any, counts: Any, tokens: Any) -> None:
+        together.append(counts.tolist())
+        tell(keys, counts, tokens)
+
+    effects.deltas = deltas  # type: ignore[method-assign]
+    stage.run()
+    assert [4, 4, 4] in together and [1] in together
+    for key in range(1, 5):
+        assert stage.output[key] == expected(prompt(key, 6), 30)
+    assert all(max(line.verdicts) == 3 for line in drafter.lines)
+    accepted = [stage.done[key].drafts_accepted for key in range(1, 4)]
+    assert accepted == [sum(line.verdicts) for line in drafter.lines] and sum(accepted) == 63
+
+
+def test_rows_that_draft_nothing_are_counted_ahead_beside_an_engine_that_could() -> None:
+    stage, drafter = drafting(audit_level=1)
+    for key in (1, 2):
+        stage.submit(key, prompt(key, 6), max_new_tokens=20, speculate=False)
+    noted = 0
+    while stage.machine.has_work:
+        stage.launch()
+        noted += stage.machine._books.rows._run is not None
+    assert noted > 10
+    assert drafter.limit_calls == []
+    for key in (1, 2):
+        assert stage.output[key] == expected(prompt(key, 6), 20)
 
 
 def test_rows_without_drafts_share_a_step_with_rows_that_have_some() -> None:

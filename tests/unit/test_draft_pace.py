@@ -13,7 +13,7 @@ LINEAR = StepTimes((1, 2), (1_000_000, 2_000_000))
 
 
 def limits(chances: list[list[float]], times: StepTimes, tokens: int | None = None) -> list[int]:
-    return worthwhile(np.array(chances), tokens or len(chances), times).tolist()
+    return worthwhile(np.array(chances), len(chances), tokens or len(chances), times).tolist()
 
 
 def chances_of(line: Acceptance, match: int, drafts: int = 4) -> list[float]:
@@ -53,8 +53,8 @@ def test_h50_who_begins_to_draft_pays_for_the_step_behind_the_drafts_too() -> No
     """It cannot be planned further than to the drafts, so it is late as well."""
     late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_ns=800_000)
     chances = np.array([[0.9, 0.4]])
-    assert worthwhile(chances, 1, late).tolist() == [2]
-    assert worthwhile(chances, 1, late, begins=True).tolist() == [0]
+    assert worthwhile(chances, 1, 1, late).tolist() == [2]
+    assert worthwhile(chances, 1, 1, late, begins=True).tolist() == [0]
 
 
 def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
@@ -87,7 +87,7 @@ def test_h50_the_rate_of_emission_is_never_expected_to_be_lower_than_without(
 ) -> None:
     times = StepTimes(tuple(range(1, 1 + 3 * len(steps), 3)), tuple(steps), late_ns)
     chances = np.cumprod(np.array(lines), axis=1)
-    taken = worthwhile(chances, len(lines), times)
+    taken = worthwhile(chances, len(lines), len(lines), times)
     if taken.any():
         emitted = len(lines) + sum(float(row[:count].sum()) for row, count in zip(chances, taken, strict=True))
         with_drafts = emitted / (times.time_ns(np.array([len(lines) + int(taken.sum())]))[0] + late_ns)
