@@ -16,7 +16,7 @@ from sessile.bench.speculate_record import RecordedAnswer
 from sessile.contract.drafting import Counts as TokenCounts
 from sessile.contract.drafting import DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.draft.drafter import LookupDrafter
-from sessile.draft.pace import Acceptance, StepTimes, affordable
+from sessile.draft.pace import Acceptance, LateScale, StepTimes, affordable
 from sessile.errors import NotFound
 from sessile.units import TokenId
 
@@ -115,6 +115,7 @@ class ReplayingDrafter:
     def __init__(self, lookup: LookupDrafter, times: StepTimes) -> None:
         self.expected: dict[str, Expected] = {}
         self.times = times
+        self._late = LateScale(times)
         self._lookup = lookup
         self._counts = Counts()
 
@@ -152,7 +153,7 @@ class ReplayingDrafter:
         allowed = np.array([line.drafts_max for line in ours], np.int32)
         begins = not any(line.has_drafts for line in ours)
         learned = [line.acceptance for line in ours]
-        limits: list[int] = affordable(learned, matches, allowed, tokens, self.times, begins=begins).tolist()
+        limits: list[int] = affordable(learned, matches, allowed, tokens, self._late, begins=begins).tolist()
         return limits
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
@@ -160,6 +161,10 @@ class ReplayingDrafter:
         ours = [_ours(line) for line in lines]
         self._lookup.draft([line.looked_up for line in ours], caps)
         return [line.offer(cap) for line, cap in zip(ours, caps, strict=True)]
+
+    def observe_late(self, lines: int, late_ns: int) -> None:
+        """As lookup is told."""
+        self._late.observe(lines, late_ns)
 
     def settled(self, line: DraftLine, accepted: int) -> None:
         """How many of the line's last drafts the model accepted."""

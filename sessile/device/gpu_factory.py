@@ -72,7 +72,7 @@ def open_gpu(
         progress("compiling kernels", 0.0)
         warm_up(runner, rows_max, context, drafts_max)
         progress("compiling kernels", 1.0)
-        times = time_gpu_steps(runner, rows_max, drafts_max) if drafts_max else GpuStepTimes()
+        times = time_gpu_steps(runner, rows_max, drafts_max, context) if drafts_max else GpuStepTimes()
     except (torch.OutOfMemoryError, OutOfMemory) as error:
         raise StartupError(
             "too little memory on the GPU: it ran out while starting. Free some, or lower --kv-memory or "

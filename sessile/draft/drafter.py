@@ -10,7 +10,7 @@ from sessile.contract.drafting import Counts, DraftLine, DraftWish, Ints, Sequen
 from sessile.draft.history import History
 from sessile.draft.lookup import NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE, append_to_texts
 from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
-from sessile.draft.pace import Acceptance, StepTimes, affordable
+from sessile.draft.pace import Acceptance, LateScale, StepTimes, affordable
 from sessile.draft.session_index import SessionIndex
 from sessile.draft.shelf import Shelf, Snapshot
 from sessile.errors import NotFound
@@ -179,7 +179,7 @@ class LookupDrafter:
         threads: int = 1,
     ) -> None:
         self._shelf = shelf
-        self._step_times = step_times
+        self._late = LateScale(step_times)
         self._history = history
         self._rules = rules or DraftRules()
         self._merger = Merger(self._rules, threads)
@@ -225,7 +225,7 @@ class LookupDrafter:
         matches = self._matches(ours, allowed > 0)
         begins = not any(line.has_drafts for line in ours)
         learned = [line.acceptance for line in ours]
-        limits: list[int] = affordable(learned, matches, allowed, tokens, self._step_times, begins=begins).tolist()
+        limits: list[int] = affordable(learned, matches, allowed, tokens, self._late, begins=begins).tolist()
         return limits
 
     def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:
@@ -243,6 +243,10 @@ class LookupDrafter:
             taken = nodes[:count]
             drafts.append(line.offer([taken[i] for i in chain_of(taken)]))
         return drafts
+
+    def observe_late(self, lines: int, late_ns: int) -> None:
+        """A step of so many lines that waited for the one before it was launched so long after that was done."""
+        self._late.observe(lines, late_ns)
 
     def settled(self, line: DraftLine, accepted: int) -> None:
         """How many of the line's last drafts the model accepted; the next one was wrong, the rest was not judged."""

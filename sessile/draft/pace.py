@@ -3,7 +3,8 @@
 A step of t tokens that serves n decoding lines emits n tokens in T(t), a table measured at start. A draft that is
 accepted with probability p adds p tokens and one token to the step. Drafts are taken likeliest first, and as many as
 make the rate of emission the greatest; if even that one is not clearly above the rate without, none are (H50).
-Everything here is a function of the table and of what was settled: no clock is read.
+Everything here is a function of the table, of what was settled, and of how long late steps are said to have taken: no
+clock is read.
 """
 
 from bisect import bisect_right
@@ -27,8 +28,15 @@ JUDGED_MAX = 64.0
 REST_FADE = 1 - 1 / 64
 """What is left of what was learned after a step for which it allowed no draft: so that a line that changes from chat to
 code is tried again, at a cost of a few drafts in a hundred steps."""
-GAIN_MIN = 1.02
-"""Rate with drafts against without, below which none are offered: the table is as noisy as that."""
+GAIN_MIN = 1.05
+"""Rate with drafts against without, below which none are offered: what steps are expected to take is as noisy as that.
+Of the steps with drafts in recorded chat half were below it, of those in documents 3 in 100."""
+LATE_TOLD = 16
+"""Late steps, the newest of which say how long one takes longer."""
+LATE_SCALE_MAX = 4.0
+"""Of what was assumed: a step that took longer was disturbed."""
+LATE_REST_FADE = 1 / 256
+"""What is forgotten of it in a step without drafts: so that a machine that was busy for a while is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,27 @@ def _nothing() -> list[float]:
 
 
 @dataclass(slots=True)
+class LateScale:
+    """How much longer late steps have taken lately than a table says. Told, never measured here."""
+
+    times: StepTimes
+    factor: float = 1.0
+
+    def observe(self, lines: int, late_ns: int) -> None:
+        """A step of so many lines came so much later than one that is planned ahead."""
+        assumed_ns = max(self.times.late_ns + self.times.late_line_ns * lines, 1)
+        self.factor += (min(late_ns / assumed_ns, LATE_SCALE_MAX) - self.factor) / LATE_TOLD
+
+    def rest(self) -> None:
+        """A step passed without drafts."""
+        self.factor += (1 - self.factor) * LATE_REST_FADE
+
+    def ns(self, lines: int) -> float:
+        """What a late step of so many lines is expected to take longer."""
+        return self.factor * (self.times.late_ns + self.times.late_line_ns * lines)
+
+
+@dataclass(slots=True)
 class Acceptance:
     """What became of a line's drafts, by class of match: counts that fade.
 
@@ -133,7 +162,7 @@ def path_chances(lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], dr
 
 
 def worthwhile(
-    chances: Floats, lines: int, tokens: int, times: StepTimes, *, begins: bool = False
+    chances: Floats, lines: int, tokens: int, late: LateScale, *, begins: bool = False
 ) -> npt.NDArray[np.int32]:  # fmt: skip
     """int32[n]: how many drafts of each line a step that runs `tokens` tokens without them should verify.
 
@@ -149,10 +178,9 @@ def worthwhile(
     limits = np.zeros(count, np.int32)
     if not len(order):
         return limits
-    steps = times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
-    without = lines / times.plain_ns(tokens)
-    late = (1 + begins) * (times.late_ns + times.late_line_ns * lines)
-    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + late)
+    steps = late.times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
+    without = lines / late.times.plain_ns(tokens)
+    rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + (1 + begins) * late.ns(lines))
     if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=count).astype(np.int32)
@@ -161,9 +189,11 @@ def worthwhile(
 
 def affordable(
     lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], allowed: npt.NDArray[np.int32], tokens: int,
-    times: StepTimes, *, begins: bool,
+    late: LateScale, *, begins: bool,
 ) -> npt.NDArray[np.int32]:  # fmt: skip
-    """int32[lines]: most drafts worth verifying of each line, and no more than it allows; 0 is a step's rest for it.
+    """int32[lines]: most drafts worth verifying of each line, and no more than it allows.
+
+    0 is a step's rest for it, and all 0 one for `late`.
 
     matches, allowed int32[lines]. tokens: of the step without drafts. begins: as in `worthwhile`.
     """
@@ -174,8 +204,10 @@ def affordable(
         allowed = allowed[matching]
         chances = path_chances([lines[i] for i in matching.tolist()], matches[matching], int(allowed.max()))
         chances[np.arange(chances.shape[1]) >= allowed[:, None]] = 0.0
-        limits[matching] = worthwhile(chances, len(lines), tokens, times, begins=begins)
+        limits[matching] = worthwhile(chances, len(lines), tokens, late, begins=begins)
     for line, limit in zip(lines, limits.tolist(), strict=True):
         if not limit:
             line.rest()
+    if not limits.any():
+        late.rest()
     return limits

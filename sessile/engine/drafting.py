@@ -88,6 +88,10 @@ def _points(table: StepTable) -> tuple[tuple[int, ...], tuple[int, ...]]:
 class OwnedDrafter(Drafter, Protocol):
     """A drafter with threads of its own, which end with `close`."""
 
+    def observe_late(self, lines: int, late_ns: int) -> None:
+        """A step of so many lines that waited for the one before it was launched so long after that was done."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -138,6 +142,10 @@ class TimedDrafter:
     def settled(self, line: DraftLine, accepted: int) -> None:
         """Tell the drafter."""
         self._drafter.settled(line, accepted)
+
+    def observe_late(self, lines: int, late_ns: int) -> None:
+        """Tell the drafter."""
+        self._drafter.observe_late(lines, late_ns)
 
     def remember(self, tenant: str, tokens: bytes) -> None:
         """Tell the drafter, timed."""

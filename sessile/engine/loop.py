@@ -80,9 +80,10 @@ class EngineLoop:
         grammars: GrammarDesk | None = None,
         launch_time: LaunchTime | None = None,
     ) -> None:
-        """drafter: the machine's, if it has one, to tell how long it took. corpora: what it drafts from; None where
-        nobody drafts, and nobody asks for corpora then. grammars: where requests wait for theirs; None where the
-        machine follows none, and says so. launch_time: learns when steps must be planned; None: at once.
+        """drafter: the machine's, if it has one: it says how long it took, and is told how late steps are for its sake.
+        corpora: what it drafts from; None where nobody drafts, and nobody asks for corpora then. grammars: where
+        requests wait for theirs; None where the machine follows none, and says so. launch_time: learns when steps must
+        be planned; None: at once.
         """
         self._machine = machine
         self._executor = executor
@@ -96,6 +97,7 @@ class EngineLoop:
         self._grammars = grammars
         self._launch_time = launch_time if overlap else None
         self._times = StepTimes(drafter)
+        self._drafter = drafter
         self._in_flight: StepInFlight | None = None
         self._settled_ns = 0
         self._turned = False
@@ -122,9 +124,12 @@ class EngineLoop:
         planned = self._machine.plan()
         self._times.plan_ns_total += self._clock.now_ns() - begun_ns
         self._turned = planned is not None or self._in_flight is not None
+        waits = planned is not None and planned.late and self._in_flight is not None
         if planned is None or planned.late:
             self._settle()
         launched = self._launch(planned)
+        if waits and launched and self._drafter:
+            self._drafter.observe_late(launched.plan.rows.size, self._clock.now_ns() - self._settled_ns)
         if self._launch_time and launched and self._in_flight:
             self._launch_time.observe_host(self._clock.now_ns() - begun_ns)
         self._settle()

@@ -392,7 +392,7 @@ _DRAFTS = (
         "settling", "stops[flight.rows][which] == result.tokens", "stops[flight.rows][which] == -2",
     ),
     _fault(
-        "several tokens past the length", "H11", "rows whose drafts were right do not look how many tokens they may have",
+        "several tokens past the length", "H11", "rows whose drafts were right do not look how much they may say",
         "settling", "np.minimum(rows.kv_goal - rows.known, OUTPUT_COLUMNS - 1 - rows.filled)",
         "OUTPUT_COLUMNS - 1 - rows.filled",
     ),

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sessile.draft.pace import GAIN_MIN, JUDGED_MAX, Acceptance, StepTimes, affordable, path_chances, worthwhile
+from sessile.draft.pace import (
+    GAIN_MIN,
+    JUDGED_MAX,
+    LATE_SCALE_MAX,
+    Acceptance,
+    LateScale,
+    StepTimes,
+    affordable,
+    path_chances,
+    worthwhile,
+)
 
 FREE = StepTimes((1, 1000), (1_000_000, 1_000_001))
 LINEAR = StepTimes((1, 2), (1_000_000, 2_000_000))
@@ -13,7 +23,7 @@ LINEAR = StepTimes((1, 2), (1_000_000, 2_000_000))
 
 
 def limits(chances: list[list[float]], times: StepTimes, tokens: int | None = None) -> list[int]:
-    return worthwhile(np.array(chances), len(chances), tokens or len(chances), times).tolist()
+    return worthwhile(np.array(chances), len(chances), tokens or len(chances), LateScale(times)).tolist()
 
 
 def chances_of(line: Acceptance, match: int, drafts: int = 4) -> list[float]:
@@ -53,8 +63,8 @@ def test_h50_who_begins_to_draft_pays_for_the_step_behind_the_drafts_too() -> No
     """It cannot be planned further than to the drafts, so it is late as well."""
     late = StepTimes((1, 1000), (1_000_000, 1_000_001), late_ns=800_000)
     chances = np.array([[0.9, 0.4]])
-    assert worthwhile(chances, 1, 1, late).tolist() == [2]
-    assert worthwhile(chances, 1, 1, late, begins=True).tolist() == [0]
+    assert worthwhile(chances, 1, 1, LateScale(late)).tolist() == [2]
+    assert worthwhile(chances, 1, 1, LateScale(late), begins=True).tolist() == [0]
 
 
 def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
@@ -87,7 +97,7 @@ def test_h50_the_rate_of_emission_is_never_expected_to_be_lower_than_without(
 ) -> None:
     times = StepTimes(tuple(range(1, 1 + 3 * len(steps), 3)), tuple(steps), late_ns)
     chances = np.cumprod(np.array(lines), axis=1)
-    taken = worthwhile(chances, len(lines), len(lines), times)
+    taken = worthwhile(chances, len(lines), len(lines), LateScale(times))
     if taken.any():
         emitted = len(lines) + sum(float(row[:count].sum()) for row, count in zip(chances, taken, strict=True))
         with_drafts = emitted / (times.time_ns(np.array([len(lines) + int(taken.sum())]))[0] + late_ns)
@@ -158,7 +168,7 @@ def test_a_line_is_offered_no_more_than_it_allows_and_rests_where_it_is_offered_
     for line in lines:
         line.judge(9, is_accepted=True)
     matches, allowed = np.array([9, 9, 0], np.int32), np.array([2, 5, 5], np.int32)
-    assert affordable(lines, matches, allowed, 3, FREE, begins=True).tolist() == [2, 5, 0]
+    assert affordable(lines, matches, allowed, 3, LateScale(FREE), begins=True).tolist() == [2, 5, 0]
     assert [line.rests for line in lines] == [0, 0, 1]
 
 
@@ -174,3 +184,45 @@ def test_what_a_line_learned_fades_as_much_before_it_is_judged_again_as_behind_i
     line.judge(1, is_accepted=False)  # of another class: of this one nothing is learned
     assert line.rests == 0
     assert chances_of(line, match=9)[0] == pytest.approx(before, abs=1e-12)
+
+
+LATE = StepTimes((1, 1000), (1_000_000, 1_000_001), late_ns=400_000, late_line_ns=100_000)
+
+
+def test_h50_steps_that_come_later_than_assumed_are_charged_as_they_come() -> None:
+    late = LateScale(LATE)
+    chances = np.array([[0.9, 0.4]])
+    assert late.ns(1) == 500_000 and late.ns(11) == 1_500_000
+    assert worthwhile(chances, 1, 1, late).tolist() == [2]
+    for _ in range(100):
+        late.observe(1, 2 * 750_000)
+    assert late.ns(1) == pytest.approx(1_500_000, rel=0.01)
+    assert late.ns(11) == pytest.approx(4_500_000, rel=0.01)
+    assert worthwhile(chances, 1, 1, late).tolist() == [0]
+
+
+def test_one_step_that_was_disturbed_says_little_of_the_next() -> None:
+    late = LateScale(LATE)
+    late.observe(1, 10**9)
+    assert late.factor < 1.2
+    for _ in range(200):
+        late.observe(1, 10**9)
+    assert late.factor == pytest.approx(LATE_SCALE_MAX, rel=0.001)
+
+
+def test_h50_a_machine_that_was_busy_is_tried_again_after_some_hundred_steps_without_drafts() -> None:
+    late = LateScale(LATE)
+    for _ in range(100):
+        late.observe(1, 2_000_000)
+    lines, matches, allowed = [Acceptance()], np.array([20], np.int32), np.array([2], np.int32)
+    assert affordable(lines, matches, allowed, 1, late, begins=True).tolist() == [0]
+    steps = 0
+    while not affordable([Acceptance()], matches, allowed, 1, late, begins=True)[0]:
+        steps += 1
+    assert 50 < steps < 1000
+
+
+def test_a_late_scale_that_nobody_was_late_for_says_what_the_table_says() -> None:
+    late = LateScale(StepTimes((1, 2), (1, 2)))
+    late.observe(3, 0)
+    assert late.factor < 1.0 and late.ns(3) == 0.0

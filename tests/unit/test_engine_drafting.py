@@ -39,6 +39,13 @@ class Steps:
 class ClosingDrafter(PerfectDrafter):
     closed = 0
 
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit=limit)
+        self.late: list[tuple[int, int]] = []
+
+    def observe_late(self, lines: int, late_ns: int) -> None:
+        self.late.append((lines, late_ns))
+
     def close(self) -> None:
         self.closed += 1
 
@@ -93,6 +100,17 @@ def test_an_engine_that_drafts_says_how_long_that_took() -> None:
     run_to_end(engine, submit)
     assert engine.machine.stats().drafts_offered_total > 0
     assert engine.drafter is not None and engine.drafter.ns_total > 0
+
+
+def test_h50_a_drafter_is_told_how_late_the_steps_are_that_wait_for_it() -> None:
+    engine, _ = opened(CHEAP, speculate="on")
+    submit = Submit(key=1, tokens=pack_tokens([1, 2, 3]), sampling=Sampling(seed=0, max_new_tokens=40))
+    run_to_end(engine, submit)
+    assert engine.drafter is not None
+    late = engine.drafter._drafter.late  # type: ignore[attr-defined]
+    # Here every look at the clock takes one step of it, and between a result and the next launch there are some.
+    assert len(late) >= engine.machine.stats().verifications_total - 1 > 3
+    assert {lines for lines, _ in late} == {1} and all(0 < late_ns < 50_000_000 for _, late_ns in late)
 
 
 def test_closing_an_engine_ends_its_drafter() -> None:
