@@ -2,8 +2,8 @@
 
 An index has one holder at every moment. Between turns it is with the session, warm or cold. A request that drafts takes
 it over when it first gets a row and hands it back at its end, cut to what the session's history is then; a plain
-request begins an index of its own and drops it. It is told nothing but settled tokens, and only right before it is
-asked: so it may lag behind its sequence, and is never ahead of it.
+request begins an index of its own and drops it. It is told nothing but settled tokens: what a request begins with while
+its prompt is computed, the rest right before it is asked. So it may lag behind its sequence, and is never ahead of it.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,16 @@ import numpy as np
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
 from sessile.contract.messages import Done, SourceFigures, Submit, with_drafts
 from sessile.core.books import Books
-from sessile.core.request import Drafts, Request
+from sessile.core.planned import PromptPart
+from sessile.core.request import Drafts, Phase, Request
 from sessile.core.rows import Column, RowTable
 from sessile.core.session import Session
 from sessile.core.tenants import Tenant
 from sessile.errors import InvalidRequest
 
 _NO_WISH = DraftWish("", None, 0)
+DRAFTED_FROM = 2
+"""Tokens: the first comes with the prompt, and the last needs no successor. With no more to come nothing is drafted."""
 
 
 def drafts_of(books: Books, message: Submit, tenant: Tenant) -> Drafts:
@@ -97,6 +100,20 @@ def caught_up(books: Books, asked: Column) -> list[DraftLine]:
     if np.count_nonzero(newest):
         drafter.extend(lines, rows.newest(asked, newest), newest)
     return lines
+
+
+def tell_prompts(parts: list[PromptPart]) -> None:
+    """Tell the indexes of requests whose prompt is being computed what they begin with, while the device is at it.
+
+    In the first step that they may draft for, nobody waits for it then.
+    """
+    for part in parts:
+        request = part.request
+        line, known = request.drafts.line, request.known_tokens
+        if line is None or request.phase is not Phase.RUNNING or request.goal_tokens - known <= DRAFTED_FROM:
+            continue
+        if line.index.tokens < known:
+            line.index.extend(request.tokens(line.index.tokens, known))
 
 
 def _line_of(request: Request) -> DraftLine:

@@ -45,6 +45,7 @@ from sessile.core.assembly import Flight, are_same, assemble, goes_on, once_more
 from sessile.core.books import Books
 from sessile.core.cold import or_cold
 from sessile.core.containment import abandon_plan, guarded
+from sessile.core.drafting import tell_prompts
 from sessile.core.ending import close_session, drop_turn, end_request
 from sessile.core.entering import enter_plain, enter_turn, open_as_asked, open_session, restore_as_asked
 from sessile.core.forking import fork_session, rewind_session
@@ -351,7 +352,10 @@ class Machine:
         self._watch.settled()
 
     def look(self) -> None:
-        """Go on with the rolling audit, at level 1: once a step, when nobody waits for its effects any more."""
+        """What can be done once a step, when nobody waits for its effects any more: the rolling audit, at level 1, and
+        what drafts will be looked up in."""
+        if self._flights:
+            tell_prompts(self._flights[-1].parts)
         self._watch.look()
 
     def take_effects(self) -> Batch | None:

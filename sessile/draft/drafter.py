@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from sessile.contract.drafting import Counts, DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.draft.history import History
-from sessile.draft.lookup import NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE, append_to_texts
+from sessile.draft.lookup import LINE_PRIORS_AT, NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE, append_to_texts
 from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
 from sessile.draft.pace import Acceptance, LateScale, StepTimes, affordable
 from sessile.draft.session_index import SessionIndex
@@ -32,6 +32,7 @@ SourceKey = tuple[int, str, str]
 CORPUS_RANK = 2
 SEQUENCE_KEY: SourceKey = (0, "", "")
 HISTORY_KEY: SourceKey = (1, "", "")
+_NO_WORDS: Words = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -82,10 +83,10 @@ class LookupLine:
         """Changes of the shelf and of all history when it was last shown its parts."""
         self.parts = 0
         """How many it may look into, its own index included."""
-        self._priors = np.empty(0, np.int64)
-        self._record = np.empty(0, np.int64)
+        self._record = self._priors = _NO_WORDS
+        """The line as compiled code sees it, and the end of it."""
         self.address = 0
-        """Of its record for compiled code; asking numpy for it takes a microsecond."""
+        """Of the record; asking numpy for it takes a microsecond."""
         self._last: list[tuple[SourceKey, int]] = []
         """Source and match of each of the last drafts."""
 
@@ -116,10 +117,11 @@ class LookupLine:
         own = self._index.address
         self._shown = shown
         self.parts = 1 + len(shown.parts)
-        self._priors = np.array([self._prior(key) for key in shown.sources], np.int64)
-        parts = [number for part in ((own, 0), *shown.parts) for number in part]
-        self._record = np.array([own, int(self._priors.ctypes.data), self.parts, *parts], np.int64)
+        fields = [own, 0, self.parts, *[number for part in ((own, 0), *shown.parts) for number in part]]
+        self._record = np.array([*fields, *[self._prior(key) for key in shown.sources]], np.int64)
+        self._priors = self._record[len(fields) :]
         self.address = int(self._record.ctypes.data)
+        self._record[LINE_PRIORS_AT] = self.address + self._record.itemsize * len(fields)
 
     def offer(self, nodes: Sequence[Sequence[int]]) -> list[TokenId]:
         """Take down what is offered from a tree's nodes; returns the tokens."""

@@ -26,6 +26,7 @@ from sessile.errors import InvariantError
 Ints = npt.NDArray[np.int32]
 
 CAPACITY_MIN = 256
+_NO_ARRAYS: Ints = np.empty((3, 0), np.int32)
 
 
 class SessionIndex:
@@ -37,9 +38,11 @@ class SessionIndex:
     def __init__(self) -> None:
         self.part = np.zeros(PART_FIELDS, np.int64)
         self.part[KIND] = CHAINED
-        self._text = np.empty(0, np.int32)
-        self._older = np.empty(0, np.int32)
-        self._heads = np.empty(0, np.int32)
+        self._arrays = _NO_ARRAYS
+        self._text: Ints
+        self._older: Ints
+        self._heads: Ints
+        self._text, self._older, self._heads = _NO_ARRAYS
         self._bits = 0
         self.address = int(self.part.ctypes.data)
         """Of `part`; asking numpy for it takes a microsecond."""
@@ -57,7 +60,7 @@ class SessionIndex:
     @property
     def resident_bytes(self) -> int:
         """What its arrays take."""
-        return self._text.nbytes + self._older.nbytes + self._heads.nbytes
+        return self._arrays.nbytes
 
     def extend(self, tokens: bytes) -> None:
         """Settled tokens at the end: int32 little-endian."""
@@ -91,7 +94,7 @@ class SessionIndex:
         if 2 * tokens < self.tokens:
             twin.append(self._text[:tokens])
             return twin
-        twin._take_arrays(self._text.copy(), self._older.copy(), self._heads.copy(), self._bits)
+        twin._take_arrays(self._arrays.copy(), self._bits)
         twin.part[TOKENS] = self.tokens
         twin.truncate(tokens)
         return twin
@@ -100,13 +103,18 @@ class SessionIndex:
         """Arrays for at least so many tokens, at least twice as many as there were; all is linked anew."""
         bits = max(tokens, 2 * len(self._text), CAPACITY_MIN) - 1
         bits = bits.bit_length()
-        text, older = np.zeros((2, 1 << bits), np.int32)
-        text[: self.tokens] = self.text
-        self._take_arrays(text, older, np.zeros(1 << bits, np.int32), bits)
-        link_places(text, older, self._heads, bits, 0, self.tokens)
+        known = self.text
+        self._take_arrays(np.zeros((3, 1 << bits), np.int32), bits)
+        if len(known):
+            self._text[: len(known)] = known
+            link_places(self._text, self._older, self._heads, bits, 0, len(known))
 
-    def _take_arrays(self, text: Ints, older: Ints, heads: Ints, bits: int) -> None:
-        self._text, self._older, self._heads, self._bits = text, older, heads, bits
-        self.part[[TOKENS_AT, PLACES_AT, PLACES, HEADS_AT, HEAD_BITS]] = (
-            text.ctypes.data, older.ctypes.data, len(older), heads.ctypes.data, bits,
-        )  # fmt: skip
+    def _take_arrays(self, arrays: Ints, bits: int) -> None:
+        """Text, chains and heads int32[3, 2 ** bits] from now on."""
+        self._arrays, self._bits = arrays, bits
+        self._text, self._older, self._heads = arrays
+        part, places = self.part, 1 << bits
+        part[TOKENS_AT] = address = int(arrays.ctypes.data)
+        part[PLACES_AT] = address + arrays.itemsize * places
+        part[HEADS_AT] = address + 2 * arrays.itemsize * places
+        part[PLACES], part[HEAD_BITS] = places, bits

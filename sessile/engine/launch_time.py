@@ -25,7 +25,8 @@ class LaunchTime:
 
     def __init__(self) -> None:
         self._durations_ns: dict[tuple[int, int], deque[int]] = {}
-        self._host_ns = 0
+        self._host_ns = {False: 0, True: 0}
+        """By whether the step before seats requests: behind that one there is more to do for each of them."""
 
     def observe_step(self, plan: StepPlan, step_ns: int) -> None:
         """A step took so long on the device, or less. Nothing is learned of one with too many rows."""
@@ -39,9 +40,12 @@ class LaunchTime:
             recent = self._durations_ns[size] = deque(maxlen=RECENT_STEPS)
         recent.append(step_ns)
 
-    def observe_host(self, host_ns: int) -> None:
-        """So long it took to plan a step and to launch it. The longest of the last ones counts, and fades."""
-        self._host_ns = max(host_ns, self._host_ns - (self._host_ns - host_ns) // PEAK_FADES_BY)
+    def observe_host(self, plan: StepPlan, host_ns: int) -> None:
+        """So long it took to plan a step behind that one and to launch it. The longest of the last ones counts, and
+        fades."""
+        seats = plan.bind_rows.size > 0
+        longest_ns = self._host_ns[seats]
+        self._host_ns[seats] = max(host_ns, longest_ns - (longest_ns - host_ns) // PEAK_FADES_BY)
 
     def due_ns(self, plan: StepPlan, begun_ns: int) -> int:
         """When planning must begin, of what follows a step that the device began at begun_ns.
@@ -51,4 +55,4 @@ class LaunchTime:
         recent = self._durations_ns.get((plan.tokens.size, plan.rows.size))
         if recent is None:
             return begun_ns
-        return begun_ns + min(recent) - self._host_ns - MARGIN_NS
+        return begun_ns + min(recent) - self._host_ns[plan.bind_rows.size > 0] - MARGIN_NS

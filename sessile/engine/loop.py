@@ -124,14 +124,12 @@ class EngineLoop:
         planned = self._machine.plan()
         self._times.plan_ns_total += self._clock.now_ns() - begun_ns
         self._turned = planned is not None or self._in_flight is not None
-        waits = planned is not None and planned.late and self._in_flight is not None
+        before = self._in_flight
         if planned is None or planned.late:
             self._settle()
         launched = self._launch(planned)
-        if waits and launched and self._drafter:
-            self._drafter.observe_late(launched.plan.rows.size, self._clock.now_ns() - self._settled_ns)
-        if self._launch_time and launched and self._in_flight:
-            self._launch_time.observe_host(self._clock.now_ns() - begun_ns)
+        if before and launched:
+            self._note_host(before, launched, begun_ns)
         self._settle()
         self._in_flight = launched
         if not self._overlap:
@@ -144,6 +142,15 @@ class EngineLoop:
         if self._turned:
             self._machine.look()
         self._finish_shutdown()
+
+    def _note_host(self, before: StepInFlight, launched: StepInFlight, begun_ns: int) -> None:
+        """Note how long the host took for a step behind another one, from begun_ns on, or from the end of that one."""
+        now_ns = self._clock.now_ns()
+        if self._in_flight is None:
+            if self._drafter:
+                self._drafter.observe_late(launched.plan.rows.size, now_ns - self._settled_ns)
+        elif self._launch_time:
+            self._launch_time.observe_host(before.plan, now_ns - begun_ns)
 
     def begin_shutdown(self, drain_s: float) -> None:
         """Refuse new work from now on and stop when all is done, or when drain_s have passed: then the rest is aborted.

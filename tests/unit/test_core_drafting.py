@@ -194,6 +194,21 @@ def test_an_index_is_told_each_token_once_and_only_when_drafts_are_asked_for() -
     assert len(history) < sum(Counting.told) < len(stage.history("a"))
 
 
+def test_an_index_is_told_of_a_prompt_while_the_device_computes_it() -> None:
+    stage, drafter = drafting(chunk=4)
+    stage.submit(1, prompt(1, 10), max_new_tokens=9)
+    stage.submit(2, prompt(2, 10), max_new_tokens=2)  # Its second token is its last: it needs no draft.
+    stage.launch()
+    assert drafter.lines[0].index.tokens == 0
+    stage.machine.look()
+    assert drafter.lines[0].index.known.tolist() == prompt(1, 10)
+    stage.run()
+    assert [line.index.tokens > 10 for line in drafter.lines] == [True, False]
+    assert drafter.lines[1].index.tokens == 0
+    for key, count in ((1, 9), (2, 2)):
+        assert stage.output[key] == expected(prompt(key, 10), count)
+
+
 def test_the_audit_finds_an_index_ahead_of_its_sequence_or_in_two_hands() -> None:
     stage, _ = drafting()
     one_turn(stage)

@@ -86,7 +86,7 @@ def test_h50_limits_are_zero_where_verifying_costs_as_much_as_a_step() -> None:
 
 
 def test_h50_a_line_whose_drafts_always_fail_is_left_alone() -> None:
-    drafter = LookupDrafter(shelf_of(("", "docs", [[*CONTEXT, 5, 6]])), StepTimes((1, 2, 9), (100, 130, 200)))
+    drafter = LookupDrafter(shelf_of(("", "docs", [[*CONTEXT, 5, 6]])), StepTimes((1, 2, 9), (100, 105, 180)))
     line = line_of(drafter)
     assert drafter.limits([line], 1) != [0]
     for _ in range(12):

@@ -217,9 +217,18 @@ def test_h50_a_machine_that_was_busy_is_tried_again_after_some_hundred_steps_wit
     lines, matches, allowed = [Acceptance()], np.array([20], np.int32), np.array([2], np.int32)
     assert affordable(lines, matches, allowed, 1, late, begins=True).tolist() == [0]
     steps = 0
-    while not affordable([Acceptance()], matches, allowed, 1, late, begins=True)[0]:
+    while not affordable([Acceptance()], matches, allowed, 1, late, begins=False)[0]:
         steps += 1
     assert 50 < steps < 1000
+
+
+@pytest.mark.parametrize(("gain", "begins", "goes_on"), [(1.01, 0, 0), (1.1, 0, 1), (1.19, 0, 1), (1.21, 1, 1)])
+def test_h50_who_begins_to_draft_has_to_expect_more_of_it_than_who_goes_on(
+    gain: float, begins: int, goes_on: int
+) -> None:
+    chances = np.array([[gain - 1.0]])
+    assert worthwhile(chances, 1, 1, LateScale(FREE), begins=True).tolist() == [begins]
+    assert worthwhile(chances, 1, 1, LateScale(FREE), begins=False).tolist() == [goes_on]
 
 
 def test_a_late_scale_that_nobody_was_late_for_says_what_the_table_says() -> None:

@@ -43,14 +43,26 @@ def test_the_shortest_of_the_last_steps_counts() -> None:
 def test_a_slow_host_is_believed_at_once_and_a_quick_one_by_and_by() -> None:
     times = LaunchTime()
     times.observe_step(DECODE, 5 * MS)
-    times.observe_host(MS)
+    times.observe_host(DECODE, MS)
     assert times.due_ns(DECODE, 0) == 4 * MS - MARGIN_NS
-    times.observe_host(MS // 5)
+    times.observe_host(DECODE, MS // 5)
     after_one = times.due_ns(DECODE, 0)
     assert 4 * MS - MARGIN_NS < after_one < 5 * MS - MS // 5 - MARGIN_NS
     for _ in range(100):
-        times.observe_host(MS // 5)
+        times.observe_host(DECODE, MS // 5)
     assert abs(times.due_ns(DECODE, 0) - (5 * MS - MS // 5 - MARGIN_NS)) < 10
+
+
+def test_what_the_host_needs_behind_a_step_that_seats_requests_is_learned_by_itself() -> None:
+    times = LaunchTime()
+    seating = StepPlan.empty(
+        1, tokens=np.zeros(8, np.int32), rows=np.arange(8, dtype=np.int32), bind_rows=np.arange(8, dtype=np.int32)
+    )
+    times.observe_step(DECODE, 5 * MS)
+    times.observe_host(seating, 2 * MS)
+    times.observe_host(DECODE, MS)
+    assert times.due_ns(DECODE, 0) == 4 * MS - MARGIN_NS
+    assert times.due_ns(seating, 0) == 3 * MS - MARGIN_NS
 
 
 def test_sizes_are_forgotten_before_they_are_too_many() -> None:
