@@ -114,8 +114,7 @@ class ReplayingDrafter:
 
     def __init__(self, lookup: LookupDrafter, times: StepTimes) -> None:
         self.expected: dict[str, Expected] = {}
-        self.times = times
-        self._late = LateScale(times)
+        self.late = LateScale(times)
         self._lookup = lookup
         self._counts = Counts()
 
@@ -153,7 +152,7 @@ class ReplayingDrafter:
         allowed = np.array([line.drafts_max for line in ours], np.int32)
         begins = not any(line.has_drafts for line in ours)
         learned = [line.acceptance for line in ours]
-        limits: list[int] = affordable(learned, matches, allowed, tokens, self._late, begins=begins).tolist()
+        limits: list[int] = affordable(learned, matches, allowed, tokens, self.late, begins=begins).tolist()
         return limits
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
@@ -164,7 +163,7 @@ class ReplayingDrafter:
 
     def observe_late(self, lines: int, late_ns: int) -> None:
         """As lookup is told."""
-        self._late.observe(lines, late_ns)
+        self.late.observe(lines, late_ns)
 
     def settled(self, line: DraftLine, accepted: int) -> None:
         """How many of the line's last drafts the model accepted."""

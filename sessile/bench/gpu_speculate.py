@@ -30,6 +30,8 @@ class Pairs:
 
     rates: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     """Output tokens a second, without and with."""
+    again: list[float] = field(default_factory=list)
+    """Those without in a second run of each round: how much two runs of the same differ."""
     counts: list[Counts] = field(default_factory=list)
     tokens: int = 0
     """Of all rounds with speculation."""
@@ -41,6 +43,11 @@ class Pairs:
     def ratios(self) -> list[float]:
         """With against without, in each round."""
         return [on / off for off, on in zip(self.rates[False], self.rates[True], strict=True)]
+
+    @property
+    def noise(self) -> list[float]:
+        """Without against without, in each round."""
+        return [again / off for off, again in zip(self.rates[False], self.again, strict=True)]
 
     def line(self) -> str:
         """The figures."""
@@ -57,8 +64,9 @@ class Pairs:
         )
         parted = f"; {self.parted} of {self.requests} outputs part" if self.parted else ""
         return (
-            f"ratio {shown(self.ratios)} of {len(self.ratios)}, {off:.0f} → {on:.0f} output tokens/s, "
-            f"{self.tokens / (self.tokens - accepted):.2f} tokens a step; {drafted}{parted}"
+            f"ratio {shown(self.ratios)} of {len(self.ratios)} (without against itself {shown(self.noise)}), "
+            f"{off:.0f} → {on:.0f} output tokens/s, {self.tokens / (self.tokens - accepted):.2f} tokens a step; "
+            f"{drafted}{parted}"
         )
 
 
@@ -95,12 +103,12 @@ class SpeculationBench:
             f"steps {kind}, ms by tokens: {', '.join(f'{tokens}: {ms:.2f}' for tokens, ms in table) or 'not measured'}"
             for kind, table in tables.items()
         ]
-        times = self.drafter.times
+        times = self.drafter.late.times
         late = f"{times.late_ns / 1e6:.2f} ms, and {times.late_line_ns / 1e3:.0f} µs for each request"
         return [*lines, f"a step with drafts is taken to begin later by {late}"]
 
     def measure(self, name: str, batch: int, pairs: int) -> Pairs:
-        """Rounds of `batch` requests of a workload each, as many as `pairs`, without and with speculation in turn.
+        """Rounds of `batch` requests of a workload each, as many as `pairs`, without, with speculation and without.
 
         Before a round its prompts are answered once without, which says what the model says and leaves the prompts in
         the prefix cache, and once with speculation, so that nothing happens for the first time in the round.
@@ -117,9 +125,13 @@ class SpeculationBench:
                     self.drafter.expected[str(answer)].learn(output)
             self.drafter.take_counts()
             outputs = {}
-            for speculates in (False, True) if number % 2 == 0 else (True, False):
+            around = []
+            for speculates in (False, True, False):
                 outputs[speculates], rate = self._run(prompts, chosen, speculates=speculates)
-                result.rates[speculates].append(rate)
+                (result.rates[True] if speculates else around).append(rate)
+            first, last = around if number % 2 == 0 else reversed(around)
+            result.rates[False].append(first)
+            result.again.append(last)
             result.counts.append(self.drafter.take_counts())
             result.tokens += sum(map(len, outputs[True]))
             result.requests += batch

@@ -30,9 +30,9 @@ REST_FADE = 1 - 1 / 64
 code is tried again, at a cost of a few drafts in a hundred steps."""
 GAIN_MIN = 1.02
 """Rate with drafts against without, below which none are offered: the table is as noisy as that."""
-GAIN_TO_BEGIN = 1.2
-"""The same where the step in flight has none. A match is worth less than it looks until a draft behind it was right: in
-recorded chat and quotations steps that began for a gain below this brought half of what they were to."""
+BEGIN_MATCH_MIN = 5
+"""Tokens that a line must match to be weighed where the step in flight has no drafts. Three or four recur in any prose;
+and while others gain by their drafts, who waits for the slowest of them only pays for the late steps."""
 LATE_TOLD = 16
 """Late steps, the newest of which say how long one takes longer."""
 LATE_SCALE_MAX = 4.0
@@ -183,7 +183,7 @@ def worthwhile(
     steps = late.times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
     without = lines / late.times.plain_ns(tokens)
     rates = (lines + np.cumsum(chances.ravel()[order])) / (steps + (1 + begins) * late.ns(lines))
-    if rates.max() >= (GAIN_TO_BEGIN if begins else GAIN_MIN) * without:
+    if rates.max() >= GAIN_MIN * without:
         taken = order[: int(rates.argmax()) + 1]
         limits += np.bincount(taken // drafts, minlength=count).astype(np.int32)
     return limits
@@ -193,15 +193,15 @@ def affordable(
     lines: Sequence[Acceptance], matches: npt.NDArray[np.int32], allowed: npt.NDArray[np.int32], tokens: int,
     late: LateScale, *, begins: bool,
 ) -> npt.NDArray[np.int32]:  # fmt: skip
-    """int32[lines]: most drafts worth verifying of each line, and no more than it allows.
+    """int32[lines]: most drafts worth verifying of each line, and no more than it allows; 0 is a step's rest for it.
 
-    0 is a step's rest for it, and all 0 one for `late`.
-
-    matches, allowed int32[lines]. tokens: of the step without drafts. begins: as in `worthwhile`.
+    All 0 is one for `late`. matches, allowed int32[lines]. tokens: of the step without drafts. begins: as in
+    `worthwhile`.
     """
     limits = np.zeros(len(lines), np.int32)
-    # Most lines match nothing: they are not weighed.
-    matching = np.minimum(matches, allowed).nonzero()[0]
+    weighed = matches >= (BEGIN_MATCH_MIN if begins else 1)
+    weighed &= allowed > 0
+    matching = weighed.nonzero()[0]  # Most lines match nothing.
     if len(matching):
         allowed = allowed[matching]
         chances = path_chances([lines[i] for i in matching.tolist()], matches[matching], int(allowed.max()))

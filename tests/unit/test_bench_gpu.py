@@ -16,7 +16,7 @@ from sessile.bench.gpu_speculate import SpeculationBench
 from sessile.bench.speculate_record import MATCH_MAX, RECORDED, RecordedAnswer, Recording, agreeing, recorded
 from sessile.core.limits import SchedulerOptions
 from sessile.draft.corpus_index import CorpusIndex
-from sessile.draft.pace import StepTimes
+from sessile.draft.pace import LateScale, StepTimes
 from sessile.draft.shelf import OPERATOR, Shelf
 from sessile.engine.config import EngineOptions
 
@@ -50,7 +50,7 @@ def engine(tmp_path: Path) -> Iterator[ShapeEngine]:
 
 def bench_of(folder: Path, answer: RecordedAnswer, times: StepTimes) -> SpeculationBench:
     bench = SpeculationBench("tiny", folder, SCHEDULER, EngineOptions(), Recording("m", 7, {"edit": (answer,) * 4}))
-    bench.drafter.times = times
+    bench.drafter.late = LateScale(times)
     return bench
 
 
@@ -63,7 +63,7 @@ def test_as_many_drafts_are_accepted_as_were_recorded(tmp_path: Path) -> None:
         assert pairs.tokens == 24 * batch
         # Behind the first token five steps emit four each; near the end fewer drafts fit.
         assert 5 * 3 * batch <= counts.accepted < counts.offered
-        assert len(pairs.ratios) == 1 and "100.0% of these steps as recorded" in pairs.line()
+        assert len(pairs.ratios) == len(pairs.noise) == 1 and "100.0% of these steps as recorded" in pairs.line()
     bench.close()
 
 

@@ -86,8 +86,9 @@ def test_h50_limits_are_zero_where_verifying_costs_as_much_as_a_step() -> None:
 
 
 def test_h50_a_line_whose_drafts_always_fail_is_left_alone() -> None:
-    drafter = LookupDrafter(shelf_of(("", "docs", [[*CONTEXT, 5, 6]])), StepTimes((1, 2, 9), (100, 105, 180)))
-    line = line_of(drafter)
+    text = [*range(40, 46), *CONTEXT]
+    drafter = LookupDrafter(shelf_of(("", "docs", [[*text, 5, 6]])), StepTimes((1, 2, 9), (100, 130, 200)))
+    line = line_of(drafter, text)
     assert drafter.limits([line], 1) != [0]
     for _ in range(12):
         drafter.draft([line], [4])

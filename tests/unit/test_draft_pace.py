@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sessile.draft.pace import (
+    BEGIN_MATCH_MIN,
     GAIN_MIN,
     JUDGED_MAX,
     LATE_SCALE_MAX,
@@ -222,16 +223,9 @@ def test_h50_a_machine_that_was_busy_is_tried_again_after_some_hundred_steps_wit
     assert 50 < steps < 1000
 
 
-@pytest.mark.parametrize(("gain", "begins", "goes_on"), [(1.01, 0, 0), (1.1, 0, 1), (1.19, 0, 1), (1.21, 1, 1)])
-def test_h50_who_begins_to_draft_has_to_expect_more_of_it_than_who_goes_on(
-    gain: float, begins: int, goes_on: int
-) -> None:
-    chances = np.array([[gain - 1.0]])
-    assert worthwhile(chances, 1, 1, LateScale(FREE), begins=True).tolist() == [begins]
-    assert worthwhile(chances, 1, 1, LateScale(FREE), begins=False).tolist() == [goes_on]
-
-
-def test_a_late_scale_that_nobody_was_late_for_says_what_the_table_says() -> None:
-    late = LateScale(StepTimes((1, 2), (1, 2)))
-    late.observe(3, 0)
-    assert late.factor < 1.0 and late.ns(3) == 0.0
+def test_h50_a_match_of_few_tokens_lets_drafts_go_on_and_does_not_begin_them() -> None:
+    few, enough = BEGIN_MATCH_MIN - 1, BEGIN_MATCH_MIN
+    matches, allowed = np.array([few, enough, 0], np.int32), np.array([4, 4, 4], np.int32)
+    lines = [Acceptance() for _ in matches]
+    assert affordable(lines, matches, allowed, 3, LateScale(FREE), begins=False).tolist() == [4, 4, 0]
+    assert affordable(lines, matches, allowed, 3, LateScale(FREE), begins=True).tolist() == [0, 4, 0]
