@@ -125,7 +125,7 @@ class SpeculationBench:
                     self.drafter.expected[str(answer)].learn(output)
             self.drafter.take_counts()
             outputs = {}
-            around = []
+            around: list[float] = []
             for speculates in (False, True, False):
                 outputs[speculates], rate = self._run(prompts, chosen, speculates=speculates)
                 (result.rates[True] if speculates else around).append(rate)
