@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sessile.draft.pace import (
-    BEGIN_MATCH_MIN,
     GAIN_MIN,
     JUDGED_MAX,
     LATE_SCALE_MAX,
@@ -223,9 +222,8 @@ def test_h50_a_machine_that_was_busy_is_tried_again_after_some_hundred_steps_wit
     assert 50 < steps < 1000
 
 
-def test_h50_a_match_of_few_tokens_lets_drafts_go_on_and_does_not_begin_them() -> None:
-    few, enough = BEGIN_MATCH_MIN - 1, BEGIN_MATCH_MIN
-    matches, allowed = np.array([few, enough, 0], np.int32), np.array([4, 4, 4], np.int32)
-    lines = [Acceptance() for _ in matches]
-    assert affordable(lines, matches, allowed, 3, LateScale(FREE), begins=False).tolist() == [4, 4, 0]
-    assert affordable(lines, matches, allowed, 3, LateScale(FREE), begins=True).tolist() == [0, 4, 0]
+@pytest.mark.parametrize(("drafting", "is_worth_it"), [(1, False), (2, False), (3, True), (4, True)])
+def test_h50_a_few_lines_do_not_double_their_pace_at_the_price_of_all_others(drafting: int, is_worth_it: bool) -> None:
+    """Of four, and the step takes 1.8 times as long: if two get three tokens of it, it brings twice as many in all."""
+    times = LateScale(StepTimes((1, 4, 5, 1000), (1_000, 1_000, 1_800, 1_801)))
+    assert worthwhile(np.array([[1.0, 1.0]] * drafting), 4, 4, times).any() == is_worth_it
