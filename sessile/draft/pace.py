@@ -1,10 +1,10 @@
 """How many drafts are worth verifying: what they will probably give against what they make the step cost.
 
-A step of t tokens takes T(t), a table measured at start, and each line gets a token of it. A draft that is accepted
-with probability p brings its line p more, and makes the step longer by a token for all. Drafts are taken likeliest
-first, and as many as make the rate greatest at which lines get tokens; if even that is not clearly above the rate
-without, none are (H50). The rate of a step is the geometric mean of its lines' (proportional fairness: Kelly, 1997):
-with the sum of them a few lines would double their pace at the price of all others', who wait for the same step.
+A step of t tokens takes T(t), a table measured at start, and each line waits so long for a token. A draft that is
+accepted with probability p brings its line p tokens more, and makes the step longer by a token for all. Drafts are
+taken likeliest first, and as many as make the time least that a line waits for a token, on average over the lines; if
+even that is not clearly less than without, none are (H50). Tokens of a step against its time would not do: a few lines
+would double their pace at the price of all others, who wait for the same step.
 Everything here is a function of the table, of what was settled, and of how long late steps are said to have taken: no
 clock is read.
 """
@@ -30,8 +30,8 @@ JUDGED_MAX = 64.0
 REST_FADE = 1 - 1 / 64
 """What is left of what was learned after a step for which it allowed no draft: so that a line that changes from chat to
 code is tried again, at a cost of a few drafts in a hundred steps."""
-GAIN_MIN = 1.05
-"""Rate with drafts against without, below which none are offered: the times of steps are as noisy as that."""
+GAIN_MIN = 1.02
+"""Wait without drafts against that with them, below which none are offered: the table is as noisy as that."""
 LATE_TOLD = 16
 """Late steps, the newest of which say how long one takes longer."""
 LATE_SCALE_MAX = 4.0
@@ -180,12 +180,12 @@ def worthwhile(
     if not len(order):
         return limits
     steps = late.times.time_ns(tokens + np.arange(1, 1 + len(order), dtype=np.int64))
-    reach = np.log1p(np.cumsum(chances, axis=1))
-    gains = reach.copy()
-    gains[:, 1:] -= reach[:, :-1]
-    rates = np.exp(np.cumsum(gains.ravel()[order]) / lines) / (steps + (1 + begins) * late.ns(lines))
-    if rates.max() >= GAIN_MIN / late.times.plain_ns(tokens):
-        taken = order[: int(rates.argmax()) + 1]
+    shares = 1.0 / (1.0 + np.cumsum(chances, axis=1))  # Of a step, that a line waits for each of its tokens.
+    saved = 1.0 - shares
+    saved[:, 1:] = shares[:, :-1] - shares[:, 1:]
+    waits = (1.0 - np.cumsum(saved.ravel()[order]) / lines) * (steps + (1 + begins) * late.ns(lines))
+    if waits.min() * GAIN_MIN <= late.times.plain_ns(tokens):
+        taken = order[: int(waits.argmin()) + 1]
         limits += np.bincount(taken // drafts, minlength=count).astype(np.int32)
     return limits
 
