@@ -129,6 +129,7 @@ class SpeculationBench:
             for speculates in (False, True, False):
                 outputs[speculates], rate = self._run(prompts, chosen, speculates=speculates)
                 (result.rates[True] if speculates else around).append(rate)
+            # Neither of the two that are compared always runs first.
             first, last = around if number % 2 == 0 else reversed(around)
             result.rates[False].append(first)
             result.again.append(last)

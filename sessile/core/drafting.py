@@ -21,8 +21,8 @@ from sessile.core.tenants import Tenant
 from sessile.errors import InvalidRequest
 
 _NO_WISH = DraftWish("", None, 0)
-DRAFTED_FROM = 2
-"""Tokens: the first comes with the prompt, and the last needs no successor. With no more to come nothing is drafted."""
+UNDRAFTED_TOKENS = 2
+"""Of a request's output: the first comes with its prompt, and the last needs no successor."""
 
 
 def drafts_of(books: Books, message: Submit, tenant: Tenant) -> Drafts:
@@ -110,7 +110,7 @@ def tell_prompts(parts: list[PromptPart]) -> None:
     for part in parts:
         request = part.request
         line, known = request.drafts.line, request.known_tokens
-        if line is None or request.phase is not Phase.RUNNING or request.goal_tokens - known <= DRAFTED_FROM:
+        if line is None or request.phase is not Phase.RUNNING or request.goal_tokens - known <= UNDRAFTED_TOKENS:
             continue
         if line.index.tokens < known:
             line.index.extend(request.tokens(line.index.tokens, known))

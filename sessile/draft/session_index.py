@@ -91,7 +91,7 @@ class SessionIndex:
         if not 0 <= tokens <= self.tokens:
             raise InvariantError(f"an index of {self.tokens} tokens has no first {tokens}")
         twin = SessionIndex()
-        if 2 * tokens < self.tokens:
+        if 2 * tokens <= self.tokens:
             twin.append(self._text[:tokens])
             return twin
         twin._take_arrays(self._arrays.copy(), self._bits)

@@ -147,7 +147,7 @@ class EngineLoop:
         """Note how long the host took for a step behind another one, from begun_ns on, or from the end of that one."""
         now_ns = self._clock.now_ns()
         if self._in_flight is None:
-            if self._drafter:
+            if self._drafter and not launched.plan.mask_queries.size:  # With masks it would be late anyway.
                 self._drafter.observe_late(launched.plan.rows.size, now_ns - self._settled_ns)
         elif self._launch_time:
             self._launch_time.observe_host(before.plan, now_ns - begun_ns)

@@ -1,7 +1,9 @@
 """The step loop, driven with a scripted machine and device that write down who was called when."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from sessile.contract.messages import Cancel, CancelAll, GetStats, OpenSession, Sampling, Shutdown, Submit
@@ -13,7 +15,7 @@ from sessile.engine.launch_time import LaunchTime
 from sessile.engine.loop import IDLE_WAIT_NS_MAX, STUCK_WAIT_NS_MAX, EngineLoop
 from sessile.engine.outbox import LocalOutbox
 from sessile.engine.pace import Pace
-from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedTicket
+from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedPlan, ScriptedTicket
 
 
 class WatchedInbox(LocalInbox):
@@ -80,6 +82,27 @@ def test_a_late_plan_is_completed_after_the_step_in_flight_is_settled() -> None:
     for _ in range(2):
         r.loop.turn()
     assert r.calls() == ["plan 1", "complete 1", "launch 1", "plan 2", "settle 1", "complete 2", "launch 2"]
+
+
+@pytest.mark.parametrize(("masks", "told"), [(0, [(2, 5_000)]), (1, [])])
+def test_h50_a_drafter_is_told_of_steps_that_are_late_for_its_sake_alone(
+    masks: int, told: list[tuple[int, int]]
+) -> None:
+    """Where a grammar has masks filled, a step is late whether anybody drafts or not."""
+    r, late = rig(steps_left=2, late=True), list[tuple[int, int]]()
+    r.loop._drafter = SimpleNamespace(observe_late=lambda *seen: late.append(seen))  # type: ignore[assignment]
+
+    def complete(planned: ScriptedPlan) -> StepPlan:
+        r.clock.time_ns += 5_000
+        r.machine.unsettled += 1
+        rows, places = np.arange(2, dtype=np.int32), np.zeros(masks, np.int32)
+        return StepPlan.empty(planned.step, tokens=np.zeros(2, np.int32), rows=rows, mask_queries=places)
+
+    r.machine.complete = complete  # type: ignore[method-assign]
+    r.loop.turn()
+    assert late == []  # Nothing was in flight: it waited for nothing.
+    r.loop.turn()
+    assert late == told
 
 
 def test_a_plan_that_lost_all_its_rows_is_not_launched() -> None:
