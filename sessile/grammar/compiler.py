@@ -197,13 +197,13 @@ def _check_rules(source: str, field: str) -> None:
     if source.count("\n") > LINES_MAX:
         raise InvalidRequest(f"{field}: more than {LINES_MAX} lines", param=field)
     _check_quantifiers(source, field)
-    if least_length(source) > SOURCE_BYTES_MAX:
-        raise InvalidRequest(f"{field}: counts ask for more than {SOURCE_BYTES_MAX} characters", param=field)
     depth = 0
     for character in source:
         depth += (character in "([{") - (character in ")]}")
         if depth > DEPTH_MAX:
             raise InvalidRequest(f"{field}: brackets nested more than {DEPTH_MAX} deep", param=field)
+    if least_length(source) > SOURCE_BYTES_MAX:
+        raise InvalidRequest(f"{field}: counts ask for more than {SOURCE_BYTES_MAX} characters", param=field)
 
 
 def _check_own_rules(source: str, field: str) -> None:

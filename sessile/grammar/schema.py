@@ -189,26 +189,29 @@ def _patterns_of(schema: dict[str, Any]) -> list[str]:
 
 def least_length(pattern: str) -> int:
     """Characters that a regular expression asks for at least, about: an upper bound, as escapes count in full."""
-    groups = [[0, 0, 0]]  # The longest alternative so far, the length of this one, and that of its last part.
+    # The longest alternative so far, the length of this one, and that of its last part; the first two of the groups
+    # around as plain numbers, since a list for each of 60,000 parentheses has the collector go over all of the heap.
+    longest = length = last = 0
+    around: list[int] = []
     found = _CLOSED.match(pattern)
     end = found.end() if found else 0
     for part in itertools.chain(_PARTS.finditer(pattern, 0, end), _OPEN_PARTS.finditer(pattern, end)):
-        text, (longest, length, last) = part[0], groups[-1]
+        text = part[0]
         if text == "(":
-            groups.append([0, 0, 0])
+            around += longest, length
+            longest = length = last = 0
         elif text == "|":
-            groups[-1] = [max(longest, length), 0, 0]
-        elif text == ")" and len(groups) > 1:
-            groups.pop()
+            longest, length, last = max(longest, length), 0, 0
+        elif text == ")" and around:
             last = max(longest, length)
-            groups[-1][1:] = [groups[-1][1] + last, last]
+            length, longest = around.pop() + last, around.pop()
         elif part["least"] is not None:
-            groups[-1][1:] = [length + last * (int(part["least"]) - 1), last * int(part["least"])]
+            length, last = length + last * (int(part["least"]) - 1), last * int(part["least"])
         elif text in "?*":
-            groups[-1][1:] = [length - last, 0]
+            length, last = length - last, 0
         elif text != "+":
-            groups[-1][1:] = [length + 1, 1]
-    return max(max(longest, length) for longest, length, _ in groups)
+            length, last = length + 1, 1
+    return max(longest, length, *around)
 
 
 def _listed(value: Any) -> list[Any]:
