@@ -7,7 +7,6 @@ import numpy as np
 
 from sessile.core.admission import peak_pages
 from sessile.core.books import Books
-from sessile.core.drafting import begin_line
 from sessile.core.groups import shared_tokens
 from sessile.core.ledger import Lease
 from sessile.core.marks import Mark
@@ -239,8 +238,6 @@ class Admitter:
             assert session is not None
             parked = books.unpark(session)
             pin, lease = parked.pin, parked.lease.hand_over()
-        if books.drafter is not None:
-            begin_line(books.drafter, request)
         row = books.rows.take(request)
         books.waiting.leave(request)
         books.waiting.note_admitted(request)

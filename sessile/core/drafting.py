@@ -1,9 +1,10 @@
 """Drafts as the core sees them: who holds the index of a sequence, and what a drafter is told and asked.
 
 An index has one holder at every moment. Between turns it is with the session, warm or cold. A request that drafts takes
-it over when it first gets a row and hands it back at its end, cut to what the session's history is then; a plain
-request begins an index of its own and drops it. It is told nothing but settled tokens: what a request begins with while
-its prompt is computed, the rest right before it is asked. So it may lag behind its sequence, and is never ahead of it.
+it over while its prompt is computed, or else when it is first asked for, and hands it back at its end, cut to what the
+session's history is then; a plain request begins an index of its own and drops it. It is told nothing but settled
+tokens: what a request begins with when it is taken over, the rest right before it is asked. So it may lag behind its
+sequence, and is never ahead of it.
 """
 
 from collections.abc import Sequence
@@ -46,11 +47,13 @@ def drafts_of(books: Books, message: Submit, tenant: Tenant) -> Drafts:
     return Drafts(wish, message.remember)
 
 
-def begin_line(drafter: Drafter, request: Request) -> None:
-    """A request gets a row: if it may draft and has not begun to, its sequence's index comes to it."""
-    drafts = request.drafts
-    if drafts.line is None and drafts.wish.drafts_max:
+def _line_of(books: Books, request: Request) -> DraftLine:
+    """The line of a running request that may draft; with the first call its sequence's index comes to it."""
+    drafts, drafter = request.drafts, books.drafter
+    if drafts.line is None:
+        assert drafter is not None and drafts.wish.drafts_max, f"request {request.key} may not draft"
         drafts.line = drafter.start(_taken_index(drafter, request.session), drafts.wish)
+    return drafts.line
 
 
 def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
@@ -68,7 +71,7 @@ def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
 
 
 def end_line(books: Books, request: Request, done: Done) -> Done:
-    """A request that drafted ends: its session gets the index back, cut to the history that is left.
+    """A request that has a line ends: its session gets the index back, cut to the history that is left.
 
     Returns its Done with what drafts did for it.
     """
@@ -89,7 +92,7 @@ def caught_up(books: Books, asked: Column) -> list[DraftLine]:
     """The lines of running rows int64[d], their indexes told all tokens that have settled."""
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
-    lines = [_line_of(rows.occupant(row)) for row in asked.tolist()]
+    lines = [_line_of(books, rows.occupant(row)) for row in asked.tolist()]
     behind = rows.known[asked] - np.array([line.index.tokens for line in lines], np.int64)
     gathered = rows.filled[asked]
     for i in (behind > gathered).nonzero()[0].tolist():
@@ -102,24 +105,20 @@ def caught_up(books: Books, asked: Column) -> list[DraftLine]:
     return lines
 
 
-def tell_prompts(parts: list[PromptPart]) -> None:
-    """Tell the indexes of requests whose prompt is being computed what they begin with, while the device is at it.
+def tell_prompts(books: Books, parts: list[PromptPart]) -> None:
+    """Begin the lines of requests whose prompt is being computed, and tell their indexes what they begin with, while
+    the device is at it.
 
-    In the first step that they may draft for, nobody waits for it then.
+    Nobody waits for it then: neither the prompt's step nor the first one that may have drafts.
     """
     for part in parts:
         request = part.request
-        line, known = request.drafts.line, request.known_tokens
-        if line is None or request.phase is not Phase.RUNNING or request.goal_tokens - known <= UNDRAFTED_TOKENS:
+        known, may_draft = request.known_tokens, request.drafts.wish.drafts_max > 0
+        if not may_draft or request.phase is not Phase.RUNNING or request.goal_tokens - known <= UNDRAFTED_TOKENS:
             continue
-        if line.index.tokens < known:
-            line.index.extend(request.tokens(line.index.tokens, known))
-
-
-def _line_of(request: Request) -> DraftLine:
-    line = request.drafts.line
-    assert line is not None, f"request {request.key} was asked for drafts and has no line"
-    return line
+        index = _line_of(books, request).index
+        if index.tokens < known:
+            index.extend(request.tokens(index.tokens, known))
 
 
 def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:

@@ -355,7 +355,7 @@ class Machine:
         """What can be done once a step, when nobody waits for its effects any more: the rolling audit, at level 1, and
         what drafts will be looked up in."""
         if self._flights:
-            tell_prompts(self._flights[-1].parts)
+            tell_prompts(self._books, self._flights[-1].parts)
         self._watch.look()
 
     def take_effects(self) -> Batch | None:

@@ -38,7 +38,7 @@ class Phase(Enum):
 class Drafts:
     """What a request has to do with drafts. wish: what it allows. remembered: whether it asked to be.
 
-    line: with it the index of its sequence, from its first admission to its end if it drafts. offered, accepted: drafts
+    line: with it the index of its sequence, from when it is first asked for to its end. offered, accepted: drafts
     that were verified, and tokens that it got beyond one a step.
     """
 
@@ -198,7 +198,7 @@ class Request:
             step,
             self.logprobs,
             self.tenant.index,
-            0 if self.drafts.line is None else self.drafts.wish.drafts_max,
+            self.drafts.wish.drafts_max,
             self.constraint is not None,
         )
 
