@@ -154,8 +154,8 @@ class Bench:
         self._texts = Texts(tokenizer)
         self._loads = {name: LOADS[name](self._texts) for name in LOADS}
         longest = max(len(prompt) for load in self._loads.values() for prompt in load.prompts)
-        # Room for all prompts, however few run at once: where the prefix cache has them for one arm and not for another,
-        # rounding makes outputs part that speculation leaves alone.
+        # Room for all prompts, however few run at once: where the prefix cache has them for one arm and not for
+        # another, rounding makes outputs part that speculation leaves alone.
         self.engine = SpeculatingEngine(
             ModelOptions(model=options.model, load_format=options.load_format, dtype=options.dtype), tokenizer,
             context_tokens=longest + options.tokens + 1, rows_max=PROMPTS, drafts_max=options.drafts_max,

@@ -7,8 +7,9 @@ Only settled tokens are ever shown to it, so what it has learned needs no undoin
 Two things are kept, each with one owner who drops it by letting go of the record that holds it (H19):
 
   SequenceIndex   of the tokens of one sequence. It is with the session between turns, whether that has KV or not, and
-                  with the request from its first admission to its end, also while it is preempted. It holds no more
-                  than the tokens its owner has: whoever cuts a sequence (rollback, rewind) cuts its index with it.
+                  with the request from when drafts are first prepared for it to its end, also while it is preempted.
+                  It holds no more than the tokens its owner has: whoever cuts a sequence (rollback, rewind) cuts its
+                  index with it.
   DraftLine       of one request: which sources it may use and how well each has done for it.
 """
 

@@ -88,12 +88,16 @@ def end_line(books: Books, request: Request, done: Done) -> Done:
     return with_drafts(done, drafts.offered, drafts.accepted, sources)
 
 
-def caught_up(books: Books, asked: Column) -> list[DraftLine]:
-    """The lines of running rows int64[d], their indexes told all tokens that have settled."""
+def caught_up(books: Books, asked: Column, known: Column) -> list[DraftLine]:
+    """The lines of running rows int64[d], their indexes told all tokens that have settled. known [d]: of each row."""
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
     lines = [_line_of(books, rows.occupant(row)) for row in asked.tolist()]
-    behind = rows.known[asked] - np.array([line.index.tokens for line in lines], np.int64)
+    behind = known - np.array([line.index.tokens for line in lines], np.int64)
+    noted = rows.newest_noted(asked, behind)
+    if noted is not None:
+        drafter.extend(lines, noted, behind)
+        return lines
     gathered = rows.filled[asked]
     for i in (behind > gathered).nonzero()[0].tolist():
         request, index = rows.occupant(int(asked[i])), lines[i].index
@@ -128,14 +132,18 @@ def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
     """
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
-    kv_tokens = rows.known[decodes] - 1 + np.minimum(rows.pending[decodes], 1)
-    caps: Column = np.minimum(rows.drafts[decodes], most_that_can_follow(rows, decodes, kv_tokens))
+    known, pending = rows.reached(decodes)
+    caps: Column = np.minimum(
+        rows.drafts[decodes], most_that_can_follow(rows, decodes, known - 1 + np.minimum(pending, 1))
+    )
     asked = caps.nonzero()[0]
-    if len(asked):
-        lines = caught_up(books, decodes[asked])
-        limits = np.array(drafter.limits(lines, tokens), np.int64)
-        assert limits.shape == asked.shape and limits.min() >= 0, "a drafter gave other limits than it was asked for"
-        caps[asked] = np.minimum(caps[asked], limits)
+    if not len(asked):
+        return caps
+    if len(asked) < len(decodes):
+        decodes, known = decodes[asked], known[asked]
+    limits = np.array(drafter.limits(caught_up(books, decodes, known), tokens), np.int64)
+    assert limits.shape == asked.shape and limits.min() >= 0, "a drafter gave other limits than it was asked for"
+    caps[asked] = np.minimum(caps[asked], limits)
     return caps
 
 
@@ -155,7 +163,8 @@ def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Col
         return counts, counts[:0]
     assert drafter is not None
     wanted = caps[asked].tolist()
-    lines = caught_up(books, decodes[asked])
+    rows_asked = decodes[asked]
+    lines = caught_up(books, rows_asked, rows.known[rows_asked])
     proposed: list[Sequence[int]] = list(drafter.draft(lines, wanted))
     counts[asked] = [len(each) for each in proposed]
     assert len(proposed) == len(lines) and (counts <= caps).all(), "a drafter proposed more than it was asked for"

@@ -20,23 +20,44 @@ from sessile.core.reserving import spend, top_up
 from sessile.core.rows import Column, Flags, RowTable
 from sessile.units import RowId, ceil_div
 
+QUIET_ASKS = 16
+"""Steps in a row for which a drafter had nothing that makes asking for the next one late by a step more."""
+ASK_EVERY_MAX = 4
+"""Steps, of which at least one is asked for: what begins to repeat itself does so for longer."""
+
 
 class Steady:
     """Rows that decode side by side, and nobody else: as it stays until somebody comes, goes, or is nearly done.
 
     steps_left: so many more steps can each of them run. steps_fitting: so many more are known to lack no page.
-    changes: those of the row table, as of then. is_asked: whether any has to be asked for drafts or masks.
+    changes: those of the row table, as of then. is_asked: whether any may have drafts or needs masks. quiet_asks: how
+    often in a row nothing was drafted for them; steps_unasked: for so many steps nobody asks again.
     """
 
-    __slots__ = ("changes", "decodes", "is_asked", "sampling", "steps_fitting", "steps_left")
+    __slots__ = (
+        "changes", "decodes", "is_asked", "quiet_asks", "sampling", "steps_fitting", "steps_left", "steps_unasked",
+    )  # fmt: skip
 
     def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags) -> None:
         self.decodes = decodes
         self.sampling = sampling
         self.changes = rows.changes
         self.is_asked = bool(np.count_nonzero(rows.drafts[decodes]) or np.count_nonzero(rows.constrained[decodes]))
+        self.quiet_asks = self.steps_unasked = 0
         self.steps_fitting = 0
         self.steps_left = int(np.minimum.reduce(rows.kv_goal[decodes] - rows.planned[decodes]))
+
+    def is_due(self) -> bool:
+        """Whether to ask for drafts in this step; to be called once in each."""
+        if self.steps_unasked:
+            self.steps_unasked -= 1
+            return False
+        return True
+
+    def note_quiet(self) -> None:
+        """Nothing is drafted in this step, though it was asked for."""
+        self.quiet_asks += 1
+        self.steps_unasked = min(self.quiet_asks // QUIET_ASKS, ASK_EVERY_MAX - 1)
 
 
 class Planner:
@@ -395,6 +416,9 @@ class Planner:
         any (H48)."""
         books, rows = self._books, self._books.rows
         needed = rows.planned + planned.sampling
+        if books.has_drafts_in_flight:
+            # Where a request is at its end if all of its drafts are right, the last one is not among what is planned.
+            needed = np.where(rows.planned + 1 == rows.kv_goal, rows.kv_goal, needed)
         spare = rows.pages + -needed // books.limits.page_size
         spare[~rows.plannable] = 0
         spare[[part.row for part in planned.parts]] = 0
@@ -423,8 +447,8 @@ class Planner:
 
     def _offer_drafts(self, planned: Planned) -> None:
         """Set pages aside for drafts, out of what is free anyway: drafts fall to zero before anyone is preempted."""
-        decodes, books = planned.decodes, self._books
-        if not len(decodes) or (self._steady is not None and not self._steady.is_asked):
+        decodes, books, steady = planned.decodes, self._books, self._steady
+        if not len(decodes) or (steady is not None and not steady.is_asked):
             return
         # Behind drafts in flight a row's position, and behind any token in flight what a grammar allows, is known only
         # when they have settled.
@@ -433,11 +457,14 @@ class Planner:
         if books.drafter is not None:
             is_late = is_late or books.has_drafts_in_flight
             budget = self._budget(True) - planned.tokens
-            if budget > 0 and not planned.is_short:
+            if budget > 0 and not planned.is_short and (steady is None or steady.is_due()):
                 caps = most_drafts(books, decodes, planned.tokens)
-                caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
-                self._draw_for_drafts(planned, caps)
-                planned.tokens += int(caps.sum())
+                if np.count_nonzero(caps):
+                    caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
+                    self._draw_for_drafts(planned, caps)
+                    planned.tokens += int(caps.sum())
+                elif steady is not None:
+                    steady.note_quiet()
         if is_late or np.count_nonzero(caps):
             planned.late = True
             planned.draft_caps = caps if len(caps) else np.zeros(len(decodes), np.int64)

@@ -305,6 +305,31 @@ class RowTable(Generic[Occupant]):
         self._settled[active] = settled
         self._told[:, active] += counts
 
+    def reached(self, active: Column) -> tuple[Column, Column]:
+        """(`known`, `pending`) of these rows [d]; where the steps that were noted are all of this very array, without
+        writing them."""
+        run = self._run
+        if run is not None and run.rows is not active:
+            self._write_run()
+            run = None
+        known, pending = self._known[active], self._pending[active]
+        if run is not None:
+            known += len(run.tokens)
+            pending += run.planned - len(run.tokens)
+        return known, pending
+
+    def newest_noted(self, active: Column, counts: Column) -> npt.NDArray[np.int32] | None:
+        """As `newest`, of tokens that were noted of this very array, as many of each row; None if it is not so.
+
+        Nothing is written. The result is a copy.
+        """
+        run, count = self._run, int(counts[0])
+        if run is None or run.rows is not active or not 0 < count <= len(run.tokens):
+            return None
+        if np.count_nonzero(counts == count) < len(counts):
+            return None
+        return run.tokens[-1].copy() if count == 1 else np.array(run.tokens[-count:]).T.ravel()
+
     def newest(self, active: Column, counts: Column) -> npt.NDArray[np.int32]:
         """The last `counts` tokens in `outputs` of each of the rows, end to end."""
         which, places = spread(counts)

@@ -1,5 +1,6 @@
 """The drafter: what the core asks for drafts. It joins the sequence's own index, history, corpora, merge and pace."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from sessile.contract.drafting import Counts, DraftLine, DraftWish, Ints, SequenceIndex, SourceUse
 from sessile.draft.history import History
 from sessile.draft.lookup import LINE_PRIORS_AT, NODE_MATCH, NODE_SOURCE, NODE_TOKEN, PRIOR_ONE, append_to_texts
-from sessile.draft.merge import DraftRules, Merger, Trees, Words, chain_of
+from sessile.draft.merge import DraftRules, Merger, Words, chain_of
 from sessile.draft.pace import Acceptance, LateScale, StepTimes, affordable
 from sessile.draft.session_index import SessionIndex
 from sessile.draft.shelf import Shelf, Snapshot
@@ -69,11 +70,29 @@ class _Shown:
     """Of the sources, by key."""
 
 
-class LookupLine:
-    """One request. Made by `LookupDrafter.start`, which alone changes it."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What compiled code is told of lines that are asked together: most often they are those of the step before.
 
-    def __init__(self, index: SessionIndex, wish: DraftWish, rules: DraftRules) -> None:
+    By numbers and addresses alone: it keeps no line, index or corpus alive. serials: of the lines. as_of: changes of
+    the shelf and of all history. records, texts: addresses of the lines' records and of their indexes' parts. parts:
+    how many there are to search. allowed: most drafts of each line.
+    """
+
+    serials: list[int]
+    as_of: tuple[int, int]
+    records: Words
+    texts: Words
+    parts: int
+    allowed: npt.NDArray[np.int32]
+
+
+class LookupLine:
+    """One request. Made by `LookupDrafter.start`, which alone changes it. serial: no other line has it."""
+
+    def __init__(self, index: SessionIndex, wish: DraftWish, rules: DraftRules, serial: int) -> None:
         self.wish = wish
+        self.serial = serial
         self._rules = rules
         self.acceptance = Acceptance()
         self._index = index
@@ -186,6 +205,8 @@ class LookupDrafter:
         self._rules = rules or DraftRules()
         self._merger = Merger(self._rules, threads)
         self._shown: dict[tuple[str, tuple[str, ...] | None], _Shown] = {}
+        self._serials = itertools.count()
+        self._asked = _Asked([], (-1, -1), _NO_WORDS, _NO_WORDS, 0, np.empty(0, np.int32))
 
     def check(self, wish: DraftWish) -> None:
         """Raise NotFound that names the first of the wished corpora that its tenant has none of."""
@@ -203,17 +224,17 @@ class LookupDrafter:
     def start(self, index: SequenceIndex, wish: DraftWish) -> LookupLine:
         """A request begins whose sequence `index` is of."""
         assert isinstance(index, SessionIndex), "an index of another drafter"
-        return LookupLine(index, wish, self._rules)
+        return LookupLine(index, wish, self._rules, next(self._serials))
 
     def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
         """Settled tokens at the end of the indexes of these lines: `counts[i]` ≥ 0 of `tokens` for line i, in order.
 
         tokens, counts: writable, as compiled code is compiled for that alone.
         """
-        indexes = [_ours(line).index for line in lines]
-        for index, count in zip(indexes, counts.tolist(), strict=True):
-            index.provide_for(count)
-        append_to_texts(np.array([index.address for index in indexes], np.int64), tokens, counts)
+        ours = [_ours(line) for line in lines]
+        texts = self._asked_of(ours, self._shelf.snapshot).texts
+        while (lacking := append_to_texts(texts, tokens, counts)) >= 0:
+            ours[lacking].index.provide_for(int(counts[lacking]))
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
         """Most drafts worth verifying for each line in a step that runs `tokens` tokens without them.
@@ -221,25 +242,24 @@ class LookupDrafter:
         Judged by what matches now, which may be a token behind what will match when the drafts are due.
         """
         ours = [_ours(line) for line in lines]
-        allowed = np.array([line.wish.drafts_max for line in ours], np.int32)
-        if not allowed.any():
-            return [0] * len(ours)
-        matches = self._matches(ours, allowed > 0)
-        begins = not any(line.has_drafts for line in ours)
+        matches, allowed = self._matches(ours), self._asked.allowed
+        begins = not any([line.has_drafts for line in ours])
         learned = [line.acceptance for line in ours]
         limits: list[int] = affordable(learned, matches, allowed, tokens, self._late, begins=begins).tolist()
         return limits
 
     def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:
         """The longest match of each line, in tokens, in all that it may look into: a search, and no more."""
-        ours = [_ours(line) for line in lines]
-        return [int(match) for match in self._matches(ours, np.ones(len(ours), np.bool_))]
+        matches: list[int] = self._matches([_ours(line) for line in lines]).tolist()
+        return matches
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
         """At most `caps[i]` tokens that may follow the index of line i; asked late, every index up to date."""
         ours = [_ours(line) for line in lines]
-        budgets = [min(cap, line.wish.drafts_max) or -1 for cap, line in zip(caps, ours, strict=True)]
-        trees = self._merge(ours, np.array(budgets, np.int32), self._shelf.snapshot)
+        snapshot = self._shelf.snapshot  # It lives until the drafts are made.
+        asked = self._asked_of(ours, snapshot)
+        budgets = np.minimum(np.array(caps, np.int32), asked.allowed)
+        trees = self._merger.draft(asked.records, budgets, asked.parts)
         drafts: list[list[TokenId]] = []
         for line, nodes, count in zip(ours, trees.nodes.tolist(), trees.counts.tolist(), strict=True):
             taken = nodes[:count]
@@ -277,19 +297,27 @@ class LookupDrafter:
         if self._history:
             self._history.close()
 
-    def _matches(self, lines: Sequence[LookupLine], wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-        """The longest match of each line that is wanted, of the others 0."""
-        budgets = np.where(wanted, 0, -1).astype(np.int32)
-        return self._merge(lines, budgets, self._shelf.snapshot).matches
+    def _matches(self, lines: list[LookupLine]) -> npt.NDArray[np.int32]:
+        snapshot = self._shelf.snapshot  # It lives until all is searched.
+        asked = self._asked_of(lines, snapshot)
+        return self._merger.matches(asked.records, asked.parts)
 
-    def _merge(self, lines: Sequence[LookupLine], budgets: npt.NDArray[np.int32], snapshot: Snapshot) -> Trees:
-        """Drafts of all lines from one snapshot, which lives until they are made."""
+    def _asked_of(self, lines: list[LookupLine], snapshot: Snapshot) -> _Asked:
+        """What compiled code is told of these lines, each shown what is there for it in the snapshot."""
+        asked, serials = self._asked, [line.serial for line in lines]
         as_of = (snapshot.version, self._history.changes if self._history else 0)
-        for line in lines:
-            if line.shown_as_of != as_of:
-                line.show(self._shown_to(line.wish, snapshot), as_of)
-        records: Words = np.array([line.address for line in lines], np.int64)
-        return self._merger.draft(records, budgets, sum([line.parts for line in lines]))
+        if asked.serials != serials or asked.as_of != as_of:
+            for line in lines:
+                if line.shown_as_of != as_of:
+                    line.show(self._shown_to(line.wish, snapshot), as_of)
+            self._asked = asked = _Asked(
+                serials, as_of,
+                np.array([line.address for line in lines], np.int64),
+                np.array([line.index.address for line in lines], np.int64),
+                sum([line.parts for line in lines]),
+                np.array([line.wish.drafts_max for line in lines], np.int32),
+            )  # fmt: skip
+        return asked
 
     def _shown_to(self, wish: DraftWish, snapshot: Snapshot) -> _Shown:
         """The parts that a wish may look into, made anew only when the shelf or the history has changed."""

@@ -60,10 +60,15 @@ def link_places(tokens, older, heads, bits, first, last):  # type: ignore[no-unt
 
 @entry
 def append_to_texts(parts, tokens, counts):  # type: ignore[no-untyped-def]
-    """Append counts[i] of `tokens`, which are end to end, to the text with chains of parts[i], which has room for them.
+    """Append counts[i] of `tokens`, which are end to end, to the text with chains of parts[i].
 
-    parts int64[n]: addresses. tokens int32, counts int64[n].
+    parts int64[n]: addresses. tokens int32, counts int64[n]. Returns -1, or, with nothing appended to any, the first i
+    that has too little room.
     """
+    for i in range(parts.size):
+        part = carray(pointer(parts[i]), (PART_FIELDS,), np.int64)
+        if part[TOKENS] + counts[i] > part[PLACES]:
+            return i
     at = 0
     for i in range(parts.size):
         part = carray(pointer(parts[i]), (PART_FIELDS,), np.int64)
@@ -76,6 +81,7 @@ def append_to_texts(parts, tokens, counts):  # type: ignore[no-untyped-def]
         _link(text, older, heads, part[HEAD_BITS], first, first + counts[i])
         part[TOKENS] = first + counts[i]
         at += counts[i]
+    return -1
 
 
 @entry
@@ -338,7 +344,7 @@ def _longest_of(line, query, end, spots):  # type: ignore[no-untyped-def]
 
 @piece
 def _find(line, most, match_min, match_cap, window, spots, found):  # type: ignore[no-untyped-def]
-    """Write a line's occurrences down, with their weights; returns (their number, the longest match).
+    """Write a line's occurrences down, with their weights; returns their number.
 
     What matches so much less than the longest that its weight would be under 2 ** -window of that one's is left out:
     of a hundred corpora most have nothing to say.
@@ -347,7 +353,7 @@ def _find(line, most, match_min, match_cap, window, spots, found):  # type: igno
     query = carray(pointer(index[TOKENS_AT]), (index[TOKENS],), np.int32)
     end = index[TOKENS]
     if end == 0:
-        return 0, 0
+        return 0
     longest = _longest_of(line, query, end, spots)
     count = 0
     for number in range(line[LINE_PARTS]):
@@ -370,22 +376,55 @@ def _find(line, most, match_min, match_cap, window, spots, found):  # type: igno
                 found[kept, column] = found[i, column]
             found[kept, WEIGHT] = priors[found[kept, SOURCE]] << min(found[kept, MATCH], match_cap)
             kept += 1
-    return kept, longest
+    return kept
+
+
+@piece
+def _most_parts(lines, first, last):  # type: ignore[no-untyped-def]
+    parts = 1
+    for i in range(first, last):
+        line = carray(pointer(lines[i]), (LINE_FIRST_PART,), np.int64)
+        parts = max(parts, line[LINE_PARTS])
+    return parts
 
 
 @entry
-def draft_lines(lines, budgets, first, last, whole, real, trees, counts, matches):  # type: ignore[no-untyped-def]
+def match_lines(lines, first, last, most, matches):  # type: ignore[no-untyped-def]
+    """The longest match of each of the lines first … last - 1, as `draft_lines` finds it, and no drafts.
+
+    lines int64[n]: addresses of line records. most: occurrences of a part. Written: matches int32[n].
+    """
+    parts = _most_parts(lines, first, last)
+    found = np.empty((most, FOUND_COLUMNS), np.int64)
+    spots = np.empty((parts, 3), np.int64)
+    for i in range(first, last):
+        matches[i] = 0
+        line = carray(pointer(lines[i]), (LINE_FIRST_PART + 2 * parts,), np.int64)
+        index = carray(pointer(line[LINE_INDEX_AT]), (PART_FIELDS,), np.int64)
+        end = index[TOKENS]
+        if end == 0:
+            continue
+        query = carray(pointer(index[TOKENS_AT]), (end,), np.int32)
+        longest = _longest_of(line, query, end, spots)
+        for number in range(line[LINE_PARTS]):
+            part = carray(pointer(line[LINE_FIRST_PART + 2 * number]), (PART_FIELDS,), np.int64)
+            if part[KIND] == CHAINED:
+                longest = max(longest, _collect_chained(part, number, 0, query, end, most, found, 0)[1])
+        matches[i] = longest
+
+
+@entry
+def draft_lines(lines, budgets, first, last, whole, real, trees, counts):  # type: ignore[no-untyped-def]
     """Draft for the lines first … last - 1; different ranges may run on different threads at once.
 
-    lines int64[n]: addresses of line records. budgets int32[n]: most nodes; 0: only look how much matches, below: not
-    even that. whole int64: (occurrences a part, least match, cap of matches, window, branches); real float64: (decay,
-    share_min, factor). Written: trees int32[n, nodes, NODE_COLUMNS], counts int32[n] of nodes, matches int32[n].
+    lines int64[n]: addresses of line records. budgets int32[n]: most nodes. whole int64: (occurrences a part, least
+    match, cap of matches, window, branches); real float64: (decay, share_min, factor). Written: trees
+    int32[n, nodes, NODE_COLUMNS], counts int32[n] of nodes.
     """
     most, match_min, match_cap, window, branches = whole[0], whole[1], whole[2], whole[3], whole[4]
-    parts, nodes = 1, 1
+    parts, nodes = _most_parts(lines, first, last), 1
     for i in range(first, last):
-        line = carray(pointer(lines[i]), (LINE_FIRST_PART,), np.int64)
-        parts, nodes = max(parts, line[LINE_PARTS]), max(nodes, budgets[i])
+        nodes = max(nodes, budgets[i])
     room = parts * most
     slots_size = 4
     while slots_size < 2 * room:
@@ -402,11 +441,8 @@ def draft_lines(lines, budgets, first, last, whole, real, trees, counts, matches
         np.empty(waiting + room, np.float64),
     )
     for i in range(first, last):
-        counts[i] = matches[i] = 0
-        if budgets[i] < 0:
-            continue
+        counts[i] = 0
         line = carray(pointer(lines[i]), (LINE_FIRST_PART + 2 * parts,), np.int64)
-        count, longest = _find(line, most, match_min, match_cap, window, spots, found)
-        matches[i] = longest
+        count = _find(line, most, match_min, match_cap, window, spots, found)
         if budgets[i] > 0 and count > 0:
             counts[i] = merge(found, count, budgets[i], branches, real[0], real[1], real[2], scratch, trees[i])

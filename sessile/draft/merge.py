@@ -9,7 +9,7 @@ never sources (H46).
 `branches` is 1 today, and the tree a chain; a verifier of trees raises it and reads the parents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from sessile.draft.lookup import NODE_COLUMNS, draft_lines
+from sessile.draft.lookup import NODE_COLUMNS, draft_lines, match_lines
 
 Ints = npt.NDArray[np.int32]
 Words = npt.NDArray[np.int64]
@@ -63,19 +63,18 @@ class DraftRules:
 class Trees:
     """What a batch of lines was told.
 
-    nodes int32[lines, budget, NODE_COLUMNS]: see lookup.py; counts int32[lines]: nodes of each; matches int32[lines]:
-    the longest match of each, in tokens.
+    nodes int32[lines, budget, NODE_COLUMNS]: see lookup.py; counts int32[lines]: nodes of each.
     """
 
     nodes: Ints
     counts: Ints
-    matches: Ints
 
 
 class Merger:
     """Drafts for many lines at once, on this thread and on some of its own where there is enough to do."""
 
     def __init__(self, rules: DraftRules, threads: int) -> None:
+        self._occurrences = rules.occurrences
         self._whole = np.array(
             (rules.occurrences, rules.match_min, rules.match_cap, rules.window, rules.branches), np.int64
         )
@@ -83,28 +82,39 @@ class Merger:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "draft") if threads > 1 else None
 
+    def matches(self, lines: Words, parts: int) -> Ints:
+        """int32[lines]: the longest match of each, in tokens. lines, parts: as of `draft`."""
+        matches = np.empty(len(lines), np.int32)
+
+        def match_range(first: int, last: int) -> None:
+            match_lines(lines, first, last, self._occurrences, matches)
+
+        self._share(match_range, len(lines), parts)
+        return matches
+
     def draft(self, lines: Words, budgets: Ints, parts: int) -> Trees:
-        """lines: addresses of line records; budgets: most nodes of each, 0: only its match, below 0: nothing.
+        """lines: addresses of line records; budgets: most nodes of each.
 
         parts: how many there are to search, of all lines.
         """
         count = len(lines)
-        trees = Trees(
-            np.empty((count, max(int(budgets.max(initial=0)), 1), NODE_COLUMNS), np.int32),
-            np.zeros(count, np.int32),
-            np.zeros(count, np.int32),
-        )
+        nodes = np.empty((count, max(int(budgets.max(initial=0)), 1), NODE_COLUMNS), np.int32)
+        trees = Trees(nodes, np.zeros(count, np.int32))
 
         def draft_range(first: int, last: int) -> None:
-            draft_lines(lines, budgets, first, last, self._whole, self._real, trees.nodes, trees.counts, trees.matches)
+            draft_lines(lines, budgets, first, last, self._whole, self._real, trees.nodes, trees.counts)
 
+        self._share(draft_range, count, parts)
+        return trees
+
+    def _share(self, work: Callable[[int, int], None], count: int, parts: int) -> None:
+        """Have work(first, last) done for all of `count` lines, on as many threads as so many parts are worth."""
         pieces = min(self._threads, max(parts // SEARCHES_OF_A_THREAD, 1), max(count, 1))
         edges = [count * piece // pieces for piece in range(pieces + 1)]
-        waiting = [self._pool.submit(draft_range, *edge) for edge in pairwise(edges[1:]) if self._pool]
-        draft_range(edges[0], edges[1])
+        waiting = [self._pool.submit(work, *edge) for edge in pairwise(edges[1:]) if self._pool]
+        work(edges[0], edges[1])
         for piece in waiting:
             piece.result()
-        return trees
 
     def close(self) -> None:
         """End the threads."""

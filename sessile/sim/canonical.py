@@ -246,7 +246,7 @@ _WHOLE: dict[str, Write] = {"core.RowTable": Form.held_rows, "core.Flight": Form
 _RULES: dict[str, dict[str, Write | None]] = {
     "core.Machine": dict.fromkeys(("_limits", "_facts", "_bos", "_watch")),
     # Worlds are made without forced retraction and with mixed steps, which these two are for.
-    # What is steady is there to save work: the same is found without.
+    # What is steady is there to save work: the same is found without, but for how often drafts are asked for.
     "core.Planner": dict.fromkeys(("_books", "_retracted_step", "_decoded_last", "_took_turns", "_denied", "_steady")),
     "core.Admitter": dict.fromkeys(("_books",)),
     "core.Books": {

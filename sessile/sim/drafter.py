@@ -54,6 +54,10 @@ class ListIndex:
         return []
 
 
+STRETCH_TOKENS = 8
+"""Of a sequence: in one of three such stretches nothing is drafted."""
+
+
 def extend_each(lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
     """`Drafter.extend`, one index after the other."""
     ends = np.cumsum(counts).tolist()
@@ -110,9 +114,17 @@ class ToyDrafter:
         extend_each(lines, tokens, counts)
 
     def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
-        """0 to drafts_max for each, differing from step to step; the most they can be every other time."""
-        most = self.world.limits.drafts_max
-        return [min(most, self._dice(line, line.index.tokens) % (2 * most)) for line in lines]
+        """0 to drafts_max for each, differing from step to step; the most they can be every other time.
+
+        In one world of four nothing in some stretches, so that steps in a row have no drafts though they may.
+        """
+        most, has_stretches = self.world.limits.drafts_max, self.world.seed % 4 == 0
+        return [
+            0
+            if has_stretches and self._dice(line, line.index.tokens // STRETCH_TOKENS) % 3 == 0
+            else min(most, self._dice(line, line.index.tokens) % (2 * most))
+            for line in lines
+        ]
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:
         """Up to as many as are asked for, each wrong by chance."""

@@ -324,7 +324,12 @@ _STEPS = (
     ),
     _fault(
         "draft pages not drawn", "H22, H48", "drafts are planned beyond the pages of their row",
-        "planning", "                self._draw_for_drafts(planned, caps)\n", "",
+        "planning", "                    self._draw_for_drafts(planned, caps)\n", "",
+    ),
+    _fault(
+        "pages of last drafts given up", "H22, H48", "a page is let go that drafts in flight write at a request's end",
+        "planning", "            needed = np.where(rows.planned + 1 == rows.kv_goal, rows.kv_goal, needed)\n",
+        "            pass\n",
     ),
     _fault(
         "oldest is the victim", "H77", "preemption picks the oldest running request",
@@ -410,7 +415,7 @@ _DRAFTS = (
     ),
     _fault(
         "drafts beyond the budget", "H15, H50", "drafts are not counted against what a step may run",
-        "planning", "                caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
+        "planning", "                    caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)\n", "",
     ),
     _fault(
         "drafts of a row that said no", "H50", "a request that turned drafts off gets some",

@@ -50,7 +50,9 @@ def assert_same(one: RowTable[str], other: RowTable[str], names: list[str]) -> N
 tokens = st.lists(st.integers(8, 99), min_size=ROWS, max_size=ROWS)
 moves = st.lists(
     st.one_of(
-        st.just("plan"), tokens, st.sampled_from([sorted(COUNTED)[:3], ["planned"], ["outputs"], ["known", "pending"]])
+        st.sampled_from(["plan", "ask"]),
+        tokens,
+        st.sampled_from([sorted(COUNTED)[:3], ["planned"], ["outputs"], ["known", "pending"]]),
     ),
     max_size=40,
 )
@@ -64,7 +66,7 @@ def test_what_was_only_noted_is_there_for_whoever_looks(
     active, chosen = choose(order[:count])
     for table in (noted, written):
         table.note_plain(chosen)
-    step, planned, appended = 0, 0, 0
+    step, planned, appended, told = 0, 0, 0, written.known.copy()
     for move in moves:
         if move == "plan":
             step, planned = step + 1, planned + 1
@@ -83,9 +85,42 @@ def test_what_was_only_noted_is_there_for_whoever_looks(
             assert keys.tolist() == (active + 5).tolist()
             written.settle_one(chosen)
             written.append_one(active, chosen, said)
+        elif move == "ask":
+            run = noted._run
+            known, pending = noted.reached(active)
+            assert (known.tolist(), pending.tolist()) == (
+                written.known[active].tolist(), written.pending[active].tolist()
+            )
+            counts = known - told[active]
+            newest = noted.newest_noted(active, counts)
+            if newest is not None:
+                assert newest.tolist() == written.newest(active, counts).tolist()
+                assert noted._run is run, "nobody had to write"
+            told[active] = known
         else:
             assert_same(noted, written, list(move))
     assert_same(noted, written, [*sorted(COUNTED), "outputs"])
+
+
+def test_how_far_rows_are_and_what_they_said_is_known_without_writing_what_was_noted() -> None:
+    table = seated()
+    active, chosen = choose([3, 1])
+    table.note_plain(chosen)
+    for step, said in enumerate(([8, 9], [10, 11], [12, 13])):
+        table.plan_once_more(chosen, step)
+        assert table.append_once_more(active, chosen, np.array(said, np.int32)) is not None
+    table.plan_once_more(chosen, 3)
+    run = table._run
+    known, pending = table.reached(active)
+    assert (known.tolist(), pending.tolist()) == ([16, 14], [1, 1])
+    for count, expected in ((1, [12, 13]), (3, [8, 10, 12, 9, 11, 13])):
+        newest = table.newest_noted(active, np.full(2, count))
+        assert newest is not None and newest.tolist() == expected and newest.flags.c_contiguous
+    for counts in ([0, 0], [1, 2], [4, 4]):
+        assert table.newest_noted(active, np.array(counts)) is None
+    assert table.newest_noted(active.copy(), np.ones(2, np.int64)) is None, "an array of its own may be of other rows"
+    assert table._run is run, "nothing was written"
+    assert table.reached(np.array([1]))[0].tolist() == [14] and table._run is None
 
 
 def test_a_step_is_not_noted_if_a_row_may_not_be_plain() -> None:

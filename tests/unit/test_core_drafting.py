@@ -9,6 +9,7 @@ import pytest
 from sessile.contract.messages import Branch, Cancel, DropTurn, ForkSession, RewindSession, SourceFigures, unpack_tokens
 from sessile.core.limits import TenantPolicy
 from sessile.core.marks import Mark
+from sessile.core.planning import ASK_EVERY_MAX, QUIET_ASKS
 from sessile.core.session import Session
 from sessile.errors import AuditError
 from sessile.sim.drafter import ListIndex
@@ -194,6 +195,32 @@ def test_an_index_is_told_each_token_once_and_only_when_drafts_are_asked_for() -
     assert len(history) < sum(Counting.told) < len(stage.history("a"))
 
 
+def test_who_drafts_nothing_for_long_is_asked_less_often() -> None:
+    stage, drafter = drafting(limit=0, pages=200)
+    for key in (1, 2):
+        stage.submit(key, prompt(key, 6), max_new_tokens=200)
+    asked: list[int] = []
+    while len(asked) < 150:
+        before = len(drafter.limit_calls)
+        stage.step()
+        asked.append(len(drafter.limit_calls) - before)
+    assert set(asked[2:QUIET_ASKS]) == {1} and set(asked) == {0, 1}
+    late = "".join(map(str, asked[-40:]))
+    assert "0" * ASK_EVERY_MAX not in late and late.count("1") == 40 // ASK_EVERY_MAX
+    known = [line.index.known.tolist() for line in drafter.lines]
+    assert known == [(prompt(key, 6) + stage.output[key])[: len(each)] for key, each in zip((1, 2), known, strict=True)]
+    drafter.limit = 4
+    before = len(drafter.calls)
+    stage.step(ASK_EVERY_MAX)
+    assert len(drafter.calls) > before, "what begins to repeat itself is seen soon"
+    before = len(drafter.limit_calls)
+    stage.step(3)
+    assert len(drafter.limit_calls) == before + 3, "and is asked for in every step from then on"
+    stage.run()
+    for key in (1, 2):
+        assert stage.output[key] == expected(prompt(key, 6), 200)
+
+
 def test_an_index_is_told_of_a_prompt_while_the_device_computes_it() -> None:
     stage, drafter = drafting(chunk=4)
     stage.submit(1, prompt(1, 10), max_new_tokens=9)
@@ -324,6 +351,18 @@ def test_h48_pages_drawn_for_drafts_are_given_up_before_anybody_is_preempted(ove
     assert stage.stats().preemptions_total == 0
     for key, tokens, count in ((1, prompt(1, 6), 8), (2, prompt(2, 6), 5)):
         assert stage.output[key] == expected(tokens, count)
+
+
+def test_h48_a_page_that_the_last_drafts_of_a_request_may_need_is_not_given_up_while_they_are_verified() -> None:
+    # Prompts and decoding take turns: in the turn of row 2's prompt pages are short, and row 1 has drafts in flight.
+    stage, _ = drafting(pages=15, page_size=1, chunk=4, output_estimate_tokens=1, mixed_chunk=False)
+    stage.submit(1, prompt(1, 6), max_new_tokens=4)
+    stage.submit(2, prompt(2, 6), max_new_tokens=3)
+    while stage.machine.has_work:
+        stage.launch()
+    assert stage.machine.marks[Mark.WAITED_FOR_DRAFTS] > 0
+    for key, count in ((1, 4), (2, 3)):
+        assert stage.output[key] == expected(prompt(key, 6), count)
 
 
 @pytest.mark.parametrize("right", [0, 1, 2, 9])

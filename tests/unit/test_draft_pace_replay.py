@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sessile.bench.speculate_record import RECORDED, RecordedAnswer, Recording
+from sessile.core.planning import ASK_EVERY_MAX, QUIET_ASKS
 from sessile.draft.pace import Acceptance, LateScale, StepTimes, affordable
 
 VERIFY_MS = (1.57, 2.08, 2.08, 2.09, 2.09, 2.45, 2.45, 3.05, 3.08, 4.81)
@@ -50,18 +51,28 @@ class Line:
 def wall_ms(answers: list[RecordedAnswer], drafts_max: int, late: LateScale, late_ms: tuple[float, float]) -> float:
     """Until the last of them is answered, of requests sent at once. late_ms: a late step's, in all and for each row."""
     lines = [Line(answer) for answer in answers]
-    wall, begins = 0.0, True
+    wall, begins, quiet_asks, steps_unasked = 0.0, True, 0, 0
     while lines:
-        # As in an engine: how many drafts is decided before what is in flight has settled, which ones behind it.
-        matches = np.array([line.answer.matches[line.settled] for line in lines], np.int32)
-        allowed = np.array([min(drafts_max, line.left - 1) for line in lines], np.int32)
-        learned = [line.acceptance for line in lines]
-        limits = affordable(learned, matches, allowed, len(lines), late, begins=begins).tolist()
+        # As in an engine: how many drafts is decided before what is in flight has settled, which ones behind it. Nobody
+        # asks in each step behind many in which nothing was drafted.
+        limits = [0] * len(lines)
+        if steps_unasked:
+            steps_unasked -= 1
+        else:
+            matches = np.array([line.answer.matches[line.settled] for line in lines], np.int32)
+            allowed = np.array([min(drafts_max, line.left - 1) for line in lines], np.int32)
+            learned = [line.acceptance for line in lines]
+            limits = affordable(learned, matches, allowed, len(lines), late, begins=begins).tolist()
+            quiet_asks += 1
+            steps_unasked = min(quiet_asks // QUIET_ASKS, ASK_EVERY_MAX - 1)
         is_late = not begins or any(limits)
         for line in lines:
             line.settled += line.emits
         limit_of = {id(line): limit for line, limit in zip(lines, limits, strict=True)}
-        lines = [line for line in lines if line.left > 0]
+        going_on = [line for line in lines if line.left > 0]
+        if is_late or len(going_on) < len(lines):
+            quiet_asks = steps_unasked = 0
+        lines = going_on
         for line in lines:
             line.run(limit_of[id(line)])
         drafts = sum(line.made for line in lines)
