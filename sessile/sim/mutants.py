@@ -50,7 +50,7 @@ def hunt(task: Hunt) -> Catch:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m sessile.sim mutants`."""
-    parser.add_argument("--seeds", type=int, default=60, help="seeds to look with, at most")
+    parser.add_argument("--seeds", type=int, default=130, help="seeds to look with, at most")
     parser.add_argument("--steps", type=int, default=400, help="steps a seed")
     parser.add_argument("--only", default="", help="only mutants whose name holds this")
     parser.add_argument("--workers", type=int, default=2, help="processes")
