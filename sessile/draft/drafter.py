@@ -289,6 +289,7 @@ class LookupDrafter:
         index.truncate(4)
         line = self.start(index, DraftWish("", (), 1))
         self.extend([line], np.ones(1, np.int32), np.ones(1, np.int64))
+        self.matches([line])
         self.draft([line], [1])
 
     def close(self) -> None:
