@@ -4,6 +4,10 @@ import argparse
 
 import torch
 
+from sessile.engine.compiled import use_compiled_core
+
+core = use_compiled_core()  # Before anything imports the core, as the engine's process does.
+
 from sessile.bench.gpu_kernels import CASES, measure_backends
 from sessile.bench.gpu_speed import BATCHES, GROUPS, machine_line, measure_shape
 from sessile.core.limits import SchedulerOptions
@@ -25,7 +29,7 @@ def main() -> None:
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "gpu-bench needs a CUDA GPU; none was found.\n")
-    print(machine_line())
+    print(f"{machine_line()}; core: {core.found}. {core.remedy}".rstrip())
     if "kernels" in asked.groups:
         for case in CASES:
             print(*measure_backends(case), sep="\n")

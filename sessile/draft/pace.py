@@ -32,6 +32,9 @@ REST_FADE = 1 - 1 / 64
 code is tried again, at a cost of a few drafts in a hundred steps."""
 GAIN_MIN = 1.02
 """Wait without drafts against that with them, below which none are offered: the table is as noisy as that."""
+SHARED_GAIN_MIN = 1.07
+"""The same where several lines would wait for drafts to begin: what is gained so is a few lines', what it costs all's,
+and a bet that gains little on average keeps the slowest of them longer."""
 LATE_TOLD = 16
 """Late steps, the newest of which say how long one takes longer."""
 LATE_SCALE_MAX = 4.0
@@ -184,7 +187,8 @@ def worthwhile(
     saved = 1.0 - shares
     saved[:, 1:] = shares[:, :-1] - shares[:, 1:]
     waits = (1.0 - np.cumsum(saved.ravel()[order]) / lines) * (steps + (1 + begins) * late.ns(lines))
-    if waits.min() * GAIN_MIN <= late.times.plain_ns(tokens):
+    gain_min = SHARED_GAIN_MIN if begins and lines > 1 else GAIN_MIN
+    if waits.min() * gain_min <= late.times.plain_ns(tokens):
         taken = order[: int(waits.argmin()) + 1]
         limits += np.bincount(taken // drafts, minlength=count).astype(np.int32)
     return limits

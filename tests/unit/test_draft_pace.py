@@ -67,6 +67,18 @@ def test_h50_who_begins_to_draft_pays_for_the_step_behind_the_drafts_too() -> No
     assert worthwhile(chances, 1, 1, LateScale(late), begins=True).tolist() == [0]
 
 
+@pytest.mark.parametrize(("gain", "alone", "shared"), [(1.01, 0, 0), (1.05, 1, 0), (1.09, 1, 1)])
+def test_h50_drafts_that_keep_others_waiting_begin_for_a_clearer_gain_and_go_on_for_less(
+    gain: float, alone: int, shared: int
+) -> None:
+    """All lines are alike, so that alone and together the mean wait gains the same."""
+    times = LateScale(StepTimes((1, 1000), (1_000_000, 1_000_001)))
+    chances = np.array([[gain - 1]] * 4)
+    assert worthwhile(chances[:1], 1, 1, times, begins=True).tolist() == [alone]
+    assert worthwhile(chances, 4, 4, times, begins=True).tolist() == [shared] * 4
+    assert worthwhile(chances, 4, 4, times).tolist() == [alone] * 4
+
+
 def test_h50_a_large_batch_leaves_nothing_for_drafts_where_time_grows_with_it() -> None:
     times = StepTimes((1, 8, 64, 128), (1_000, 1_000, 2_000, 4_000))
     assert limits([[0.5, 0.3]], times) == [2]

@@ -104,7 +104,8 @@ def test_h50_chat_is_not_slower_where_hosts_are_quick_and_where_they_are_slow(
     batch: int, late_ms: tuple[float, float]
 ) -> None:
     found = ratios("chat", batch, late_ms=late_ms)
-    assert np.median(found) >= 0.995 and min(found) >= 0.98
+    assert np.median(found) >= 0.995
+    assert min(found) >= (0.98 if batch == 1 else 0.998), "of a batch, all wait for the bets of a few"
 
 
 @pytest.mark.parametrize(
