@@ -73,8 +73,8 @@ class ReplayedLine:
         return self._made > 0
 
     def uses(self) -> Sequence[SourceUse]:
-        """What was offered and accepted."""
-        return [SourceUse(SOURCE, self._offered, self._accepted)]
+        """What was offered and accepted; as of the lookup, nothing where nothing was offered."""
+        return [SourceUse(SOURCE, self._offered, self._accepted)] if self._offered else []
 
     def offer(self, cap: int) -> list[TokenId]:
         """At most so many drafts, of those that were recorded here."""

@@ -3,7 +3,8 @@
 A step of t tokens takes T(t), a table measured at start, and each line waits so long for a token. A draft that is
 accepted with probability p brings its line p tokens more, and makes the step longer by a token for all. Drafts are
 taken likeliest first, and as many as make the time least that a line waits for a token, on average over the lines; if
-even that is not clearly less than without, none are (H50). Tokens of a step against its time would not do: a few lines
+even that is not clearly less than without, none are (H50), and where several lines would wait for drafts to begin it
+has to be clearer. Tokens of a step against its time would not do: a few lines
 would double their pace at the price of all others, who wait for the same step.
 Everything here is a function of the table, of what was settled, and of how long late steps are said to have taken: no
 clock is read.
