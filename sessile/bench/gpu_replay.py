@@ -151,7 +151,7 @@ class ReplayingDrafter:
         matches = np.array([line.match for line in ours], np.int32)
         allowed = np.array([line.drafts_max for line in ours], np.int32)
         begins = not any(line.has_drafts for line in ours)
-        learned = [line.acceptance for line in ours]
+        learned = np.array([line.acceptance.address for line in ours], np.int64)
         limits: list[int] = affordable(learned, matches, allowed, tokens, self.late, begins=begins).tolist()
         return limits
 

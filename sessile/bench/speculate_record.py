@@ -15,8 +15,9 @@ import numpy as np
 
 from sessile.contract.drafting import DraftWish
 from sessile.draft.drafter import LookupDrafter
-from sessile.draft.pace import MATCH_LENGTHS, StepTimes
+from sessile.draft.pace import StepTimes
 from sessile.draft.shelf import Shelf
+from sessile.draft.weighing import MATCH_LENGTHS
 
 RECORDED = Path(__file__).parent / "speculate_recorded.json"
 """Of SmolLM2-135M-Instruct; docs/BENCHMARKS.md has the command."""

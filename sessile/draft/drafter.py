@@ -75,14 +75,15 @@ class _Asked:
     """What compiled code is told of lines that are asked together: most often they are those of the step before.
 
     By numbers and addresses alone: it keeps no line, index or corpus alive. serials: of the lines. as_of: changes of
-    the shelf and of all history. records, texts: addresses of the lines' records and of their indexes' parts. parts:
-    how many there are to search. allowed: most drafts of each line.
+    the shelf and of all history. records, texts, learned: addresses of the lines' records, of their indexes' parts and
+    of what was learned of their drafts. parts: how many there are to search. allowed: most drafts of each line.
     """
 
     serials: list[int]
     as_of: tuple[int, int]
     records: Words
     texts: Words
+    learned: Words
     parts: int
     allowed: npt.NDArray[np.int32]
 
@@ -206,7 +207,7 @@ class LookupDrafter:
         self._merger = Merger(self._rules, threads)
         self._shown: dict[tuple[str, tuple[str, ...] | None], _Shown] = {}
         self._serials = itertools.count()
-        self._asked = _Asked([], (-1, -1), _NO_WORDS, _NO_WORDS, 0, np.empty(0, np.int32))
+        self._asked = _Asked([], (-1, -1), _NO_WORDS, _NO_WORDS, _NO_WORDS, 0, np.empty(0, np.int32))
 
     def check(self, wish: DraftWish) -> None:
         """Raise NotFound that names the first of the wished corpora that its tenant has none of."""
@@ -242,11 +243,11 @@ class LookupDrafter:
         Judged by what matches now, which may be a token behind what will match when the drafts are due.
         """
         ours = [_ours(line) for line in lines]
-        matches, allowed = self._matches(ours), self._asked.allowed
+        matches, asked = self._matches(ours), self._asked
         begins = not any([line.has_drafts for line in ours])
-        learned = [line.acceptance for line in ours]
-        limits: list[int] = affordable(learned, matches, allowed, tokens, self._late, begins=begins).tolist()
-        return limits
+        limits = affordable(asked.learned, matches, asked.allowed, tokens, self._late, begins=begins)
+        told: list[int] = limits.tolist()
+        return told
 
     def matches(self, lines: Sequence[DraftLine]) -> Sequence[int]:
         """The longest match of each line, in tokens, in all that it may look into: a search, and no more."""
@@ -289,7 +290,7 @@ class LookupDrafter:
         index.truncate(4)
         line = self.start(index, DraftWish("", (), 1))
         self.extend([line], np.ones(1, np.int32), np.ones(1, np.int64))
-        self.matches([line])
+        self.limits([line], 1)
         self.draft([line], [1])
 
     def close(self) -> None:
@@ -315,6 +316,7 @@ class LookupDrafter:
                 serials, as_of,
                 np.array([line.address for line in lines], np.int64),
                 np.array([line.index.address for line in lines], np.int64),
+                np.array([line.acceptance.address for line in lines], np.int64),
                 sum([line.parts for line in lines]),
                 np.array([line.wish.drafts_max for line in lines], np.int32),
             )  # fmt: skip

@@ -5,17 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sessile.draft.pace import (
-    GAIN_MIN,
-    JUDGED_MAX,
-    LATE_SCALE_MAX,
-    Acceptance,
-    LateScale,
-    StepTimes,
-    affordable,
-    path_chances,
-    worthwhile,
-)
+from sessile.draft.pace import JUDGED_MAX, LATE_SCALE_MAX, Acceptance, LateScale, StepTimes, affordable
+from sessile.draft.weighing import GAIN_MIN, SHARED_GAIN_MIN
+from tests.unit.weighed import chances_of, learned_by, plain_ns, step_ns, worthwhile
 
 FREE = StepTimes((1, 1000), (1_000_000, 1_000_001))
 LINEAR = StepTimes((1, 2), (1_000_000, 2_000_000))
@@ -26,8 +18,16 @@ def limits(chances: list[list[float]], times: StepTimes, tokens: int | None = No
     return worthwhile(np.array(chances), len(chances), tokens or len(chances), LateScale(times)).tolist()
 
 
-def chances_of(line: Acceptance, match: int, drafts: int = 4) -> list[float]:
-    return path_chances([line], np.array([match], np.int32), drafts)[0].tolist()
+def affords(
+    lines: list[Acceptance], matches: list[int], allowed: list[int], late: LateScale, *, begins: bool = True
+) -> list[int]:
+    told = learned_by(lines), np.array(matches, np.int32), np.array(allowed, np.int32)
+    return affordable(*told, len(lines), late, begins=begins).tolist()
+
+
+def rest(line: Acceptance) -> None:
+    """A step in which nothing matches."""
+    assert affords([line], [0], [1], LateScale(FREE)) == [0]
 
 
 def test_h50_where_a_token_costs_as_much_as_a_step_nothing_is_drafted() -> None:
@@ -95,8 +95,8 @@ def test_h50_a_step_with_drafts_is_weighed_against_one_without_as_that_is_run() 
 
 def test_a_step_beyond_those_without_drafts_runs_like_one_that_verifies() -> None:
     times = StepTimes((1, 101), (1_000, 2_000), plain_tokens=(1, 9), plain_times_ns=(400, 800))
-    assert [times.plain_ns(tokens) for tokens in (1, 5, 9, 51)] == [400, 600, 800, 1_500]
-    assert StepTimes((1, 101), (1_000, 2_000)).plain_ns(51) == 1_500
+    assert [plain_ns(times, tokens) for tokens in (1, 5, 9, 51)] == [400, 600, 800, 1_500]
+    assert plain_ns(StepTimes((1, 101), (1_000, 2_000)), 51) == 1_500
 
 
 @given(
@@ -112,18 +112,49 @@ def test_h50_the_rate_of_emission_is_never_expected_to_be_lower_than_without(
     taken = worthwhile(chances, len(lines), len(lines), LateScale(times))
     if taken.any():
         emitted = len(lines) + sum(float(row[:count].sum()) for row, count in zip(chances, taken, strict=True))
-        with_drafts = emitted / (times.time_ns(np.array([len(lines) + int(taken.sum())]))[0] + late_ns)
-        without = len(lines) / times.time_ns(np.array([len(lines)]))[0]
+        with_drafts = emitted / (step_ns(times, len(lines) + int(taken.sum())) + late_ns)
+        without = len(lines) / step_ns(times, len(lines))
         assert with_drafts >= (GAIN_MIN - 1e-9) * without
+
+
+def twin(chances: np.ndarray, lines: int, tokens: int, late: LateScale, *, begins: bool) -> list[int]:
+    """What `worthwhile` says, in numpy: of each number of drafts, likeliest first, how long a line waits."""
+    order = np.argsort(-chances, axis=None, kind="stable")[: np.count_nonzero(chances)]
+    shares = 1 / (1 + np.cumsum(chances, axis=1))
+    saved = -np.diff(shares, axis=1, prepend=1.0).ravel()[order]
+    steps = np.array([step_ns(late.times, tokens + number + 1) for number in range(len(order))])
+    waits = (1 - np.cumsum(saved) / lines) * (steps + (1 + begins) * late.ns(lines))
+    gain_min = SHARED_GAIN_MIN if begins and lines > 1 else GAIN_MIN
+    worth = waits.argmin() + 1 if len(order) and waits.min() * gain_min <= plain_ns(late.times, tokens) else 0
+    return np.bincount(order[:worth] // chances.shape[1], minlength=len(chances)).tolist()
+
+
+CHANCES = st.lists(st.sampled_from((0.0, 0.3, 0.5, 0.8, 1.0)), min_size=5, max_size=5)
+
+
+@given(
+    lines=st.lists(CHANCES, min_size=1, max_size=9),
+    others=st.integers(0, 3),
+    steps=st.lists(st.integers(1, 10_000), min_size=2, max_size=6),
+    late_ns=st.integers(0, 2_000),
+    begins=st.booleans(),
+)
+def test_compiled_code_weighs_drafts_as_numpy_does(
+    lines: list[list[float]], others: int, steps: list[int], late_ns: int, begins: bool
+) -> None:
+    late = LateScale(StepTimes(tuple(range(1, 1 + 3 * len(steps), 3)), tuple(steps), late_ns))
+    chances, served = np.cumprod(np.array(lines), axis=1), len(lines) + others
+    found = worthwhile(chances, served, served, late, begins=begins).tolist()
+    assert found == twin(chances, served, served, late, begins=begins)
 
 
 def test_a_step_that_was_measured_faster_than_a_smaller_one_is_taken_to_be_as_slow() -> None:
     times = StepTimes((1, 2, 3), (100, 300, 200))
-    assert times.time_ns(np.array([1, 2, 3])).tolist() == [100, 300, 300]
+    assert [step_ns(times, tokens) for tokens in (1, 2, 3)] == [100, 300, 300]
 
 
 def test_beyond_the_table_time_grows_as_at_its_end() -> None:
-    assert LINEAR.time_ns(np.array([1, 2, 5])).tolist() == [1e6, 2e6, 5e6]
+    assert [step_ns(LINEAR, tokens) for tokens in (1, 2, 5)] == [1e6, 2e6, 5e6]
 
 
 def test_an_accepted_draft_makes_the_next_one_likelier() -> None:
@@ -154,7 +185,7 @@ def test_a_line_that_rested_is_tried_again() -> None:
     for _ in range(20):
         line.judge(3, False)
     for _ in range(300):
-        line.rest()
+        rest(line)
     assert chances_of(line, match=3)[0] > 0.9 * before
 
 
@@ -179,8 +210,7 @@ def test_a_line_is_offered_no_more_than_it_allows_and_rests_where_it_is_offered_
     lines = [Acceptance(), Acceptance(), Acceptance()]
     for line in lines:
         line.judge(9, is_accepted=True)
-    matches, allowed = np.array([9, 9, 0], np.int32), np.array([2, 5, 5], np.int32)
-    assert affordable(lines, matches, allowed, 3, LateScale(FREE), begins=True).tolist() == [2, 5, 0]
+    assert affords(lines, [9, 9, 0], [2, 5, 5], LateScale(FREE)) == [2, 5, 0]
     assert [line.rests for line in lines] == [0, 0, 1]
 
 
@@ -190,7 +220,7 @@ def test_what_a_line_learned_fades_as_much_before_it_is_judged_again_as_behind_i
         line.judge(9, is_accepted=True)
         other.judge(9, is_accepted=True)
     for _ in range(40):
-        line.rest()
+        rest(line)
     before = chances_of(line, match=9)[0]
     assert chances_of(Acceptance(), match=9)[0] < before < chances_of(other, match=9)[0]
     line.judge(1, is_accepted=False)  # of another class: of this one nothing is learned
@@ -226,10 +256,9 @@ def test_h50_a_machine_that_was_busy_is_tried_again_after_some_hundred_steps_wit
     late = LateScale(LATE)
     for _ in range(100):
         late.observe(1, 2_000_000)
-    lines, matches, allowed = [Acceptance()], np.array([20], np.int32), np.array([2], np.int32)
-    assert affordable(lines, matches, allowed, 1, late, begins=True).tolist() == [0]
+    assert affords([Acceptance()], [20], [2], late) == [0]
     steps = 0
-    while not affordable([Acceptance()], matches, allowed, 1, late, begins=False)[0]:
+    while not affords([Acceptance()], [20], [2], late, begins=False)[0]:
         steps += 1
     assert 50 < steps < 1000
 

@@ -14,6 +14,7 @@ import pytest
 from sessile.bench.speculate_record import RECORDED, RecordedAnswer, Recording
 from sessile.core.planning import ASK_EVERY_MAX, QUIET_ASKS
 from sessile.draft.pace import Acceptance, LateScale, StepTimes, affordable
+from tests.unit.weighed import learned_by, plain_ns, step_ns
 
 VERIFY_MS = (1.57, 2.08, 2.08, 2.09, 2.09, 2.45, 2.45, 3.05, 3.08, 4.81)
 PLAIN_MS = (1.57, 1.82, 1.97, 2.00, 2.21, 2.81, 3.48)
@@ -61,7 +62,7 @@ def wall_ms(answers: list[RecordedAnswer], drafts_max: int, late: LateScale, lat
         else:
             matches = np.array([line.answer.matches[line.settled] for line in lines], np.int32)
             allowed = np.array([min(drafts_max, line.left - 1) for line in lines], np.int32)
-            learned = [line.acceptance for line in lines]
+            learned = learned_by([line.acceptance for line in lines])
             limits = affordable(learned, matches, allowed, len(lines), late, begins=begins).tolist()
             quiet_asks += 1
             steps_unasked = min(quiet_asks // QUIET_ASKS, ASK_EVERY_MAX - 1)
@@ -78,8 +79,8 @@ def wall_ms(answers: list[RecordedAnswer], drafts_max: int, late: LateScale, lat
         drafts = sum(line.made for line in lines)
         tokens = len(lines) + drafts
         if lines:
-            step_ns = TIMES.time_ns(np.array([tokens]))[0] if drafts else TIMES.plain_ns(tokens)
-            wall += step_ns / 1e6 + is_late * (late_ms[0] + late_ms[1] * len(lines))
+            late_part_ms = is_late * (late_ms[0] + late_ms[1] * len(lines))
+            wall += late_part_ms + (step_ns if drafts else plain_ns)(TIMES, tokens) / 1e6
         begins = not drafts
     return wall
 
