@@ -141,7 +141,7 @@ class Index(Target):
             sequence = self._drafter.new_index()
             sequence.extend(pack_tokens(self._context))
             line = self._drafter.start(sequence, DraftWish("", None, 8))
-            self._drafter.limits([line], 1)
+            self._drafter.limits([line], [8], 1)
             (drafts,) = self._drafter.draft([line], [8])
             assert all(0 <= draft for draft in drafts)
             self._shelf.remove(OPERATOR, "docs")

@@ -235,7 +235,7 @@ def measure_cost(
     lines = standing_lines(drafter, text, 1000, options.drafts_max)
     lines_searched = len(lines)
     search = median_of(lambda _: drafter.matches(lines), 11)
-    look = median_of(lambda i: drafter.limits([lines[i]], 1), len(lines))
+    look = median_of(lambda i: drafter.limits([lines[i]], [options.drafts_max], 1), len(lines))
     draft = median_of(lambda i: drafter.draft([lines[i]], [options.drafts_max]), len(lines))
     search_us = search.wall_us / lines_searched
     rate, size = 1e6 * index.tokens / build.wall_us, index.resident_bytes / index.tokens

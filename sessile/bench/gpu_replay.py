@@ -49,9 +49,8 @@ class Counts:
 class ReplayedLine:
     """One request. Made by `ReplayingDrafter.start`, which alone changes it."""
 
-    def __init__(self, looked_up: DraftLine, expected: Expected, drafts_max: int) -> None:
+    def __init__(self, looked_up: DraftLine, expected: Expected) -> None:
         self.looked_up = looked_up
-        self.drafts_max = drafts_max
         self.acceptance = Acceptance()
         self._expected = expected
         self._match = self._made = self._right = 0
@@ -137,19 +136,19 @@ class ReplayingDrafter:
         """A request begins whose sequence `index` is of."""
         assert wish.corpora is not None and len(wish.corpora) == 1, "a request of this bench names its answer"
         looked_up = self._lookup.start(index, DraftWish(wish.tenant, (), wish.drafts_max))
-        return ReplayedLine(looked_up, self.expected[wish.corpora[0]], wish.drafts_max)
+        return ReplayedLine(looked_up, self.expected[wish.corpora[0]])
 
     def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: TokenCounts) -> None:
         """The lookup's."""
         self._lookup.extend([_ours(line).looked_up for line in lines], tokens, counts)
 
-    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
+    def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
         """Most drafts worth verifying, by what was recorded and by the pace."""
         ours = [_ours(line) for line in lines]
         self._lookup.matches([line.looked_up for line in ours])
         self._counts.asked += len(ours)
         matches = np.array([line.match for line in ours], np.int32)
-        allowed = np.array([line.drafts_max for line in ours], np.int32)
+        allowed = np.array(caps, np.int32)
         begins = not any(line.has_drafts for line in ours)
         learned = np.array([line.acceptance.address for line in ours], np.int64)
         limits: list[int] = affordable(learned, matches, allowed, tokens, self.late, begins=begins).tolist()

@@ -102,11 +102,11 @@ class Drafter(Protocol):
         """Settled tokens at the end of the indexes of these lines: `counts[i]` ≥ 0 of `tokens` for line i, in order."""
         ...
 
-    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
+    def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
         """Most drafts worth verifying for each line in a step that runs `tokens` tokens without them.
 
-        Asked early, when pages are set aside; the newest token may still be unknown. All 0: the step needs no late
-        part, so it need not wait for the one in flight.
+        At most `caps[i]` for line i: it has a use for no more. Asked early, when pages are set aside; the newest token
+        may still be unknown. All 0: the step needs no late part, so it need not wait for the one in flight.
         """
         ...
 

@@ -141,9 +141,11 @@ def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
         return caps
     if len(asked) < len(decodes):
         decodes, known = decodes[asked], known[asked]
-    limits = np.array(drafter.limits(caught_up(books, decodes, known), tokens), np.int64)
-    assert limits.shape == asked.shape and limits.min() >= 0, "a drafter gave other limits than it was asked for"
-    caps[asked] = np.minimum(caps[asked], limits)
+    wanted = caps[asked]
+    limits = np.array(drafter.limits(caught_up(books, decodes, known), wanted.tolist(), tokens), np.int64)
+    assert limits.shape == asked.shape, "a drafter gave limits to other lines than it was asked about"
+    assert limits.min() >= 0 and not np.count_nonzero(limits > wanted), "a drafter's limit is beyond what was asked for"
+    caps[asked] = limits
     return caps
 
 

@@ -237,15 +237,16 @@ class LookupDrafter:
         while (lacking := append_to_texts(texts, tokens, counts)) >= 0:
             ours[lacking].index.provide_for(int(counts[lacking]))
 
-    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
-        """Most drafts worth verifying for each line in a step that runs `tokens` tokens without them.
+    def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
+        """Most drafts worth verifying for each line, ≤ `caps[i]`, in a step that runs `tokens` tokens without them.
 
         Judged by what matches now, which may be a token behind what will match when the drafts are due.
         """
         ours = [_ours(line) for line in lines]
         matches, asked = self._matches(ours), self._asked
         begins = not any([line.has_drafts for line in ours])
-        limits = affordable(asked.learned, matches, asked.allowed, tokens, self._late, begins=begins)
+        allowed = np.minimum(np.array(caps, np.int32), asked.allowed)
+        limits = affordable(asked.learned, matches, allowed, tokens, self._late, begins=begins)
         told: list[int] = limits.tolist()
         return told
 
@@ -290,7 +291,7 @@ class LookupDrafter:
         index.truncate(4)
         line = self.start(index, DraftWish("", (), 1))
         self.extend([line], np.ones(1, np.int32), np.ones(1, np.int64))
-        self.limits([line], 1)
+        self.limits([line], [1], 1)
         self.draft([line], [1])
 
     def close(self) -> None:

@@ -124,10 +124,10 @@ class TimedDrafter:
         self._drafter.extend(lines, tokens, counts)
         self.ns_total += self._clock.now_ns() - started_ns
 
-    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
+    def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
         """The drafter's, timed."""
         started_ns = self._clock.now_ns()
-        limits = self._drafter.limits(lines, tokens)
+        limits = self._drafter.limits(lines, caps, tokens)
         self.ns_total += self._clock.now_ns() - started_ns
         return limits
 

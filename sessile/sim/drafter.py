@@ -113,8 +113,8 @@ class ToyDrafter:
         """Each index gets its own."""
         extend_each(lines, tokens, counts)
 
-    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
-        """0 to drafts_max for each, differing from step to step; the most they can be every other time.
+    def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
+        """0 to what each has a use for, differing from step to step; the most they can be every other time.
 
         In one world of four nothing in some stretches, so that steps in a row have no drafts though they may.
         """
@@ -122,8 +122,8 @@ class ToyDrafter:
         return [
             0
             if has_stretches and self._dice(line, line.index.tokens // STRETCH_TOKENS) % 3 == 0
-            else min(most, self._dice(line, line.index.tokens) % (2 * most))
-            for line in lines
+            else min(cap, self._dice(line, line.index.tokens) % (2 * most))
+            for line, cap in zip(lines, caps, strict=True)
         ]
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> Sequence[Sequence[TokenId]]:

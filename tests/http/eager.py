@@ -38,8 +38,8 @@ def engine(address: str) -> int:
     from sessile.offline import opening
 
     class EagerDrafter(LookupDrafter):
-        def limits(self, lines, tokens):  # type: ignore[no-untyped-def]
-            return [line.wish.drafts_max for line in lines]
+        def limits(self, lines, caps, tokens):  # type: ignore[no-untyped-def]
+            return caps
 
     def eager_drafter(shelf, table):  # type: ignore[no-untyped-def]
         return EagerDrafter(shelf, StepTimes((1, 2), (1, 1)), history=History(HistoryLimits()))

@@ -39,6 +39,8 @@ class ToldDrafter:
         """Rows of each call of `draft`."""
         self.limit_calls: list[tuple[int, int]] = []
         """(rows, tokens) of each call of `limits`."""
+        self.caps: list[list[int]] = []
+        """What each of these calls asked for at most."""
         self.remembered: list[tuple[str, bytes]] = []
 
     def check(self, wish: DraftWish) -> None:
@@ -56,9 +58,10 @@ class ToldDrafter:
     def extend(self, lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
         extend_each(lines, tokens, counts)
 
-    def limits(self, lines: Sequence[DraftLine], tokens: int) -> Sequence[int]:
+    def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
         self.limit_calls.append((len(lines), tokens))
-        return [self.limit] * len(lines)
+        self.caps.append(list(caps))
+        return [min(self.limit, cap) for cap in caps]
 
     def draft(self, lines: Sequence[DraftLine], caps: Sequence[int]) -> list[list[int]]:
         self.calls.append(len(lines))

@@ -281,6 +281,15 @@ def test_a_step_makes_one_call_for_all_its_rows() -> None:
     assert (3, 3) in drafter.limit_calls
 
 
+def test_h50_a_drafter_is_asked_for_no_more_than_requests_have_a_use_for() -> None:
+    """Near the end of an answer few drafts can be of use, and a late part is not worth it for them."""
+    stage, drafter = drafting(limit=0)
+    stage.submit(1, prompt(1, 6), max_new_tokens=9)
+    stage.submit(2, prompt(2, 6), max_new_tokens=7)
+    stage.run()
+    assert drafter.caps == [[4, 4], [4, 4], [4, 3], [4, 2], [3, 1], [2], [1]]
+
+
 @pytest.mark.parametrize("accept", [0, 1, 2, 3, 4])
 def test_a_drafter_is_told_how_many_of_its_drafts_were_right(accept: int) -> None:
     stage, drafter = drafting(right=accept)

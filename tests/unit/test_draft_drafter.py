@@ -64,13 +64,26 @@ def test_no_more_is_drafted_than_step_and_request_allow(cap: int, drafts_max: in
 
 def test_a_line_that_matches_nothing_needs_no_late_part() -> None:
     drafter = LookupDrafter(shelf_of(("", "docs", [[7, 8, 9]])), FREE)
-    assert drafter.limits([line_of(drafter)], 1) == [0]
+    assert drafter.limits([line_of(drafter)], [8], 1) == [0]
 
 
 def test_limits_follow_the_match_at_the_known_end() -> None:
     drafter = LookupDrafter(shelf_of(("", "docs", [[*range(40), 50, 51]])), FREE)
     long, none = line_of(drafter, range(40)), line_of(drafter, [99])
-    assert drafter.limits([long, none], 2) == [8, 0]
+    assert drafter.limits([long, none], [8, 8], 2) == [8, 0]
+
+
+def test_limits_are_no_more_than_a_line_has_a_use_for() -> None:
+    drafter = LookupDrafter(shelf_of(("", "docs", [[*range(40), 50, 51]])), FREE)
+    lines = [line_of(drafter, range(40)), line_of(drafter, range(40), drafts_max=2), line_of(drafter, range(40))]
+    assert drafter.limits(lines, [3, 5, 8], 3) == [3, 2, 8]
+
+
+def test_h50_at_the_end_of_an_answer_a_late_part_can_bring_little_and_is_not_begun() -> None:
+    drafter = LookupDrafter(shelf_of(), StepTimes((1, 1000), (1_000, 1_001), late_ns=900))
+    line = line_of(drafter, [*range(12)] * 4)
+    assert drafter.limits([line], [8], 1) == [8]
+    assert drafter.limits([line], [1], 1) == [0]
 
 
 def test_the_longest_match_of_sequence_and_corpora_counts() -> None:
@@ -82,29 +95,29 @@ def test_the_longest_match_of_sequence_and_corpora_counts() -> None:
 def test_h50_limits_are_zero_where_verifying_costs_as_much_as_a_step() -> None:
     shelf = shelf_of(("", "docs", [[*range(40), 50, 51]]))
     drafter = LookupDrafter(shelf, StepTimes((1, 2), (1_000, 2_000)))
-    assert drafter.limits([line_of(drafter, range(40))], 1) == [0]
+    assert drafter.limits([line_of(drafter, range(40))], [8], 1) == [0]
 
 
 def test_h50_a_line_whose_drafts_always_fail_is_left_alone() -> None:
     text = [*range(40, 46), *CONTEXT]
     drafter = LookupDrafter(shelf_of(("", "docs", [[*text, 5, 6]])), StepTimes((1, 2, 9), (100, 130, 200)))
     line = line_of(drafter, text)
-    assert drafter.limits([line], 1) != [0]
+    assert drafter.limits([line], [8], 1) != [0]
     for _ in range(12):
         drafter.draft([line], [4])
         drafter.settled(line, 0)
-    assert drafter.limits([line], 1) == [0]
+    assert drafter.limits([line], [8], 1) == [0]
 
 
 def test_h50_to_begin_to_draft_takes_more_than_to_go_on() -> None:
     """The step behind drafts is late in any case."""
     drafter = LookupDrafter(shelf_of(), StepTimes((1, 1000), (1_000, 1_001), late_ns=4_000))
     line = line_of(drafter, [*range(12)] * 4)
-    assert drafter.limits([line], 1) == [0]
+    assert drafter.limits([line], [8], 1) == [0]
     assert drafts(drafter, line, 2) == [0, 1]
-    assert drafter.limits([line], 1) == [8]
+    assert drafter.limits([line], [8], 1) == [8]
     drafter.settled(line, 2)
-    assert drafter.limits([line], 1) == [0]
+    assert drafter.limits([line], [8], 1) == [0]
 
 
 def test_h44_a_corpus_that_is_replaced_between_two_steps_is_the_new_one_in_the_second() -> None:
@@ -169,7 +182,7 @@ def test_h45_neither_order_of_insertion_nor_threads_change_a_draft(corpora: list
         lines = [line_of(drafter, context) for context in contexts]
         outcome: list[object] = []
         for _ in range(3):
-            outcome.append(list(drafter.limits(lines, len(lines))))
+            outcome.append(list(drafter.limits(lines, [8] * len(lines), len(lines))))
             outcome.append([list(each) for each in drafter.draft(lines, [6] * len(lines))])
             for line in lines:
                 drafter.settled(line, 0)
@@ -187,7 +200,7 @@ corpora = [("", f"corpus {number}", random.integers(0, 3, (4, 60)).tolist()) for
 drafter = LookupDrafter(shelf_of(*corpora), FREE)
 for context in random.integers(0, 3, (50, 12)).tolist():
     line = line_of(drafter, context)
-    print(drafter.limits([line], 1), drafter.draft([line], [8]), line.uses())
+    print(drafter.limits([line], [8], 1), drafter.draft([line], [8]), line.uses())
 """
 
 
@@ -267,7 +280,7 @@ def test_the_sequence_itself_counts_more_than_a_corpus() -> None:
 
 def test_without_lines_there_is_nothing_to_do() -> None:
     drafter = LookupDrafter(Shelf(), FREE)
-    assert (drafter.limits([], 5), drafter.draft([], [])) == ([], [])
+    assert (drafter.limits([], [], 5), drafter.draft([], [])) == ([], [])
 
 
 def test_a_drafter_can_be_made_ready_before_its_first_step() -> None:

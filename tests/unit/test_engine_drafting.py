@@ -164,6 +164,6 @@ def test_the_drafter_of_an_engine_finds_what_was_said_before(table: Any) -> None
     assert engine.drafter is not None
     line = engine.drafter.start(engine.drafter.new_index(), DraftWish("", None, 4))
     line.index.extend(pack_tokens([7, 8, 9, 10, 11, 12] * 8))
-    assert engine.drafter.limits([line], 1)[0] > 0
+    assert engine.drafter.limits([line], [4], 1)[0] > 0
     assert list(engine.drafter.draft([line], [3])[0]) == [7, 8, 9]
     engine.close()
