@@ -39,7 +39,9 @@ def blocks_run(folder: Path) -> list[str]:
     """What each block of commands prints, run one after the other in one shell on a port of its own."""
     port = free_port()
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    script = f"echo '{MARK}'\n".join(blocks).replace(SHOWN_ADDRESS, f"127.0.0.1:{port}")
+    # A server that outlived a command that failed would hold the pipes, and what failed would be known when time is up.
+    script = "trap 'kill $(jobs -p) || true' EXIT\n" + f"echo '{MARK}'\n".join(blocks)
+    script = script.replace(SHOWN_ADDRESS, f"127.0.0.1:{port}")
     environment = os.environ | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
