@@ -7,7 +7,6 @@ token took, and the speed of the rest.
 import contextlib
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -65,10 +64,11 @@ def run_chat(
         ):
             chat = _Chat(conversations, sampling, console, interactive=interactive)
             refused = False
-            for line in typed_lines(console, history) if interactive else piped_lines(stdin, console):
-                if line in ("/quit", "/exit"):
-                    break
-                refused |= not chat.take(line)
+            with chat.interruptible():
+                for line in typed_lines(console, history) if interactive else piped_lines(stdin, console):
+                    if line in ("/quit", "/exit"):
+                        break
+                    refused |= not chat.take(line)
             return int(refused and not interactive)
     except Unauthenticated:
         _say(console, f"sessile: the server wants a valid key: put one into the variable {API_KEY_VARIABLE}", "red")
@@ -87,6 +87,7 @@ class _Chat:
         self._sampling = sampling
         self._console = console
         self._interactive = interactive
+        self._was_interrupted = False
         self._commands: dict[str, Callable[[int | None], None]] = {
             "/help": lambda number: _say(console, HELP),
             "/stats": lambda number: self._show_state(),
@@ -98,8 +99,21 @@ class _Chat:
         if interactive:
             _say(console, "Type a message, or /help. Ctrl-D leaves.", "dim")
 
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """From a terminal Ctrl-C ends answers, within, not the program."""
+        if not self._interactive:
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
     def take(self, line: str) -> bool:
         """Carry out one line; False if it was refused. Raises NotReady if the server is gone."""
+        self._was_interrupted = False
         name, _, argument = line.partition(" ")
         try:
             if name in self._commands and "\n" not in line:
@@ -113,11 +127,13 @@ class _Chat:
         except UserError as error:
             _say(self._console, error.message, "red")
             return False
+        finally:
+            self._was_interrupted = False
         return True
 
     def _turn(self, text: str) -> None:
         conversation = self._conversations.current
-        with self._waiting() as show, self._interruptible():
+        with self._waiting() as show:
             answer = conversation.ask(text, self._sampling, show)
         said = answer.completion
         self._console.out("" if said.text.endswith("\n") else "\n", end="")
@@ -164,24 +180,16 @@ class _Chat:
         with status:
             yield show
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """From a terminal the first Ctrl-C ends the answer; a second one, should the first not do it, the program."""
-        if not self._interactive or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.getsignal(signal.SIGINT)
+    def _interrupt(self, number: int, frame: object) -> None:
+        """Ctrl-C outside of prompts, which take the key for themselves. It ends the answer that comes, if one does.
 
-        def interrupt(number: int, frame: object) -> None:
-            signal.signal(signal.SIGINT, previous)
-            with contextlib.suppress(UserError):  # the stream reports a server that is gone
-                self._conversations.current.interrupt()
-
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        Pressed a moment too late it does nothing. A second one, should the first not do it, ends the program.
+        """
+        if self._was_interrupted:
+            raise KeyboardInterrupt
+        self._was_interrupted = True
+        with contextlib.suppress(UserError):  # the stream reports a server that is gone
+            self._conversations.current.interrupt()
 
 
 def _number(argument: str) -> int | None:

@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -252,7 +253,53 @@ def test_at_a_terminal_several_lines_are_one_message_and_what_was_typed_comes_ba
     assert sent(server)[2] == "\nuser:pasted\nlines\n"
     terminal.type("/nonsense\r")  # perhaps before the prompt is back
     terminal.wait_for("unknown command /nonsense; /help lists them")
-    terminal.type("half\x03")
+    terminal.type("half\x03")  # likewise
     terminal.type("/quit\r")
     assert terminal.process.wait(60) == 0
     assert "+second" in (tmp_path / "typed").read_text()
+
+
+class TypedAt(io.StringIO):
+    """What says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def chat_typed(server: Running, lines: Iterator[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """As at a terminal, where these lines are typed; control is back here between them."""
+    monkeypatch.setattr(sys, "stdin", TypedAt())
+    monkeypatch.setattr("sessile.chat.terminal.typed_lines", lambda console, history: lines)
+    stdout = io.StringIO()
+    return run_chat(server.url, byte_tokenizer(), stdin=sys.stdin, stdout=stdout), stdout.getvalue()
+
+
+def test_control_c_a_moment_behind_an_answer_does_nothing(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def typed() -> Iterator[str]:
+        for line in ("one", "/stats", "two"):
+            signal.raise_signal(signal.SIGINT)
+            yield line
+        signal.raise_signal(signal.SIGINT)
+
+    status, shown = chat_typed(server, typed(), monkeypatch)
+    assert status == 0
+    assert "interrupted" not in shown
+    assert sent(server) == ["user:one\n", "\nuser:two\n"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_control_c_twice_outside_of_an_answer_ends_the_chat_and_its_session(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def typed() -> Iterator[str]:
+        yield "one"
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        yield "never"
+
+    with pytest.raises(KeyboardInterrupt):
+        chat_typed(server, typed(), monkeypatch)
+    assert sent(server) == ["user:one\n"]
+    assert any(isinstance(message, CloseSession) for message in server.engine.received)
