@@ -120,7 +120,7 @@ def test_a_call_and_its_result_go_back_into_the_prompt(server: Running, client: 
 
 
 def test_a_stream_adds_up_to_the_message(server: Running, client: anthropic.Anthropic) -> None:
-    says(server, f"<think>Hm, so.</think>Let me see.\n{CALL}", token_s=0.002)
+    says(server, f"<think>Hm, so.</think>Let me see.\n{CALL}", token_s=0.01)
     kinds = []
     with client.messages.stream(model="default", max_tokens=1000, messages=ASK, tools=[TOOL]) as stream:
         for event in stream:

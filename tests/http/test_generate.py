@@ -114,7 +114,7 @@ def test_sglang_fields_at_their_defaults_are_accepted(server: Running) -> None:
 
 
 def test_a_stream_is_cumulative_and_ends_with_done(server: Running) -> None:
-    server.engine.token_interval_s = 0.01
+    server.engine.token_interval_s = 0.03
     reply = server.generate("hello", stream=True)
     assert reply.headers["content-type"].startswith("text/event-stream")
     texts = [event["text"] for event in events(reply)]
@@ -127,7 +127,7 @@ def test_a_stream_is_cumulative_and_ends_with_done(server: Running) -> None:
 
 
 def test_a_delta_stream_adds_up_to_the_whole(server: Running) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     reply = events(server.generate("héllo wörld", stream=True, stream_output="delta"))
     assert len(reply) > 1
     assert "".join(event["text"] for event in reply) == "héllo wörld"
@@ -138,7 +138,7 @@ def test_a_delta_stream_adds_up_to_the_whole(server: Running) -> None:
 @pytest.mark.parametrize("answers", [1, 2])
 @pytest.mark.parametrize("output", ["delta", "cumulative"])
 def test_an_event_before_the_end_has_the_form_of_the_last(server: Running, output: str, answers: int) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     text = "a\u2028\"b\\"
     reply = server.generate(
         text, stream=True, stream_output=output, rid='1"\u2029', sampling_params={"n": answers}
@@ -159,7 +159,7 @@ def test_an_event_before_the_end_has_the_form_of_the_last(server: Running, outpu
 
 
 def test_a_stream_holds_back_what_may_become_a_stop_string(server: Running) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     reply = events(server.generate("say STOP now", stream=True, sampling_params={"stop": "STOP"}))
     assert {"say S", "say ST", "say STO"}.isdisjoint(event["text"] for event in reply)
     assert reply[-1]["text"] == "say "
@@ -182,7 +182,7 @@ def test_prompt_logprobs_are_computed_only_if_asked_for(server: Running) -> None
 
 
 def test_a_delta_stream_sends_each_logprob_once(server: Running) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     reply = events(server.generate("abc", stream=True, stream_output="delta", return_logprob=True))
     sent = [entry[1] for event in reply for entry in event["meta_info"]["output_token_logprobs"]]
     assert sent == [*b"abc", EOS]

@@ -57,7 +57,7 @@ def test_several_prompts_are_several_choices(client: openai.OpenAI, prompt: Any)
 
 
 def test_several_prompts_stream_side_by_side(server: Running, client: openai.OpenAI) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     texts = {0: "", 1: ""}
     for chunk in client.completions.create(model="default", prompt=["abab", "cdecde"], stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
@@ -106,7 +106,7 @@ def test_text_parts_are_text(client: openai.OpenAI) -> None:
 
 
 def test_a_streamed_chat_adds_up_and_ends_with_its_reason(server: Running, client: openai.OpenAI) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     chunks = list(client.chat.completions.create(model="default", messages=HI, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
@@ -124,7 +124,7 @@ def test_usage_comes_last_in_a_stream_if_asked_for(client: openai.OpenAI) -> Non
 
 
 def test_usage_so_far_comes_with_every_chunk_if_asked_for(server: Running, client: openai.OpenAI) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = client.chat.completions.create(model="default", messages=HI, stream=True, stream_options=options)
     counts = [chunk.usage.completion_tokens for chunk in chunks]
@@ -162,7 +162,7 @@ def test_chat_logprobs_cover_the_text_and_nothing_else(client: openai.OpenAI) ->
 
 
 def test_streamed_logprobs_come_once_each(server: Running, client: openai.OpenAI) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     tokens = ""
     for chunk in client.chat.completions.create(model="default", messages=HI, stream=True, logprobs=True):
         if chunk.choices[0].logprobs is not None:
@@ -241,7 +241,7 @@ def test_one_bad_prompt_of_several_ends_the_others(server: Running, client: open
 
 
 def test_a_client_that_closes_its_stream_ends_the_request(server: Running, client: openai.OpenAI) -> None:
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     stream = client.completions.create(
         model="default", prompt="x" * 100, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
     )

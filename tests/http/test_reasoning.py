@@ -38,7 +38,8 @@ def test_reasoning_is_apart_from_the_content(client: openai.OpenAI) -> None:
     assert reply.usage.completion_tokens_details.reasoning_tokens == len(THOUGHT)
 
 
-def test_reasoning_streams_before_the_content(client: openai.OpenAI) -> None:
+def test_reasoning_streams_before_the_content(client: openai.OpenAI, thinking_server: Running) -> None:
+    thinking_server.engine.token_interval_s = 0.05  # A busy server sends what comes meanwhile in one piece.
     deltas = [chunk.choices[0].delta for chunk in ask(client, stream=True)]
     reasoning = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
     assert ("".join(reasoning), "".join(delta.content or "" for delta in deltas)) == ("Hm, so.", "Because.")

@@ -91,7 +91,7 @@ def test_calls_stream_as_openai_streams_them(server: Running, client: openai.Ope
 
 
 def test_arguments_come_before_the_call_has_ended(server: Running, client: openai.OpenAI) -> None:
-    says(server, CALL, token_s=0.002)
+    says(server, CALL, token_s=0.01)
     pieces = [
         piece.function.arguments
         for chunk in ask(client, stream=True)
