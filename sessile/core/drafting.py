@@ -10,13 +10,15 @@ sequence, and is never ahead of it.
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sessile.contract.drafting import Drafter, DraftLine, DraftWish, SequenceIndex
 from sessile.contract.messages import Done, SourceFigures, Submit, with_drafts
 from sessile.core.books import Books
-from sessile.core.planned import PromptPart
+from sessile.core.marks import Mark
+from sessile.core.planned import NO_ROWS, PromptPart
 from sessile.core.request import Drafts, Phase, Request
-from sessile.core.rows import Column, RowTable
+from sessile.core.rows import Column, RowTable, row_by_row
 from sessile.core.session import Session
 from sessile.core.tenants import Tenant
 from sessile.errors import InvalidRequest
@@ -56,6 +58,11 @@ def _line_of(books: Books, request: Request) -> DraftLine:
     return drafts.line
 
 
+def _lines_of(books: Books, running: Column) -> list[DraftLine]:
+    rows = books.rows
+    return [_line_of(books, rows.occupant(row)) for row in running.tolist()]
+
+
 def _taken_index(drafter: Drafter, session: Session | None) -> SequenceIndex:
     """A session's index, out of its hands; a branch's first one is a fork of that of the turn it goes on from."""
     if session is None:
@@ -88,13 +95,17 @@ def end_line(books: Books, request: Request, done: Done) -> Done:
     return with_drafts(done, drafts.offered, drafts.accepted, sources)
 
 
-def caught_up(books: Books, asked: Column, known: Column) -> list[DraftLine]:
-    """The lines of running rows int64[d], their indexes told all tokens that have settled. known [d]: of each row."""
+def caught_up(books: Books, decodes: Column, which: Column, known: Column) -> list[DraftLine]:
+    """The lines of the running rows decodes[which], their indexes told all tokens that have settled.
+
+    which int64[d]: in ascending order. known [d]: of each of these rows.
+    """
     drafter, rows = books.drafter, books.rows
     assert drafter is not None
-    lines = [_line_of(books, rows.occupant(row)) for row in asked.tolist()]
+    asked = decodes[which]
+    lines = _lines_of(books, asked)
     behind = known - np.array([line.index.tokens for line in lines], np.int64)
-    noted = rows.newest_noted(asked, behind)
+    noted = rows.newest_noted(decodes, which, behind)
     if noted is not None:
         drafter.extend(lines, noted, behind)
         return lines
@@ -139,14 +150,75 @@ def most_drafts(books: Books, decodes: Column, tokens: int) -> Column:
     asked = caps.nonzero()[0]
     if not len(asked):
         return caps
-    if len(asked) < len(decodes):
-        decodes, known = decodes[asked], known[asked]
-    wanted = caps[asked]
-    limits = np.array(drafter.limits(caught_up(books, decodes, known), wanted.tolist(), tokens), np.int64)
-    assert limits.shape == asked.shape, "a drafter gave limits to other lines than it was asked about"
-    assert limits.min() >= 0 and not np.count_nonzero(limits > wanted), "a drafter's limit is beyond what was asked for"
-    caps[asked] = limits
+    caps[asked] = _limits_of(drafter, caught_up(books, decodes, asked, known[asked]), caps[asked].tolist(), tokens)
     return caps
+
+
+def _limits_of(drafter: Drafter, lines: list[DraftLine], caps: list[int], tokens: int) -> list[int]:
+    """What the drafter says of each line, most often nothing but 0."""
+    limits = list(drafter.limits(lines, caps, tokens))
+    assert len(limits) == len(lines), "a drafter gave limits to other lines than it was asked about"
+    if any(limits):
+        assert min(limits) >= 0, "a drafter's limit is below 0"
+        assert all([limit <= cap for limit, cap in zip(limits, caps, strict=True)]), (
+            "a drafter's limit is beyond what was asked for"
+        )
+    return limits
+
+
+class StandingLines:
+    """The lines of rows that go on side by side, each a token a step: what stays as it is from ask to ask.
+
+    Asked in vain step after step, they cost a step more than all else that it takes, if everything is looked up anew.
+    It holds no line: that is the request's.
+    """
+
+    __slots__ = ("_asked", "_books", "_caps", "_decodes", "_noted", "_noted_told", "_wanted")
+
+    def __init__(self, books: Books, decodes: Column) -> None:
+        """decodes: rows of which each is further from its end than the most drafts of a step."""
+        self._books = books
+        self._decodes = decodes
+        self._caps: Column = books.rows.drafts[decodes]
+        self._asked = self._caps.nonzero()[0]
+        self._wanted: list[int] = self._caps[self._asked].tolist()
+        self._noted: list[npt.NDArray[np.int32]] | None = None
+        self._noted_told = 0
+        """Of so many of the steps that were noted the lines have been told."""
+
+    def most_drafts(self, tokens: int) -> Column:
+        """As the function of this name; nothing, if there are none."""
+        drafter = self._books.drafter
+        assert drafter is not None
+        if not self._wanted:
+            return NO_ROWS
+        limits = _limits_of(drafter, self._caught_up(drafter), self._wanted, tokens)
+        if not any(limits):
+            return NO_ROWS
+        caps = np.zeros_like(self._caps)
+        caps[self._asked] = limits
+        return caps
+
+    def _caught_up(self, drafter: Drafter) -> list[DraftLine]:
+        """The lines, told what has settled since the last time: the tokens of steps that were noted, if that is all."""
+        books, rows = self._books, self._books.rows
+        noted = rows.noted_steps(self._decodes)
+        if noted is None or noted is not self._noted:
+            known, _ = rows.reached(self._decodes)
+            lines = caught_up(books, self._decodes, self._asked, known[self._asked])
+            noted = rows.noted_steps(self._decodes)
+        else:
+            lines = _lines_of(books, self._decodes[self._asked])
+            if fresh := noted[self._noted_told :]:
+                tokens = row_by_row(fresh, self._asked)
+                drafter.extend(lines, tokens, np.full(len(lines), len(fresh), np.int64))
+                books.marks[Mark.TOLD_BY_STEP] += 1
+        self._noted, self._noted_told = noted, 0 if noted is None else len(noted)
+        if books.limits.audit_level >= 2:
+            known, _ = rows.reached(self._decodes)
+            told = [line.index.tokens for line in lines]
+            assert told == known[self._asked].tolist(), "an index was told other tokens than those that have settled"
+        return lines
 
 
 def most_that_can_follow(rows: RowTable[Request], decodes: Column, kv_tokens: Column) -> Column:
@@ -165,8 +237,7 @@ def drafts_for(books: Books, decodes: Column, caps: Column) -> tuple[Column, Col
         return counts, counts[:0]
     assert drafter is not None
     wanted = caps[asked].tolist()
-    rows_asked = decodes[asked]
-    lines = caught_up(books, rows_asked, rows.known[rows_asked])
+    lines = caught_up(books, decodes, asked, rows.known[decodes[asked]])
     proposed: list[Sequence[int]] = list(drafter.draft(lines, wanted))
     counts[asked] = [len(each) for each in proposed]
     assert len(proposed) == len(lines) and (counts <= caps).all(), "a drafter proposed more than it was asked for"

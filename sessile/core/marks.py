@@ -31,6 +31,7 @@ class Mark(StrEnum):
     DRAFTS_CUT_BY_PAGES = "drafts cut because pages were short"
     WAITED_FOR_DRAFTS = "a row sat out a step because drafts in flight may turn out to be wrong"
     DRAFTS_FORBIDDEN = "drafts cut because a grammar forbids them"
+    TOLD_BY_STEP = "lines that are asked again told the tokens of steps in a row"
     STRAYED = "a grammar could not be followed any further"
     SPARE_PAGES_GIVEN_UP = "pages drawn for drafts or later steps given up before anybody was preempted"
     RESERVE_SPENT = "pages of a reserve set free for their session"

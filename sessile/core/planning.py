@@ -12,7 +12,7 @@ import numpy as np
 from sessile.core.admitting import Admitter
 from sessile.core.books import Books
 from sessile.core.constraining import are_any
-from sessile.core.drafting import most_drafts
+from sessile.core.drafting import StandingLines, most_drafts
 from sessile.core.marks import Mark
 from sessile.core.planned import NO_ROWS, Planned, PromptPart
 from sessile.core.request import Request
@@ -31,11 +31,13 @@ class Steady:
 
     steps_left: so many more steps can each of them run. steps_fitting: so many more are known to lack no page.
     changes: those of the row table, as of then. is_asked: whether any may have drafts or needs masks. quiet_asks: how
-    often in a row nothing was drafted for them; steps_unasked: for so many steps nobody asks again.
+    often in a row nothing was drafted for them; steps_unasked: for so many steps nobody asks again. lines: None until
+    they are asked.
     """
 
     __slots__ = (
-        "changes", "decodes", "is_asked", "quiet_asks", "sampling", "steps_fitting", "steps_left", "steps_unasked",
+        "changes", "decodes", "is_asked", "lines", "quiet_asks", "sampling", "steps_fitting", "steps_left",
+        "steps_unasked",
     )  # fmt: skip
 
     def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags) -> None:
@@ -44,6 +46,7 @@ class Steady:
         self.changes = rows.changes
         self.is_asked = bool(np.count_nonzero(rows.drafts[decodes]) or np.count_nonzero(rows.constrained[decodes]))
         self.quiet_asks = self.steps_unasked = 0
+        self.lines: StandingLines | None = None
         self.steps_fitting = 0
         self.steps_left = int(np.minimum.reduce(rows.kv_goal[decodes] - rows.planned[decodes]))
 
@@ -53,6 +56,14 @@ class Steady:
             self.steps_unasked -= 1
             return False
         return True
+
+    def most_drafts(self, books: Books, tokens: int) -> Column:
+        """As the function of this name, of these rows; or nothing, if there are none."""
+        if self.steps_left <= books.limits.drafts_max:  # So near its end a row may have a use for fewer.
+            return most_drafts(books, self.decodes, tokens)
+        if self.lines is None:
+            self.lines = StandingLines(books, self.decodes)
+        return self.lines.most_drafts(tokens)
 
     def note_quiet(self) -> None:
         """Nothing is drafted in this step, though it was asked for."""
@@ -297,7 +308,7 @@ class Planner:
             if pages > 0:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
         if self._steady is not None and not wants and not (len(lacking) and books.reserving):
-            if len(lacking) and not self._steady.is_asked:  # With drafts every step draws pages of its own.
+            if len(lacking):
                 lacking = self._lacking_soon(lacking, room)
             if len(lacking) <= books.ledger.free_pages:
                 self._draw_one_each(planned, lacking)
@@ -458,7 +469,7 @@ class Planner:
             is_late = is_late or books.has_drafts_in_flight
             budget = self._budget(True) - planned.tokens
             if budget > 0 and not planned.is_short and (steady is None or steady.is_due()):
-                caps = most_drafts(books, decodes, planned.tokens)
+                caps = self._most_drafts(planned)
                 if np.count_nonzero(caps):
                     caps = np.maximum(np.minimum(caps, budget - (caps.cumsum() - caps)), 0)
                     self._draw_for_drafts(planned, caps)
@@ -468,6 +479,12 @@ class Planner:
         if is_late or np.count_nonzero(caps):
             planned.late = True
             planned.draft_caps = caps if len(caps) else np.zeros(len(decodes), np.int64)
+
+    def _most_drafts(self, planned: Planned) -> Column:
+        if self._steady is None:
+            return most_drafts(self._books, planned.decodes, planned.tokens)
+        assert planned.decodes is self._steady.decodes, "a step that lacks no page runs all rows that were chosen"
+        return self._steady.most_drafts(self._books, planned.tokens)
 
     def _draw_for_drafts(self, planned: Planned, caps: Column) -> None:
         """Draw free pages for drafts; where there are too few, cut the row's entry in `caps`."""

@@ -71,6 +71,16 @@ class _Run:
         self.room = 0
 
 
+def row_by_row(steps: list[npt.NDArray[np.int32]], which: Column) -> npt.NDArray[np.int32]:
+    """The tokens that steps in a row had for the rows `which` of theirs, those of a row end to end: a copy."""
+    whole = len(which) == len(steps[0])
+    if len(steps) == 1:
+        return steps[0].copy() if whole else steps[0][which]
+    tokens = np.array(steps).T
+    flat: npt.NDArray[np.int32] = (tokens if whole else tokens[which]).ravel()
+    return flat
+
+
 class RowTable(Generic[Occupant]):
     """rows_max batch rows. Lengths in tokens; settled ≤ planned ≤ pages × page size, settled < known ≤ goal.
 
@@ -318,17 +328,23 @@ class RowTable(Generic[Occupant]):
             pending += run.planned - len(run.tokens)
         return known, pending
 
-    def newest_noted(self, active: Column, counts: Column) -> npt.NDArray[np.int32] | None:
-        """As `newest`, of tokens that were noted of this very array, as many of each row; None if it is not so.
+    def newest_noted(self, active: Column, which: Column, counts: Column) -> npt.NDArray[np.int32] | None:
+        """As `newest`, of the rows active[which], if as many tokens of each were noted of this very array; else None.
 
         Nothing is written. The result is a copy.
         """
-        run, count = self._run, int(counts[0])
-        if run is None or run.rows is not active or not 0 < count <= len(run.tokens):
+        noted, count = self.noted_steps(active), int(counts[0])
+        if noted is None or not 0 < count <= len(noted) or np.count_nonzero(counts == count) < len(counts):
             return None
-        if np.count_nonzero(counts == count) < len(counts):
-            return None
-        return run.tokens[-1].copy() if count == 1 else np.array(run.tokens[-count:]).T.ravel()
+        return row_by_row(noted[-count:], which)
+
+    def noted_steps(self, active: Column) -> list[npt.NDArray[np.int32]] | None:
+        """The tokens of the steps that were noted of this very array, a step each; None if none were.
+
+        Only to be read. The same list for as long as nothing but such steps has changed the rows.
+        """
+        run = self._run
+        return run.tokens if run is not None and run.rows is active else None
 
     def newest(self, active: Column, counts: Column) -> npt.NDArray[np.int32]:
         """The last `counts` tokens in `outputs` of each of the rows, end to end."""

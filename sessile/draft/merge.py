@@ -110,6 +110,9 @@ class Merger:
     def _share(self, work: Callable[[int, int], None], count: int, parts: int) -> None:
         """Have work(first, last) done for all of `count` lines, on as many threads as so many parts are worth."""
         pieces = min(self._threads, max(parts // SEARCHES_OF_A_THREAD, 1), max(count, 1))
+        if pieces == 1:
+            work(0, count)
+            return
         edges = [count * piece // pieces for piece in range(pieces + 1)]
         waiting = [self._pool.submit(work, *edge) for edge in pairwise(edges[1:]) if self._pool]
         work(edges[0], edges[1])

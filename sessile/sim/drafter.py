@@ -56,6 +56,8 @@ class ListIndex:
 
 STRETCH_TOKENS = 8
 """Of a sequence: in one of three such stretches nothing is drafted."""
+SILENCE_ASKS, SILENCE_EVERY = 24, 32
+"""In calm worlds: in so many of so many asks there is nothing to say."""
 
 
 def extend_each(lines: Sequence[DraftLine], tokens: Ints, counts: Counts) -> None:
@@ -92,6 +94,8 @@ class ToyDrafter:
     books: Books
     indexes: "WeakSet[_TrackedIndex]" = field(default_factory=WeakSet)
     """Every index that anybody holds."""
+    asked: int = 0
+    """Calls of `limits`."""
 
     def check(self, wish: DraftWish) -> None:
         """Whose corpus it is must have been sent before, or just now."""
@@ -116,9 +120,13 @@ class ToyDrafter:
     def limits(self, lines: Sequence[DraftLine], caps: Sequence[int], tokens: int) -> Sequence[int]:
         """0 to what each has a use for, differing from step to step; the most they can be every other time.
 
-        In one world of four nothing in some stretches, so that steps in a row have no drafts though they may.
+        In one world of four nothing in some stretches, so that steps in a row have no drafts though they may; in
+        calm worlds, most of the time, nothing for all at once.
         """
         most, has_stretches = self.world.limits.drafts_max, self.world.seed % 4 == 0
+        self.asked += 1
+        if self.world.is_calm and self.asked % SILENCE_EVERY < SILENCE_ASKS:
+            return [0] * len(lines)
         return [
             0
             if has_stretches and self._dice(line, line.index.tokens // STRETCH_TOKENS) % 3 == 0

@@ -379,6 +379,15 @@ _DRAFTS = (
         "drafting", "        index.extend(request.tokens(index.tokens, request.known_tokens))\n", "",
     ),
     _fault(
+        "index told noted steps twice", "H49", "lines that are asked again and again are told what they were told",
+        "drafting", "            if fresh := noted[self._noted_told :]:\n", "            if fresh := noted[:]:\n",
+    ),
+    _fault(
+        "index told noted steps mixed up", "H49", "lines get the tokens of each other's rows",
+        "rows", "        return steps[0].copy() if whole else steps[0][which]\n",
+        "        return steps[0][::-1].copy()\n",
+    ),
+    _fault(
         "branch looks up beyond its offset", "H11", "a branch's index begins with all of what it goes on from",
         "drafting", "parent.index.fork(min(parent.index.tokens, session.base_tokens))",
         "parent.index.fork(parent.index.tokens)",

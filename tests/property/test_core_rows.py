@@ -91,11 +91,14 @@ def test_what_was_only_noted_is_there_for_whoever_looks(
             assert (known.tolist(), pending.tolist()) == (
                 written.known[active].tolist(), written.pending[active].tolist()
             )
-            counts = known - told[active]
-            newest = noted.newest_noted(active, counts)
-            if newest is not None:
-                assert newest.tolist() == written.newest(active, counts).tolist()
-                assert noted._run is run, "nobody had to write"
+            for which in (np.arange(count), np.arange(0, count, 2)):
+                asked = active[which]
+                counts = (known - told[active])[which]
+                newest = noted.newest_noted(active, which, counts)
+                if newest is not None:
+                    assert newest.tolist() == written.newest(asked, counts).tolist()
+                    assert newest.flags.c_contiguous and newest.flags.writeable
+                    assert noted._run is run, "nobody had to write"
             told[active] = known
         else:
             assert_same(noted, written, list(move))
@@ -113,14 +116,22 @@ def test_how_far_rows_are_and_what_they_said_is_known_without_writing_what_was_n
     run = table._run
     known, pending = table.reached(active)
     assert (known.tolist(), pending.tolist()) == ([16, 14], [1, 1])
+    both, second = np.arange(2), np.array([1])
     for count, expected in ((1, [12, 13]), (3, [8, 10, 12, 9, 11, 13])):
-        newest = table.newest_noted(active, np.full(2, count))
+        newest = table.newest_noted(active, both, np.full(2, count))
         assert newest is not None and newest.tolist() == expected and newest.flags.c_contiguous
+        newest = table.newest_noted(active, second, np.array([count]))
+        assert newest is not None and newest.tolist() == expected[count:] and newest.flags.c_contiguous
     for counts in ([0, 0], [1, 2], [4, 4]):
-        assert table.newest_noted(active, np.array(counts)) is None
-    assert table.newest_noted(active.copy(), np.ones(2, np.int64)) is None, "an array of its own may be of other rows"
+        assert table.newest_noted(active, both, np.array(counts)) is None
+    others = table.newest_noted(active.copy(), both, np.ones(2, np.int64))
+    assert others is None, "an array of its own may be of other rows"
     assert table._run is run, "nothing was written"
+    steps = table.noted_steps(active)
+    assert steps is not None and [step.tolist() for step in steps] == [[8, 9], [10, 11], [12, 13]]
+    assert table.noted_steps(active.copy()) is None
     assert table.reached(np.array([1]))[0].tolist() == [14] and table._run is None
+    assert table.noted_steps(active) is None, "they were written"
 
 
 def test_a_step_is_not_noted_if_a_row_may_not_be_plain() -> None:

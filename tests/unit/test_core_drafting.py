@@ -221,6 +221,40 @@ def test_who_drafts_nothing_for_long_is_asked_less_often() -> None:
         assert stage.output[key] == expected(prompt(key, 6), 200)
 
 
+def test_indexes_are_told_all_that_settles_while_rows_come_and_go() -> None:
+    stage, drafter = drafting(limit=0, pages=200, rows=5)
+    sent = {key: prompt(key, 4 + key) for key in range(1, 6)}
+    for key in (1, 2):
+        stage.submit(key, sent[key], max_new_tokens=150)
+    stage.step(60)
+    stage.submit(3, sent[3], max_new_tokens=150, speculate=False)  # Some of the rows may draft, then.
+    stage.step(30)
+    for key in (4, 5):
+        stage.submit(key, sent[key], max_new_tokens=20)
+    while len(stage.done) < 5:
+        stage.step()
+        assert len(drafter.lines) in (2, 4)
+        for line, key in zip(drafter.lines, (1, 2, 4, 5), strict=False):
+            whole = sent[key] + stage.output[key]
+            assert line.index.known.tolist() == whole[: line.index.tokens]
+            assert line.index.tokens > len(whole) - 2 * ASK_EVERY_MAX
+    assert {key: stage.output[key] for key in sent} == {
+        key: expected(sent[key], 20 if key > 3 else 150) for key in sent
+    }
+
+
+def test_rows_that_draft_nothing_draw_their_pages_together_as_without_a_drafter() -> None:
+    def steps_that_bring_pages(stage: Stage) -> int:
+        for key in range(1, 5):
+            stage.submit(key, prompt(key, 6 + key), max_new_tokens=96)
+        stage.run()
+        return sum(plan.table_rows.size > 0 for plan in stage.plans)
+
+    plain = steps_that_bring_pages(Stage(pages=200))
+    assert plain < 96 // 4 * 3, "four rows that lack a page in different steps each"
+    assert steps_that_bring_pages(drafting(limit=0, pages=200)[0]) == plain
+
+
 def test_an_index_is_told_of_a_prompt_while_the_device_computes_it() -> None:
     stage, drafter = drafting(chunk=4)
     stage.submit(1, prompt(1, 10), max_new_tokens=9)

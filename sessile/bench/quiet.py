@@ -1,0 +1,93 @@
+"""Host time of steps of rows that go on, with a drafter that finds nothing to say and without one.
+
+The texts are random, so that nothing is drafted: what speculation costs where it brings nothing. Part of
+`sessile bench step`.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sessile.bench.null_device import EOS_ID, FIRST_PLAIN_ID, VOCAB_SIZE, HostTimes, OverlappedDriver
+from sessile.contract.messages import Sampling, Submit, pack_tokens
+from sessile.contract.model import ModelFacts
+from sessile.contract.plan import SAMPLE, StepPlan, StepResult
+from sessile.core.limits import Limits
+from sessile.core.machine import Machine
+from sessile.draft.drafter import LookupDrafter
+from sessile.draft.pace import StepTimes
+from sessile.draft.shelf import Shelf
+from sessile.engine.garbage import IdleCollector
+
+ANSWER_TOKENS = 256
+PROMPT_TOKENS = (40, 120)
+"""Of different lengths, so that rows lack pages in different steps."""
+DRAFTS_MAX = 7
+STEP_NS = 10**7
+"""Virtual time between steps."""
+TIMES = StepTimes((1, 16, 64), (1_600_000, 2_000_000, 2_500_000), 350_000, 20_000)
+"""About those of a GPU with a small model."""
+
+
+@dataclass(frozen=True)
+class QuietTimes:
+    """Median over rounds of the mean host time of a step, µs: without a drafter, with one."""
+
+    plain_us: float
+    drafting_us: float
+
+
+def measured_quiet(rows: int, rounds: int) -> QuietTimes:
+    """Rounds of this many requests side by side, in turn without and with a drafter. Raises AssertionError if anything
+    is drafted."""
+    drafter = LookupDrafter(Shelf(), TIMES)
+    drafter.prepare()
+    machines = [_machine(rows, None), _machine(rows, drafter)]
+    keys, random = itertools.count(1), np.random.default_rng(1)
+    means: list[list[float]] = [[], []]
+    collector = IdleCollector()
+    collector.take_over()
+    for number in range(1 + rounds):  # The first is not counted.
+        for machine, into in zip(machines, means, strict=True):
+            for _ in range(rows):
+                key, count = next(keys), random.integers(*PROMPT_TOKENS)
+                prompt = random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, count, np.int32)
+                sampling = Sampling(seed=key, max_new_tokens=ANSWER_TOKENS, ignore_eos=True)
+                machine.receive(Submit(key=key, tokens=pack_tokens(prompt), sampling=sampling))
+            steps = [times.step_ns / 1e3 for times in _run(machine, random)]
+            if number:
+                into.append(float(np.mean(steps)))
+    collector.release()
+    drafter.close()
+    return QuietTimes(*(float(np.median(each)) for each in means))
+
+
+def _machine(rows: int, drafter: LookupDrafter | None) -> Machine:
+    limits = Limits(
+        pages_total=rows * 64, page_size=16, rows_max=rows, context_tokens=1024, chunk_tokens=8192,
+        mixed_chunk_tokens=8192, audit_level=1, drafts_max=DRAFTS_MAX if drafter else 0,
+    )  # fmt: skip
+    return Machine(limits, ModelFacts(vocab_size=VOCAB_SIZE, context_tokens=1024, eos_ids=(EOS_ID,)), drafter=drafter)
+
+
+def _run(machine: Machine, random: np.random.Generator) -> Iterator[HostTimes]:
+    """Turn until nothing is left to do."""
+
+    def said(plan: StepPlan) -> StepResult:
+        assert not plan.draft_counts.any(), "something was drafted of random tokens"
+        emitted = (plan.flags & SAMPLE).astype(np.int32)
+        return StepResult(
+            step=plan.step, rows=plan.rows, query_counts=plan.query_counts, emitted=emitted,
+            tokens=random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, int(emitted.sum()), np.int32),
+            faulty=np.zeros(len(plan.rows), bool),
+        )  # fmt: skip
+
+    driver = OverlappedDriver(machine, said)
+    for step in itertools.count():
+        machine.tick(step * STEP_NS)
+        times, _ = driver.turn()
+        if not times.rows and not machine.has_work:
+            return
+        yield times
