@@ -58,10 +58,10 @@ def test_text_and_token_ids_give_the_same(client: Client) -> None:
 
 
 def test_a_stream_joined_is_the_completion(client: Client) -> None:
-    pieces = list(client.stream("hi", max_new_tokens=20, seed=3))
+    pieces = list(client.stream("hi", max_new_tokens=100, seed=3))
     completion = pieces[-1].completion
     assert completion is not None and len(pieces) > 3
-    assert completion.tokens == client.generate("hi", max_new_tokens=20, seed=3).tokens
+    assert completion.tokens == client.generate("hi", max_new_tokens=100, seed=3).tokens
     assert "".join(piece.text for piece in pieces) == completion.text
     assert [token for piece in pieces for token in piece.tokens] == completion.tokens
 

@@ -75,7 +75,7 @@ def test_metrics_have_our_names_and_those_of_peers(server: Running) -> None:
 
 def test_latencies_count_requests_and_gaps_between_tokens(server: Running) -> None:
     before = samples(server)
-    server.engine.token_interval_s = 0.005
+    server.engine.token_interval_s = 0.02
     server.generate("hello")
     server.generate("hello", stream=True)
     after = samples(server)
@@ -86,7 +86,7 @@ def test_latencies_count_requests_and_gaps_between_tokens(server: Running) -> No
     assert grown("sessile_request_seconds_count") == 2
     assert grown("sessile_time_to_first_token_seconds_count") == 2
     assert grown("sessile_inter_token_latency_seconds_count") == 2 * 5
-    assert grown("sessile_inter_token_latency_seconds_sum") > 2 * 5 * 0.004
+    assert grown("sessile_inter_token_latency_seconds_sum") > 2 * 5 * 0.01, "a first token may come late"
 
 
 def test_a_request_in_flight_shows_until_its_client_leaves(server: Running) -> None:
