@@ -173,7 +173,7 @@ class StandingLines:
     It holds no line: that is the request's.
     """
 
-    __slots__ = ("_asked", "_books", "_caps", "_decodes", "_noted", "_noted_told", "_wanted")
+    __slots__ = ("_asked", "_books", "_caps", "_decodes", "_is_marked", "_noted", "_noted_told", "_wanted")
 
     def __init__(self, books: Books, decodes: Column) -> None:
         """decodes: rows of which each is further from its end than the most drafts of a step."""
@@ -185,6 +185,7 @@ class StandingLines:
         self._noted: list[npt.NDArray[np.int32]] | None = None
         self._noted_told = 0
         """Of so many of the steps that were noted the lines have been told."""
+        self._is_marked = False
 
     def most_drafts(self, tokens: int) -> Column:
         """As the function of this name; nothing, if there are none."""
@@ -212,7 +213,9 @@ class StandingLines:
             if fresh := noted[self._noted_told :]:
                 tokens = row_by_row(fresh, self._asked)
                 drafter.extend(lines, tokens, np.full(len(lines), len(fresh), np.int64))
-                books.marks[Mark.TOLD_BY_STEP] += 1
+                if not self._is_marked:
+                    self._is_marked = True
+                    books.marks[Mark.TOLD_BY_STEP] += 1
         self._noted, self._noted_told = noted, 0 if noted is None else len(noted)
         if books.limits.audit_level >= 2:
             known, _ = rows.reached(self._decodes)

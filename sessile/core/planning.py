@@ -40,12 +40,16 @@ class Steady:
         "steps_unasked",
     )  # fmt: skip
 
-    def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags) -> None:
+    def __init__(self, rows: RowTable[Request], decodes: Column, sampling: Flags, before: "Steady | None") -> None:
+        """before: those that went on until now, if there were any."""
         self.decodes = decodes
         self.sampling = sampling
         self.changes = rows.changes
         self.is_asked = bool(np.count_nonzero(rows.drafts[decodes]) or np.count_nonzero(rows.constrained[decodes]))
         self.quiet_asks = self.steps_unasked = 0
+        if before is not None and len(decodes) < len(before.decodes):
+            # Some have left; with the others it is as it was. Who comes may repeat something at once.
+            self.quiet_asks, self.steps_unasked = before.quiet_asks, before.steps_unasked
         self.lines: StandingLines | None = None
         self.steps_fitting = 0
         self.steps_left = int(np.minimum.reduce(rows.kv_goal[decodes] - rows.planned[decodes]))
@@ -189,7 +193,7 @@ class Planner:
         if self._steady is not None and self._goes_on(self._steady, planned):
             return self._fits(self._steady) or self._draw_for_running(planned)
         rows = self._books.rows
-        self._steady = None
+        before, self._steady = self._steady, None
         # Over whole columns, free rows included: cheaper than gathering the rows that run.
         ahead = rows.known + rows.pending
         ahead -= rows.planned
@@ -220,7 +224,7 @@ class Planner:
         if len(decodes) < single_count:
             single = rows.flags_of(decodes)
         elif not len(prompts) and self._books.limits.mixed_chunk and not self._denied:
-            self._steady = Steady(rows, decodes, single)
+            self._steady = Steady(rows, decodes, single, before)
         decodes.flags.writeable = False  # Flights and later plans have the very array.
         planned.decodes, planned.sampling = decodes, single
         self._choose_prompts(planned, prompts, budget - len(decodes))
@@ -297,8 +301,9 @@ class Planner:
         """Draw the pages that running rows need in this step; rows that get none are taken out of the plan."""
         books, rows = self._books, self._books.rows
         size = books.limits.page_size
+        planned_kv = rows.planned_so_far()
         room = rows.pages * size
-        room -= rows.planned
+        room -= planned_kv
         full = room <= 0
         full &= planned.sampling
         lacking = full.nonzero()[0]
@@ -309,7 +314,7 @@ class Planner:
                 wants.append((int(rows.arrival[part.row]), part.row, pages))
         if self._steady is not None and not wants and not (len(lacking) and books.reserving):
             if len(lacking):
-                lacking = self._lacking_soon(lacking, room)
+                lacking = self._lacking_soon(lacking, room, rows.kv_goal - planned_kv)
             if len(lacking) <= books.ledger.free_pages:
                 self._draw_one_each(planned, lacking)
                 room[lacking] += size
@@ -330,15 +335,16 @@ class Planner:
         self._draw_what_there_is(planned, sorted(wants))
         return False
 
-    def _lacking_soon(self, lacking: Column, room: Column) -> Column:
+    def _lacking_soon(self, lacking: Column, room: Column, left: Column) -> Column:
         """With rows that lack a page in a step that goes on, those that will within half a page, if all can get one.
 
-        One step in so many draws pages then, instead of each of them for a few rows.
+        One step in so many draws pages then, instead of each of them for a few rows. room, left [rows_max]: tokens
+        until a row is full, and until it is at its goal.
         """
-        books, rows = self._books, self._books.rows
+        books = self._books
         assert self._steady is not None
         soon = room <= books.limits.page_size // 2
-        soon &= room < rows.kv_goal - rows.planned
+        soon &= room < left
         soon &= self._steady.sampling
         more: Column = soon.nonzero()[0]
         if len(more) > books.ledger.free_pages and not books.waiting:  # Who waits may have KV that would be next.

@@ -315,6 +315,14 @@ class RowTable(Generic[Occupant]):
         self._settled[active] = settled
         self._told[:, active] += counts
 
+    def planned_so_far(self) -> Column:
+        """`planned`, as an array of its own for which nothing that was noted is written."""
+        run = self._run
+        if run is None or not run.planned:
+            return self._planned.copy()
+        planned: Column = self._planned + self._as_ones(run.chosen) * run.planned
+        return planned
+
     def reached(self, active: Column) -> tuple[Column, Column]:
         """(`known`, `pending`) of these rows [d]; where the steps that were noted are all of this very array, without
         writing them."""

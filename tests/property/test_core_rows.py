@@ -87,6 +87,8 @@ def test_what_was_only_noted_is_there_for_whoever_looks(
             written.append_one(active, chosen, said)
         elif move == "ask":
             run = noted._run
+            assert noted.planned_so_far().tolist() == written.planned.tolist()
+            assert noted._run is run, "nobody had to write"
             known, pending = noted.reached(active)
             assert (known.tolist(), pending.tolist()) == (
                 written.known[active].tolist(), written.pending[active].tolist()
@@ -116,6 +118,8 @@ def test_how_far_rows_are_and_what_they_said_is_known_without_writing_what_was_n
     run = table._run
     known, pending = table.reached(active)
     assert (known.tolist(), pending.tolist()) == ([16, 14], [1, 1])
+    ahead = table.planned_so_far()
+    assert ahead[active].tolist() == (table._planned[active] + 4).tolist() and ahead is not table._planned
     both, second = np.arange(2), np.array([1])
     for count, expected in ((1, [12, 13]), (3, [8, 10, 12, 9, 11, 13])):
         newest = table.newest_noted(active, both, np.full(2, count))

@@ -70,10 +70,9 @@ def wall_ms(answers: list[RecordedAnswer], drafts_max: int, late: LateScale, lat
         for line in lines:
             line.settled += line.emits
         limit_of = {id(line): limit for line, limit in zip(lines, limits, strict=True)}
-        going_on = [line for line in lines if line.left > 0]
-        if is_late or len(going_on) < len(lines):
+        lines = [line for line in lines if line.left > 0]
+        if is_late:
             quiet_asks = steps_unasked = 0
-        lines = going_on
         for line in lines:
             line.run(limit_of[id(line)])
         drafts = sum(line.made for line in lines)
