@@ -96,7 +96,10 @@ def goes_on(books: Books, planned: Planned, flight: Flight) -> bool:
 
 
 def once_more(planned: Planned, flight: Flight) -> Flight:
-    """What `assemble` makes of a step that goes on, from the one in flight. What has not changed is its very arrays."""
+    """What `assemble` makes of a step that goes on, from the one in flight. What has not changed is its very arrays.
+
+    But the rows, which are equal: what is noted of steps is found by the array that the planner goes on with.
+    """
     before, ahead = flight.plan, flight.ahead
     if ahead is None or ahead.taken == AHEAD_STEPS:
         ahead = Ahead(before)
@@ -123,7 +126,7 @@ def once_more(planned: Planned, flight: Flight) -> Flight:
     )
     return Flight(
         plan,
-        flight.rows,
+        planned.decodes,
         flight.allowed,
         flight.counted,
         planned.sampling,

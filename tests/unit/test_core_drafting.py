@@ -243,6 +243,24 @@ def test_indexes_are_told_all_that_settles_while_rows_come_and_go() -> None:
     }
 
 
+def test_steps_are_noted_of_the_rows_that_the_planner_goes_on_with() -> None:
+    """Whatever else changes in between: who is asked again is found by their array."""
+    stage, _ = drafting(limit=0, pages=200, audit_level=1)
+    for key, count in ((1, 100), (2, 100), (3, 40)):
+        stage.submit(key, prompt(key, 6), max_new_tokens=count)
+    for steps in (20, 60):
+        for _ in range(steps):
+            stage.launch()
+        steady, rows = stage.machine._planner._steady, stage.machine._books.rows
+        assert steady is not None and len(steady.decodes) == (3 if steps == 20 else 2)
+        rows.changes += 1  # As when something is noted of a row: the planner looks anew and chooses the same ones.
+        for _ in range(3):
+            stage.launch()
+        steady = stage.machine._planner._steady
+        assert steady is not None and rows.noted_steps(steady.decodes)
+    stage.run()
+
+
 def test_rows_that_draft_nothing_draw_their_pages_together_as_without_a_drafter() -> None:
     def steps_that_bring_pages(stage: Stage) -> int:
         for key in range(1, 5):
