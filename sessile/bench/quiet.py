@@ -6,14 +6,14 @@ The texts are random, so that nothing is drafted: what speculation costs where i
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sessile.bench.null_device import EOS_ID, FIRST_PLAIN_ID, VOCAB_SIZE, HostTimes, OverlappedDriver
+from sessile.bench.null_device import EOS_ID, FIRST_PLAIN_ID, VOCAB_SIZE, HostTimes, OverlappedDriver, null_result
 from sessile.contract.messages import Sampling, Submit, pack_tokens
 from sessile.contract.model import ModelFacts
-from sessile.contract.plan import SAMPLE, StepPlan, StepResult
+from sessile.contract.plan import StepPlan, StepResult
 from sessile.core.limits import Limits
 from sessile.core.machine import Machine
 from sessile.draft.drafter import LookupDrafter
@@ -77,12 +77,8 @@ def _run(machine: Machine, random: np.random.Generator) -> Iterator[HostTimes]:
 
     def said(plan: StepPlan) -> StepResult:
         assert not plan.draft_counts.any(), "something was drafted of random tokens"
-        emitted = (plan.flags & SAMPLE).astype(np.int32)
-        return StepResult(
-            step=plan.step, rows=plan.rows, query_counts=plan.query_counts, emitted=emitted,
-            tokens=random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, int(emitted.sum()), np.int32),
-            faulty=np.zeros(len(plan.rows), bool),
-        )  # fmt: skip
+        result = null_result(plan)
+        return replace(result, tokens=random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, len(result.tokens), np.int32))
 
     driver = OverlappedDriver(machine, said)
     for step in itertools.count():

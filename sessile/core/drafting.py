@@ -186,6 +186,7 @@ class StandingLines:
         self._noted_told = 0
         """Of so many of the steps that were noted the lines have been told."""
         self._is_marked = False
+        """Counted once: this is no rare branch where it matters."""
 
     def most_drafts(self, tokens: int) -> Column:
         """As the function of this name; nothing, if there are none."""
