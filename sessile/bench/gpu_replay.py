@@ -53,13 +53,14 @@ class ReplayedLine:
         self.looked_up = looked_up
         self.acceptance = Acceptance()
         self._expected = expected
+        self._sequence, self._prompt_tokens = looked_up.index, expected.recorded.prompt_tokens
         self._match = self._made = self._right = 0
         self._offered = self._accepted = 0
 
     @property
     def index(self) -> SequenceIndex:
         """That of the request's sequence."""
-        return self.looked_up.index
+        return self._sequence
 
     @property
     def match(self) -> int:
@@ -102,7 +103,7 @@ class ReplayedLine:
     @property
     def _place(self) -> int:
         """How much of the answer is settled."""
-        return self.index.tokens - self._expected.recorded.prompt_tokens
+        return self._sequence.tokens - self._prompt_tokens
 
 
 class ReplayingDrafter:

@@ -47,8 +47,8 @@ class Steady:
         self.changes = rows.changes
         self.is_asked = bool(np.count_nonzero(rows.drafts[decodes]) or np.count_nonzero(rows.constrained[decodes]))
         self.quiet_asks = self.steps_unasked = 0
-        if before is not None and len(decodes) < len(before.decodes):
-            # Some have left; with the others it is as it was. Who comes may repeat something at once.
+        if before is not None and not np.count_nonzero(sampling > before.sampling):
+            # Nobody has come, who may repeat something at once; some have left, or end with the step in flight.
             self.quiet_asks, self.steps_unasked = before.quiet_asks, before.steps_unasked
         self.lines: StandingLines | None = None
         self.steps_fitting = 0

@@ -16,7 +16,7 @@ SIZES_MAX = 1024
 """Sizes that are remembered."""
 ROWS_MAX = 64
 """Larger steps are followed at once: up to here turns were seen to take no longer."""
-PEAK_FADES_BY = 4
+PEAK_FADES_BY = 8
 """Of what the host needed more than now, a part in so many is forgotten each step."""
 
 

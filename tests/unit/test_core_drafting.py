@@ -273,23 +273,31 @@ def test_rows_that_draft_nothing_draw_their_pages_together_as_without_a_drafter(
     assert steps_that_bring_pages(drafting(limit=0, pages=200)[0]) == plain
 
 
-def test_who_drafts_nothing_is_asked_no_more_often_when_others_leave_but_when_somebody_comes() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_who_drafts_nothing_is_asked_no_more_often_when_others_leave_but_when_somebody_comes(overlap: bool) -> None:
     stage, drafter = drafting(limit=0, pages=200)
+
+    def step(count: int = 1) -> None:
+        for _ in range(count):
+            assert stage.launch()
+            if not overlap:
+                stage.settle()
+
     for key, count in ((1, 200), (2, 130), (3, 130)):
         stage.submit(key, prompt(key, 6), max_new_tokens=count)
 
     def asks_in(steps: int) -> int:
         before = len(drafter.limit_calls)
-        stage.step(steps)
+        step(steps)
         return len(drafter.limit_calls) - before
 
-    stage.step(120)
+    step(120)
     assert asks_in(2 * ASK_EVERY_MAX) == 2
     while len(stage.done) < 2:
-        stage.step()
+        assert asks_in(ASK_EVERY_MAX) == 1, "those that end with the step in flight say nothing of the other"
     assert asks_in(2 * ASK_EVERY_MAX) == 2
     stage.submit(4, prompt(4, 6), max_new_tokens=40)
-    stage.step(2)
+    step(2)
     assert asks_in(2 * ASK_EVERY_MAX) == 2 * ASK_EVERY_MAX
     stage.run()
     assert [len(stage.output[key]) for key in (1, 2, 3, 4)] == [200, 130, 130, 40]
