@@ -21,9 +21,8 @@ from sessile.draft.pace import StepTimes
 from sessile.draft.shelf import Shelf
 from sessile.engine.garbage import IdleCollector
 
-ANSWER_TOKENS = 256
-PROMPT_TOKENS = (40, 120)
-"""Of different lengths, so that rows lack pages in different steps."""
+PROMPT_TOKENS, ANSWER_TOKENS = (40, 120), (64, 256)
+"""Of different lengths, so that rows lack pages in different steps, and end one by one."""
 DRAFTS_MAX = 7
 STEP_NS = 10**7
 """Virtual time between steps."""
@@ -45,16 +44,18 @@ def measured_quiet(rows: int, rounds: int) -> QuietTimes:
     drafter = LookupDrafter(Shelf(), TIMES)
     drafter.prepare()
     machines = [_machine(rows, None), _machine(rows, drafter)]
-    keys, random = itertools.count(1), np.random.default_rng(1)
+    keys = itertools.count(1)
     means: list[list[float]] = [[], []]
     collector = IdleCollector()
     collector.take_over()
     for number in range(1 + rounds):  # The first is not counted.
         for machine, into in zip(machines, means, strict=True):
+            random = np.random.default_rng(number)  # The same requests for both.
             for _ in range(rows):
                 key, count = next(keys), random.integers(*PROMPT_TOKENS)
                 prompt = random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, count, np.int32)
-                sampling = Sampling(seed=key, max_new_tokens=ANSWER_TOKENS, ignore_eos=True)
+                said = int(random.integers(*ANSWER_TOKENS))
+                sampling = Sampling(seed=key, max_new_tokens=said, ignore_eos=True)
                 machine.receive(Submit(key=key, tokens=pack_tokens(prompt), sampling=sampling))
             steps = [times.step_ns / 1e3 for times in _run(machine, random)]
             if number:
