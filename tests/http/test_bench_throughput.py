@@ -18,6 +18,8 @@ SMALL = ("--prompts=10", "--input-tokens=20", "--output-tokens=8", "--batch=4", 
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Running]:
     with running_server(partial(ToyEngine, pages=600)) as running:
+        # An answer that came in one piece would have no time between tokens.
+        running.engine.device.step_s = 0.01
         yield running
 
 
