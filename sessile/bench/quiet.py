@@ -48,21 +48,25 @@ def measured_quiet(rows: int, rounds: int) -> QuietTimes:
     means: list[list[float]] = [[], []]
     collector = IdleCollector()
     collector.take_over()
-    for number in range(1 + rounds):  # The first is not counted.
-        for machine, into in zip(machines, means, strict=True):
-            random = np.random.default_rng(number)  # The same requests for both.
-            for _ in range(rows):
-                key, count = next(keys), random.integers(*PROMPT_TOKENS)
-                prompt = random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, count, np.int32)
-                said = int(random.integers(*ANSWER_TOKENS))
-                sampling = Sampling(seed=key, max_new_tokens=said, ignore_eos=True)
-                machine.receive(Submit(key=key, tokens=pack_tokens(prompt), sampling=sampling))
-            steps = [times.step_ns / 1e3 for times in _run(machine, random)]
-            if number:
-                into.append(float(np.mean(steps)))
-    collector.release()
-    drafter.close()
+    try:
+        for number in range(1 + rounds):  # The first is not counted.
+            for machine, into in zip(machines, means, strict=True):
+                random = np.random.default_rng(number)  # The same requests for both.
+                for _ in range(rows):
+                    machine.receive(_request(next(keys), random))
+                steps = [times.step_ns / 1e3 for times in _run(machine, random)]
+                if number:
+                    into.append(float(np.mean(steps)))
+    finally:
+        collector.release()
+        drafter.close()
     return QuietTimes(*(float(np.median(each)) for each in means))
+
+
+def _request(key: int, random: np.random.Generator) -> Submit:
+    prompt = random.integers(FIRST_PLAIN_ID, VOCAB_SIZE, random.integers(*PROMPT_TOKENS), np.int32)
+    sampling = Sampling(seed=key, max_new_tokens=int(random.integers(*ANSWER_TOKENS)), ignore_eos=True)
+    return Submit(key=key, tokens=pack_tokens(prompt), sampling=sampling)
 
 
 def _machine(rows: int, drafter: LookupDrafter | None) -> Machine:

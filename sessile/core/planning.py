@@ -30,9 +30,9 @@ class Steady:
     """Rows that decode side by side, and nobody else: as it stays until somebody comes, goes, or is nearly done.
 
     steps_left: so many more steps can each of them run. steps_fitting: so many more are known to lack no page.
-    changes: those of the row table, as of then. is_asked: whether any may have drafts or needs masks. quiet_asks: how
-    often in a row nothing was drafted for them; steps_unasked: for so many steps nobody asks again. lines: None until
-    they are asked.
+    changes: those of the row table, as of then. is_asked: whether any may have drafts or needs masks. quiet_asks: in
+    how many of the steps that are due nothing was drafted for them, one behind the other; steps_unasked: for so many
+    steps nobody asks again. lines: None until they are asked.
     """
 
     __slots__ = (
@@ -70,7 +70,7 @@ class Steady:
         return self.lines.most_drafts(tokens)
 
     def note_quiet(self) -> None:
-        """Nothing is drafted in this step, though it was asked for."""
+        """Nothing is drafted in this step, which was due to be asked for."""
         self.quiet_asks += 1
         self.steps_unasked = min(self.quiet_asks // QUIET_ASKS, ASK_EVERY_MAX - 1)
 
@@ -84,6 +84,8 @@ class Planner:
         self._decoded_last = False
         self._took_turns = False
         self._steady: Steady | None = None
+        self._waited: Steady | None = None
+        """Those of the last step, if it waited for masks or drafts in flight, and had no drafts itself."""
         self._denied: list[RowId] = []
         """Rows that got no page for what this plan was to run of them."""
         self.budget_tokens = books.limits.chunk_tokens
@@ -193,7 +195,7 @@ class Planner:
         if self._steady is not None and self._goes_on(self._steady, planned):
             return self._fits(self._steady) or self._draw_for_running(planned)
         rows = self._books.rows
-        before, self._steady = self._steady, None
+        before, self._steady, self._waited = self._steady or self._waited, None, None
         # Over whole columns, free rows included: cheaper than gathering the rows that run.
         ahead = rows.known + rows.pending
         ahead -= rows.planned
@@ -551,8 +553,11 @@ class Planner:
         """
         steady.steps_left -= 1
         steady.steps_fitting -= 1
-        if planned.draft_caps is not None or planned.sampling is not steady.sampling:
+        caps, is_joined = planned.draft_caps, planned.sampling is not steady.sampling
+        if caps is not None or is_joined:
             self._steady = None
+            if caps is not None and not np.count_nonzero(caps) and not is_joined:
+                self._waited = steady
             return False
         return steady.steps_fitting >= 0 and not planned.parts
 

@@ -120,7 +120,8 @@ def make_world(seed: int, faults: frozenset[str] = frozenset(FAULTS)) -> World:
 def _calmed(world: World) -> World:
     """The same with few requests that ask for nothing unusual, room for all of them, and drafts.
 
-    What many steps in a row have in common is looked at once: only here the same rows go on for as long.
+    What many steps in a row have in common is looked at once: only here the same rows go on for as long. An audit of
+    level 2 would have what was noted of steps written behind each, and indexes are told of noted steps by another way.
     """
     context_tokens = 200
     limits = replace(

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -13,8 +14,10 @@ from sessile.core.planning import ASK_EVERY_MAX, QUIET_ASKS
 from sessile.core.session import Session
 from sessile.errors import AuditError
 from sessile.sim.drafter import ListIndex
+from sessile.sim.grammar import ToyGrammars
 from tests.unit.drafters import PerfectDrafter, ToldDrafter
 from tests.unit.stage import Stage, expected
+from tests.unit.test_core_constraining import VOCABULARY, WITH_EOS, rule
 from tests.unit.test_core_planning import prompt
 
 
@@ -25,6 +28,14 @@ def drafting(right: int = 99, limit: int = 4, drafts_max: int = 4, **settings: A
 
 def session_of(stage: Stage, name: str = "a") -> Session:
     return stage.machine._books.sessions["", name]
+
+
+def steps_of(stage: Stage, overlap: bool, count: int) -> None:
+    """Launch so many steps, each settled before the next one is planned, or behind it."""
+    for _ in range(count):
+        stage.launch()
+        if not overlap:
+            stage.settle()
 
 
 def index_of(stage: Stage, name: str = "a") -> list[int]:
@@ -221,23 +232,27 @@ def test_who_drafts_nothing_for_long_is_asked_less_often() -> None:
         assert stage.output[key] == expected(prompt(key, 6), 200)
 
 
-def test_indexes_are_told_all_that_settles_while_rows_come_and_go() -> None:
-    stage, drafter = drafting(limit=0, pages=200, rows=5)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_indexes_are_told_all_that_settles_while_rows_come_and_go(overlap: bool) -> None:
+    # An audit of level 2 has what was noted of steps written behind each, and nobody is told of noted steps.
+    stage, drafter = drafting(limit=0, pages=200, rows=5, audit_level=1)
+    step = partial(steps_of, stage, overlap)
     sent = {key: prompt(key, 4 + key) for key in range(1, 6)}
     for key in (1, 2):
         stage.submit(key, sent[key], max_new_tokens=150)
-    stage.step(60)
+    step(60)
     stage.submit(3, sent[3], max_new_tokens=150, speculate=False)  # Some of the rows may draft, then.
-    stage.step(30)
+    step(30)
     for key in (4, 5):
         stage.submit(key, sent[key], max_new_tokens=20)
     while len(stage.done) < 5:
-        stage.step()
+        step(1)
         assert len(drafter.lines) in (2, 4)
         for line, key in zip(drafter.lines, (1, 2, 4, 5), strict=False):
             whole = sent[key] + stage.output[key]
             assert line.index.known.tolist() == whole[: line.index.tokens]
             assert line.index.tokens > len(whole) - 2 * ASK_EVERY_MAX
+    assert stage.machine.marks[Mark.TOLD_BY_STEP] or not overlap
     assert {key: stage.output[key] for key in sent} == {
         key: expected(sent[key], 20 if key > 3 else 150) for key in sent
     }
@@ -276,13 +291,7 @@ def test_rows_that_draft_nothing_draw_their_pages_together_as_without_a_drafter(
 @pytest.mark.parametrize("overlap", [False, True])
 def test_who_drafts_nothing_is_asked_no_more_often_when_others_leave_but_when_somebody_comes(overlap: bool) -> None:
     stage, drafter = drafting(limit=0, pages=200)
-
-    def step(count: int = 1) -> None:
-        for _ in range(count):
-            assert stage.launch()
-            if not overlap:
-                stage.settle()
-
+    step = partial(steps_of, stage, overlap)
     for key, count in ((1, 200), (2, 130), (3, 130)):
         stage.submit(key, prompt(key, 6), max_new_tokens=count)
 
@@ -301,6 +310,18 @@ def test_who_drafts_nothing_is_asked_no_more_often_when_others_leave_but_when_so
     assert asks_in(2 * ASK_EVERY_MAX) == 2 * ASK_EVERY_MAX
     stage.run()
     assert [len(stage.output[key]) for key in (1, 2, 3, 4)] == [200, 130, 130, 40]
+
+
+def test_who_drafts_nothing_is_asked_no_more_often_beside_a_row_that_follows_a_grammar() -> None:
+    """Whose mask each step waits for."""
+    drafter = PerfectDrafter(limit=0)
+    stage = Stage(drafter=drafter, drafts_max=4, pages=200, facts=WITH_EOS, grammars=ToyGrammars(VOCABULARY))
+    stage.submit(1, prompt(1, 6), max_new_tokens=240, ignore_eos=True)
+    stage.submit(2, prompt(2, 6), max_new_tokens=240, grammar=rule(10, longest=400))
+    steps_of(stage, True, 120)
+    before = len(drafter.limit_calls)
+    steps_of(stage, True, 20 * ASK_EVERY_MAX)
+    assert not stage.done and len(drafter.limit_calls) - before == 20
 
 
 def test_an_index_is_told_of_a_prompt_while_the_device_computes_it() -> None:
