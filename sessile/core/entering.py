@@ -101,21 +101,38 @@ def open_session(
 
 def open_as_asked(books: Books, message: OpenSession) -> Session:
     """A new session as a message asks for it. Raises UserError, with nothing changed."""
-    timeout_s = message.idle_timeout_s
+    _check_opening(books, message)
+    if message.reserve_tokens > (most := _longest_history(books, message)):
+        raise InvalidRequest(
+            f"reserve_tokens must be at most {most}, the most tokens that this session can have", param="reserve_tokens"
+        )
+    return _opened(books, message, message.reserve_tokens)
+
+
+def _check_opening(books: Books, message: OpenSession) -> None:
+    timeout_s, context = message.idle_timeout_s, books.limits.context_tokens
     if timeout_s is not None and not 0 < timeout_s <= 1e9:
         raise InvalidRequest("idle_timeout_s must be above 0 and at most 1e9 seconds", param="timeout")
-    context, longest = books.limits.context_tokens, books.limits.sequence_tokens_max
     if message.tokens_max is not None and not 2 <= message.tokens_max <= context:
         raise InvalidRequest(f"max_tokens must be from 2 to {context}, the context length", param="max_tokens")
-    reserved_pages = ceil_div(message.reserve_tokens, books.limits.page_size)
+
+
+def _longest_history(books: Books, message: OpenSession) -> int:
+    longest = books.limits.sequence_tokens_max
+    return min(message.tokens_max or longest, longest)
+
+
+def _opened(books: Books, message: OpenSession, reserve_tokens: int) -> Session:
+    reserved_pages = ceil_div(reserve_tokens, books.limits.page_size)
     if reserved_pages:
         _check_reservation(books, message, reserved_pages)
+    timeout_s = message.idle_timeout_s
     session = open_session(
         books,
         message.session,
         books.tenants.named(message.tenant),
         idle_timeout_ns=None if timeout_s is None else int(timeout_s * _NS),
-        tokens_max=min(message.tokens_max or longest, longest),
+        tokens_max=_longest_history(books, message),
         metadata=dict(message.metadata),
         branching=message.branching,
     )
@@ -139,7 +156,9 @@ def restore_as_asked(books: Books, message: RestoreSession) -> Session:
     if tokens > longest:
         raise TooLong(f"the history of session {opening.session!r} has {tokens} tokens, {longest} fit")
     _check_tokens(books, message.tokens)
-    session = open_as_asked(books, opening)
+    _check_opening(books, opening)
+    # What it reserved before may be more than it can have of this engine.
+    session = _opened(books, opening, min(opening.reserve_tokens, _longest_history(books, opening)))
     session.history.append(message.tokens)
     session.turn_ends = array("q", ends)
     session.tenant.held_tokens += tokens

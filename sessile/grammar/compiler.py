@@ -12,6 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 from sessile.contract.messages import Grammar
 from sessile.contract.model import ModelFacts
 from sessile.errors import InvalidRequest
+from sessile.grammar.following import has_no_extension
 from sessile.grammar.schema import (
     DEPTH_MAX,
     FORCED_CHARS_MAX,
@@ -98,6 +99,7 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, translated, log_level=0, limits=_BOUNDS)
         if matcher.is_error():
             raise InvalidRequest(f"{field}: {_explained(grammar, matcher.get_error())}", param=field)
+        _check_beginning(matcher, field)
         return matcher
 
 
@@ -226,6 +228,15 @@ def _check_own_rules(source: str, field: str) -> None:
 def _check_quantifiers(source: str, field: str) -> None:
     if quantifiers_of(source) > QUANTIFIERS_MAX:
         raise InvalidRequest(f"{field}: more than {QUANTIFIERS_MAX} of ?, * and {{", param=field)
+
+
+def _check_beginning(matcher: LLMatcher, field: str) -> None:
+    """Refuse a grammar that no output can begin, before anybody is told that one comes. Raises InvalidRequest."""
+    beginning = matcher.deep_copy()
+    beginning.compute_bitmask()
+    if beginning.is_error():
+        reason = "no output is valid under it" if has_no_extension(beginning) else _reason(beginning.get_error())
+        raise InvalidRequest(f"{field}: {reason}", param=field)
 
 
 def _explained(grammar: Grammar, error: str) -> str:

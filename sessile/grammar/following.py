@@ -61,8 +61,14 @@ class MatcherLine:
 
     def fail(self) -> None:
         """The matcher cannot go on: remember why."""
-        reason = " ".join(self.matcher.get_error().split())[:200] or "no token of the model can follow"
+        reason = "" if has_no_extension(self.matcher) else " ".join(self.matcher.get_error().split())[:200]
+        reason = reason or "no token of the model can follow"
         self.failure = f"the grammar cannot be followed beyond output token {self.tokens}: {reason}"
+
+
+def has_no_extension(matcher: LLMatcher) -> bool:
+    """Whether a matcher failed because nothing can follow, which llguidance calls so and explains to nobody."""
+    return matcher.get_error().startswith("NoExtension")
 
 
 class CompiledGrammars:

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 DISCONNECTED = "the client disconnected"
 ANOTHER_FAILED = "another answer to the same prompt failed"
+INPUT_PARAM = "input_ids"
+"""What the engine calls the tokens of a request, whatever field they were made of."""
 CLIENT_CLOSED_REQUEST = 499
 """The status that proxies log for a client that did not wait for its answer."""
 
@@ -161,6 +163,8 @@ class Order:
     tokens: "list[int] | npt.NDArray[np.int32]"
     sampling: Sampling
     tenant: str
+    input_field: str = INPUT_PARAM
+    """The client's field that the tokens were made of: what the engine refuses of them is said of it."""
     priority: int = 0
     rid_drawn: bool = False
     """Whether nobody but the server chose `rid`, so that no client can send the turn again by it."""
@@ -287,6 +291,8 @@ class Call:
         """What came since the last call, at least something; not to be called after an arrival with done."""
         assert self._stream is not None and self.done is None
         arrival = await self._stream.next()
+        if arrival.done is not None and arrival.done.param == INPUT_PARAM:
+            arrival.done = structs.replace(arrival.done, param=self.order.input_field)
         self.done = arrival.done
         if arrival.tokens and not self._whole:
             self._measure_tokens(self._stream, len(arrival.tokens))

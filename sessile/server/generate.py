@@ -121,7 +121,7 @@ class GenerateBody(DraftFields):
 
     @model_validator(mode="after")
     def _check_input(self) -> Self:
-        if self.text is None and self.input_ids is None:
+        if self.text is None and self.input_ids is None and self.session_params is None:
             raise field_fault("text", "text or input_ids is required")
         if self.text is not None and self.input_ids is not None:
             raise field_fault("input_ids", "give text or input_ids, not both")
@@ -168,8 +168,7 @@ async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
     params = body.sampling_params or SamplingParams()
     vocab_size = service.link.ready.vocab_size
     if body.input_ids is None:
-        assert body.text is not None
-        tokens = await encode_text(service.tokenizer, body.text)
+        tokens = await encode_text(service.tokenizer, body.text or "")  # a turn may send nothing
     else:
         check_vocabulary(body.input_ids, vocab_size, "input_ids")
         tokens = body.input_ids
@@ -186,6 +185,7 @@ async def _order(service: Service, caller: Caller, body: GenerateBody) -> Order:
         )
     return Order(
         tokens=tokens,
+        input_field="text" if body.input_ids is None else "input_ids",
         sampling=sampling,
         tenant=caller.tenant,
         priority=body.priority or 0,

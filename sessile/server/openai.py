@@ -100,6 +100,7 @@ async def _completion_choices(service: Service, caller: Caller, body: Completion
             tokens, text = prompt, service.tokenizer.decode(prompt) if body.echo else ""
         order = Order(
             tokens=tokens,
+            input_field="prompt",
             sampling=to_sampling(
                 body, max_new_tokens=max_tokens, min_new_tokens=body.min_tokens, vocab_size=vocab_size
             ),
@@ -143,6 +144,7 @@ def _choices(
 async def _chat_choices(service: Service, caller: Caller, body: ChatBody, rid: str) -> list[Choice]:
     order = Order(
         tokens=[],
+        input_field="messages",
         sampling=to_sampling(
             body,
             max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,

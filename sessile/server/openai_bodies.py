@@ -163,6 +163,12 @@ class ChatBody(OpenAIBody, ToolFields):
     stream_reasoning: bool | None = None
 
     @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise field_fault("max_completion_tokens", "differs from max_tokens: send one of them")
+        return self
+
+    @model_validator(mode="after")
     def _check_session(self) -> Self:
         if self.session_id is not None and self.answers > 1:
             raise field_fault("n", "a session's turn has one answer; leave session_id out, or ask for one at a time")

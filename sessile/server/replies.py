@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from sessile.errors import HistoryMismatch, InvalidRequest, UserError
 from sessile.server.link import refusal_error
@@ -19,9 +20,16 @@ log = logging.getLogger(__name__)
 NOT_READY_RETRY_S = 1
 """Retry-After of a 503. A server that starts is asked often; one that stops is soon gone, and asking costs nothing."""
 CLIENT_CLOSED_REQUEST = 499
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+"""Those that a route may take."""
 
 
-RESOURCE_PARAMS = {"session_id": "id", "session_params.id": "id", "timeout": "idle_timeout_s"}
+RESOURCE_PARAMS = {
+    "session_id": "id",
+    "session_params.id": "id",
+    "session_params.expect_tokens": "expect_tokens",
+    "timeout": "idle_timeout_s",
+}
 """Fields that the engine names as native requests do → their names in /v1/sessions."""
 
 
@@ -105,6 +113,16 @@ def error_reply(surface: Surface, error: UserError, *, retry_after_s: int = NOT_
     return JsonReply(error_content(surface, error), status, headers=headers.get(status))
 
 
+def _methods_of_path(request: Request) -> list[str]:
+    """The methods of all routes of the application that answer the request's path."""
+    # Asked for one by one: a route that is included with others does not say which it takes.
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
+
+
 def add_error_replies(app: FastAPI) -> None:
     """Make every error that leaves a route a JSON reply of the route's surface."""
 
@@ -120,14 +138,16 @@ def add_error_replies(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path = request.scope["path"]
-        code, message = "invalid_request", error.detail
+        code, message, headers = "invalid_request", error.detail, dict(error.headers or {})
         if error.status_code == 404:
             code, message = "not_found", f"no such route: {request.method} {path}"
         elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            code, message = "method_not_allowed", f"{path} takes {allowed}, not {request.method}"
+            # The framework names those of the first route alone, and one path may have several.
+            allowed = _methods_of_path(request)
+            headers["Allow"] = ", ".join(allowed)
+            code, message = "method_not_allowed", f"{path} takes {' or '.join(allowed)}, not {request.method}"
         reply = error_reply(Surface.of(path), refusal_error(error.status_code, code, message))
-        reply.headers.update(error.headers or {})
+        reply.headers.update(headers)
         return reply
 
     async def query_error(request: Request, error: Exception) -> Response:

@@ -222,6 +222,7 @@ async def _append_order(service: Service, caller: Caller, session: str, body: Ap
         tokens = body.input_ids
     return Order(
         tokens=tokens,
+        input_field="text" if body.input_ids is None else "input_ids",
         sampling=Sampling(seed=0, max_new_tokens=0),
         tenant=caller.tenant,
         session=session,

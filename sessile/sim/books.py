@@ -253,21 +253,21 @@ class Books:
         limits = self._world.limits
         refusals = refusals_of_room(message.tenant, limits, self.sessions.values())
         refusals += [400] * (message.session in self.sessions)
+        tokens_max = min(message.tokens_max or limits.sequence_tokens_max, limits.sequence_tokens_max)
         reserved_pages = ceil_div(message.reserve_tokens, limits.page_size)
         if reserved_pages:
             reserved = sum([session.reserved_pages for session in self.sessions.values()])
             longest_pages = ceil_div(limits.sequence_tokens_max + limits.drafts_max, limits.page_size)
-            refusals += [400] * message.branching
+            refusals += [400] * (message.branching or message.reserve_tokens > tokens_max)
             refusals += [429] * (reserved + reserved_pages > limits.pages_total - 1 - longest_pages)
         if refusals:
             return self._refused(*refusals)
-        longest = limits.context_tokens
         session = SessionBook(
             id=message.session,
             opened_ns=self.now_ns,
             idle_since_ns=self.now_ns,
             idle_timeout_ns=None if message.idle_timeout_s is None else round(message.idle_timeout_s * 1e9),
-            tokens_max=longest if message.tokens_max is None else min(message.tokens_max, longest),
+            tokens_max=tokens_max,
             metadata=message.metadata,
             tenant=message.tenant,
             branching=message.branching,

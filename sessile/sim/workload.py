@@ -133,6 +133,7 @@ class Workload:
         reserves = self._chance(temper.reserve_rate) and (not is_branching or self._chance(0.1))
         longest_pages = ceil_div(limits.sequence_tokens_max + limits.drafts_max, limits.page_size)
         room_tokens = max(1, (limits.pages_total - 1 - longest_pages) * limits.page_size)
+        room_tokens = min(room_tokens, limits.sequence_tokens_max)
         reserved = draw.choice([1, draw.randint(1, room_tokens), room_tokens, room_tokens + 1])
         return wire.OpenSession(
             op=self._op(),

@@ -252,6 +252,26 @@ def test_a_wrong_method_is_told_the_right_one(server: Running, method: str, path
     assert reply.json()["error"]["message"] == f"{path} takes {allowed}, not {method}"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/sessions", ["GET", "POST"]),
+        ("PUT", "/v1/sessions/a", ["GET", "DELETE"]),
+        ("DELETE", "/v1/corpora", ["GET", "POST"]),
+        ("POST", "/v1/responses/resp_1", ["GET", "DELETE"]),
+        ("PUT", "/v1/conversations/conv_1", ["GET", "POST", "DELETE"]),
+        ("DELETE", "/flush_cache", ["GET", "POST"]),
+        ("POST", "/openapi.json", ["GET", "HEAD"]),
+    ],
+)
+def test_a_wrong_method_is_told_all_the_right_ones(
+    server: Running, method: str, path: str, allowed: list[str]
+) -> None:
+    reply = server.client.request(method, path)
+    assert (reply.status_code, reply.headers.get_list("allow")) == (405, [", ".join(allowed)])
+    assert reply.json()["error"]["message"] == f"{path} takes {' or '.join(allowed)}, not {method}"
+
+
 def test_h56_no_field_of_any_body_names_a_file_of_the_server_but_those_of_corpora() -> None:
     paths = create_app(NotImplemented, NotImplemented, ServerOptions()).openapi()["paths"]
     asked = [(path, call.get("requestBody")) for path, route in paths.items() for call in route.values()]

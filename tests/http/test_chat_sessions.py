@@ -223,3 +223,17 @@ def test_a_template_that_cannot_be_gone_on_from_has_all_messages_sent_again() ->
             len(f"{message['role']}:{message['content']}\n".encode()) for message in chat.messages[:-1]
         )
         assert toy.client.get("/v1/sessions").json()["total"] == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"session_id": "long"}, {"stream": True}])
+def test_what_is_too_long_is_said_of_the_messages(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "x" * 5000}]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.chat.completions.create(model="default", messages=messages, extra_body=fields)
+    assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_what_is_too_long_is_said_of_the_prompt(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="default", prompt="x" * 5000)
+    assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "prompt")

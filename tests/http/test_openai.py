@@ -205,6 +205,15 @@ def test_what_is_not_built_or_out_of_range_is_400_with_its_param(
     assert server.engine.submits() == []
 
 
+def test_two_limits_of_a_chats_tokens_must_be_the_same(server: Running, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="differs from max_tokens: send one of them") as refusal:
+        client.chat.completions.create(model="default", messages=HI, max_tokens=1, max_completion_tokens=5)
+    assert refusal.value.param == "max_completion_tokens"
+    assert server.engine.submits() == []
+    client.chat.completions.create(model="default", messages=HI, max_tokens=2, max_completion_tokens=2)
+    assert server.engine.submits()[0].sampling.max_new_tokens == 2
+
+
 @pytest.mark.parametrize("name", ["structural_tag", "stop_rgx"])
 def test_further_fields_are_refused_by_name(client: openai.OpenAI, name: str) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:

@@ -358,7 +358,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_leaves_nothing(toy: Running, c
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refusal:
             client.responses.create(**SETTINGS, input="x" * 600, stream=stream)
-        assert refusal.value.code == "context_length_exceeded"
+        assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "input")
     toy.wait_until(lambda: sessions(toy) == before)
 
 

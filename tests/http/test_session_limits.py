@@ -193,6 +193,17 @@ def test_h39_a_turn_may_be_empty_and_may_say_nothing(toy: Running) -> None:
     assert turn(toy, session, [], 0).json()["meta_info"]["session_tokens"] == 6
 
 
+def test_a_turn_may_leave_its_input_out(toy: Running) -> None:
+    session = opened(toy)
+    body = {"session_params": {"id": session}, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    refused = toy.client.post("/generate", json=body)
+    assert (refused.status_code, refused.json()) == (400, turn(toy, session, []).json())
+    turn(toy, session, [1, 2], 0)
+    said = toy.client.post("/generate", json=body).json()
+    assert said["output_ids"] == turn(toy, None, [1, 2]).json()["output_ids"]
+    assert said["meta_info"]["session_tokens"] == 6
+
+
 @pytest.mark.parametrize("max_tokens", [1, CONTEXT_TOKENS + 1, 1 << 31])
 def test_a_cap_that_no_session_can_have_is_422(toy: Running, max_tokens: int) -> None:
     reply = toy.client.post("/v1/sessions", json={"max_tokens": max_tokens})
@@ -256,13 +267,22 @@ def test_a_reserved_session_keeps_its_kv_through_whatever_others_do(toy: Running
 
 def test_h68_reservations_leave_room_for_the_longest_request(toy: Running) -> None:
     room = (PAGES - 1) * PAGE_TOKENS - CONTEXT_TOKENS
-    session = opened(toy, reserve_tokens=room - 8)
+    left = room - 8 - 2 * CONTEXT_TOKENS
+    sessions = [opened(toy, reserve_tokens=tokens) for tokens in (CONTEXT_TOKENS, CONTEXT_TOKENS, left)]
     reply = toy.client.post("/v1/sessions", json={"reserve_tokens": 100})
     assert reply.status_code == 429
     assert "tokens cannot be reserved" in reply.json()["error"]["message"]
     assert turn(toy, None, [1] * (CONTEXT_TOKENS - 10), 10).status_code == 200
-    toy.client.delete(f"/v1/sessions/{session}")
+    toy.client.delete(f"/v1/sessions/{sessions[0]}")
     assert opened(toy, reserve_tokens=100)
+
+
+def test_no_more_is_reserved_than_the_session_can_have(toy: Running) -> None:
+    for body, most in (({}, CONTEXT_TOKENS), ({"max_tokens": 100}, 100)):
+        reply = toy.client.post("/v1/sessions", json={"reserve_tokens": most + 1, **body})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (422, "reserve_tokens")
+        assert error["message"] == f"reserve_tokens must be at most {most}, the most tokens that this session can have"
 
 
 def test_a_branching_session_reserves_nothing(toy: Running) -> None:

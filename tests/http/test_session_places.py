@@ -107,6 +107,16 @@ def test_a_history_that_differs_from_what_the_client_expects_is_409_and_says_its
     assert turn(toy, name, [1], expect_tokens=length)["status"] == 200
 
 
+def test_a_refused_append_names_the_field_that_was_sent(toy: Running) -> None:
+    name = opened(toy, "named", 1)
+    bodies = {"text": "x" * 5000, "input_ids": [1] * 5000}
+    for field, value in bodies.items():
+        reply = toy.client.post(f"/v1/sessions/{name}/append", json={field: value})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (413, field)
+    reply = toy.client.post(f"/v1/sessions/{name}/append", json={"text": "x", "expect_tokens": 1})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (409, "expect_tokens")
+
+
 def test_a_fork_to_a_name_that_is_taken_is_a_conflict(toy: Running) -> None:
     name = opened(toy, "taken", 1)
     reply = toy.client.post(f"/v1/sessions/{name}/fork", json={"id": name})

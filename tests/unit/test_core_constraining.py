@@ -8,10 +8,11 @@ import pytest
 from sessile.contract.messages import Cancel, Grammar, Sampling
 from sessile.contract.plan import SAMPLE, StepPlan
 from sessile.core.marks import Mark
+from sessile.core.planning import ASK_EVERY_MAX
 from sessile.sim.grammar import KIND, NEVER, ToyGrammars
 from sessile.sim.reference import Speaker
 from sessile.sim.world import EOS
-from tests.unit.drafters import ToldDrafter
+from tests.unit.drafters import PerfectDrafter, ToldDrafter
 from tests.unit.stage import FACTS, VOCABULARY, Stage, expected
 from tests.unit.test_core_planning import prompt
 
@@ -206,3 +207,17 @@ def test_a_step_waits_for_the_one_in_flight_only_while_a_row_with_a_grammar_deco
         stage.settle()
         stage._in_flight = ticket
     assert late[:5] == [False] * 5 and late[5] and not late[-1]
+
+
+def test_who_drafts_nothing_is_asked_no_more_often_beside_a_row_that_follows_a_grammar() -> None:
+    """Whose mask each step waits for."""
+    drafter = PerfectDrafter(limit=0)
+    stage = Stage(drafter=drafter, drafts_max=4, pages=200, facts=WITH_EOS, grammars=ToyGrammars(VOCABULARY))
+    stage.submit(1, prompt(1, 6), max_new_tokens=240, ignore_eos=True)
+    stage.submit(2, prompt(2, 6), max_new_tokens=240, grammar=rule(10, longest=400))
+    for _ in range(120):
+        stage.launch()
+    before = len(drafter.limit_calls)
+    for _ in range(20 * ASK_EVERY_MAX):
+        stage.launch()
+    assert not stage.done and len(drafter.limit_calls) - before == 20

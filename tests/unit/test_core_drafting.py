@@ -14,10 +14,8 @@ from sessile.core.planning import ASK_EVERY_MAX, QUIET_ASKS
 from sessile.core.session import Session
 from sessile.errors import AuditError
 from sessile.sim.drafter import ListIndex
-from sessile.sim.grammar import ToyGrammars
 from tests.unit.drafters import PerfectDrafter, ToldDrafter
 from tests.unit.stage import Stage, expected
-from tests.unit.test_core_constraining import VOCABULARY, WITH_EOS, rule
 from tests.unit.test_core_planning import prompt
 
 
@@ -310,18 +308,6 @@ def test_who_drafts_nothing_is_asked_no_more_often_when_others_leave_but_when_so
     assert asks_in(2 * ASK_EVERY_MAX) == 2 * ASK_EVERY_MAX
     stage.run()
     assert [len(stage.output[key]) for key in (1, 2, 3, 4)] == [200, 130, 130, 40]
-
-
-def test_who_drafts_nothing_is_asked_no_more_often_beside_a_row_that_follows_a_grammar() -> None:
-    """Whose mask each step waits for."""
-    drafter = PerfectDrafter(limit=0)
-    stage = Stage(drafter=drafter, drafts_max=4, pages=200, facts=WITH_EOS, grammars=ToyGrammars(VOCABULARY))
-    stage.submit(1, prompt(1, 6), max_new_tokens=240, ignore_eos=True)
-    stage.submit(2, prompt(2, 6), max_new_tokens=240, grammar=rule(10, longest=400))
-    steps_of(stage, True, 120)
-    before = len(drafter.limit_calls)
-    steps_of(stage, True, 20 * ASK_EVERY_MAX)
-    assert not stage.done and len(drafter.limit_calls) - before == 20
 
 
 def test_an_index_is_told_of_a_prompt_while_the_device_computes_it() -> None:

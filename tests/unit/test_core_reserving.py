@@ -91,15 +91,26 @@ def test_beyond_the_reservation_kv_is_reclaimed_and_within_it_stays() -> None:
 
 def test_h68_what_is_reserved_leaves_room_for_the_longest_request() -> None:
     stage = staged()
-    assert stage.open("a", reserve_tokens=64).error is None
-    refused = stage.open("b", reserve_tokens=68)
+    assert stage.open("a", reserve_tokens=60).error is None
+    assert stage.open("b", reserve_tokens=8).error is None
+    refused = stage.open("c", reserve_tokens=64)
     assert refused.error is not None and refused.error.status == 429
-    assert "64 are left" in refused.error.message
-    assert stage.stats().sessions_open == 1
-    assert stage.open("b", reserve_tokens=64).error is None
+    assert "60 are left" in refused.error.message
+    assert stage.stats().sessions_open == 2
+    assert stage.open("c", reserve_tokens=60).error is None
     stage.submit(1, [7] * 40, max_new_tokens=24)
     stage.run()
     assert stage.output[1] == expected([7] * 40, 24, FACTS)
+
+
+def test_no_more_is_reserved_than_the_session_can_have() -> None:
+    stage = staged()
+    for reserved, settings, most in ((65, {}, 64), (31, {"tokens_max": 30}, 30), (10**6, {}, 64)):
+        refused = stage.open("s", reserve_tokens=reserved, **settings)
+        assert refused.error is not None and (refused.error.status, refused.error.param) == (400, "reserve_tokens")
+        assert f"at most {most}, the most tokens that this session can have" in refused.error.message
+        assert (stage.stats().sessions_open, stage.machine._books.reserved_pages) == (0, 0)
+    assert stage.open("s", reserve_tokens=30, tokens_max=30).error is None
 
 
 def test_h68_a_reservation_that_is_taken_under_a_large_request_does_not_stop_it() -> None:

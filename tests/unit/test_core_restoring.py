@@ -74,6 +74,12 @@ def test_a_reservation_is_restored_with_its_session() -> None:
     assert isinstance(view, SessionView) and view.reserved_tokens == 16
 
 
+def test_of_a_reservation_as_much_is_restored_as_the_session_can_have_of_this_engine() -> None:
+    stage = Stage(pages=200)
+    view = restore(stage, FIRST, 5, reserve_tokens=10**6, tokens_max=40).value
+    assert isinstance(view, SessionView) and view.reserved_tokens == 40
+
+
 def test_what_a_tenant_holds_is_counted_again_and_not_refused() -> None:
     stage = Stage(tenants=(TenantPolicy("ada", held_tokens_max=3),))
     assert restore(stage, FIRST, 5, tenant="ada").error is None

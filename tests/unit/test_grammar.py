@@ -155,6 +155,9 @@ def test_blank_space_comes_to_an_end(compiler: GrammarCompiler, grammars: Any) -
         ("ebnf", 'root ::= "a', "line 1"),
         ("ebnf", 'start: "a" foo', "at 1("),
         ("lark", "start: foo", "at 1("),
+        ("json_schema", {"$ref": "#"}, "no output is valid under it"),
+        ("ebnf", 'root ::= root "a"', "no output is valid under it"),
+        ("regex", r"[^\s\S]", "no output is valid under it"),
         ("prolog", "a.", "no kind of grammar called 'prolog'"),
     ],
 )

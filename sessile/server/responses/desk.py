@@ -184,6 +184,7 @@ class Desk:
         record.dialogue = place.dialogue
         order = Order(
             tokens=place.tokens,
+            input_field="input",
             sampling=sampling,
             tenant=record.tenant,
             priority=body.priority or 0,
