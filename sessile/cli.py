@@ -84,7 +84,8 @@ def parser_for(name: str) -> "Parser":
 def overview(names: Iterable[str] = ()) -> str:
     """The help of the program as a whole, or of some commands."""
     shown = [name for name in (names or COMMANDS) if COMMANDS[name].summary]
-    lines = [f"  {name:16}{COMMANDS[name].summary}" for name in shown]
+    width = max(map(len, shown)) + 2
+    lines = [f"  {name:{width}}{COMMANDS[name].summary}" for name in shown]
     return "\n".join(
         [
             "Sessile: a serving engine for language models in which a conversation's KV cache stays put.",

@@ -18,6 +18,7 @@ SessileError
 ├── BuildCancelled       the building of a corpus was told to stop; nothing was built
 ├── OutOfMemory          a step that the device has too little memory for; it may be run again in smaller ones
 ├── StartupError         a configuration or file we cannot serve with; one line with the remedy; exit code 2
+│   └── MachineLacks     memory or a GPU, which may be there at another try; a server's exit code is 1
 └── InvariantError       a bug of ours: never caught on the way, except to quarantine or to end the engine
     ├── OwnershipError   a page or row was not owned by whom the caller said
     ├── LeaseError       a consumed lease was used, or a live one was copied or lost
@@ -155,6 +156,10 @@ class OutOfMemory(SessileError):
 
 class StartupError(SessileError):
     """We cannot start; the message is one line that says what is wrong and what to do."""
+
+
+class MachineLacks(StartupError):
+    """We cannot start with the free memory or the GPU that is there now. Unlike else, another try may succeed."""
 
 
 class InvariantError(SessileError, AssertionError):

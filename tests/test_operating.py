@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import yaml
 
-from sessile.cli import COMMANDS, parser_for
+from sessile.cli import COMMANDS, EXIT_WRONG_USE, parser_for
 from sessile.config import Config, compose
 from sessile.contract.messages import Stats
 from sessile.contract.pool import PoolView
@@ -181,6 +181,12 @@ def test_the_unit_starts_a_server_with_keys_and_our_settings(tmp_path: Path) -> 
     assert unit["LoadCredential"].startswith("keys.yaml:")
     assert int(unit["TimeoutStopSec"]) > config.server.drain_timeout_s + 10
     assert unit["KillMode"] == "mixed", "the server drains; its engine is not signalled by anybody else"
+
+
+def test_the_unit_does_not_start_what_is_wrongly_set_up_again() -> None:
+    unit = dict(unit_entries())
+    assert unit["Restart"] == "on-failure" and int(unit["RestartPreventExitStatus"]) == EXIT_WRONG_USE
+    assert "2 is not worth one" in page("OPERATIONS.md")
 
 
 HARDENED = {

@@ -13,7 +13,7 @@ from sessile.device.config import DeviceOptions
 from sessile.device.kv_pool import KvPool, auto_kv_bytes, kv_token_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts, StepRunner, Worker
-from sessile.errors import StartupError
+from sessile.errors import MachineLacks, StartupError
 from sessile.kernels.attention import SHORT_QUERY_TOKENS, attention_name, prepare_attention
 from sessile.kernels.linear import cpu_multiplies_bfloat16
 from sessile.kernels.native import NativeKernels, available_native, native_kernels
@@ -113,8 +113,12 @@ def chosen_kind(options: DeviceOptions) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if options.device == "cuda":
-        why = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
-        raise StartupError(f"--device cuda: {why}. Install a CUDA build of torch and its driver, or use --device cpu.")
+        if torch.version.cuda is None:
+            raise StartupError(
+                "--device cuda: this torch was built without CUDA. Install a CUDA build of torch, or use --device cpu."
+            )
+        # As while a machine starts, and its driver is not loaded yet.
+        raise MachineLacks("--device cuda: no GPU or no driver was found. Install the driver, or use --device cpu.")
     return "cpu"
 
 
@@ -266,7 +270,7 @@ def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
     element_bytes = _WEIGHT_BYTES.get(form.quantize, float(form.dtype.itemsize))
     needed, available = weight_bytes_estimate(config, element_bytes), available_bytes()
     if needed > available:
-        raise StartupError(
+        raise MachineLacks(
             f"too little memory: the weights need about {readable(needed)} but only {readable(available)} is free. "
             "Use a smaller model, --dtype bfloat16 or --quantize int8, or free memory."
         )

@@ -12,7 +12,7 @@ from sessile.device.gpu_timing import GpuStepTimes, blank_plan, time_gpu_steps, 
 from sessile.device.kv_pool import KvPool, kv_token_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
 from sessile.device.worker import DeviceFacts
-from sessile.errors import OutOfMemory, StartupError
+from sessile.errors import MachineLacks, OutOfMemory, StartupError
 from sessile.kernels.flash_attention3 import FlashAttention3, available_flash_attention3, unsuited
 from sessile.kernels.triton_launch import compiled_together
 from sessile.kernels.triton_weight import GROUP
@@ -74,7 +74,7 @@ def open_gpu(
         progress("compiling kernels", 1.0)
         times = time_gpu_steps(runner, rows_max, drafts_max, context) if drafts_max else GpuStepTimes()
     except (torch.OutOfMemoryError, OutOfMemory) as error:
-        raise StartupError(
+        raise MachineLacks(
             "too little memory on the GPU: it ran out while starting. Free some, or lower --kv-memory or "
             "--context-tokens, or use a smaller model."
         ) from error
@@ -189,7 +189,7 @@ def _check_memory(config: ModelConfig, form: WeightFormat) -> None:
     else:
         needed = weight_bytes_estimate(config, quantised_bytes, plain_bytes)
     if needed > free:
-        raise StartupError(
+        raise MachineLacks(
             f"too little memory on the GPU: the weights need about {readable(needed)} but only {readable(free)} is "
             "free. Use a smaller model, --dtype bfloat16 or --quantize int4, or free memory."
         )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sessile.contract.plan import Ints
 from sessile.device.memory import readable
-from sessile.errors import PlanError, StartupError
+from sessile.errors import MachineLacks, PlanError, StartupError
 from sessile.kernels.attention import PagedCache
 from sessile.kernels.native import advise_huge_pages
 from sessile.model.config import ModelConfig
@@ -76,7 +76,7 @@ def auto_kv_bytes(available: int, context_bytes: int, rows_max: int) -> int:
 def pool_pages(kv_bytes: int, available: int, token_bytes: int, page_size: int, context_tokens: int) -> int:
     """Pages that fit into kv_bytes, the scratch page included. Raises StartupError if they cannot hold one context."""
     if kv_bytes > available:
-        raise StartupError(
+        raise MachineLacks(
             f"too little memory: KV needs {readable(kv_bytes)} but only {readable(available)} is free. "
             "Lower --kv-memory or --context-tokens, or free memory."
         )

@@ -14,21 +14,20 @@ from collections.abc import Callable, Iterator
 import zmq
 
 from sessile.contract.messages import EngineFailed
-from sessile.contract.watching import STACKS_SIGNAL, stacks_file
+from sessile.contract.watching import EXIT_CANNOT_START, STACKS_SIGNAL, stacks_file
 from sessile.engine.build import Engine
 from sessile.engine.clock import Clock, MonotonicClock
 from sessile.engine.garbage import IdleCollector
 from sessile.engine.inbox import SocketInbox
 from sessile.engine.loop import EngineLoop
 from sessile.engine.outbox import SocketOutbox
-from sessile.errors import StartupError
+from sessile.errors import MachineLacks, StartupError
 
 LINGER_MS = 3_000
 """How long a last message may take to leave before the process exits."""
 SIGTERM_DRAIN_S = 30.0
 
 EXIT_FAILED = 1
-EXIT_CANNOT_START = 2
 EXIT_ORPHANED = 3
 
 log = logging.getLogger("sessile.engine")
@@ -101,7 +100,7 @@ def _run_engine(address: str, open_engine: Callable[[Clock], Engine], server: Se
         drive(engine, SocketInbox(socket), outbox, clock)
     except StartupError as error:
         outbox.send(EngineFailed(str(error)))
-        return EXIT_CANNOT_START
+        return EXIT_FAILED if isinstance(error, MachineLacks) else EXIT_CANNOT_START
     except Exception as error:
         log.exception("the engine failed")
         outbox.send(EngineFailed(f"the engine failed: {type(error).__name__}: {first_line(error)}"))

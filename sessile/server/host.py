@@ -42,7 +42,7 @@ KEEP_ALIVE_S = 65
 REPLIES_S = 3
 """How long replies may take to be written once all requests have ended."""
 
-EXIT_OK, EXIT_FAILED = 0, 1
+EXIT_OK, EXIT_FAILED, EXIT_WRONG_USE = 0, 1, 2
 
 log = logging.getLogger("sessile.server")
 
@@ -110,7 +110,7 @@ class Host:
             else:
                 reason = await supervising if supervising.done() else "the HTTP server ended by itself"
                 log.error(f"cannot go on: {reason}")
-                status = EXIT_FAILED
+                status = EXIT_WRONG_USE if self._supervisor.cannot_start else EXIT_FAILED
             http.should_exit = True
             await serving
             return status

@@ -28,6 +28,7 @@ def listening(options: ServerOptions) -> Iterator[list[socket.socket]]:
 
     Raises StartupError in one line that says what to do.
     """
+    check_ports(options)
     check_tls(options)
     allowed_origins(options)
     allow_connections(options.connections_max)
@@ -60,8 +61,9 @@ def allow_connections(connections_max: int) -> None:
 
 
 def bind(options: ServerOptions, port: int | None = None) -> socket.socket:
-    """A listening socket on the port, or on the one for everybody. Raises StartupError."""
-    host, port = options.host, options.port if port is None else port
+    """A listening socket on that port for administration, or on the one for everybody. Raises StartupError."""
+    host, flag = options.host, "--port" if port is None else "--admin-port"
+    port = options.port if port is None else port
     try:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -77,7 +79,7 @@ def bind(options: ServerOptions, port: int | None = None) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartupError(
-                f"port {port} of {host} is in use: stop what listens there, or choose another with --port"
+                f"port {port} of {host} is in use: stop what listens there, or choose another with {flag}"
             ) from error
         raise StartupError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from error
 
@@ -106,6 +108,12 @@ def bind_path(path: Path) -> socket.socket:
 def _is_served(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(str(path)) == 0
+
+
+def check_ports(options: ServerOptions) -> None:
+    """Raise StartupError if administration is to be apart and at the same port."""
+    if options.unix_socket is None and options.admin_port == options.port:
+        raise StartupError(f"--admin-port and --port are both {options.port}: choose another for one of them")
 
 
 def check_tls(options: ServerOptions) -> None:

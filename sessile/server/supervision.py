@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from sessile.contract.messages import EngineReady, Shutdown
+from sessile.contract.watching import EXIT_CANNOT_START
 from sessile.errors import NotReady
 from sessile.server.config import ServerOptions
 from sessile.server.engine_process import KILL_AFTER_S, EngineProcess, Launcher, describe_exit
@@ -45,6 +46,8 @@ class Supervisor:
         self.pulse = Pulse(link, options.stall_timeout_s)
         self.restarts = 0
         """Engines started after the first."""
+        self.cannot_start = False
+        """Whether the first engine ended, as any other would: a flag, a setting or a file is wrong."""
         self._link = link
         self._launcher = launcher
         self._options = options
@@ -114,6 +117,7 @@ class Supervisor:
                 self._link.fail(self._why_stalled())
                 await self._log_stacks()
             await self._bury(exited)
+            self.cannot_start = not self._was_ready and exited.result() == EXIT_CANNOT_START
         finally:
             self.pulse.still_s = 0.0
             for task in (exited, stalled, failed):

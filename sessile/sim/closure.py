@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sessile.sim.arguments import count
 from sessile.sim.records import CheckFailed
 from sessile.sim.small_world import FAULTS, Action, Shape, SmallWorld
 from sessile.sim.twin import twin
@@ -245,7 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faults", type=int, default=2, help="most faults of two clients together, up to 14")
     parser.add_argument("--faults-prompt", type=int, default=4, help="most faults of two prompt clients, up to 14")
     parser.add_argument("--faults-alone", type=int, default=7, help="most faults where only one commits any, up to 7")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--workers", type=count, default=2, help="processes")
 
 
 def main(options: argparse.Namespace) -> int:

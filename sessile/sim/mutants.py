@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sessile.sim.arguments import count
 from sessile.sim.faults import MUTANTS, Mutant
 from sessile.sim.planting import NoPlace, planted
 from sessile.sim.records import Failure
@@ -50,10 +51,10 @@ def hunt(task: Hunt) -> Catch:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m sessile.sim mutants`."""
-    parser.add_argument("--seeds", type=int, default=130, help="seeds to look with, at most")
-    parser.add_argument("--steps", type=int, default=400, help="steps a seed")
+    parser.add_argument("--seeds", type=count, default=130, help="seeds to look with, at most")
+    parser.add_argument("--steps", type=count, default=400, help="steps a seed")
     parser.add_argument("--only", default="", help="only mutants whose name holds this")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--workers", type=count, default=2, help="processes")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table to this Markdown file")
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sessile.core.marks import Mark
+from sessile.errors import StartupError
 from sessile.sim import closure, mutants, replay
+from sessile.sim.arguments import Parser, count
 from sessile.sim.records import Failure, Report
 from sessile.sim.shrink import shrink
 from sessile.sim.simulation import Simulation
@@ -37,6 +39,7 @@ EXPECTED = {
 """Totals that a long run must have reached, by the fault that brings them; with all faults, every mark of the core."""
 SEEDS_FOR_TOTALS = 100
 """Fewer seeds may miss a rare total."""
+EXIT_WRONG_USE = 2
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,16 @@ def missing_totals(totals: Counter[str], faults: frozenset[str]) -> list[str]:
     return [name for names in groups for name in names if not totals[name]]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line of `python -m sessile.sim`."""
-    parser = argparse.ArgumentParser(prog="python -m sessile.sim", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=300, help="how many seeds to run, from --first on")
+    parser = Parser(prog="python -m sessile.sim", description=__doc__)
+    parser.add_argument("--seeds", type=count, default=300, help="how many seeds to run, from --first on")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--steps", type=int, default=1000, help="steps a seed that schedule at least one row")
+    parser.add_argument("--steps", type=count, default=1000, help="steps a seed that schedule at least one row")
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--replay", action="store_true", help="with --seed: shrink the failure and print its events")
     parser.add_argument("--faults", default="all", help=f"'all', 'none' or some of {','.join(FAULTS)}")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--workers", type=count, default=2, help="processes")
     commands = parser.add_subparsers(dest="command", metavar="mutants | closure | replay")
     planted = commands.add_parser("mutants", help="plant faults in the core; each must be caught")
     mutants.add_arguments(planted)
@@ -91,28 +94,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_faults(text: str) -> frozenset[str]:
-    """Names after `--faults`; raises ValueError for an unknown one."""
+    """Names after `--faults`; raises StartupError for an unknown one."""
     names = {"all": FAULTS, "none": ()}.get(text) or tuple(name for name in text.split(",") if name and name != "none")
     unknown = [name for name in names if name not in FAULTS]
     if unknown:
-        raise ValueError(f"--faults: unknown {', '.join(unknown)}; known: {', '.join(FAULTS)}")
+        raise StartupError(f"--faults: unknown {', '.join(unknown)}; known: {', '.join(FAULTS)}")
     return frozenset(names)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line says; the exit code: 0 if nothing was found."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    """Run what the command line says; the exit code: 0 if nothing was found, 2 if it is wrong, in one line."""
+    try:
+        return run(make_parser().parse_args(arguments))
+    except StartupError as error:
+        print(f"sessile: {error}", file=sys.stderr)
+        return EXIT_WRONG_USE
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what was parsed; the exit code. Raises StartupError for a name or a file that is none."""
     if options.command == "mutants":
         return mutants.main(options)
     if options.command == "closure":
         return closure.main(options)
     if options.command == "replay":
         return replay.main(options)
-    try:
-        faults = parse_faults(options.faults)
-    except ValueError as error:
-        parser.error(str(error))
+    faults = parse_faults(options.faults)
     if options.seed is not None:
         return _run_one(Task(options.seed, options.steps, faults), replay=options.replay)
     tasks = [Task(seed, options.steps, faults) for seed in range(options.first, options.first + options.seeds)]

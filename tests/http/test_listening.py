@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 import ssl
 import stat
 from collections.abc import Iterator
@@ -163,6 +164,21 @@ def test_administration_answers_at_its_own_port(tmp_path: Path) -> None:
         shown = {at: httpx.get(f"{at}/v1/pool", timeout=PATIENCE_S).status_code
                  for at in (deployment.url, f"http://127.0.0.1:{port}")}  # fmt: skip
         assert list(shown.values()) == [404, 200]
+
+
+def test_administration_at_the_port_for_everybody_is_refused_as_that() -> None:
+    assert "--admin-port and --port are both" in refusal(port=(port := free_port()), admin_port=port)
+
+
+def test_an_administrators_port_in_use_is_refused_by_its_flag() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "choose another with --admin-port" in refusal(admin_port=taken.getsockname()[1])
+
+
+def test_beside_a_unix_socket_administration_may_be_at_any_port(tmp_path: Path) -> None:
+    port = free_port()
+    with listening(ServerOptions(unix_socket=str(tmp_path / "socket"), port=port, admin_port=port)) as listeners:
+        assert len(listeners) == 2
 
 
 # -- room for connections ---------------------------------------------------------------------------------------------

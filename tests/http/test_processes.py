@@ -114,10 +114,13 @@ def test_killing_the_server_ends_the_engine(tmp_path: Path) -> None:
         assert wait_gone(engine)
 
 
-def test_an_engine_that_cannot_start_is_one_line_and_status_1(tmp_path: Path) -> None:
-    with deployed(tmp_path, mode="fails", wait=False) as deployment:
-        assert deployment.process.wait(PATIENCE_S) == 1
-        assert "lower --kv-memory" in deployment.said()
+@pytest.mark.parametrize(("mode", "status", "remedy"), [("fails", 1, "lower --kv-mem"), ("refuses", 2, "int8")])
+def test_an_engine_that_cannot_start_is_one_line_and_status_2_if_no_other_could(
+    tmp_path: Path, mode: str, status: int, remedy: str
+) -> None:
+    with deployed(tmp_path, mode=mode, wait=False) as deployment:
+        assert deployment.process.wait(PATIENCE_S) == status
+        assert deployment.said().count(remedy) == 1
         assert "Traceback" not in deployment.said()
 
 

@@ -15,7 +15,7 @@ from sessile.device import gpu_factory
 from sessile.device.config import DeviceOptions
 from sessile.device.gpu_factory import open_gpu
 from sessile.device.gpu_timing import verifying_plans
-from sessile.errors import NotReady, PlanError, StartupError
+from sessile.errors import MachineLacks, NotReady, PlanError, StartupError
 from sessile.kernels.flash_attention3 import Availability
 from sessile.model.options import ModelOptions
 from tests.kernels.fake_flash import fake_flash_attention3
@@ -96,7 +96,7 @@ def test_running_out_of_memory_while_starting_names_the_remedies(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu_factory, "warm_up", runs_out)
-    with pytest.raises(StartupError, match="lower --kv-memory or --context-tokens"):
+    with pytest.raises(MachineLacks, match="lower --kv-memory or --context-tokens"):
         opened(tmp_path)
 
 

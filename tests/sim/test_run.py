@@ -1,5 +1,7 @@
 """The command line of the simulator, and shrinking."""
 
+from pathlib import Path
+
 import pytest
 
 from sessile.sim.faults import MUTANTS
@@ -7,6 +9,14 @@ from sessile.sim.planting import planted
 from sessile.sim.run import main, parse_faults
 from sessile.sim.shrink import shrink
 from sessile.sim.world import FAULTS, make_world
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Standard error of a command line that is refused: one line, status 2."""
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("sessile: ") and output.err.count("\n") == 1
+    return output.err
 
 
 def test_one_seed_prints_its_steps_and_trace(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,10 +38,21 @@ def test_faults_can_be_chosen_by_name() -> None:
 
 
 def test_an_unknown_fault_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--faults", "gremlins"])
-    assert stopped.value.code == 2
-    assert "gremlins" in capsys.readouterr().err
+    assert "unknown gremlins" in refused(capsys, "--faults", "gremlins")
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [("--seeds -3", "--seeds"), ("--seeds 0", "--seeds"), ("--seeds many", "--seeds"), ("--steps 0", "--steps"),
+     ("--steps -1", "--steps"), ("--workers 0", "--workers"), ("mutants --seeds 0", "--seeds"),
+     ("mutants --steps 0", "--steps"), ("closure --workers 0", "--workers")],
+)  # fmt: skip
+def test_a_run_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], argv: str, flag: str) -> None:
+    assert f"{flag}: must be a whole number from 1 on" in refused(capsys, *argv.split())
+
+
+def test_a_log_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "nofile: No such file" in refused(capsys, "replay", str(tmp_path / "nofile"))
 
 
 def test_a_failing_workload_shrinks_to_few_messages() -> None:

@@ -1,7 +1,7 @@
 """An engine process with a scripted machine and device: `python -m tests.unit.engine_child ADDRESS MODE`.
 
 MODE: "idle" has nothing to do, "busy" has steps for ever, "fails" has a device that breaks at the first step, "hangs"
-one that never ends it, "refuses" cannot start, "mute" has nothing to do and a log that fails.
+one that never ends it, "refuses" cannot start, "starves" cannot now, "mute" has nothing to do and a log that fails.
 """
 
 import logging
@@ -13,7 +13,7 @@ from sessile.contract.messages import EngineReady
 from sessile.contract.plan import StepPlan
 from sessile.engine.clock import Clock
 from sessile.engine.process import Server, run_engine
-from sessile.errors import StartupError
+from sessile.errors import MachineLacks, StartupError
 from tests.unit.scripted_engine import ManualClock, ScriptedDevice, ScriptedMachine, ScriptedTicket
 
 READY = EngineReady(
@@ -90,6 +90,8 @@ def main(address: str, mode: str) -> int:
     def open_engine(clock: Clock) -> ScriptedEngine:
         if mode == "refuses":
             raise StartupError("no model at nowhere")
+        if mode == "starves":
+            raise MachineLacks("too little memory")
         return ScriptedEngine(mode)
 
     return run_engine(address, open_engine, server)  # type: ignore[arg-type]

@@ -1,12 +1,13 @@
 """The command line: help, errors and exit statuses, without starting anything."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from sessile import commands
-from sessile.cli import main
+from sessile.cli import COMMANDS, main
 from sessile.config import Config, settings
 
 
@@ -127,6 +128,14 @@ def test_help_of_the_program_lists_the_commands_but_not_the_child_process(capsys
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in ("serve", "chat", "doctor", "bench step"))
     assert "  engine" not in text
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["bench", "--help"]])
+def test_what_a_command_is_for_stands_in_a_column_apart(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert main(argv) == 0
+    listed = {name: command.summary for name, command in COMMANDS.items() if command.summary}
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {line.rindex(listed[re.split("  +", line.strip())[0]]) for line in rows} == {20}
 
 
 def test_help_needs_neither_torch_nor_a_web_framework() -> None:

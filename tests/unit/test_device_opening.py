@@ -15,7 +15,7 @@ from sessile.device.config import DeviceOptions
 from sessile.device.factory import open_device
 from sessile.device.kv_pool import KvPool, auto_kv_bytes, kv_token_bytes, pool_pages
 from sessile.device.memory import available_bytes, available_cores, parse_bytes, readable
-from sessile.errors import StartupError
+from sessile.errors import MachineLacks, StartupError
 from sessile.kernels.native import NativeKernels
 from sessile.model.config import resolve_model_path
 from sessile.model.options import ModelOptions
@@ -99,7 +99,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(factory, "available_bytes", lambda: 10_000)
-    with pytest.raises(StartupError, match="too little memory: the weights need about"), small_device(tmp_path):
+    with pytest.raises(MachineLacks, match="too little memory: the weights need about"), small_device(tmp_path):
         raise AssertionError("the device opened")
 
 
@@ -111,7 +111,7 @@ def test_a_pool_takes_at_least_one_context_and_at_most_one_for_each_row() -> Non
 
 def test_a_pool_that_does_not_fit_is_refused() -> None:
     assert pool_pages(1000, 2000, token_bytes=10, page_size=4, context_tokens=50) == 25
-    with pytest.raises(StartupError, match="too little memory"):
+    with pytest.raises(MachineLacks, match="too little memory"):
         pool_pages(3000, 2000, token_bytes=10, page_size=4, context_tokens=50)
     with pytest.raises(StartupError, match="--kv-memory"):
         pool_pages(100, 2000, token_bytes=10, page_size=4, context_tokens=50)

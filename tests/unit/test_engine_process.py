@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from sessile.contract.messages import EngineFailed, EngineReady, FromEngine, GetStats, Shutdown, Stats, ToEngine
-from sessile.contract.watching import STACKS_SIGNAL, TELL_EVENTS, stacks_file
-from sessile.engine.process import EXIT_CANNOT_START, EXIT_FAILED, EXIT_ORPHANED
+from sessile.contract.watching import EXIT_CANNOT_START, STACKS_SIGNAL, TELL_EVENTS, stacks_file
+from sessile.engine.process import EXIT_FAILED, EXIT_ORPHANED
 
 WAIT_S = 90
 ROOT = Path(__file__).parents[2]
@@ -125,6 +125,12 @@ def test_an_engine_that_cannot_start_says_why_without_a_traceback(start: Callabl
     assert child.wait() == EXIT_CANNOT_START
     _, log = child.process.communicate()
     assert b"Traceback" not in log
+
+
+def test_an_engine_with_too_little_memory_may_be_started_again(start: Callable[[str], Child]) -> None:
+    child = start("starves")
+    assert child.receive() == EngineFailed("too little memory")
+    assert child.wait() == EXIT_FAILED
 
 
 def test_an_engine_that_hangs_says_where_when_it_is_asked(start: Callable[[str], Child], tmp_path: Path) -> None:
