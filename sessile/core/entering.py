@@ -152,13 +152,13 @@ def restore_as_asked(books: Books, message: RestoreSession) -> Session:
         assert not tokens, "a branching session has no single history"
         return _restore_branching(books, message)
     assert list(ends) == sorted(ends) and (ends[-1] if ends else 0) == tokens, "the turns are not those of the history"
-    longest = min(books.limits.sequence_tokens_max, opening.tokens_max or books.limits.context_tokens)
+    longest = _longest_history(books, opening)
     if tokens > longest:
         raise TooLong(f"the history of session {opening.session!r} has {tokens} tokens, {longest} fit")
     _check_tokens(books, message.tokens)
     _check_opening(books, opening)
     # What it reserved before may be more than it can have of this engine.
-    session = _opened(books, opening, min(opening.reserve_tokens, _longest_history(books, opening)))
+    session = _opened(books, opening, min(opening.reserve_tokens, longest))
     session.history.append(message.tokens)
     session.turn_ends = array("q", ends)
     session.tenant.held_tokens += tokens
